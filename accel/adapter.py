@@ -1,0 +1,72 @@
+"""What the generic stages must know about a model family, and cannot discover by themselves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+
+class Role(StrEnum):
+    """Which graph: the encoder, the decoder without past (`prefill`), or the decoder with past (`step`)."""
+
+    ENCODER = "encoder"
+    PREFILL = "prefill"
+    STEP = "step"
+
+
+@dataclass(frozen=True)
+class Port:
+    """One graph input or output.
+
+    `axes` maps a dimension's index to its name; a dimension that is not listed is fixed by the model.
+    `source` names the value that fills an input: an output or input of an earlier role, or an output of the
+    previous prefill or step. Without it, the caller gives the value.
+    """
+
+    name: str
+    axes: Mapping[int, str] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A role's ports, in the order in which the wrapper takes and returns them."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    @property
+    def cache(self) -> dict[str, str]:
+        """Cache input name -> name of the output that feeds it at the next step."""
+        return {port.name: port.source for port in self.inputs if port.source and port.source.startswith("present.")}
+
+
+@runtime_checkable
+class Architecture(Protocol):
+    """An adapter. Built from `conf/architecture/*.yaml` by `accel.registry`."""
+
+    model_types: tuple[str, ...]
+    """`config.model_type` values it serves."""
+
+    def roles(self) -> tuple[Role, ...]:
+        """The graphs to export, in the order in which a generation runs them."""
+        ...
+
+    def wrap(self, model: PreTrainedModel, role: Role) -> nn.Module:
+        """A module that takes and returns flat tensors, ordered as in `signature`. Shares the model's parameters."""
+        ...
+
+    def signature(self, config: PretrainedConfig, role: Role) -> Signature:
+        """The role's ports."""
+        ...
+
+    def feeds(
+        self, config: PretrainedConfig, batch: int, length: int, generator: torch.Generator
+    ) -> Mapping[str, Tensor]:
+        """Random inputs of the first role: ids or features [batch, length, ...] and their mask, some padded."""
+        ...

@@ -1,0 +1,28 @@
+"""The Python interface: `accel.build`, `accel.load`, `accel.register`."""
+
+from collections.abc import Sequence
+
+from accel.application import compose, execute
+from accel.artifacts import Artifact
+from accel.errors import AccelError
+from accel.loading import load
+from accel.registry import register
+
+__all__ = ["build", "load", "register"]
+
+UP_TO_VERIFY = "stage=[export,optimize,audit,convert,merge,verify]"
+
+
+def build(checkpoint: str | None = None, overrides: Sequence[str] = ()) -> Artifact:
+    """Take a checkpoint (folder or hub id; None: the embedded model) through the stages up to `verify`.
+
+    `overrides` are as on the command line. Returns the last stage's artefact; its `folder` holds the deployable, or the
+    candidate if `stage=[...]` among the overrides stops before `verify`. Raises `AccelError`.
+    """
+    model = [] if checkpoint is None else ["model=auto", f"model.checkpoint={checkpoint}"]
+    config = compose([*model, UP_TO_VERIFY, *overrides])
+    _, artifacts = execute(config)
+    for name in ("verify", "merge"):
+        if name in artifacts:
+            return artifacts[name]
+    raise AccelError(f"stage={config.stage} makes neither a deployable nor a candidate; it must reach merge")

@@ -1,0 +1,214 @@
+"""Artefacts: what a stage leaves on disk, named by a hash of everything that made it.
+
+A folder `<root>/<model>/<stage>-<first 12 of the key>` counts as an artefact only if it holds `manifest.json`, which is
+written last, in a temporary sibling that is then renamed. So a kill at any moment leaves either nothing or the whole.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from accel import console
+from accel.errors import AccelError
+from accel.memory import PeakMemory
+
+MANIFEST = "manifest.json"
+
+
+class Damaged(Exception):
+    """A file of an artefact is missing or differs from its manifest."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What made an artefact, what it cost, and the hash of every file in it. Times in seconds, sizes in bytes."""
+
+    stage: str
+    key: str
+    upstream: Mapping[str, str]
+    config: Mapping[str, Any]
+    packages: Mapping[str, str]
+    seconds: float
+    peak_memory: int
+    added_memory: int
+    summary: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+    @classmethod
+    def parse(cls, text: str) -> "Manifest":
+        """The manifest that `dump` wrote. Raises `ValueError` or `TypeError` when it isn't one."""
+        values = json.loads(text)
+        files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
+        return cls(**values, files=files)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage: a folder and the manifest that describes it."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def key(self) -> str:
+        return self.manifest.key
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        return self.manifest.summary
+
+    def check(self) -> None:
+        """Hash every file, once per process. Raises `Damaged` naming the first that differs."""
+        for name, record in self.manifest.files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise Damaged(f"{path} is missing")
+            if path.stat().st_size != record.size or file_hash(path) != record.sha256:
+                raise Damaged(f"{path} differs from its manifest")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, as hex. Computed once per process for each state of the file."""
+    status = path.stat()
+    return _hash(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _hash(path: str, inode: int, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_files(folder: Path) -> dict[str, FileRecord]:
+    """Every file below `folder` but the manifest, by its relative path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {str(path.relative_to(folder)): FileRecord(path.stat().st_size, file_hash(path)) for path in paths}
+
+
+def make_key(**parts: Any) -> str:
+    """SHA-256 over named parts, as hex. The parts must be JSON; their order does not matter."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Installed version of each package; `absent` where there is none."""
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "absent"
+
+    return {package: version(package) for package in packages}
+
+
+class Store:
+    """The artefacts of one model below one root folder."""
+
+    def __init__(self, root: Path, model: str) -> None:
+        self.folder = root / model
+
+    def path(self, stage: str, key: str) -> Path:
+        return self.folder / f"{stage}-{key[:12]}"
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The artefact, or None if it was never finished. A damaged one is named, removed and reported as None."""
+        folder = self.path(stage, key)
+        try:
+            artifact = Artifact(folder, Manifest.parse((folder / MANIFEST).read_text()))
+            if artifact.key != key:
+                raise Damaged(f"{folder / MANIFEST} belongs to another key")
+            artifact.check()
+        except FileNotFoundError:
+            return None
+        except (Damaged, ValueError, TypeError, KeyError, AttributeError) as error:
+            console.warn(f"damaged artefact: {error}; it will be rebuilt")
+            with self._locked(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            return None
+        return artifact
+
+    def build(
+        self,
+        stage: str,
+        key: str,
+        make: Callable[[Path], Mapping[str, Any]],
+        *,
+        upstream: Mapping[str, str],
+        config: Mapping[str, Any],
+        packages: Mapping[str, str],
+    ) -> Artifact:
+        """Run `make(folder) -> summary` into a temporary sibling and rename it into place.
+
+        Two processes that want the same artefact take turns; the second finds it made.
+        Raises `AccelError` if the folder can't be written.
+        """
+        folder = self.path(stage, key)
+        with self._locked(folder):
+            if (made := self.find(stage, key)) is not None:
+                return made
+            shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest does not exist
+            for stale in self.folder.glob(f"{folder.name}.tmp*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+            temporary.mkdir()
+            try:
+                started = time.perf_counter()
+                with PeakMemory() as memory:
+                    summary = make(temporary)
+                manifest = Manifest(
+                    stage=stage,
+                    key=key,
+                    upstream=upstream,
+                    config=config,
+                    packages=packages,
+                    seconds=time.perf_counter() - started,
+                    peak_memory=memory.peak,
+                    added_memory=memory.added,
+                    summary=summary,
+                    files=folder_files(temporary),
+                )
+                (temporary / MANIFEST).write_text(manifest.dump())
+                temporary.rename(folder)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            return Artifact(folder, manifest)
+
+    @contextmanager
+    def _locked(self, folder: Path) -> Iterator[None]:
+        """Hold the operating system's lock for one artefact; a kill releases it. Re-entrant within a process."""
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{folder}.lock", is_singleton=True)
+            try:
+                lock.acquire(timeout=0.2)
+            except Timeout:
+                console.note(f"waiting for another run that makes {folder.name}")
+                lock.acquire()
+        except OSError as error:
+            raise AccelError(f"can't write to the artefact folder {self.folder}: {error.strerror or error}") from error
+        try:
+            yield
+        finally:
+            lock.release()

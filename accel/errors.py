@@ -1,0 +1,16 @@
+"""The one exception that means "the user can fix this": printed as a message, never as a traceback."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class AccelError(Exception):
+    """A mistake in the input. The message names the value and, where there are some, the choices."""
+
+
+def unknown(kind: str, value: object, choices: Iterable[str]) -> AccelError:
+    """The error for a name that doesn't exist: says which, lists what does, and points at the nearest."""
+    ordered = sorted(choices)
+    near = get_close_matches(str(value), ordered, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return AccelError(f"unknown {kind}: {value!r}.{hint} Choices: {', '.join(ordered)}")

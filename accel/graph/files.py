@@ -1,0 +1,46 @@
+"""Reading and writing graphs: the small ones whole, the others with their weights in one file beside them."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import TopologicalSortPass
+
+EXTERNAL_ABOVE = 1_000_000  # bytes of weights in a graph before they move to a file of their own
+INLINE_BELOW = 1024  # bytes of one tensor; shapes and scalars stay in the graph, where shape inference finds them
+
+
+def data_name(path: Path) -> str:
+    """Name of the external data file that belongs to the graph at `path`."""
+    return f"{path.name}.data"
+
+
+def load(path: Path) -> ir.Model:
+    """The graph at `path`. Weights are mapped from disk, not read."""
+    return ir.load(path)
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write `model` to `path`, nodes in topological order, and its weights to `<path>.data` when they are large.
+
+    Leaves the model's initializers as they were: they keep pointing at where they came from.
+    """
+    TopologicalSortPass()(model)
+    if weight_bytes(model) > EXTERNAL_ABOVE:
+        ir.save(model, path, external_data=data_name(path), size_threshold_bytes=INLINE_BELOW)
+    else:
+        ir.save(model, path)
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers, subgraphs included, each at its own type."""
+    return sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+
+
+def node_count(model: ir.Model) -> int:
+    """Nodes of the graph and of all its subgraphs."""
+    return sum(1 for _ in model.graph.all_nodes())

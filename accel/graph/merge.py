@@ -1,0 +1,167 @@
+"""Two graphs with the same outputs become the branches of one ONNX `If`, with every weight stored once.
+
+The condition is a boolean input. Each weight is an initializer of the outer graph, which both branches see.
+ONNX specification: https://onnx.ai/onnx/operators/onnx__If.html
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import convenience
+
+from accel.graph.weights import fingerprint, initializers
+
+
+def merge_if(when_true: ir.Model, when_false: ir.Model, flag: str) -> ir.Model:
+    """One model that runs `when_true` if the input `flag` holds, else `when_false`.
+
+    Inputs are the union by name; outputs are those of `when_false`. An output that `when_true` lacks comes out of it
+    with length 0 on every dynamic axis, and the caller keeps what it had. Both models are taken apart.
+    Raises `ValueError` if an input, output or opset of one contradicts the other's, or `flag` is taken.
+    """
+    inputs = join_inputs(when_false.graph.inputs, when_true.graph.inputs, flag)
+    initial = share_weights((when_false, when_true))
+    outputs = [output.name or "" for output in when_false.graph.outputs]
+    for output in when_true.graph.outputs:
+        if output.name not in outputs:
+            raise ValueError(f"output {output.name!r} of the first branch is missing from the second")
+    types = {output.name or "": output for output in when_false.graph.outputs}
+    branches = {
+        "then_branch": _branch(when_true, "with_past", outputs, types, inputs),
+        "else_branch": _branch(when_false, "without_past", outputs, types, inputs),
+    }
+    condition = inputs[flag]
+    node = ir.node(
+        "If", [condition], attributes=branches, outputs=[_output(types[name]) for name in outputs], name="decoder"
+    )
+    graph = ir.Graph(
+        list(inputs.values()),
+        node.outputs,
+        nodes=[node],
+        initializers=initial,
+        opset_imports=join_opsets(when_true, when_false),
+        name="merged",
+    )
+    return ir.Model(graph, ir_version=max(when_true.ir_version, when_false.ir_version), producer_name="accel")
+
+
+def join_inputs(first: Iterable[ir.Value], second: Iterable[ir.Value], flag: str) -> dict[str, ir.Value]:
+    """The union by name, as fresh values, and the flag last."""
+    joined: dict[str, ir.Value] = {}
+    for value in (*first, *second):
+        name = value.name or ""
+        known = joined.setdefault(name, ir.Value(name=name, type=value.type, shape=value.shape))
+        if known.dtype != value.dtype or known.shape != value.shape:
+            raise ValueError(
+                f"input {name!r} is {known.dtype}{known.shape} in one graph and {value.dtype}{value.shape} in the other"
+            )
+    if flag in joined:
+        raise ValueError(f"flag {flag!r} is already an input; choices: any name but {', '.join(sorted(joined))}")
+    return joined | {flag: ir.Value(name=flag, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))}
+
+
+def join_opsets(first: ir.Model, second: ir.Model) -> dict[str, int]:
+    opsets = dict(first.opset_imports)
+    for domain, version in second.opset_imports.items():
+        if opsets.setdefault(domain, version) != version:
+            raise ValueError(
+                f"opset {domain or 'ai.onnx'!r} is {opsets[domain]} in one graph and {version} in the other"
+            )
+    return opsets
+
+
+def share_weights(models: Sequence[ir.Model]) -> list[ir.Value]:
+    """Move every initializer out of its graph; equal ones become one value. Returns those that are left."""
+    kept: dict[tuple[str, tuple[int, ...], str], ir.Value] = {}
+    names: set[str] = set()
+    for model in models:
+        outer = {value.name for value in model.graph.inputs}
+        for value in initializers(model):
+            graph = value.graph
+            if graph is None or value.name in outer:
+                raise ValueError(f"initializer {value.name!r} is also an input; give it a name of its own")
+            graph.initializers.pop(value.name or "")
+            mark = fingerprint(value)
+            if mark in kept:
+                convenience.replace_all_uses_with(value, kept[mark], replace_graph_outputs=True)
+                continue
+            value.name = _unused(value.name or "weight", names)
+            kept[mark] = value
+            names.add(value.name)
+    return list(kept.values())
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    number = 1
+    candidate = name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}.{number}"
+    return candidate
+
+
+def _branch(
+    model: ir.Model, name: str, outputs: Sequence[str], types: dict[str, ir.Value], inputs: dict[str, ir.Value]
+) -> ir.Graph:
+    """The graph as a branch: no inputs of its own, all of `outputs` in that order, every value named for the branch."""
+    graph = model.graph
+    for value in graph.inputs:
+        convenience.replace_all_uses_with(value, inputs[value.name or ""], replace_graph_outputs=True)
+    graph.inputs.clear()
+    found = {output.name or "": position for position, output in enumerate(graph.outputs)}
+    wanted: list[ir.Value] = []
+    for output in outputs:
+        if output in found:
+            value = graph.outputs[found[output]]
+            if value.producer() is None or value.graph is not graph or value in wanted:
+                value = _append(graph, "Identity", [value])  # a branch must produce what it returns, each value once
+        else:
+            node = absent(types[output])
+            graph.append(node)
+            value = node.outputs[0]
+        wanted.append(value)
+    graph.outputs.clear()
+    graph.outputs.extend(wanted)
+    graph.name = name
+    _prefix(graph, name)
+    return graph
+
+
+def _append(graph: ir.Graph, op: str, values: Sequence[ir.Value]) -> ir.Value:
+    node = ir.node(op, list(values))
+    node.outputs[0].name = f"{values[0].name}.{op.lower()}"
+    node.outputs[0].type = values[0].type
+    graph.append(node)
+    return node.outputs[0]
+
+
+def absent(like: ir.Value) -> ir.Node:
+    """A constant of the type and rank of `like`, of length 0 on its dynamic axes."""
+    if like.shape is None or like.dtype is None:
+        raise ValueError(f"output {like.name!r} is missing from one graph and of unknown type or rank in the other")
+    shape = [dim if isinstance(dim, int) else 0 for dim in like.shape]
+    if 0 not in shape:
+        raise ValueError(f"output {like.name!r} is missing from one graph and has no dynamic axis in the other")
+    tensor = ir.tensor(np.zeros(shape, like.dtype.numpy()), dtype=like.dtype)
+    value = ir.Value(name=f"{like.name}.absent", type=like.type, shape=ir.Shape(shape))
+    return ir.node("Constant", [], attributes={"value": tensor}, outputs=[value])
+
+
+def _output(like: ir.Value) -> ir.Value:
+    """An `If` output: the branches' lengths may differ, so every dynamic axis gets a symbol of its own."""
+    shape = None
+    if like.shape is not None:
+        shape = ir.Shape(
+            [dim if isinstance(dim, int) else f"{like.name}.{axis}" for axis, dim in enumerate(like.shape)]
+        )
+    return ir.Value(name=like.name, type=like.type, shape=shape)
+
+
+def _prefix(graph: ir.Graph, prefix: str) -> None:
+    """Put `<prefix>/` before every name made in `graph` or below, so that no two of the merged graph clash."""
+    for number, node in enumerate(graph.all_nodes()):
+        node.name = f"{prefix}/{node.name or f'{node.op_type}_{number}'}"
+        for output in node.outputs:
+            if output.name:
+                output.name = f"{prefix}/{output.name}"

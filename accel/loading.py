@@ -1,0 +1,50 @@
+"""Opens a deployable's folder as a model with `generate`."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoConfig, GenerationConfig
+
+from accel import console
+from accel.errors import AccelError
+from accel.generation import AcceleratedModel
+from accel.runtime import layout
+from accel.runtime.onnx import open_deployable
+from accel.runtime.session import SessionSettings
+from accel.schema import RuntimeConfig
+
+
+def settings(runtime: RuntimeConfig) -> SessionSettings:
+    """How a runtime config opens its sessions."""
+    return SessionSettings(runtime.provider, runtime.provider_options, runtime.session, runtime.threads)
+
+
+def open_model(folder: Path, runtime: RuntimeConfig) -> AcceleratedModel:
+    """The model in a deployable's or a candidate's folder. Raises `AccelError` if there is none."""
+    if not (folder / layout.DECODER).is_file():
+        raise AccelError(f"{str(folder)!r} holds no {layout.DECODER}: not a folder that accel made")
+    config = AutoConfig.from_pretrained(folder)
+    path = folder / "generation_config.json"
+    generation = (
+        GenerationConfig.from_pretrained(folder) if path.is_file() else GenerationConfig.from_model_config(config)
+    )
+    return AcceleratedModel(open_deployable(folder, settings(runtime), runtime.device), config, generation)
+
+
+def verdict_of(folder: Path) -> dict[str, object] | None:
+    """What `verify` wrote into a deployable; None for a candidate."""
+    path = folder / layout.VERDICT
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def load(folder: str | Path, runtime: str = "auto") -> AcceleratedModel:
+    """The model in a folder that `accel` made, ready for `generate`. `runtime` names a YAML in `conf/runtime`.
+
+    Raises `AccelError` if the folder holds no deployable or the runtime can't be used.
+    """
+    from accel.application import compose
+
+    where = compose([f"runtime={runtime}"]).runtime
+    if verdict_of(Path(folder)) is None:
+        console.warn(f"{folder}: unverified, no {layout.VERDICT}")
+    return open_model(Path(folder), where)

@@ -1,0 +1,183 @@
+"""Runs stages in order, and skips what exists.
+
+Every key is computed from the configuration and the checkpoint before anything runs, so a stage whose artefact exists
+needs none of those before it: they may have been deleted.
+"""
+
+import importlib
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from accel import console
+from accel.adapter import Architecture
+from accel.artifacts import Artifact, Store, file_hash, make_key, versions
+from accel.errors import unknown
+from accel.registry import source_hash
+from accel.schema import STAGES, Config
+from accel.stages import Stage
+
+HIDDEN = ("checkpoint", "reference")  # stages that others need and nobody asks for by name
+
+
+def chosen(stage: Any) -> list[str]:
+    """The stages that `stage=...` asks for, in the order in which they run. Raises `AccelError` on an unknown one."""
+    names = list(STAGES) if stage == "all" else [stage] if isinstance(stage, str) else list(stage)
+    for name in names:
+        if name not in STAGES:
+            raise unknown("stage", name, (*STAGES, "all"))
+    return [name for name in STAGES if name in names]
+
+
+def load_stage(name: str) -> Stage:
+    """The stage defined in `accel/stages/<name>.py`."""
+    stage: Stage = importlib.import_module(f"accel.stages.{name}").STAGE
+    return stage
+
+
+def only(config: Config, sections: Sequence[str]) -> Config:
+    """`config` with every section but `sections` at its default, so that a stage can't depend on the others."""
+    defaults = Config()
+    kept = {field.name: getattr(config if field.name in sections else defaults, field.name) for field in fields(config)}
+    return replace(defaults, **kept)
+
+
+class Pipeline:
+    """The stages of one configuration, over one store."""
+
+    def __init__(self, config: Config, architecture: Architecture) -> None:
+        self.config = config
+        self.architecture = architecture
+        self.store = Store(Path(config.artifacts), config.model.name)
+        self.built: list[str] = []
+        self._keys: dict[str, str] = {}
+        self._artifacts: dict[str, Artifact] = {}
+
+    def stage(self, name: str) -> Stage:
+        return load_stage(name)
+
+    def key(self, name: str) -> str:
+        """SHA-256 of all that the artefact of stage `name` is made from."""
+        if name not in self._keys:
+            self._keys[name] = self._checkpoint().key if self._external(name) else make_key(**self._parts(name))
+        return self._keys[name]
+
+    def _parts(self, name: str) -> dict[str, Any]:
+        stage = self.stage(name)
+        parts: dict[str, Any] = {
+            "stage": name,
+            "version": stage.version,
+            "config": self._sections(stage),
+            "architecture": self.config.architecture,
+            "adapter": source_hash(type(self.architecture)),
+            "upstream": {upstream: self.key(upstream) for upstream in stage.inputs(self.config)},
+            "files": {path: file_hash(Path(path)) for path in stage.files(self.config)},
+            "packages": versions(stage.packages),
+        }
+        return parts | ({"machine": machine(self.config)} if stage.machine else {})
+
+    def _sections(self, stage: Stage) -> dict[str, Any]:
+        values = asdict(self.config)
+        return {section: values[section] for section in stage.sections}
+
+    def _external(self, name: str) -> bool:
+        """A pretrained checkpoint stays where it lies, outside the store."""
+        return name == "checkpoint" and self.config.model.weights == "pretrained"
+
+    def _checkpoint(self) -> Artifact:
+        if "checkpoint" not in self._artifacts:
+            from accel.stages import checkpoint
+
+            self._artifacts["checkpoint"] = checkpoint.pretrained(self.config.model)
+        return self._artifacts["checkpoint"]
+
+    def find(self, name: str) -> Artifact | None:
+        """The finished artefact of stage `name`, if it is there and undamaged."""
+        if name not in self._artifacts:
+            found = self._checkpoint() if self._external(name) else self.store.find(name, self.key(name))
+            if found is None:
+                return None
+            self._artifacts[name] = found
+        return self._artifacts[name]
+
+    def artifact(self, name: str) -> Artifact:
+        """The artefact of stage `name`: reused, or made from those before it."""
+        if (found := self.find(name)) is not None:
+            return found
+        stage = self.stage(name)
+        inputs = {upstream: self.artifact(upstream) for upstream in stage.inputs(self.config)}
+        config = only(self.config, stage.sections)
+
+        def make(folder: Path) -> Mapping[str, Any]:
+            with console.stage(name):
+                return stage.run(config, inputs, self.architecture, folder)
+
+        made = self.store.build(
+            name,
+            self.key(name),
+            make,
+            upstream={upstream: artifact.key for upstream, artifact in inputs.items()},
+            config=self._sections(stage),
+            packages=versions(stage.packages),
+        )
+        self._artifacts[name] = made
+        self.built.append(name)
+        manifest = made.manifest
+        console.note(
+            f"{name:<10} made in {manifest.seconds:6.1f} s, peak memory {manifest.peak_memory / 1e6:6.0f} MB "
+            f"(+{manifest.added_memory / 1e6:.0f})  {made.folder}"
+        )
+        return made
+
+    def needed(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that must be at hand: nothing else asked for is made from them, or what is isn't there."""
+        needed: list[str] = []
+        for name in reversed(names):
+            above = [other for other in names if name in self._below(other)]
+            if not above or any(other in needed and self.find(other) is None for other in above):
+                needed.append(name)
+        return needed[::-1]
+
+    def _below(self, name: str) -> set[str]:
+        inputs = self.stage(name).inputs(self.config)
+        return set(inputs).union(*(self._below(upstream) for upstream in inputs)) if inputs else set()
+
+    def run(
+        self, names: Sequence[str], progress: Callable[[str, Artifact | None], None] | None = None
+    ) -> dict[str, Artifact]:
+        """Run `names` in order. Returns the artefacts that are at hand afterwards."""
+        needed = self.needed(names)
+        for name in names:
+            if name not in needed:
+                continue
+            reused = self.find(name) is not None
+            artifact = self.artifact(name)
+            if reused:
+                console.note(f"{name:<10} reused  {artifact.folder}")
+        return {name: artifact for name in (*HIDDEN, *names) if (artifact := self._artifacts.get(name)) is not None}
+
+
+def machine(config: Config) -> dict[str, Any]:
+    """What a measurement depends on: processor, device, driver and threads."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": config.runtime.threads or torch.get_num_threads(),
+        "device": config.runtime.device,
+    }
+    if config.runtime.device.startswith("cuda") and torch.cuda.is_available():
+        facts["device"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -1,0 +1,90 @@
+"""Finds architectures: built in, installed with another package, or registered by hand. The only instantiate() call."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from omegaconf import OmegaConf
+
+from accel.adapter import Architecture
+from accel.artifacts import file_hash
+from accel.errors import AccelError, unknown
+
+GROUP = "architecture"
+
+
+def register(name: str, target: Callable[..., Architecture], **options: Any) -> None:
+    """Add an architecture from Python: `target(**options)` makes it, `architecture=name` chooses it.
+
+    `target` must be importable by its name, as a class of a module or notebook is. Raises `AccelError` if the name is
+    taken or `options` lacks `model_types`.
+    """
+    if name in names() or name == "auto":
+        raise AccelError(f"architecture {name!r} is already registered; choose a name other than {', '.join(names())}")
+    if not options.get("model_types"):
+        raise AccelError(f"architecture {name!r}: model_types=[...] is missing: the config.model_type values it serves")
+    path = f"{target.__module__}.{target.__qualname__}"
+    ConfigStore.instance().store(name=name, group=GROUP, node={"_target_": path, **options}, provider="accel.register")
+
+
+def names() -> list[str]:
+    """Every architecture that can be chosen, `auto` aside."""
+    if not GlobalHydra.instance().is_initialized():
+        with hydra.initialize_config_module("accel.conf", version_base="1.3"):
+            return names()
+    return [name for name in hydra_loader().get_group_options(GROUP, ObjectType.CONFIG) if name != "auto"]
+
+
+def hydra_loader() -> Any:
+    """Hydra's config loader, which knows every package on the search path."""
+    loader = GlobalHydra.instance().hydra
+    if loader is None:
+        raise RuntimeError("Hydra is not initialized")
+    return loader.config_loader
+
+
+def served() -> dict[str, Sequence[str]]:
+    """Architecture -> the model types it serves."""
+    repository = hydra_loader().repository
+    found = {name: repository.load_config(f"{GROUP}/{name}") for name in names()}
+    return {name: tuple(result.config.get("model_types", ())) for name, result in found.items() if result}
+
+
+def choose(model_type: str) -> str:
+    """The architecture that serves `model_type`. Raises `AccelError` listing those that are served."""
+    choices = served()
+    for name, types in choices.items():
+        if model_type in types:
+            return name
+    raise unknown("model type", model_type, sorted({kind for types in choices.values() for kind in types}))
+
+
+def build(config: Mapping[str, Any]) -> Architecture:
+    """The adapter that a resolved `architecture` config describes."""
+    if "_target_" not in config:
+        raise AccelError(f"architecture: _target_ is missing from {dict(config)}")
+    try:
+        adapter = hydra.utils.instantiate(OmegaConf.create(dict(config)), _convert_="all")
+    except Exception as error:  # whatever the adapter's constructor raises is a mistake in its YAML
+        raise AccelError(f"architecture {config['_target_']}: {error.__cause__ or error}") from error
+    if not isinstance(adapter, Architecture):
+        missing = [
+            name for name in ("model_types", "roles", "wrap", "signature", "feeds") if not hasattr(adapter, name)
+        ]
+        raise AccelError(f"architecture {config['_target_']} is no Architecture: it lacks {', '.join(missing)}")
+    return adapter
+
+
+@cache
+def source_hash(kind: type) -> str:
+    """Hash of the module that defines an adapter, and of the modules of the classes it derives from."""
+    sources = [
+        inspect.getsourcefile(base) for base in kind.__mro__ if base not in (object,) and base.__module__ != "typing"
+    ]
+    return "".join(file_hash(Path(source)) for source in sources if source)

@@ -1,0 +1,8 @@
+"""Names inside a deployable, as the Hugging Face hub spells them, and inside its decoder's metadata."""
+
+ENCODER = "encoder_model.onnx"
+DECODER = "decoder_model_merged.onnx"
+VERDICT = "verdict.json"
+
+FLAG = "accel.flag"  # metadata: name of the boolean input that chooses the branch
+CACHE = "accel.cache"  # metadata: JSON, cache input -> the output that feeds it at the next step

@@ -1,0 +1,124 @@
+"""ONNX Runtime with a growing cache: every step returns longer caches, which the next step takes."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from accel.runtime import layout
+from accel.runtime.binding import BoundSession
+from accel.runtime.session import SessionSettings, open_session
+
+PAST = "past"  # the axis along which the decoder's own caches grow
+
+
+@dataclass
+class GrowingState:
+    """Caches as the graph returned them. `own` grows with every token; `fixed` was given or made once, by prefill."""
+
+    own: dict[str, Tensor]  # cache input -> [batch, heads, length, head size]
+    fixed: dict[str, Tensor]  # other inputs of a step -> tensor, batch first
+    axes: Mapping[str, int]  # cache input -> axis of its length
+
+    @property
+    def length(self) -> int:
+        name, tensor = next(iter(self.own.items()))
+        return tensor.shape[self.axes[name]]
+
+    @property
+    def batch(self) -> int:
+        return next(iter(self.own.values())).shape[0]
+
+    def reorder(self, index: Tensor) -> None:
+        # The beams of one input share its encoder output: what is fixed stays as it is.
+        index = index.to(next(iter(self.own.values())).device)
+        self.own = {name: tensor.index_select(0, index) for name, tensor in self.own.items()}
+
+    def crop(self, length: int) -> None:
+        self.own = {name: tensor.narrow(self.axes[name], 0, length).contiguous() for name, tensor in self.own.items()}
+
+    def expand(self, times: int) -> None:
+        self.select(torch.arange(self.batch).repeat_interleave(times))
+
+    def select(self, index: Tensor) -> None:
+        self.reorder(index)
+        self.fixed = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.fixed.items()}
+
+    def views(self) -> Mapping[str, Tensor]:
+        return self.own | {name: tensor for name, tensor in self.fixed.items() if name in self.axes}
+
+
+class GrowingRuntime:
+    """Prefill and step over one merged decoder, or over two graphs (`prefill`, `step`) that share nothing."""
+
+    def __init__(
+        self,
+        encoder: BoundSession | None,
+        prefill: BoundSession,
+        step: BoundSession,
+        cache: Mapping[str, str],
+        flag: str | None = None,
+    ) -> None:
+        self.encoder, self._prefill, self._step = encoder, prefill, step
+        self.device = step.device
+        self.dtype = step.dtype("logits")
+        self.cache = dict(cache)
+        self.grown = {name: source for name, source in cache.items() if PAST in step.inputs[name].shape}
+        self.axes = {
+            name: step.inputs[name].shape.index(PAST if name in self.grown else "source") for name in self.cache
+        }
+        self.flag = flag
+        self._on, self._off = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
+
+    def encode(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self.encoder is None:
+            raise TypeError("a decoder-only model has no encoder")
+        names = list(self.encoder.outputs)
+        return dict(zip(names, self.encoder(feeds, names), strict=True))
+
+    def prefill(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, GrowingState]:
+        given = dict(feeds)
+        if self.flag:
+            given |= {self.flag: self._off} | self._no_past(feeds["input_ids"].shape[0])
+        names = list(self.cache)
+        logits, *caches = self._prefill(given, ["logits", *self.cache.values()])
+        present = dict(zip(names, caches, strict=True))
+        own = {name: tensor for name, tensor in present.items() if name in self.grown}
+        context = {name: feeds[name] for name in self._step.inputs if name in feeds and name != "input_ids"}
+        fixed = context | {name: tensor for name, tensor in present.items() if name not in self.grown}
+        return logits, GrowingState(own, fixed, self.axes)
+
+    def _no_past(self, batch: int) -> dict[str, Tensor]:
+        """Caches of length 0, which a merged decoder takes in place of a past; they hold no memory."""
+        shapes = {name: self._step.inputs[name].shape for name in self.cache}
+        return {
+            name: torch.empty(
+                [batch, *(dim if isinstance(dim, int) else 0 for dim in shape[1:])],
+                dtype=self._step.dtype(name),
+                device=self.device,
+            )
+            for name, shape in shapes.items()
+        }
+
+    def step(self, ids: Tensor, state: GrowingState) -> Tensor:
+        feeds = {"input_ids": ids, **state.own, **state.fixed} | ({self.flag: self._on} if self.flag else {})
+        logits, *caches = self._step(feeds, ["logits", *self.grown.values()])
+        state.own = dict(zip(self.grown, caches, strict=True))
+        return logits
+
+    def close(self) -> None:
+        self.encoder = None
+        del self._prefill, self._step
+
+
+def open_deployable(folder: Path, settings: SessionSettings, device: str = "cpu") -> GrowingRuntime:
+    """The runtime over a deployable's (or a candidate's) folder. Raises `FileNotFoundError` if it is none."""
+    where = torch.device(device)
+    path = folder / layout.ENCODER
+    encoder = BoundSession(open_session(path, settings), where) if path.is_file() else None
+    decoder = BoundSession(open_session(folder / layout.DECODER, settings), where)
+    metadata = decoder.session.get_modelmeta().custom_metadata_map
+    return GrowingRuntime(encoder, decoder, decoder, json.loads(metadata[layout.CACHE]), metadata[layout.FLAG])

@@ -1,0 +1,64 @@
+"""What generation needs of a runtime. Another engine joins by implementing these two protocols in a file of its own."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class State(Protocol):
+    """The caches of one generation, wherever the runtime keeps them."""
+
+    @property
+    def length(self) -> int:
+        """Decoder tokens seen so far."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Sequences, beams counted."""
+        ...
+
+    def reorder(self, index: Tensor) -> None:
+        """Let sequence i continue from what sequence `index[i]` was; index: [batch], within each input's beams."""
+        ...
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` decoder tokens."""
+        ...
+
+    def expand(self, times: int) -> None:
+        """Repeat every sequence `times` times, neighbours staying together: [batch] -> [batch * times]."""
+        ...
+
+    def select(self, index: Tensor) -> None:
+        """Keep only the sequences `index`, of any input; index: [new batch]."""
+        ...
+
+    def views(self) -> Mapping[str, Tensor]:
+        """The caches by input name, decoder caches as [batch, heads, length, head size]; valid until the next call."""
+        ...
+
+
+class Runtime(Protocol):
+    """Runs the graphs of one deployable."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def encode(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Encoder inputs -> its outputs: last_hidden_state [batch, source, width]."""
+        ...
+
+    def prefill(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+        """Decoder inputs without past -> logits [batch, new, vocabulary] and the state to continue from."""
+        ...
+
+    def step(self, ids: Tensor, state: State) -> Tensor:
+        """Any number (>= 1) of new ids [batch, new] -> logits [batch, new, vocabulary]; the state moves on."""
+        ...
+
+    def close(self) -> None:
+        """Free the sessions."""
+        ...

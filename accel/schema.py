@@ -1,0 +1,136 @@
+"""The types of the configuration: one dataclass per stage. The values live in `conf/`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+STAGES = ("export", "optimize", "audit", "convert", "merge", "verify", "generate", "benchmark", "profile")
+
+
+@dataclass
+class ModelConfig:
+    """Where the weights come from."""
+
+    name: str = MISSING
+    checkpoint: str | None = None
+    revision: str | None = None
+    weights: str = "pretrained"
+    seed: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+    references: str | None = None
+
+
+@dataclass
+class PrecisionConfig:
+    name: str = MISSING
+    dtype: str = "float32"
+
+
+@dataclass
+class RuntimeConfig:
+    """Where a deployable runs. `session` entries are ONNX Runtime's session configuration keys."""
+
+    name: str = MISSING
+    provider: str = "CPUExecutionProvider"
+    provider_options: dict[str, Any] = field(default_factory=dict)
+    session: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    threads: int = 0
+
+
+@dataclass
+class ExportConfig:
+    opset: int = 20
+    tolerance: float = 1e-4
+    seed: int = 0
+
+
+@dataclass
+class OptimizeConfig:
+    passes: dict[str, bool] = field(default_factory=dict)
+
+
+@dataclass
+class AuditConfig:
+    batches: int = 8
+    batch_size: int = 4
+    max_length: int = 128
+    seed: int = 0
+    texts: str | None = None
+    margin: float = 2.0
+
+
+@dataclass
+class ConvertConfig:
+    """`convert` has no options of its own: the plan and the precision decide."""
+
+
+@dataclass
+class MergeConfig:
+    """`branches` says what the `If` holds: `caches` (what only prefill makes) or `decoders` (each graph whole)."""
+
+    flag: str = "enable_cache"
+    branches: str = "caches"
+
+
+@dataclass
+class VerifyConfig:
+    batch_size: int = 4
+    inputs: int = 8
+    source_length: int = 24
+    max_new_tokens: int = 24
+    num_beams: int = 4
+    references: int = 200
+    unique_tokens: bool | None = None
+    seed: int = 0
+
+
+@dataclass
+class BenchmarkConfig:
+    source_length: int = 32
+    new_tokens: int = 64
+    num_beams: int = 1
+    batch_size: int = 1
+    repeats: int = 5
+    warmup: int = 1
+    setups: list[str] = field(default_factory=list)
+    memory: bool = True
+    unverified: bool = False
+    seed: int = 0
+
+
+@dataclass
+class ProfileConfig:
+    source_length: int = 32
+    new_tokens: int = 32
+    top: int = 10
+    seed: int = 0
+
+
+@dataclass
+class Config:
+    """The whole configuration, as `--cfg job` prints it."""
+
+    stage: Any = "all"
+    artifacts: str = "artifacts"
+    verbose: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    architecture: dict[str, Any] = field(default_factory=dict)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    generate: dict[str, Any] = field(default_factory=dict)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+
+def register() -> None:
+    """Make the types known to Hydra. Idempotent."""
+    ConfigStore.instance().store(name="schema", node=Config)

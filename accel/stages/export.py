@@ -1,0 +1,147 @@
+"""Export every role to ONNX, then run each at shapes unlike the example's and compare with PyTorch."""
+
+import inspect
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from accel import console
+from accel.adapter import Architecture, Role, Signature
+from accel.artifacts import Artifact
+from accel.chain import Chain, signatures, torch_run
+from accel.errors import AccelError
+from accel.graph import files
+from accel.runtime.session import plain_run
+from accel.schema import Config
+from accel.stages import Stage, takes
+from accel.stages.checkpoint import load_model
+
+# Every dimension of the example is at least 2 and unlike the others: the exporter freezes an axis of length 1.
+EXAMPLE = {"batch": 2, "source": 5, "new": 3, "past": 7}
+# batch, source length, past length, new tokens
+SHAPES = ((1, 1, 1, 1), (1, 9, 0, 1), (3, 6, 4, 2), (2, 300, 2, 1), (1, 11, 300, 1))
+
+
+def example(chain: Chain, role: Role, given: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """The inputs of `role` at the example's shape, made by running the roles before it."""
+    for earlier in chain.signatures:
+        current = given if earlier is Role.ENCODER else {"input_ids": ids}
+        if earlier is role:
+            return chain.inputs(role, current)
+        chain(earlier, current)
+    raise AccelError(f"role {role} is not one of the architecture's: {', '.join(chain.signatures)}")
+
+
+def export_role(wrapper: nn.Module, signature: Signature, inputs: Mapping[str, Tensor]) -> ir.Model:
+    """One graph, with the ports' names, as the exporter leaves it. `inputs` are in the signature's order."""
+    axes: tuple[Any, ...] = tuple(dict(port.axes) for port in signature.inputs)
+    parameters = inspect.signature(wrapper.forward).parameters.values()
+    named = sum(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    if len(axes) > named:  # the rest arrives in *past, which the exporter describes by a tuple of its own
+        axes = (*axes[:named], axes[named:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            wrapper, tuple(inputs.values()), dynamo=True, optimize=False, dynamic_shapes=axes, verbose=False
+        )
+    if program is None:
+        raise AccelError("torch.onnx.export made no program")
+    model: ir.Model = program.model
+    # An initializer may already hold a port's name, so all are moved out of the way first.
+    for values, ports in ((model.graph.inputs, signature.inputs), (model.graph.outputs, signature.outputs)):
+        for value, port in zip(values, ports, strict=True):
+            value.name = port.name
+    return model
+
+
+def name_weights(graph: ir.Model, wrapper: nn.Module, model: PreTrainedModel) -> None:
+    """Give every initializer the name PyTorch knows its parameter by, also where two modules share one."""
+    known = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    inside = dict(wrapper.named_parameters(remove_duplicate=False)) | dict(
+        wrapper.named_buffers(remove_duplicate=False)
+    )
+    for value in list(graph.graph.initializers.values()):
+        tensor = inside.get(value.name or "")
+        if tensor is not None and id(tensor) in known:
+            value.name = known[id(tensor)]
+
+
+def compare(
+    architecture: Architecture, model: PreTrainedModel, folder: Path, tolerance: float, seed: int
+) -> dict[str, float]:
+    """Largest difference of each role's outputs from PyTorch over `SHAPES`, relative to the output's largest magnitude.
+
+    Raises `AccelError` naming role, output and shape where it exceeds `tolerance`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ports = signatures(architecture, model.config)
+    eager = Chain(ports, torch_run(architecture, model))
+    ours = plain_run({role: folder / f"{role}.onnx" for role in ports})
+    worst = dict.fromkeys((str(role) for role in ports), 0.0)
+    for batch, source, past, new in console.track(SHAPES, "comparing with PyTorch"):
+        given = architecture.feeds(model.config, batch, source, generator)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        ids = torch.randint(vocabulary, (batch, max(past, 1) + new), generator=generator)
+        for role in ports:
+            current = (
+                given
+                if role is Role.ENCODER
+                else {"input_ids": ids[:, : max(past, 1)] if role is Role.PREFILL else ids[:, -new:]}
+            )
+            if role is Role.STEP and past == 0:
+                eager.forget_past()
+            found = ours(role, eager.inputs(role, current))
+            for name, value in eager(role, current).items():
+                if value.shape != found[name].shape:
+                    raise AccelError(
+                        f"export of {role}: {name} has shape {tuple(found[name].shape)}, PyTorch gives "
+                        f"{tuple(value.shape)} (batch {batch}, source {source}, past {past}, new {new})"
+                    )
+                scale = value.abs().max().clamp_min(1e-6) if value.numel() else torch.ones(())
+                difference = float(((found[name] - value).abs().amax() if value.numel() else 0.0) / scale)
+                if not difference <= tolerance:
+                    raise AccelError(
+                        f"export of {role}: {name} differs from PyTorch by {difference:.2e} of its largest value, "
+                        f"more than export.tolerance={tolerance:.0e} (batch {batch}, source {source}, past {past})"
+                    )
+                worst[str(role)] = max(worst[str(role)], difference)
+    return worst
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
+    """Writes `<role>.onnx` (with `<role>.onnx.data` when the weights are large) for every role."""
+    model = load_model(inputs["checkpoint"].folder)
+    generator = torch.Generator().manual_seed(config.export.seed)
+    ports = signatures(architecture, model.config)
+    given = architecture.feeds(model.config, EXAMPLE["batch"], EXAMPLE["source"], generator)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(vocabulary, (EXAMPLE["batch"], EXAMPLE["past"]), generator=generator)
+    chain = Chain(ports, torch_run(architecture, model))
+    nodes: dict[str, int] = {}
+    for role, signature in console.track(list(ports.items()), "tracing"):
+        wrapper = architecture.wrap(model, role)
+        tokens = ids[:, : EXAMPLE["new"]] if role is Role.STEP else ids
+        graph = export_role(wrapper, signature, example(chain, role, given, tokens))
+        name_weights(graph, wrapper, model)
+        files.save(graph, out / f"{role}.onnx")
+        nodes[str(role)] = files.node_count(graph)
+        del graph
+    worst = compare(architecture, model, out, config.export.tolerance, config.export.seed)
+    return {"nodes": nodes, "worst_relative_difference": worst}
+
+
+STAGE = Stage(
+    name="export",
+    run=run,
+    inputs=takes("checkpoint"),
+    sections=("export",),
+    packages=("torch", "transformers", "onnx", "onnx-ir", "onnxscript"),
+)

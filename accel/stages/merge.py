@@ -1,0 +1,82 @@
+"""Both decoders in one file, every weight once, in an ordinary Hugging Face folder: the candidate."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from transformers import AutoConfig
+
+from accel.adapter import Architecture, Role
+from accel.artifacts import Artifact
+from accel.errors import AccelError, unknown
+from accel.graph import files
+from accel.graph.merge import merge_if
+from accel.graph.merge_caches import merge_caches
+from accel.graph.weights import initializers, shared_bytes
+from accel.runtime import layout
+from accel.schema import Config, MergeConfig
+from accel.stages import Stage, takes
+
+BRANCHES = ("caches", "decoders")
+# Of the checkpoint: the description, the tokenizer and the processor. Not its weights, not its documentation.
+DESCRIPTION = ("*.json", "*.model", "*.txt", "*.jinja")
+WEIGHT_INDEX = "*.index.json"
+
+
+def check(merge: MergeConfig) -> None:
+    """Raises `AccelError` on a style that doesn't exist or an empty flag."""
+    if merge.branches not in BRANCHES:
+        raise unknown("merge.branches", merge.branches, BRANCHES)
+    if not merge.flag.isidentifier():
+        raise AccelError(f"merge.flag={merge.flag!r} is not a name, such as enable_cache or use_cache_branch")
+
+
+def merge(step: ir.Model, prefill: ir.Model, config: MergeConfig, cache: Mapping[str, str]) -> ir.Model:
+    """Both graphs in one, marked with what a runtime must know: the flag, and which output feeds which input."""
+    try:
+        if config.branches == "caches":
+            merged = merge_caches(step, prefill, config.flag, cache)
+        else:
+            merged = merge_if(step, prefill, config.flag)
+    except ValueError as error:
+        raise AccelError(f"merge: {error} (merge.branches={config.branches}, merge.flag={config.flag})") from error
+    merged.metadata_props[layout.FLAG] = config.flag
+    merged.metadata_props[layout.CACHE] = json.dumps(dict(cache))
+    return merged
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
+    """Writes `encoder_model.onnx` (if there is an encoder), `decoder_model_merged.onnx`, config and tokenizer files."""
+    source, checkpoint = inputs["convert"].folder, inputs["checkpoint"].folder
+    description = AutoConfig.from_pretrained(checkpoint)
+    roles = architecture.roles()
+    if Role.ENCODER in roles:
+        files.save(files.load(source / f"{Role.ENCODER}.onnx"), out / layout.ENCODER)
+    step, prefill = (files.load(source / f"{role}.onnx") for role in (Role.STEP, Role.PREFILL))
+    shared = shared_bytes(initializers(prefill), initializers(step))
+    step_bytes, prefill_bytes = files.weight_bytes(step), files.weight_bytes(prefill)
+    merged = merge(step, prefill, config.merge, architecture.signature(description, Role.STEP).cache)
+    files.save(merged, out / layout.DECODER)
+    for pattern in DESCRIPTION:
+        for path in checkpoint.glob(pattern):
+            if not path.match(WEIGHT_INDEX):
+                shutil.copyfile(path, out / path.name)
+    return {
+        "step_bytes": step_bytes,
+        "prefill_bytes": prefill_bytes,
+        "shared_bytes": shared,
+        "merged_bytes": files.weight_bytes(merged),
+        "nodes": files.node_count(merged),
+    }
+
+
+STAGE = Stage(
+    name="merge",
+    run=run,
+    inputs=takes("checkpoint", "convert"),
+    sections=("merge",),
+    packages=("onnx", "onnx-ir"),
+)

@@ -1,0 +1,59 @@
+"""Graph passes that cost nothing: fewer nodes and less memory, the same numbers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from accel import console
+from accel.adapter import Architecture, Role
+from accel.artifacts import Artifact
+from accel.errors import unknown
+from accel.graph import files
+from accel.graph.fold_constants import fold_constants, merge_duplicates, simplify, strip_metadata
+from accel.graph.fold_transposes import fold_transposes
+from accel.schema import Config
+from accel.stages import Stage, takes
+
+# In the order in which they run. A pass takes all graphs that share weights, and changes a weight in all or in none.
+PASSES: dict[str, Callable[[Sequence[ir.Model]], None]] = {
+    "strip_metadata": strip_metadata,
+    "fold_constants": fold_constants,
+    "simplify": simplify,
+    "merge_duplicates": merge_duplicates,
+    "fold_transposes": fold_transposes,
+}
+
+
+def check(passes: Mapping[str, bool]) -> None:
+    """Raises `AccelError` on a pass that doesn't exist."""
+    for name in passes:
+        if name not in PASSES:
+            raise unknown("optimize.passes", name, PASSES)
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
+    """Writes `<role>.onnx` for every role, and reports the nodes before and after each pass."""
+    roles = architecture.roles()
+    models = {role: files.load(inputs["export"].folder / f"{role}.onnx") for role in roles}
+    groups = [[models[Role.ENCODER]]] if Role.ENCODER in models else []
+    groups.append([model for role, model in models.items() if role is not Role.ENCODER])
+    nodes = {"exported": {str(role): files.node_count(model) for role, model in models.items()}}
+    for name, transform in console.track(list(PASSES.items()), "passes"):
+        if config.optimize.passes.get(name, True):
+            for group in groups:
+                transform(group)
+            nodes[name] = {str(role): files.node_count(model) for role, model in models.items()}
+    for role, model in console.track(list(models.items()), "writing"):
+        files.save(model, out / f"{role}.onnx")
+    return {"nodes": nodes}
+
+
+STAGE = Stage(
+    name="optimize",
+    run=run,
+    inputs=takes("export"),
+    sections=("optimize",),
+    packages=("onnx", "onnx-ir", "onnxscript"),
+)

@@ -1,0 +1,157 @@
+"""What PyTorch says in FP32, run first and alone: PyTorch and ONNX Runtime never hold a model at the same time."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig
+
+from accel import console, texts
+from accel.adapter import Architecture, Role
+from accel.artifacts import Artifact
+from accel.chain import Chain, signatures, torch_run
+from accel.generation import Generates
+from accel.schema import Config, VerifyConfig
+from accel.stages import Stage, takes
+from accel.stages.checkpoint import load_model
+
+TOKENS = "tokens.json"
+INPUTS = "inputs.safetensors"
+OUTPUTS = "outputs-{}.safetensors"
+# batch, source length, tokens of prefill, tokens of the step
+SHAPES = ((1, 7, 1, 1), (3, 12, 5, 1), (2, 33, 2, 3))
+
+
+def cases(config: Config) -> dict[str, dict[str, Any]]:
+    """The decoding methods compared, as options of `GenerationConfig`. `padded` runs the inputs in one batch.
+
+    Random weights say one token over and over, which would hide a wrong cache: there, no token may come twice.
+    """
+    verify = config.verify
+    unique = config.model.weights == "random" if verify.unique_tokens is None else verify.unique_tokens
+    common: dict[str, Any] = {"max_new_tokens": verify.max_new_tokens, "do_sample": False, "num_beams": 1}
+    if unique:
+        common["no_repeat_ngram_size"] = 1
+    return {
+        "greedy": common,
+        "beams": common | {"num_beams": verify.num_beams},
+        "sampling": common | {"do_sample": True, "top_k": 0, "temperature": 1.0},
+        "padded": common,
+    }
+
+
+def decode_case(
+    model: Generates,
+    name: str,
+    options: Mapping[str, Any],
+    inputs: Sequence[Mapping[str, Tensor]],
+    config: VerifyConfig,
+) -> list[list[int]]:
+    """The generated ids of every input under one case, without padding."""
+    size = config.batch_size if name == "padded" else 1
+    found: list[list[int]] = []
+    for start in range(0, len(inputs), size):
+        torch.manual_seed(config.seed + start)
+        found += generate_ids(model, inputs[start : start + size], options)
+    return found
+
+
+def generate_ids(
+    model: Generates, inputs: Sequence[Mapping[str, Tensor]], options: Mapping[str, Any]
+) -> list[list[int]]:
+    """Generate for single inputs in one padded batch; ids after the last that is not padding are dropped."""
+    padding = model.generation_config.pad_token_id or 0
+    batch = {name: tensor.to(model.device) for name, tensor in texts.pad(inputs, padding).items()}
+    settings = GenerationConfig(**{**model.generation_config.to_diff_dict(), "max_length": None, **options})
+    with torch.inference_mode():
+        sequences: list[list[int]] = model.generate(**batch, generation_config=settings).tolist()
+    for sequence in sequences:
+        while len(sequence) > 1 and sequence[-1] == padding:
+            sequence.pop()
+    return sequences
+
+
+def fixed_inputs(
+    folder: Path, references: str | None, architecture: Architecture, config: PretrainedConfig, verify: VerifyConfig
+) -> tuple[list[Mapping[str, Tensor]], list[str]]:
+    """The inputs of every case, and their texts: the first references, or random ids without text."""
+    tokenizer = texts.load_tokenizer(folder)
+    if tokenizer is None or references is None:
+        return texts.random_inputs(architecture, config, verify.inputs, verify.source_length, verify.seed), []
+    lines = list(texts.References.read(folder / references, verify.inputs).texts)
+    return [texts.encode(tokenizer, [line]) for line in lines], lines
+
+
+def role_calls(
+    architecture: Architecture, config: PretrainedConfig, seed: int
+) -> Iterator[tuple[int, Role, Mapping[str, Tensor]]]:
+    """(shape's number, role, what the caller gives) for every role at every one of `SHAPES`, in order."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    for number, (batch, source, past, new) in enumerate(SHAPES):
+        given = architecture.feeds(config, batch, source, generator)
+        ids = torch.randint(vocabulary, (batch, past + new), generator=generator)
+        for role in architecture.roles():
+            yield (
+                number,
+                role,
+                given
+                if role is Role.ENCODER
+                else {"input_ids": ids[:, :past] if role is Role.PREFILL else ids[:, past:]},
+            )
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
+    """Writes every output of every role at a few shapes, the tokens of every case, and the texts of the references."""
+    folder = inputs["checkpoint"].folder
+    model = load_model(folder)
+    settings = config.verify
+    chain = Chain(signatures(architecture, model.config), torch_run(architecture, model))
+    outputs: dict[int, dict[str, Tensor]] = {}
+    for number, role, given in role_calls(architecture, model.config, settings.seed):
+        for name, value in chain(role, given).items():
+            outputs.setdefault(number, {})[f"{role}.{name}"] = value.contiguous().clone()
+    for number, tensors in outputs.items():
+        save_file(tensors, out / OUTPUTS.format(number))
+    chosen, lines = fixed_inputs(folder, config.model.references, architecture, model.config, settings)
+    compared = cases(config)
+    tokens = {
+        name: decode_case(model, name, options, chosen, settings)
+        for name, options in console.track(list(compared.items()), "PyTorch, FP32")
+    }
+    (out / TOKENS).write_text(
+        json.dumps({"texts": lines, "tokens": tokens, "references": _references(config, folder, model)})
+    )
+    return {"inputs": len(chosen), "distinct_tokens": len({i for ids in tokens["greedy"] for i in ids})}
+
+
+def _references(config: Config, folder: Path, model: Generates) -> list[str]:
+    tokenizer = texts.load_tokenizer(folder)
+    if config.model.references is None or tokenizer is None:
+        return []
+    known = texts.References.read(folder / config.model.references, config.verify.references)
+    return decode_texts(model, tokenizer, known.texts, batch_size=50)
+
+
+def decode_texts(model: Generates, tokenizer: Any, lines: Sequence[str], batch_size: int) -> list[str]:
+    """Greedy outputs for `lines` under the model's own generation config, in order."""
+    outputs: list[str] = []
+    for start in console.track(range(0, len(lines), batch_size), "references"):
+        batch = texts.encode(tokenizer, lines[start : start + batch_size])
+        with torch.inference_mode():
+            ids = model.generate(**{name: tensor.to(model.device) for name, tensor in batch.items()}, num_beams=1)
+        outputs += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return outputs
+
+
+STAGE = Stage(
+    name="reference",
+    run=run,
+    inputs=takes("checkpoint"),
+    sections=("model", "verify"),
+    packages=("torch", "transformers"),
+)

@@ -1,0 +1,186 @@
+"""Proves a candidate against PyTorch: every output of every role, then tokens. A deployable is what passed."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from accel import console, texts
+from accel.adapter import Architecture, Port, Role
+from accel.artifacts import Artifact
+from accel.errors import AccelError
+from accel.generation import AcceleratedModel
+from accel.loading import open_model
+from accel.runtime import layout
+from accel.schema import Config
+from accel.stages import Stage, reference, takes
+
+STEPS = {"float32": 2.0**-23, "float16": 2.0**-10}  # distance from 1 to the next number of each type
+
+
+def threshold(dtype: str, layers: int) -> float:
+    """The largest difference allowed, relative to an output's largest value.
+
+    Rounding errors of independent operations add up like a random walk, so with the square root of the depth; an
+    operation of a layer may lose a few units in the last place, which the factors allow for.
+    """
+    return float((64 if dtype == "float32" else 16) * STEPS[dtype] * max(1, layers) ** 0.5)
+
+
+@dataclass
+class Difference:
+    """One output of one role at one shape: largest absolute difference, and relative to the largest value."""
+
+    absolute: float
+    relative: float
+
+
+@dataclass
+class Verdict:
+    """What `verify` found. Written into the deployable as `verdict.json`."""
+
+    passed: bool = False
+    precision: str = "float32"
+    arithmetic: str = "native"
+    runtime: str = "cpu"
+    threshold: float = 0.0
+    outputs: dict[str, Difference] = field(default_factory=dict)
+    identical: dict[str, float] = field(default_factory=dict)
+    first_difference: dict[str, int] = field(default_factory=dict)
+    error_rates: dict[str, dict[str, float]] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def compare_outputs(
+    model: AcceleratedModel, architecture: Architecture, expected: Path, verdict: Verdict, seed: int
+) -> None:
+    """Run every role at the reference's shapes through the runtime: both branches, every output."""
+    cache = architecture.signature(model.config, Role.STEP).cache
+    hidden: dict[str, Tensor] = {}
+    state = None
+    for number, role, given in reference.role_calls(architecture, model.config, seed):
+        known = _outputs_of(role, load_file(expected / reference.OUTPUTS.format(number)))
+        if role is Role.ENCODER:
+            found = dict(model.runtime.encode(given))
+            hidden = {
+                port.name: known.get(port.source or "", given.get(port.source or ""))
+                for port in _context(architecture, model)
+            }
+        else:
+            if role is Role.PREFILL:
+                logits, state = model.runtime.prefill({**given, **hidden})
+            elif state is not None:
+                logits = model.runtime.step(given["input_ids"], state)
+            views = state.views() if state is not None else {}
+            found = {"logits": logits} | {output: views[name] for name, output in cache.items()}
+        for name, value in known.items():
+            _measure(verdict, f"{role}.{name}", found[name], value)
+
+
+def _outputs_of(role: Role, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{role}."): value for name, value in tensors.items() if name.startswith(f"{role}.")}
+
+
+def _context(architecture: Architecture, model: AcceleratedModel) -> list[Port]:
+    """The decoder's inputs that come from the encoder."""
+    return [port for port in architecture.signature(model.config, Role.PREFILL).inputs if port.source]
+
+
+def _measure(verdict: Verdict, name: str, found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape:
+        verdict.failures.append(f"{name} has shape {tuple(found.shape)}, PyTorch gives {tuple(expected.shape)}")
+        return
+    absolute = float((found.cpu().float() - expected).abs().max())
+    relative = absolute / max(float(expected.abs().max()), 1e-6)
+    worst = verdict.outputs.setdefault(name, Difference(0.0, 0.0))
+    worst.absolute, worst.relative = max(worst.absolute, absolute), max(worst.relative, relative)
+    if not relative <= verdict.threshold:
+        verdict.failures.append(
+            f"{name} is off by {relative:.1e} of its largest value, allowed {verdict.threshold:.1e}"
+        )
+
+
+def compare_tokens(
+    model: AcceleratedModel, folder: Path, config: Config, architecture: Architecture, expected: Any, verdict: Verdict
+) -> None:
+    """Generate for the reference's inputs under every case, and count the sequences that are the same."""
+    inputs, _ = reference.fixed_inputs(folder, config.model.references, architecture, model.config, config.verify)
+    compared = reference.cases(config)
+    for name, options in console.track(list(compared.items()), "tokens"):
+        found = reference.decode_case(model, name, options, inputs, config.verify)
+        right = expected["tokens"][name]
+        verdict.identical[name] = sum(map(list.__eq__, found, right)) / len(right)
+        for number, (ours, theirs) in enumerate(zip(found, right, strict=True)):
+            if ours != theirs:
+                position = next(
+                    (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+                    min(len(ours), len(theirs)),
+                )
+                verdict.first_difference[f"{name}.{number}"] = position
+        if name == "greedy" and expected["texts"]:
+            tokenizer = texts.load_tokenizer(folder)
+            if tokenizer is not None:
+                decoded = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (right, found))
+                verdict.samples = [
+                    {"input": line, "pytorch": theirs, "ours": ours}
+                    for line, theirs, ours in zip(expected["texts"], *decoded, strict=True)
+                ]
+
+
+def compare_references(
+    model: AcceleratedModel, folder: Path, config: Config, expected: list[str], verdict: Verdict
+) -> None:
+    """Error rates on the references, PyTorch's beside ours."""
+    tokenizer = texts.load_tokenizer(folder)
+    if config.model.references is None or tokenizer is None:
+        return
+    known = texts.References.read(folder / config.model.references, config.verify.references)
+    found = reference.decode_texts(model, tokenizer, known.texts, batch_size=50)
+    verdict.error_rates = {"pytorch": known.error_rates(expected), "ours": known.error_rates(found)}
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
+    """Writes the candidate's files (linked where possible) and `verdict.json`. Raises `AccelError` if it is refused."""
+    candidate, checkpoint, expected = inputs["merge"].folder, inputs["checkpoint"].folder, inputs["reference"].folder
+    verdict = Verdict(precision=config.precision.dtype, runtime=config.runtime.name)
+    with open_model(candidate, config.runtime) as model:
+        layers = sum(1 for port in architecture.signature(model.config, Role.PREFILL).outputs) // 4
+        verdict.threshold = threshold(config.precision.dtype, layers)
+        compare_outputs(model, architecture, expected, verdict, config.verify.seed)
+        tokens = json.loads((expected / reference.TOKENS).read_text())
+        compare_tokens(model, checkpoint, config, architecture, tokens, verdict)
+        compare_references(model, checkpoint, config, tokens["references"], verdict)
+    if config.precision.dtype == "float32" and min(verdict.identical.values()) < 1:
+        cases = ", ".join(f"{name} {share:.0%}" for name, share in verdict.identical.items())
+        verdict.failures.append(f"FP32 tokens must be PyTorch's; identical sequences: {cases}")
+    verdict.passed = not verdict.failures
+    if not verdict.passed:
+        raise AccelError("verify refuses the candidate:\n" + "\n".join(verdict.failures[:8]))
+    for path in candidate.iterdir():
+        if path.name != "manifest.json":
+            _link(path, out / path.name)
+    (out / layout.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
+    return {"identical": verdict.identical, "error_rates": verdict.error_rates, "arithmetic": verdict.arithmetic}
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+STAGE = Stage(
+    name="verify",
+    run=run,
+    inputs=takes("checkpoint", "merge", "reference"),
+    sections=("model", "precision", "runtime", "verify"),
+    packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu"),
+)

@@ -1,0 +1,67 @@
+"""Refuses what can't work before any stage runs: one message that names the value and the choices."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from accel.errors import AccelError, unknown
+from accel.schema import Config
+
+LONGEST = 1_000_000  # tokens; more is a slip of the keyboard
+OWN_OPTIONS = {"text", "file", "output", "batch_size", "seed"}  # of `generate`, beside GenerationConfig's
+
+
+def validate(config: Config) -> None:
+    """Raises `AccelError` on the first value that can't be used."""
+    from accel.stages import benchmark, checkpoint, merge, optimize
+
+    checkpoint.check(config.model)
+    optimize.check(config.optimize.passes)
+    merge.check(config.merge)
+    benchmark.check(config.benchmark)
+    _positive(config, "audit", ("batches", "batch_size", "max_length"))
+    _positive(config, "verify", ("inputs", "batch_size", "source_length", "max_new_tokens", "num_beams"))
+    _positive(config, "benchmark", ("source_length", "new_tokens", "num_beams", "batch_size", "repeats"))
+    _positive(config, "profile", ("source_length", "new_tokens", "top"))
+    if config.audit.margin < 1:
+        raise AccelError(f"audit.margin={config.audit.margin}: must be 1 or more (1: only what really overflows)")
+    if config.precision.dtype not in ("float32", "float16"):
+        raise unknown("precision.dtype", config.precision.dtype, ("float32", "float16"))
+    if config.runtime.threads < 0:
+        raise AccelError(f"runtime.threads={config.runtime.threads}: must be 0 (automatic) or more")
+    check_generate(config.generate)
+
+
+def _positive(config: Config, section: str, keys: Iterable[str]) -> None:
+    for key in keys:
+        value = getattr(getattr(config, section), key)
+        if not 1 <= value <= LONGEST:
+            raise AccelError(f"{section}.{key}={value}: must be from 1 to {LONGEST}")
+
+
+def check_generate(options: dict[str, Any]) -> None:
+    """Raises `AccelError` on an option that neither accel nor transformers' `GenerationConfig` has, or a bad value."""
+    from transformers import GenerationConfig
+
+    known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")} - {"transformers_version"}
+    for name in options:
+        if name not in known | OWN_OPTIONS:
+            raise unknown(
+                "generation option", f"generate.{name}", sorted(f"generate.{key}" for key in known | OWN_OPTIONS)
+            )
+    for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences", "batch_size"):
+        value = options.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LONGEST):
+            raise AccelError(f"generate.{name}={value}: must be a whole number from 1 to {LONGEST}")
+    if "text" in options and "file" in options:
+        raise AccelError("generate.text and generate.file exclude each other; give one")
+    if "output" in options and "file" not in options:
+        raise AccelError("generate.output goes with generate.file")
+    try:
+        GenerationConfig(**generation_options(options)).validate()
+    except (ValueError, TypeError) as error:
+        raise AccelError(f"generate: {str(error).splitlines()[0]}") from error
+
+
+def generation_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the `generate` section that are transformers' own."""
+    return {name: value for name, value in options.items() if name not in OWN_OPTIONS}
