@@ -11,7 +11,7 @@ from accel import registry, schema
 from accel.artifacts import Artifact
 from accel.errors import AccelError, unknown
 from accel.pipeline import Pipeline, chosen
-from accel.schema import Config
+from accel.schema import Config, RuntimeConfig
 from accel.validation import validate
 
 AUTO = "auto"
@@ -43,6 +43,14 @@ def settle(composed: DictConfig, overrides: Sequence[str]) -> Config:
         config.model.name = Path(str(config.model.checkpoint)).name or "model"
     validate(config)
     return config
+
+
+def runtime_named(name: str) -> RuntimeConfig:
+    """The runtime that `conf/runtime/<name>.yaml` describes. Raises Hydra's error, listing the choices, on another."""
+    schema.register()
+    with hydra.initialize_config_module("accel.conf", version_base="1.3"):
+        runtime = typed(hydra.compose("config", [f"runtime={name}"])).runtime
+    return runtime_named(_runtime()) if runtime.name == AUTO else runtime
 
 
 def typed(composed: DictConfig) -> Config:

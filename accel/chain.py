@@ -30,7 +30,7 @@ class Chain:
     def __call__(self, role: Role, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run `role`; its inputs and outputs become available to the next one."""
         outputs = self.run(role, self.inputs(role, given))
-        self.pool |= given | outputs
+        self.pool |= {**given, **outputs}
         return outputs
 
     def forget_past(self) -> None:

@@ -1,7 +1,7 @@
 """The model that Hugging Face `generate` drives, over any runtime."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,14 +11,8 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from accel.runtime.protocol import Runtime, State
 
-
-class Generates(Protocol):
-    """A model with transformers' `generate`: PyTorch's own or ours."""
-
-    device: torch.device
-    generation_config: GenerationConfig
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+Generates: TypeAlias = Any
+"""A model with transformers' `generate`: PyTorch's own or ours. Its mixin hides the method from type checkers."""
 
 
 class StateCache(Cache):
@@ -74,7 +68,7 @@ class Encoder:
 
     main_input_name = "input_ids"
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime[Any]) -> None:
         self.runtime = runtime
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
@@ -93,7 +87,7 @@ class AcceleratedModel(GenerationMixin):
     base_model_prefix = ""
     _is_stateful = False
 
-    def __init__(self, runtime: Runtime, config: PretrainedConfig, generation_config: GenerationConfig) -> None:
+    def __init__(self, runtime: Runtime[Any], config: PretrainedConfig, generation_config: GenerationConfig) -> None:
         self.runtime = runtime
         self.config = config
         self.generation_config = generation_config
@@ -142,7 +136,7 @@ class AcceleratedModel(GenerationMixin):
             raise ValueError("decoder_input_ids is missing")
         if isinstance(past_key_values, StateCache):
             logits = self.runtime.step(decoder_input_ids, past_key_values.state)
-            return Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)
+            return _output(logits, past_key_values)
         if encoder_outputs is None:
             if input_ids is None:
                 raise ValueError("either input_ids or encoder_outputs is needed")
@@ -153,7 +147,7 @@ class AcceleratedModel(GenerationMixin):
             {"input_ids": decoder_input_ids, "encoder_hidden_states": hidden, "encoder_attention_mask": mask}
         )
         cache = StateCache(state) if use_cache is not False else None
-        return Seq2SeqLMOutput(logits=logits, past_key_values=cache, encoder_last_hidden_state=hidden)
+        return _output(logits, cache, hidden)
 
     def close(self) -> None:
         """Free the sessions."""
@@ -164,3 +158,8 @@ class AcceleratedModel(GenerationMixin):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _output(logits: Tensor, cache: StateCache | None, hidden: Tensor | None = None) -> Seq2SeqLMOutput:
+    # transformers types the cache more narrowly than its own `generate` needs
+    return Seq2SeqLMOutput(logits=logits, past_key_values=cache, encoder_last_hidden_state=hidden)  # type: ignore[arg-type]

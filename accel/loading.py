@@ -42,9 +42,9 @@ def load(folder: str | Path, runtime: str = "auto") -> AcceleratedModel:
 
     Raises `AccelError` if the folder holds no deployable or the runtime can't be used.
     """
-    from accel.application import compose
+    from accel.application import runtime_named
 
-    where = compose([f"runtime={runtime}"]).runtime
+    where = runtime_named(runtime)
     if verdict_of(Path(folder)) is None:
         console.warn(f"{folder}: unverified, no {layout.VERDICT}")
     return open_model(Path(folder), where)

@@ -156,7 +156,7 @@ class Pipeline:
             artifact = self.artifact(name)
             if reused:
                 console.note(f"{name:<10} reused  {artifact.folder}")
-        return {name: artifact for name in (*HIDDEN, *names) if (artifact := self._artifacts.get(name)) is not None}
+        return {name: self._artifacts[name] for name in (*HIDDEN, *names) if name in self._artifacts}
 
 
 def machine(config: Config) -> dict[str, Any]:

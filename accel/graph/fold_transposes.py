@@ -31,7 +31,7 @@ def _only_transposed(value: ir.Value) -> bool:
 def _fold(value: ir.Value, tensor: ir.TensorProtocol) -> None:
     users = value.consumers()
     order = tuple(users[0].attributes.get_ints("perm", ())) or tuple(reversed(range(len(tensor.shape))))
-    shape = ir.Shape([tensor.shape[axis] for axis in order])
+    shape = ir.Shape([tensor.shape.numpy()[axis] for axis in order])
     value.const_value = ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(tensor.numpy().transpose(order)), dtype=tensor.dtype),
         dtype=tensor.dtype,

@@ -115,7 +115,7 @@ def _slice(value: ir.Value) -> list[ir.Node]:
     return _copy([node for node in value.graph if node in wanted], {})
 
 
-def _copy(nodes: list[ir.Node], values: Mapping[ir.Value, ir.Value]) -> list[ir.Node]:
+def _copy(nodes: list[ir.Node], values: Mapping[ir.Value | None, ir.Value | None]) -> list[ir.Node]:
     """Copies of `nodes`, which read each other's outputs and `values` in place of the originals."""
     known: dict[ir.Value | None, ir.Value | None] = dict(values)
     copies = []

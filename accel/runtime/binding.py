@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import onnxruntime
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 # ONNX Runtime names element types as C++ does; the numbers are onnx.TensorProto's.
 TYPES = {
@@ -46,4 +47,4 @@ class BoundSession:
         for name in wanted:
             binding.bind_output(name, self.device.type, self.device.index or 0)
         self.session.run_with_iobinding(binding)
-        return [torch.from_dlpack(value) for value in binding.get_outputs()]
+        return [from_dlpack(value) for value in binding.get_outputs()]

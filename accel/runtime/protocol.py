@@ -1,7 +1,7 @@
 """What generation needs of a runtime. Another engine joins by implementing these two protocols in a file of its own."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,10 @@ class State(Protocol):
         ...
 
 
-class Runtime(Protocol):
+S = TypeVar("S", bound=State)
+
+
+class Runtime(Protocol[S]):
     """Runs the graphs of one deployable."""
 
     device: torch.device
@@ -51,11 +54,11 @@ class Runtime(Protocol):
         """Encoder inputs -> its outputs: last_hidden_state [batch, source, width]."""
         ...
 
-    def prefill(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, State]:
+    def prefill(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, S]:
         """Decoder inputs without past -> logits [batch, new, vocabulary] and the state to continue from."""
         ...
 
-    def step(self, ids: Tensor, state: State) -> Tensor:
+    def step(self, ids: Tensor, state: S) -> Tensor:
         """Any number (>= 1) of new ids [batch, new] -> logits [batch, new, vocabulary]; the state moves on."""
         ...
 

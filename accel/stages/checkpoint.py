@@ -59,8 +59,10 @@ def model_config(model: ModelConfig) -> PretrainedConfig:
     try:
         if model.weights == "random" and model.config:
             values = dict(model.config)
-            return AutoConfig.for_model(values.pop("model_type"), **values)
-        return AutoConfig.from_pretrained(locate(model, weights=False))
+            described: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+        else:
+            described = AutoConfig.from_pretrained(locate(model, weights=False))
+        return described
     except (ValueError, KeyError) as error:
         raise AccelError(f"checkpoint {model.checkpoint!r}: {str(error).splitlines()[0]}") from error
 
@@ -71,8 +73,10 @@ def load_model(folder: Path) -> PreTrainedModel:
     name = (config.architectures or ["none"])[0]
     if not hasattr(transformers, name):
         raise AccelError(f"{folder / 'config.json'}: transformers has no model class {name!r} (`architectures`)")
-    model = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
+    kind = getattr(transformers, name)
+    model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model.eval()
+    return model
 
 
 def pretrained(model: ModelConfig) -> Artifact:
@@ -88,7 +92,7 @@ def pretrained(model: ModelConfig) -> Artifact:
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Random weights: initialise on the CPU from the seed and save."""
     description = model_config(config.model)
-    name = (description.architectures or [None])[0]
+    name = next(iter(description.architectures or []), None)
     kind = "AutoModelForSeq2SeqLM" if description.is_encoder_decoder else "AutoModelForCausalLM"
     torch.manual_seed(config.model.seed)
     with torch.device("cpu"):

@@ -69,10 +69,7 @@ def compare_outputs(
         known = _outputs_of(role, load_file(expected / reference.OUTPUTS.format(number)))
         if role is Role.ENCODER:
             found = dict(model.runtime.encode(given))
-            hidden = {
-                port.name: known.get(port.source or "", given.get(port.source or ""))
-                for port in _context(architecture, model)
-            }
+            hidden = {port.name: (dict(given) | known)[port.source or ""] for port in _context(architecture, model)}
         else:
             if role is Role.PREFILL:
                 logits, state = model.runtime.prefill({**given, **hidden})
