@@ -30,7 +30,7 @@ class PrecisionConfig:
 
 @dataclass
 class RuntimeConfig:
-    """Where a deployable runs. `session` entries are ONNX Runtime's session configuration keys."""
+    """Where a deployable runs. `session`: ONNX Runtime's configuration keys; `half`: it computes FP16 in FP16."""
 
     name: str = MISSING
     provider: str = "CPUExecutionProvider"
@@ -38,6 +38,7 @@ class RuntimeConfig:
     session: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
     threads: int = 0
+    half: bool = False
 
 
 @dataclass

@@ -28,7 +28,14 @@ def save(model: ir.Model, path: Path) -> None:
     if weight_bytes(model) > EXTERNAL_ABOVE:
         ir.save(model, path, external_data=data_name(path), size_threshold_bytes=INLINE_BELOW)
     else:
+        ir.external_data.load_to_model(model)  # a graph that shrank leaves its old data file behind
         ir.save(model, path)
+
+
+def save_graph(model: ir.Model, path: Path) -> None:
+    """Write the graph alone: weights that lie in a data file stay there, and a link to it must lie beside `path`."""
+    TopologicalSortPass()(model)
+    ir.save(model, path)
 
 
 def weight_bytes(model: ir.Model) -> int:

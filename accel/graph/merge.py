@@ -27,14 +27,13 @@ def merge_if(when_true: ir.Model, when_false: ir.Model, flag: str) -> ir.Model:
         if output.name not in outputs:
             raise ValueError(f"output {output.name!r} of the first branch is missing from the second")
     types = {output.name or "": output for output in when_false.graph.outputs}
+    results = [_output(types[name]) for name in outputs]  # before the branches' own values are renamed
     branches = {
         "then_branch": _branch(when_true, "with_past", outputs, types, inputs),
         "else_branch": _branch(when_false, "without_past", outputs, types, inputs),
     }
     condition = inputs[flag]
-    node = ir.node(
-        "If", [condition], attributes=branches, outputs=[_output(types[name]) for name in outputs], name="decoder"
-    )
+    node = ir.node("If", [condition], attributes=branches, outputs=results, name="decoder")
     graph = ir.Graph(
         list(inputs.values()),
         node.outputs,

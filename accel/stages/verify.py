@@ -1,8 +1,7 @@
 """Proves a candidate against PyTorch: every output of every role, then tokens. A deployable is what passed."""
 
 import json
-import os
-import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +12,11 @@ from torch import Tensor
 
 from accel import console, texts
 from accel.adapter import Architecture, Port, Role
-from accel.artifacts import Artifact
+from accel.artifacts import MANIFEST, Artifact, link
 from accel.errors import AccelError
 from accel.generation import AcceleratedModel
+from accel.graph import files
+from accel.graph.emulate import emulate_half
 from accel.loading import open_model
 from accel.runtime import layout
 from accel.schema import Config
@@ -143,12 +144,25 @@ def compare_references(
     verdict.error_rates = {"pytorch": known.error_rates(expected), "ours": known.error_rates(found)}
 
 
-def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes the candidate's files (linked where possible) and `verdict.json`. Raises `AccelError` if it is refused."""
-    candidate, checkpoint, expected = inputs["merge"].folder, inputs["checkpoint"].folder, inputs["reference"].folder
-    verdict = Verdict(precision=config.precision.dtype, runtime=config.runtime.name)
-    with open_model(candidate, config.runtime) as model:
-        layers = sum(1 for port in architecture.signature(model.config, Role.PREFILL).outputs) // 4
+def emulated(candidate: Path, folder: Path) -> Path:
+    """The candidate with its graphs emulated (`accel.graph.emulate`), in `folder`, over the same weights."""
+    for path in candidate.iterdir():
+        if path.suffix != ".onnx":
+            link(path, folder / path.name)
+    for path in candidate.glob("*.onnx"):
+        model = files.load(path)
+        emulate_half(model)
+        files.save_graph(model, folder / path.name)
+    return folder
+
+
+def examine(
+    folder: Path, config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, verdict: Verdict
+) -> None:
+    """Fill in the verdict on the model in `folder`."""
+    checkpoint, expected = inputs["checkpoint"].folder, inputs["reference"].folder
+    with open_model(folder, config.runtime) as model:
+        layers = len(architecture.signature(model.config, Role.STEP).outputs) // 2
         verdict.threshold = threshold(config.precision.dtype, layers)
         compare_outputs(model, architecture, expected, verdict, config.verify.seed)
         tokens = json.loads((expected / reference.TOKENS).read_text())
@@ -158,20 +172,28 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         cases = ", ".join(f"{name} {share:.0%}" for name, share in verdict.identical.items())
         verdict.failures.append(f"FP32 tokens must be PyTorch's; identical sequences: {cases}")
     verdict.passed = not verdict.failures
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
+    """Writes the candidate's files (linked where possible) and `verdict.json`. Raises `AccelError` if it is refused."""
+    candidate = inputs["merge"].folder
+    native = config.precision.dtype == "float32" or config.runtime.half
+    verdict = Verdict(
+        precision=config.precision.dtype,
+        arithmetic="native" if native else "emulated",
+        runtime=config.runtime.name,
+    )
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        tested = candidate if native else emulated(candidate, Path(scratch))
+        examine(tested, config, inputs, architecture, verdict)
     if not verdict.passed:
-        raise AccelError("verify refuses the candidate:\n" + "\n".join(verdict.failures[:8]))
+        kept = "\n".join(verdict.failures[:8])
+        raise AccelError(f"verify refuses the candidate ({verdict.precision}, {verdict.arithmetic}):\n{kept}")
     for path in candidate.iterdir():
-        if path.name != "manifest.json":
-            _link(path, out / path.name)
+        if path.name != MANIFEST:
+            link(path, out / path.name)
     (out / layout.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
     return {"identical": verdict.identical, "error_rates": verdict.error_rates, "arithmetic": verdict.arithmetic}
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
 
 
 STAGE = Stage(

@@ -1,0 +1,134 @@
+"""FP32 graph -> mixed precision: FP16 everywhere but where the plan says otherwise."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from accel.graph.plan import ANY_TYPE, Plan, clamp_masks, is_weight
+from accel.graph.probe import FLOAT, infer_types
+
+HALF = ir.DataType.FLOAT16
+
+
+def convert_half(model: ir.Model, plan: Plan) -> None:
+    """In place: float values become FP16 except weights, ports and node outputs that the plan keeps.
+
+    A `Cast` stands only where an FP16 value meets a kept node or the other way round, once per value and type.
+    """
+    infer_types(model)
+    clamp_masks(model)
+    graph = model.graph
+    nodes = list(graph)
+    casts = Casts(graph)
+    wanted = {value: _port_type(value, plan) for value in (*graph.inputs, *graph.outputs) if value.dtype == FLOAT}
+    for value in graph.inputs:
+        if value in wanted:
+            value.type = ir.TensorType(wanted[value])
+    for value in list(graph.initializers.values()):
+        if is_weight(value) and (value.name or "") not in plan.weights:
+            _halve(value)
+    for node in nodes:
+        kept = (node.outputs[0].name or "") in plan.nodes
+        for output in node.outputs:
+            if output.dtype == FLOAT and not kept:
+                output.type = ir.TensorType(HALF)
+        if not kept:
+            _halve_attributes(node)
+    for node in nodes:
+        needed = FLOAT if (node.outputs[0].name or "") in plan.nodes else HALF
+        if node.op_type in ANY_TYPE:
+            continue
+        for position, value in enumerate(node.inputs):
+            if value is not None and value.dtype in (FLOAT, HALF) and value.dtype != needed:
+                node.replace_input_with(position, casts(value, needed))
+    for position, value in enumerate(list(graph.outputs)):
+        if value in wanted and value.dtype != wanted[value]:
+            name = value.name
+            value.name = f"{name}.{value.dtype.name.lower()}" if value.dtype else name
+            made = casts(value, wanted[value])
+            made.name = name
+            graph.outputs[position] = made
+    _drop_unused(graph)
+
+
+class Casts:
+    """Makes each value available in the other precision, once."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def __call__(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        if (value, dtype) not in self.made:
+            self.made[value, dtype] = self._constant(value, dtype) or self._cast(value, dtype)
+        return self.made[value, dtype]
+
+    def _constant(self, value: ir.Value, dtype: ir.DataType) -> ir.Value | None:
+        """A small constant is stored in either type: cheaper than a node."""
+        tensor = value.const_value
+        if tensor is None or not value.is_initializer() or is_weight(value):
+            return None
+        name = f"{value.name}.{dtype.name.lower()}"
+        content = tensor.numpy().astype(dtype.numpy())
+        made = ir.val(name, const_value=ir.tensor(content, name=name))
+        self.graph.register_initializer(made)
+        return made
+
+    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        source = value.producer()
+        if source is not None and source.op_type == "Cast" and (origin := source.inputs[0]) is not None:
+            if origin.dtype == dtype and dtype == HALF:
+                return origin  # FP16 -> FP32 -> FP16 loses nothing: the pair cancels
+        output = ir.Value(name=f"{value.name}.to.{dtype.name.lower()}", type=ir.TensorType(dtype), shape=value.shape)
+        node = ir.node("Cast", [value], attributes={"to": int(dtype)}, outputs=[output], name=output.name)
+        if source is not None:
+            self.graph.insert_after(source, node)
+        else:
+            self.graph.insert_before(self.graph[0], node)
+        return output
+
+
+def _port_type(value: ir.Value, plan: Plan) -> ir.DataType:
+    return FLOAT if (value.name or "") in plan.ports else HALF
+
+
+def _halve(value: ir.Value) -> None:
+    tensor = value.const_value
+    if tensor is None:
+        return
+    value.const_value = ir.LazyTensor(
+        lambda: ir.tensor(tensor.numpy().astype(np.float16)), dtype=HALF, shape=tensor.shape, name=value.name
+    )
+    value.type = ir.TensorType(HALF)
+
+
+def _halve_attributes(node: ir.Node) -> None:
+    """Types that a node carries itself: the target of a `Cast`, the value of a constant."""
+    attributes: Mapping[str, ir.Attr] = node.attributes
+    if node.op_type == "Cast" and attributes["to"].as_int() == int(FLOAT):
+        node.attributes["to"] = ir.AttrInt64("to", int(HALF))
+    constant: Any = attributes.get("value")
+    if constant is not None and constant.type == ir.AttributeType.TENSOR and constant.as_tensor().dtype == FLOAT:
+        content = constant.as_tensor().numpy().astype(np.float16)
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(content))
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    for value in list(graph.initializers.values()):
+        if not value.uses() and not value.is_graph_output():
+            graph.initializers.pop(value.name or "")
+
+
+def half_share(model: ir.Model) -> dict[str, float]:
+    """Which part of the float nodes and of the weight bytes is in FP16, from 0 to 1; and how many casts there are."""
+    nodes = [node for node in model.graph if any(output.dtype in (FLOAT, HALF) for output in node.outputs)]
+    work = [node for node in nodes if node.op_type != "Cast"]
+    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    total = sum(tensor.nbytes for tensor in weights if tensor.dtype in (FLOAT, HALF))
+    return {
+        "nodes": sum(any(output.dtype == HALF for output in node.outputs) for node in work) / max(1, len(work)),
+        "weight_bytes": sum(tensor.nbytes for tensor in weights if tensor.dtype == HALF) / max(1, total),
+        "casts": len(nodes) - len(work),
+    }

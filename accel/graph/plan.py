@@ -1,0 +1,231 @@
+"""Decides which nodes stay in FP32, and why, from what each value was seen to hold.
+
+- Overflow counts everywhere: a node stays if a value it reads or writes, weights included, comes within the margin of
+  FP16's largest number.
+- Underflow counts only where zero or a lost digit changes the result: what is divided by, taken the logarithm or the
+  root of, and the sums that lead there. Elsewhere an element near zero may well become zero.
+- A float that becomes an integer or a truth value by way of arithmetic on positions stays: rounding would change it.
+- What FP32 itself can't hold (a logarithm of zero that a later `Where` discards) stays as it is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from accel.graph.probe import FLOAT, Range
+
+LARGEST = 65504.0  # of FP16
+SMALLEST = 2.0**-14  # below it FP16 loses digits, one by one, down to zero at 2**-25
+MASK = -LARGEST / 2  # what stands for minus infinity in FP16: a score can be added without reaching infinity
+
+ANY_TYPE = frozenset({"Cast", "Shape", "Size"})  # read a value of either precision as it is
+ROOTS = frozenset({"Sqrt", "Reciprocal", "Log"})  # zero in, or a digit lost, changes everything that follows
+SUMS = frozenset({"Add", "ReduceMean", "ReduceSum", "Sqrt", "Mean", "Sum"})  # what a norm adds up before its root
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a node stays in FP32: the rule, the value that it is about, and what that was seen to hold."""
+
+    rule: str
+    value: str
+    largest: float | None = None
+    smallest: float | None = None
+
+
+@dataclass
+class Plan:
+    """What one graph keeps in FP32. Nodes are named by their first output, which is unique in a graph."""
+
+    nodes: dict[str, Reason] = field(default_factory=dict)
+    weights: dict[str, Reason] = field(default_factory=dict)
+    ports: dict[str, Reason] = field(default_factory=dict)
+
+    def dump(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> "Plan":
+        return cls(**{kind: {name: Reason(**why) for name, why in found.items()} for kind, found in values.items()})
+
+
+def is_mask(value: ir.Value) -> bool:
+    """A scalar at or beyond FP16's most negative number: it stands for minus infinity in a mask."""
+    tensor = value.const_value
+    if tensor is None or tensor.size != 1 or tensor.dtype != FLOAT:
+        return False
+    return float(tensor.numpy().reshape(())) <= -LARGEST
+
+
+def clamp_masks(model: ir.Model) -> None:
+    """In place: let masks add what FP16 can hold, so that they don't count as overflow."""
+    for value in model.graph.initializers.values():
+        if is_mask(value) and value.const_value is not None:
+            shape = value.const_value.shape.numpy()
+            value.const_value = ir.tensor(np.full(shape, MASK, np.float32), name=value.name)
+
+
+def make_plan(model: ir.Model, ranges: Mapping[str, Range], margin: float) -> Plan:
+    """The plan for a graph whose masks are clamped. `ranges`: value name -> what it held; `margin` >= 1, a factor."""
+    graph = model.graph
+    plan = Plan()
+    beyond = {name: reason for name, held in ranges.items() if (reason := _beyond(name, held, margin)) is not None}
+    for value in graph.initializers.values():
+        if (reason := _weight(value, margin)) is not None:
+            beyond[value.name or ""] = plan.weights[value.name or ""] = reason
+    low = _underflows(graph, ranges, margin)
+    positions = _position_arithmetic(graph)
+    for node in graph:
+        name = node.outputs[0].name or ""
+        touched = [value.name or "" for value in (*node.inputs, *node.outputs) if value is not None]
+        if node.op_type not in ANY_TYPE or node.outputs[0].dtype == FLOAT:
+            reason = next((beyond[value] for value in touched if value in beyond), None)
+            reason = reason or low.get(name) or positions.get(name) or _no_kernel(node, model.opset_imports)
+            if reason is not None and _has_float(node):
+                plan.nodes[name] = reason
+    for value in (*graph.inputs, *graph.outputs):
+        if value.name in beyond:
+            plan.ports[value.name or ""] = beyond[value.name or ""]
+    return plan
+
+
+def _beyond(name: str, held: Range, margin: float) -> Reason | None:
+    if held.not_finite:
+        return Reason("not finite in FP32 either", name, held.largest, held.smallest)
+    if held.largest * margin > LARGEST:
+        return Reason("overflow", name, held.largest, held.smallest)
+    return None
+
+
+def _weight(value: ir.Value, margin: float) -> Reason | None:
+    tensor = value.const_value
+    if tensor is None or tensor.dtype != FLOAT or tensor.size == 0:
+        return None
+    largest = float(np.abs(tensor.numpy()).max())
+    return None if largest <= LARGEST else Reason("overflow", value.name or "", largest)
+
+
+def _underflows(graph: ir.Graph, ranges: Mapping[str, Range], margin: float) -> dict[str, Reason]:
+    """Nodes around a root or divisor that comes too near zero, back to the elements that are summed up."""
+    found: dict[str, Reason] = {}
+
+    def keep(node: ir.Node | None, reason: Reason) -> None:
+        if node is None or (node.outputs[0].name or "") in found:
+            return
+        found[node.outputs[0].name or ""] = reason
+        if node.op_type in SUMS:
+            for value in node.inputs:
+                producer = value.producer() if value is not None else None
+                # Past the sum, one node more: the squares, whose elements must not vanish before they are added.
+                if producer is not None and node.op_type.startswith("Reduce"):
+                    found.setdefault(producer.outputs[0].name or "", reason)
+                elif producer is not None and producer.op_type in SUMS:
+                    keep(producer, reason)
+
+    for node in graph:
+        watched: list[ir.Value | None] = []
+        if node.op_type in ROOTS:
+            watched = [node.inputs[0], node.outputs[0]]
+        elif node.op_type in ("Div", "Pow"):
+            watched = [node.inputs[1 if node.op_type == "Div" else 0]] if _divides(node) else []
+        for value in watched:
+            held = ranges.get(value.name or "") if value is not None else None
+            if value is not None and held is not None and held.smallest < SMALLEST * margin:
+                reason = Reason("underflow", value.name or "", held.largest, held.smallest)
+                keep(node, reason)
+                keep(value.producer(), reason)
+                for user in value.consumers():
+                    keep(user, reason)
+    return found
+
+
+def _divides(node: ir.Node) -> bool:
+    if node.op_type == "Div":
+        return True
+    exponent = node.inputs[1].const_value if node.inputs[1] is not None else None
+    return exponent is None or bool((exponent.numpy() < 0).any())
+
+
+def _position_arithmetic(graph: ir.Graph) -> dict[str, Reason]:
+    """Float nodes between integers and integers (or truth values), such as T5's logarithmic distance buckets."""
+    from_integers: set[ir.Value] = set()
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None]
+        steady = (value.const_value is not None and value.const_value.size == 1 for value in inputs)
+        if all(
+            scalar or value.dtype != FLOAT or value in from_integers
+            for value, scalar in zip(inputs, steady, strict=True)
+        ):
+            from_integers.update(output for output in node.outputs if output.dtype == FLOAT)
+    found: dict[str, Reason] = {}
+    frontier = [
+        value
+        for node in graph
+        if node.outputs[0].dtype not in (FLOAT, None) and node.op_type not in ("Shape", "Size")
+        for value in node.inputs
+        if value in from_integers
+    ]
+    while frontier:
+        value = frontier.pop()
+        producer = value.producer() if value is not None else None
+        if value is not None and producer is not None and (value.name or "") not in found:
+            found[value.name or ""] = Reason("rounding would change an integer", value.name or "")
+            frontier += [other for other in producer.inputs if other in from_integers]
+    return found
+
+
+def _no_kernel(node: ir.Node, opsets: Mapping[str, int]) -> Reason | None:
+    """An operator whose specification has no FP16, or one with subgraphs, which are left alone."""
+    if any(
+        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
+    ):
+        return Reason("subgraph", node.outputs[0].name or "")
+    if node.domain not in ("", "ai.onnx"):
+        return None  # other domains publish no schema here; their FP32 operators exist in FP16
+    schema = onnx.defs.get_schema(node.op_type, opsets.get("", 20))
+    allowed = {kind for constraint in schema.type_constraints for kind in constraint.allowed_type_strs}
+    return None if "tensor(float16)" in allowed else Reason("no FP16 operator", node.outputs[0].name or "")
+
+
+def _has_float(node: ir.Node) -> bool:
+    return any(value is not None and value.dtype == FLOAT for value in (*node.inputs, *node.outputs))
+
+
+def unite(plans: Mapping[Any, Plan], models: Mapping[Any, ir.Model], feeds: Mapping[str, str]) -> None:
+    """In place: plans of graphs that share weights and caches agree, so that every weight and cache has one type.
+
+    A weight that a kept node reads is kept everywhere, and with it the nodes that read it. `feeds`: input -> output
+    that feeds it at the next step.
+    """
+    before = None
+    while before != (before := sum(len(plan.nodes) + len(plan.weights) + len(plan.ports) for plan in plans.values())):
+        for key, model in models.items():
+            for node in model.graph:
+                why = plans[key].nodes.get(node.outputs[0].name or "")
+                for value in node.inputs:
+                    if why is not None and value is not None and is_weight(value):
+                        for plan in plans.values():
+                            plan.weights.setdefault(value.name or "", why)
+        for key, model in models.items():
+            for name, why in plans[key].weights.items():
+                value = model.graph.initializers.get(name)
+                for user in value.consumers() if value is not None else ():
+                    if _has_float(user):
+                        plans[key].nodes.setdefault(user.outputs[0].name or "", why)
+        ports = {name: why for plan in plans.values() for name, why in plan.ports.items()}
+        for given, made in feeds.items():
+            why = ports.get(given) or ports.get(made)
+            if why is not None:
+                ports |= {given: why, made: why}
+        for plan in plans.values():
+            plan.ports.update(ports)
+
+
+def is_weight(value: ir.Value) -> bool:
+    """An FP32 initializer large enough that a second copy of it, in another type, would cost something."""
+    tensor = value.const_value
+    return value.is_initializer() and tensor is not None and tensor.dtype == FLOAT and tensor.size > 16
