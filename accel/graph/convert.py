@@ -40,16 +40,15 @@ def convert_half(model: ir.Model, plan: Plan) -> None:
         needed = FLOAT if (node.outputs[0].name or "") in plan.nodes else HALF
         if node.op_type in ANY_TYPE:
             continue
-        for position, value in enumerate(node.inputs):
-            if value is not None and value.dtype in (FLOAT, HALF) and value.dtype != needed:
-                node.replace_input_with(position, casts(value, needed))
-    for position, value in enumerate(list(graph.outputs)):
-        if value in wanted and value.dtype != wanted[value]:
-            name = value.name
-            value.name = f"{name}.{value.dtype.name.lower()}" if value.dtype else name
-            made = casts(value, wanted[value])
-            made.name = name
-            graph.outputs[position] = made
+        for position, given in enumerate(node.inputs):
+            if given is not None and given.dtype in (FLOAT, HALF) and given.dtype != needed:
+                node.replace_input_with(position, casts(given, needed))
+    for position, output in enumerate(tuple(graph.outputs)):
+        if output in wanted and output.dtype != wanted[output]:
+            name = output.name
+            output.name = f"{name}.computed"
+            graph.outputs[position] = casts(output, wanted[output])
+            graph.outputs[position].name = name
     _drop_unused(graph)
 
 
@@ -78,9 +77,9 @@ class Casts:
 
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         source = value.producer()
-        if source is not None and source.op_type == "Cast" and (origin := source.inputs[0]) is not None:
-            if origin.dtype == dtype and dtype == HALF:
-                return origin  # FP16 -> FP32 -> FP16 loses nothing: the pair cancels
+        origin = source.inputs[0] if source is not None and source.op_type == "Cast" else None
+        if origin is not None and origin.dtype == dtype == HALF:
+            return origin  # FP16 -> FP32 -> FP16 loses nothing: the pair cancels
         output = ir.Value(name=f"{value.name}.to.{dtype.name.lower()}", type=ir.TensorType(dtype), shape=value.shape)
         node = ir.node("Cast", [value], attributes={"to": int(dtype)}, outputs=[output], name=output.name)
         if source is not None:
@@ -99,7 +98,10 @@ def _halve(value: ir.Value) -> None:
     if tensor is None:
         return
     value.const_value = ir.LazyTensor(
-        lambda: ir.tensor(tensor.numpy().astype(np.float16)), dtype=HALF, shape=tensor.shape, name=value.name
+        lambda: ir.tensor(tensor.numpy().astype(np.float16)),
+        dtype=HALF,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=value.name,
     )
     value.type = ir.TensorType(HALF)
 

@@ -1,16 +1,14 @@
 """FP16 as it would come out on hardware that has it, on a provider that has not.
 
-ONNX Runtime's CPU provider computes FP16 graphs in FP32 and drops the casts between, so overflow and rounding never show
-there. Here every operator is FP32 on purpose, and every value that should be FP16 is rounded to it and back.
+ONNX Runtime's CPU provider computes FP16 graphs in FP32 and drops the casts between, so overflow and rounding never
+show there. Here every operator is FP32 on purpose, and every value that should be FP16 is rounded to it and back.
 """
-
-from collections.abc import Iterable
 
 import onnx_ir as ir
 from onnx_ir import convenience
 
 from accel.graph.convert import HALF
-from accel.graph.plan import ANY_TYPE
+from accel.graph.plan import ANY_TYPE, has_subgraph
 from accel.graph.probe import FLOAT
 
 
@@ -22,7 +20,7 @@ def emulate_half(model: ir.Model) -> None:
     for graph in list(model.graphs()):
         widened: dict[ir.Value, ir.Value] = {}
         for node in list(graph):
-            if node.op_type in ANY_TYPE or _graphs(node):
+            if node.op_type in ANY_TYPE or has_subgraph(node):
                 continue
             for position, value in enumerate(node.inputs):
                 if value is not None and value.dtype == HALF:
@@ -36,11 +34,6 @@ def emulate_half(model: ir.Model) -> None:
                 if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == HALF:
                     content = attribute.as_tensor().numpy().astype("float32")
                     node.attributes[attribute.name] = ir.AttrTensor(attribute.name, ir.tensor(content))
-
-
-def _graphs(node: ir.Node) -> bool:
-    kinds: Iterable[ir.AttributeType] = (attribute.type for attribute in node.attributes.values())
-    return any(kind in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for kind in kinds)
 
 
 def _cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:

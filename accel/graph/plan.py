@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.analysis import analyze_implicit_usage
 
 from accel.graph.probe import FLOAT, Range
 
 LARGEST = 65504.0  # of FP16
 SMALLEST = 2.0**-14  # below it FP16 loses digits, one by one, down to zero at 2**-25
-MASK = -LARGEST / 2  # what stands for minus infinity in FP16: a score can be added without reaching infinity
+MASK = -LARGEST / 4  # minus infinity in FP16: as much again can be added, with a margin of 2, and exp of it is 0
 
 ANY_TYPE = frozenset({"Cast", "Shape", "Size"})  # read a value of either precision as it is
 ROOTS = frozenset({"Sqrt", "Reciprocal", "Log"})  # zero in, or a digit lost, changes everything that follows
@@ -90,7 +91,25 @@ def make_plan(model: ir.Model, ranges: Mapping[str, Range], margin: float) -> Pl
     for value in (*graph.inputs, *graph.outputs):
         if value.name in beyond:
             plan.ports[value.name or ""] = beyond[value.name or ""]
+    _keep_captured(graph, plan)
     return plan
+
+
+def has_subgraph(node: ir.Node) -> bool:
+    """Whether the node is a control-flow operator, such as `If`, `Loop` or `Scan`."""
+    kinds = (attribute.type for attribute in node.attributes.values())
+    return any(kind in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for kind in kinds)
+
+
+def _keep_captured(graph: ir.Graph, plan: Plan) -> None:
+    """The nodes below a control-flow operator are left alone, so what they read from outside stays in FP32 as well."""
+    for value in set().union(*analyze_implicit_usage(graph).values()):
+        if value.graph is graph and value.dtype == FLOAT:
+            producer, reason = value.producer(), Reason("subgraph", value.name or "")
+            if producer is not None:
+                plan.nodes.setdefault(producer.outputs[0].name or "", reason)
+            else:
+                (plan.weights if value.is_initializer() else plan.ports).setdefault(value.name or "", reason)
 
 
 def _beyond(name: str, held: Range, margin: float) -> Reason | None:
@@ -180,9 +199,7 @@ def _position_arithmetic(graph: ir.Graph) -> dict[str, Reason]:
 
 def _no_kernel(node: ir.Node, opsets: Mapping[str, int]) -> Reason | None:
     """An operator whose specification has no FP16, or one with subgraphs, which are left alone."""
-    if any(
-        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
-    ):
+    if has_subgraph(node):
         return Reason("subgraph", node.outputs[0].name or "")
     if node.domain not in ("", "ai.onnx"):
         return None  # other domains publish no schema here; their FP32 operators exist in FP16

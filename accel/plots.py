@@ -1,0 +1,87 @@
+"""The plots. Drawn without a display; every function writes one PNG."""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import seaborn
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+SIZE = (9.0, 5.0)  # inches
+
+
+def latency(positions: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
+    """Seconds a token by position, one line a setup."""
+    milliseconds = {name: [1000 * value for value in values] for name, values in positions.items()}
+    _lines(milliseconds, title, "latency of the token (ms)", path, logarithmic=True)
+
+
+def accumulated(positions: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
+    """Seconds until each token is there, one line a setup."""
+    _lines({name: list(accumulate(values)) for name, values in positions.items()}, title, "accumulated time (s)", path)
+
+
+def operators(seconds: Mapping[str, float], title: str, path: Path) -> None:
+    """A bar an operator, longest first; `seconds` is in that order."""
+    axes = _axes(title, "time (ms)", "")
+    seaborn.barplot(x=[1000 * value for value in seconds.values()], y=list(seconds), ax=axes, color="steelblue")
+    _save(axes, path)
+
+
+def sweep(points: Sequence[Mapping[str, Any]], x: str, y: str, hue: str, panel: str, path: Path) -> None:
+    """`y` over `x`, one line a `hue`, one panel a value of `panel`. Points are records with these four keys."""
+    columns = {name: [point[name] for point in points] for name in (x, y, hue, panel)}
+    seaborn.set_theme(style="whitegrid")
+    count = len(set(columns[panel]))
+    grid = seaborn.relplot(
+        columns,
+        x=x,
+        y=y,
+        hue=hue,
+        col=panel,
+        kind="line",
+        marker="o",
+        errorbar=None,
+        col_wrap=min(3, count),
+        height=4,
+        facet_kws={"sharey": False},
+    )
+    grid.set_titles("{col_name}")
+    grid.set(ylim=(0, None))
+    grid.savefig(path, dpi=120)
+    pyplot.close(grid.figure)
+
+
+def _lines(
+    values: Mapping[str, Sequence[float]], title: str, label: str, path: Path, *, logarithmic: bool = False
+) -> None:
+    axes = _axes(title, "token", label)
+    for name, series in values.items():
+        seaborn.lineplot(x=range(1, len(series) + 1), y=list(series), label=name, ax=axes)
+    if logarithmic:  # the first token holds the encoder and would flatten the rest
+        axes.set_yscale("log")
+    _save(axes, path)
+
+
+def _axes(title: str, x: str, y: str) -> Axes:
+    seaborn.set_theme(style="whitegrid")
+    _, axes = pyplot.subplots(figsize=SIZE)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    return axes
+
+
+def _save(axes: Axes, path: Path) -> None:
+    figure = axes.get_figure(root=True)
+    if figure is None:
+        raise RuntimeError("axes without a figure")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

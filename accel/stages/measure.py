@@ -1,0 +1,159 @@
+"""Memory of one setup in a process of its own: `python -m accel.stages.measure TASK`, TASK being JSON.
+
+Nothing is left over from another setup, and what the imports take is not counted. The benchmark starts it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import psutil
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from accel import console
+from accel.adapter import Role
+from accel.errors import AccelError
+from accel.memory import PeakMemory, release, resident
+from accel.runtime import layout
+from accel.runtime.binding import BoundSession
+from accel.runtime.onnx import GrowingRuntime, GrowingState
+from accel.runtime.session import SessionSettings, open_session
+
+PEAK, SESSION = "peak", "session"
+STEP_ALONE, SEPARATE = "step alone", "onnx+cache, two files"
+STEPS = 4  # decoder calls after which a session holds what it will hold
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process measures: the peak of setup `name` over loading and one generation, or what its sessions hold.
+
+    `options` are those of `generate`.
+    """
+
+    kind: str
+    name: str
+    sources: Mapping[str, Any]
+    batch_size: int
+    source_length: int
+    inputs: str  # file of tensors, [batch_size, source_length, ...]
+    options: Mapping[str, Any]
+
+
+def measure_all(tasks: Sequence[Task], weight_bytes: int) -> list[int]:
+    """Bytes that each task's process added to what it held after its imports; as many at once as memory allows."""
+    room = psutil.virtual_memory().available // (8 * weight_bytes + 2**30)
+    with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, room))) as pool:
+        return list(console.track(pool.map(_in_fresh_process, tasks), "memory", total=len(tasks)))
+
+
+def _in_fresh_process(task: Task) -> int:
+    command = [sys.executable, "-m", "accel.stages.measure", json.dumps(asdict(task))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise AccelError(f"benchmark.memory: the process that measures {task.name!r} failed: {reason}")
+    return int(done.stdout.strip().splitlines()[-1])
+
+
+def held(device: torch.device) -> int:
+    """Bytes in use: of a GPU, everything on it, because neither ONNX Runtime nor PyTorch gives memory back."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(total - free)
+    release()
+    return resident()
+
+
+def session_memory(task: Task) -> int:
+    """Bytes held after opening the decoder's sessions, one prefill (where there is one) and a few steps."""
+    device = torch.device(task.sources["runtime"]["device"])
+    before = held(device)
+    runtime, prefill, step = _decoder(task, device)
+    rows = task.batch_size * int(task.options["num_beams"])
+    lengths = {"batch": rows, "source": task.source_length, "new": 1, "past": 1}
+    feeds = _feeds(prefill, lengths) | _feeds(step, lengths)
+    ids = feeds["input_ids"]
+    if task.name == STEP_ALONE:
+        fixed = {name: value for name, value in feeds.items() if name != "input_ids" and name not in runtime.grown}
+        state = GrowingState({name: feeds[name] for name in runtime.grown}, fixed, runtime.axes)
+    else:
+        _, state = runtime.prefill({name: value for name, value in feeds.items() if name not in runtime.cache})
+    for _ in range(STEPS):
+        runtime.step(ids, state)
+    del feeds, state
+    return max(0, held(device) - before)
+
+
+def _decoder(task: Task, device: torch.device) -> tuple[GrowingRuntime, BoundSession, BoundSession]:
+    """A decoder without its encoder, and the sessions of its prefill and its step."""
+    values = task.sources["runtime"]
+    how = SessionSettings(values["provider"], values["provider_options"], values["session"], values["threads"])
+    graphs = {str(role): Path(task.sources["graphs"]) / f"{role}.onnx" for role in (Role.PREFILL, Role.STEP)}
+    flag = None
+    if task.name == STEP_ALONE:
+        prefill = step = BoundSession(open_session(graphs[Role.STEP], how), device)
+    elif task.name == SEPARATE:
+        prefill, step = (BoundSession(open_session(path, how), device) for path in graphs.values())
+    else:
+        prefill = step = BoundSession(open_session(Path(task.sources["deployable"]) / layout.DECODER, how), device)
+        flag = step.session.get_modelmeta().custom_metadata_map[layout.FLAG]
+    return GrowingRuntime(None, prefill, step, task.sources["cache"], flag), prefill, step
+
+
+def _feeds(session: BoundSession, lengths: Mapping[str, int]) -> dict[str, Tensor]:
+    """Ones for every input but the flag, its dynamic axes as `lengths` says."""
+    return {
+        name: torch.ones(
+            [dim if isinstance(dim, int) else lengths[dim] for dim in port.shape],
+            dtype=session.dtype(name),
+            device=session.device,
+        )
+        for name, port in session.inputs.items()
+        if session.dtype(name) is not torch.bool
+    }
+
+
+def peak_memory(task: Task) -> int:
+    """Bytes by which the peak rose above what the imports hold, over loading and one generation."""
+    from accel import setups
+
+    sources = setups.Sources.parse(task.sources)
+    device = torch.device(sources.runtime.device)
+    _import_model(Path(sources.checkpoint))
+    before = held(device)
+    with PeakMemory() as used, setups.opened(setups.SETUPS[task.name].engine, sources) as model:
+        inputs = {name: tensor.to(device) for name, tensor in load_file(task.inputs).items()}
+        with torch.inference_mode():
+            model.generate(**inputs, **task.options)
+        after = held(device) if device.type == "cuda" else 0
+    return used.added if device.type == "cpu" else after - before
+
+
+def _import_model(folder: Path) -> None:
+    """Transformers imports a model's code when it is first used; here that belongs to the imports."""
+    import transformers
+
+    for name in transformers.AutoConfig.from_pretrained(folder).architectures or []:
+        getattr(transformers, name, None)
+
+
+def main() -> None:
+    task = Task(**json.loads(sys.argv[1]))
+    onnxruntime.set_default_logger_severity(3)
+    if threads := task.sources["runtime"]["threads"]:
+        torch.set_num_threads(threads)
+    print((peak_memory if task.kind == PEAK else session_memory)(task))
+
+
+if __name__ == "__main__":
+    main()
