@@ -2,19 +2,18 @@
 
 import os
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from accel import console, schema
-from accel.errors import AccelError
+from accel.messages import USER_ERRORS, explain
 
 FAILED = 2
-USER_ERRORS = (AccelError, HydraException, OmegaConfBaseException, OSError)
 
 
 def main() -> None:
@@ -25,36 +24,39 @@ def main() -> None:
 
     @hydra.main(config_path="pkg://accel.conf", config_name="config", version_base="1.3")
     def job(composed: DictConfig) -> None:
-        from accel import application, report
-
+        # Errors end here and not in Hydra: in a sweep, one job's failure is a row of the table, and the rest goes on.
         settings = HydraConfig.get()
+        message = summary = None
         try:
-            config = application.settle(composed, list(settings.overrides.task))
-            pipeline, artifacts = application.execute(config)
+            summary = run(composed, list(settings.overrides.task))
         except USER_ERRORS as error:
-            if settings.mode is not RunMode.MULTIRUN:
-                raise
-            failures.append(str(error))  # one job's failure is a row of the table, and the sweep goes on
-            report.sweep_row(settings, None, str(error))
-            console.fail(_message(error))
-            return
-        report.finish(config, pipeline, artifacts)
+            message = explain(error)
+            failures.append(message)
+            console.fail(message)
         if settings.mode is RunMode.MULTIRUN:
-            report.sweep_row(settings, artifacts, None)
+            from accel import sweeps
+
+            sweeps.record(settings, list(settings.overrides.task), summary, message)
 
     try:
         job()
     except USER_ERRORS as error:
-        console.fail(_message(error))
+        console.fail(explain(error))
         sys.exit(FAILED)
     if failures:
         sys.exit(FAILED)
 
 
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and not isinstance(error, AccelError):
-        return f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
-    return str(error)
+def run(composed: DictConfig, overrides: list[str]) -> Mapping[str, Any] | None:
+    """Run the stages of one job and print what they found. Returns the benchmark's summary, if it ran."""
+    from accel import application, report
+    from accel.quiet import quiet
+
+    quiet()
+    config = application.settle(composed, overrides)
+    artifacts = application.execute(config)
+    report.finish(config, artifacts)
+    return artifacts["benchmark"].summary if "benchmark" in artifacts else None
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def build(checkpoint: str | None = None, overrides: Sequence[str] = ()) -> Artif
     """
     model = [] if checkpoint is None else ["model=auto", f"model.checkpoint={checkpoint}"]
     config = compose([*model, UP_TO_VERIFY, *overrides])
-    _, artifacts = execute(config)
+    artifacts = execute(config)
     for name in ("verify", "merge"):
         if name in artifacts:
             return artifacts[name]

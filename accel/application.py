@@ -61,7 +61,7 @@ def typed(composed: DictConfig) -> Config:
     return config
 
 
-def execute(config: Config) -> tuple[Pipeline, dict[str, Artifact]]:
+def execute(config: Config) -> dict[str, Artifact]:
     """Run the stages the configuration asks for."""
     architecture = registry.build(config.architecture)
     model_type = _model_type(config)
@@ -69,8 +69,7 @@ def execute(config: Config) -> tuple[Pipeline, dict[str, Artifact]]:
         raise unknown(
             f"model type for architecture {config.architecture['_target_']}", model_type, architecture.model_types
         )
-    pipeline = Pipeline(config, architecture)
-    return pipeline, pipeline.run(chosen(config.stage))
+    return Pipeline(config, architecture).run(chosen(config.stage))
 
 
 def compose(overrides: Sequence[str]) -> Config:

@@ -105,14 +105,6 @@ def folder_files(folder: Path) -> dict[str, FileRecord]:
     return {str(path.relative_to(folder)): FileRecord(path.stat().st_size, file_hash(path)) for path in paths}
 
 
-def link(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the file system can't."""
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
-
-
 def make_key(**parts: Any) -> str:
     """SHA-256 over named parts, as hex. The parts must be JSON; their order does not matter."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MOST = 24  # choices listed in one message
+
 
 class AccelError(Exception):
     """A mistake in the input. The message names the value and, where there are some, the choices."""
@@ -11,6 +13,8 @@ class AccelError(Exception):
 def unknown(kind: str, value: object, choices: Iterable[str]) -> AccelError:
     """The error for a name that doesn't exist: says which, lists what does, and points at the nearest."""
     ordered = sorted(choices)
-    near = get_close_matches(str(value), ordered, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
+    near = get_close_matches(str(value), ordered, n=MOST, cutoff=0.3)
+    hint = f" Did you mean {near[0]}?" if get_close_matches(str(value), ordered, n=1) else ""
+    if len(ordered) > MOST:
+        return AccelError(f"unknown {kind}: {value!r}.{hint} {len(ordered)} choices, among them: {', '.join(near)}")
     return AccelError(f"unknown {kind}: {value!r}.{hint} Choices: {', '.join(ordered)}")

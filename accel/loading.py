@@ -10,7 +10,7 @@ from accel.errors import AccelError
 from accel.generation import AcceleratedModel
 from accel.runtime import layout
 from accel.runtime.onnx import open_deployable
-from accel.runtime.session import SessionSettings
+from accel.runtime.session import SessionSettings, check_provider
 from accel.schema import RuntimeConfig
 
 
@@ -45,6 +45,7 @@ def load(folder: str | Path, runtime: str = "auto") -> AcceleratedModel:
     from accel.application import runtime_named
 
     where = runtime_named(runtime)
+    check_provider(where.provider)
     if verdict_of(Path(folder)) is None:
         console.warn(f"{folder}: unverified, no {layout.VERDICT}")
     return open_model(Path(folder), where)

@@ -1,21 +1,80 @@
-"""What the command line shows when the stages are done."""
+"""What the command line shows when the stages are done: the folder, the verdict, texts side by side, the figures."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from accel import console
 from accel.artifacts import Artifact
 from accel.loading import verdict_of
-from accel.pipeline import Pipeline
 from accel.schema import Config
+from accel.stages import benchmark, generate, profile
+
+SHOWN = 5  # texts
 
 
-def finish(config: Config, pipeline: Pipeline, artifacts: Mapping[str, Artifact]) -> None:
-    if "verify" in artifacts:
-        verdict: Any = verdict_of(artifacts["verify"].folder)
-        console.out.print(verdict["identical"], verdict["error_rates"], verdict["samples"][:3])
-    console.out.print({name: str(a.folder) for name, a in artifacts.items()})
+def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
+    """Print what the finished stages found, to standard output."""
+    if "optimize" in artifacts:
+        _nodes(artifacts["optimize"].summary["nodes"])
+    if "merge" in artifacts:
+        _sharing(artifacts["merge"].summary)
+    if (artifact := artifacts.get("verify")) is not None:
+        _verdict(verdict_of(artifact.folder) or {})
+    if (artifact := artifacts.get("generate")) is not None:
+        _texts(config, json.loads((artifact.folder / generate.RESULTS).read_text()))
+    if (artifact := artifacts.get("benchmark")) is not None:
+        benchmark.show(artifact.summary)
+    if (artifact := artifacts.get("profile")) is not None:
+        profile.show(artifact.summary)
+    for name, what in (("verify", "deployable"), ("merge", "candidate, unverified")):
+        if name in artifacts:
+            console.out.print(f"{what}: {artifacts[name].folder}", style="bold", markup=False)
+            break
 
 
-def sweep_row(settings: Any, artifacts: Any, error: str | None) -> None:
-    pass
+def _nodes(counts: Mapping[str, Mapping[str, int]]) -> None:
+    roles = list(counts["exported"])
+    console.table(
+        "nodes after each pass", ("pass", *roles), [[name, *found.values()] for name, found in counts.items()]
+    )
+
+
+def _sharing(summary: Mapping[str, Any]) -> None:
+    two = summary["step_bytes"] + summary["prefill_bytes"]
+    console.out.print(
+        f"merged decoder: {summary['merged_bytes'] / 1e6:.1f} MB of weights where two files take {two / 1e6:.1f} MB; "
+        f"{summary['shared_bytes'] / 1e6:.1f} MB shared"
+    )
+
+
+def _verdict(verdict: Mapping[str, Any]) -> None:
+    worst = max(verdict["outputs"].items(), key=lambda item: item[1]["relative"])
+    rows = [
+        ("precision", f"{verdict['precision']}, {verdict['arithmetic']} on {verdict['runtime']}"),
+        ("outputs compared", len(verdict["outputs"])),
+        ("largest difference", f"{worst[1]['relative']:.1e} of the largest value (allowed {verdict['threshold']:.1e})"),
+        ("  at", f"{worst[0]}, {worst[1]['absolute']:.1e} absolute"),
+    ]
+    rows += [(f"same tokens, {name}", f"{share:.0%}") for name, share in verdict["identical"].items()]
+    for kind in ("sequence_error_rate", "token_error_rate"):
+        if verdict["error_rates"]:
+            found = verdict["error_rates"]
+            label = f"{kind.replace('_', ' ')}, {verdict['references']} references"
+            rows.append((label, f"{found['ours'][kind]:.2f}% (PyTorch FP32 {found['pytorch'][kind]:.2f}%)"))
+    console.table("verdict: passed" if verdict["passed"] else "verdict: refused", ("", "against PyTorch FP32"), rows)
+    if verdict["samples"]:
+        samples = [(s["input"], s["pytorch"], s["ours"]) for s in verdict["samples"][:SHOWN]]
+        console.table("side by side", ("input", "PyTorch", "ONNX Runtime"), samples)
+
+
+def _texts(config: Config, results: Mapping[str, list[str]]) -> None:
+    if not results["outputs"]:
+        return
+    if (output := config.generate.get("output")) is not None:
+        console.out.print(f"{len(results['outputs'])} lines written to {output}")
+        return
+    times = len(results["outputs"]) // len(results["inputs"])
+    inputs = [line for line in results["inputs"] for _ in range(times)]
+    shown = list(zip(inputs, results["outputs"], strict=True))[: None if "text" in config.generate else SHOWN]
+    console.table("generated", ("input", "output"), shown)

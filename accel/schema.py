@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 STAGES = ("export", "optimize", "audit", "convert", "merge", "verify", "generate", "benchmark", "profile")
 
@@ -64,11 +64,6 @@ class AuditConfig:
 
 
 @dataclass
-class ConvertConfig:
-    """`convert` has no options of its own: the plan and the precision decide."""
-
-
-@dataclass
 class MergeConfig:
     """`branches` says what the `If` holds: `caches` (what only prefill makes) or `decoders` (each graph whole)."""
 
@@ -116,7 +111,6 @@ class Config:
 
     stage: Any = "all"
     artifacts: str = "artifacts"
-    verbose: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     architecture: dict[str, Any] = field(default_factory=dict)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -124,7 +118,6 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
-    convert: ConvertConfig = field(default_factory=ConvertConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     generate: dict[str, Any] = field(default_factory=dict)
@@ -133,5 +126,10 @@ class Config:
 
 
 def register() -> None:
-    """Make the types known to Hydra. Idempotent."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    """Make the types known to Hydra. Idempotent.
+
+    `generate` alone takes keys that are not listed here: they are checked against `GenerationConfig` instead.
+    """
+    node = OmegaConf.structured(Config)
+    OmegaConf.set_struct(node.generate, False)
+    ConfigStore.instance().store(name="schema", node=node)

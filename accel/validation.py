@@ -12,8 +12,10 @@ OWN_OPTIONS = {"text", "file", "output", "batch_size", "seed"}  # of `generate`,
 
 def validate(config: Config) -> None:
     """Raises `AccelError` on the first value that can't be used."""
+    from accel.runtime.session import check_provider
     from accel.stages import benchmark, checkpoint, merge, optimize
 
+    check_provider(config.runtime.provider)
     checkpoint.check(config.model)
     optimize.check(config.optimize.passes)
     merge.check(config.merge)

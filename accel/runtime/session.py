@@ -1,13 +1,22 @@
 """ONNX Runtime sessions."""
 
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor
+
+from accel.errors import AccelError, unknown
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise AccelError(
+        "ONNX Runtime is not installed. Choose one extra: pip install 'accel[cpu]'; cuda13, cuda12 or cuda11 for a GPU"
+    ) from error
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class SessionSettings:
 
 
 def open_session(path: Path, settings: SessionSettings) -> onnxruntime.InferenceSession:
-    """A session over the graph at `path`."""
+    """A session over the graph at `path`. The provider must be there: see `check_provider`."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = settings.threads
@@ -54,6 +63,26 @@ def plain_run(
         return {port.name: torch.from_numpy(value) for port, value in zip(session.get_outputs(), values, strict=True)}
 
     return run
+
+
+def check_provider(provider: str) -> None:
+    """Raises `AccelError` if the provider isn't there, or if both wheels are: they overwrite each other's files."""
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    if len(installed) > 1:
+        raise AccelError(
+            f"{' and '.join(installed)} are both installed and overwrite each other's files; "
+            "pip uninstall both, then install one extra: accel[cpu], accel[cuda13], accel[cuda12] or accel[cuda11]"
+        )
+    if provider not in available_providers():
+        raise unknown("execution provider", provider, available_providers())
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def available_providers() -> list[str]:

@@ -26,7 +26,7 @@ from accel.stages import Stage, measure
 
 MEASUREMENT = "measurement.json"
 PLOTS = ("latency.png", "accumulated.png")
-COLUMNS = ("setup", "total s", "model s", "ms/token", "x torch+cache", "x two files", "peak MB", "session MB")
+COLUMNS = ("setup", "total s", "model s", "ms a token", "x torch +cache", "x two files", "peak MB", "session MB")
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu")
 ABSENT = "-"
 
@@ -200,13 +200,14 @@ def describe(summary: Mapping[str, Any]) -> str:
 def rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """One row a setup, in the order of `COLUMNS`; and one for the memory of the step graph alone."""
     drawn: list[list[str]] = []
-    for name, values in summary["setups"].items():
+    for name in (name for name in SETUPS if name in summary["setups"]):  # a manifest keeps no order
+        values = summary["setups"][name]
         total, held = values["total"], summary["memory"].get(name, {})
         drawn.append(
             [
                 name if values["same_tokens"] else f"{name} (other tokens)",
-                f"{total['median']:.3f} [{total['min']:.3f}-{total['max']:.3f}]",
-                f"{values['inside']['median']:.3f}",
+                f"{_seconds(total['median'])} [{_seconds(total['min'])}-{_seconds(total['max'])}]",
+                _seconds(values["inside"]["median"]),
                 f"{values['ms_per_token']:.2f}",
                 *(_ratio(values[key]) for key in ("vs_torch_cache", "vs_two_files")),
                 *(_megabytes(held.get(kind)) for kind in (measure.PEAK, measure.SESSION)),
@@ -216,6 +217,10 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
         blank = [ABSENT] * (len(COLUMNS) - 2)
         drawn.append([measure.STEP_ALONE, *blank, _megabytes(alone[measure.SESSION])])
     return drawn
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def _ratio(value: float | None) -> str:

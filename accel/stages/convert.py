@@ -1,12 +1,13 @@
 """Mixed precision: the graphs with the plan carried out, or passed through for FP32."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accel import console
 from accel.adapter import Architecture
-from accel.artifacts import Artifact, link
+from accel.artifacts import Artifact
 from accel.graph import files
 from accel.graph.convert import convert_half, half_share
 from accel.schema import Config
@@ -18,7 +19,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     source = inputs["optimize"].folder
     if config.precision.dtype == "float32":
         for path in source.glob("*.onnx*"):
-            link(path, out / path.name)
+            shutil.copyfile(path, out / path.name)
         return {}
     plans = audit.read_plans(inputs["audit"].folder)
     shares = {}

@@ -1,6 +1,7 @@
 """Proves a candidate against PyTorch: every output of every role, then tokens. A deployable is what passed."""
 
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from accel import console, texts
 from accel.adapter import Architecture, Port, Role
-from accel.artifacts import MANIFEST, Artifact, link
+from accel.artifacts import MANIFEST, Artifact
 from accel.errors import AccelError
 from accel.generation import AcceleratedModel
 from accel.graph import files
@@ -55,6 +56,7 @@ class Verdict:
     identical: dict[str, float] = field(default_factory=dict)
     first_difference: dict[str, int] = field(default_factory=dict)
     error_rates: dict[str, dict[str, float]] = field(default_factory=dict)
+    references: int = 0
     samples: list[dict[str, str]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -141,6 +143,7 @@ def compare_references(
         return
     known = texts.References.read(folder / config.model.references, config.verify.references)
     found = reference.decode_texts(model, tokenizer, known.texts, batch_size=50)
+    verdict.references = len(known.texts)
     verdict.error_rates = {"pytorch": known.error_rates(expected), "ours": known.error_rates(found)}
 
 
@@ -148,7 +151,7 @@ def emulated(candidate: Path, folder: Path) -> Path:
     """The candidate with its graphs emulated (`accel.graph.emulate`), in `folder`, over the same weights."""
     for path in candidate.iterdir():
         if path.suffix != ".onnx":
-            link(path, folder / path.name)
+            shutil.copyfile(path, folder / path.name)
     for path in candidate.glob("*.onnx"):
         model = files.load(path)
         emulate_half(model)
@@ -177,7 +180,7 @@ def examine(
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes the candidate's files (linked where possible) and `verdict.json`. Raises `AccelError` if it is refused."""
+    """Writes the candidate's files and `verdict.json`. Raises `AccelError` if it is refused."""
     candidate = inputs["merge"].folder
     native = config.precision.dtype == "float32" or config.runtime.half
     verdict = Verdict(
@@ -191,9 +194,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     if not verdict.passed:
         kept = "\n".join(verdict.failures[:8])
         raise AccelError(f"verify refuses the candidate ({verdict.precision}, {verdict.arithmetic}):\n{kept}")
-    for path in candidate.iterdir():
+    for path in candidate.iterdir():  # copied: onnx refuses weights in a file with more than one hard link
         if path.name != MANIFEST:
-            link(path, out / path.name)
+            shutil.copyfile(path, out / path.name)
     (out / layout.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
     return {"identical": verdict.identical, "error_rates": verdict.error_rates, "arithmetic": verdict.arithmetic}
 

@@ -1,0 +1,15 @@
+"""Keeps other libraries' progress bars and advice off the screen, so that a person sees what accel is doing."""
+
+import logging
+import warnings
+
+
+def quiet() -> None:
+    """For the command line only: a library must not change its host's settings."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    logging.getLogger("torch.export").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|onnxscript\.|copyreg")
