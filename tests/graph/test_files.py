@@ -1,0 +1,120 @@
+"""Graphs on disk: small ones in one file, large ones with their weights beside them, the same numbers after loading."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from accel.graph import files
+from tests.graph.text import numbers, parse, run
+
+TEXT = "g (float[n, 600] x) => (float[n, 4] y) { h = MatMul(x, w)\n y = MatMul(h, v) }"
+FEEDS = {"x": numbers(2, 600)}
+
+
+def model(width: int) -> ir.Model:
+    """Weights of 600 * width * 4 bytes and a little more."""
+    return parse(TEXT, {"w": numbers(600, width), "v": numbers(width, 4)})
+
+
+def session(path: Path) -> np.ndarray:
+    return onnxruntime.InferenceSession(str(path)).run(None, FEEDS)[0]
+
+
+@pytest.mark.parametrize(("width", "external"), [(8, False), (500, True)])
+def test_weights_move_out_above_a_megabyte(tmp_path: Path, width: int, external: bool) -> None:
+    """Below, one file; above, the graph and one data file. Loaded again, by us or ONNX Runtime, the same numbers."""
+    graph = model(width)
+    expected = run(graph, FEEDS)["y"]
+    path = tmp_path / "decoder.onnx"
+    files.save(graph, path)
+    assert {entry.name for entry in tmp_path.iterdir()} == (
+        {path.name, "decoder.onnx.data"} if external else {path.name}
+    )
+    assert (path.stat().st_size < 10_000) == external
+    np.testing.assert_array_equal(session(path), expected)
+    loaded = files.load(path)
+    np.testing.assert_array_equal(run(inlined(loaded), FEEDS)["y"], expected)
+    assert files.weight_bytes(loaded) == files.weight_bytes(graph) == 4 * (600 * width + width * 4)
+
+
+def inlined(graph: ir.Model) -> ir.Model:
+    """The graph with its weights in memory, as a session over bytes needs them."""
+    for value in graph.graph.initializers.values():
+        if value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
+    return graph
+
+
+def test_weights_that_shrank_come_back_inline(tmp_path: Path) -> None:
+    """A model loaded from external data and made small is one file that stands alone, the old data file gone."""
+    files.save(model(500), tmp_path / "large.onnx")
+    graph = files.load(tmp_path / "large.onnx")
+    for name, array in {"w": numbers(600, 8, seed=1), "v": numbers(8, 4)}.items():
+        graph.graph.initializers[name].const_value = ir.tensor(array, name=name)
+        graph.graph.initializers[name].shape = ir.Shape(array.shape)
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    files.save(graph, other / "small.onnx")
+    os.remove(tmp_path / "large.onnx.data")
+    expected = run(parse(TEXT, {"w": numbers(600, 8, seed=1), "v": numbers(8, 4)}), FEEDS)["y"]
+    assert [entry.name for entry in other.iterdir()] == ["small.onnx"]
+    np.testing.assert_array_equal(session(other / "small.onnx"), expected)
+
+
+def test_small_part_of_an_external_model_stands_alone(tmp_path: Path) -> None:
+    """A weight still on disk in another file is read into the new one, never pointed at across folders."""
+    files.save(model(500), tmp_path / "large.onnx")
+    graph = files.load(tmp_path / "large.onnx")
+    first = graph.graph.initializers["w"]
+    first.const_value = ir.tensor(numbers(600, 8), name="w")
+    second = graph.graph.initializers["v"]  # still external: 500 x 4 numbers, 8 kB
+    assert isinstance(second.const_value, ir.ExternalTensor)
+    kept = second.const_value.numpy().copy()
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    files.save(graph, other / "part.onnx")
+    (tmp_path / "large.onnx.data").unlink()
+    proto = onnx.load(str(other / "part.onnx"))  # raises if it points at a file that isn't there
+    stored = {entry.name: onnx.numpy_helper.to_array(entry) for entry in proto.graph.initializer}
+    np.testing.assert_array_equal(stored["v"], kept)
+
+
+def test_scalars_and_shapes_stay_in_the_graph(tmp_path: Path) -> None:
+    """Shape inference reads small tensors, so they stay inline even when the weights go to a file of their own."""
+    text = "g (float[n, 600] x) => (float[m, 2, 250] y) { h = MatMul(x, w)\n y = Reshape(h, to) }"
+    graph = parse(text, {"w": numbers(600, 500), "to": np.array([-1, 2, 250])})
+    files.save(graph, tmp_path / "g.onnx")
+    proto = onnx.load(str(tmp_path / "g.onnx"), load_external_data=False)
+    places = {entry.name: entry.data_location == onnx.TensorProto.EXTERNAL for entry in proto.graph.initializer}
+    assert places == {"w": True, "to": False}
+
+
+def test_saving_leaves_the_model_usable(tmp_path: Path) -> None:
+    """After saving, the same object can be changed and saved again somewhere else."""
+    graph = model(500)
+    files.save(graph, tmp_path / "first.onnx")
+    os.remove(tmp_path / "first.onnx.data")
+    files.save(graph, tmp_path / "second.onnx")
+    np.testing.assert_array_equal(session(tmp_path / "second.onnx"), run(model(500), FEEDS)["y"])
+
+
+def test_nodes_are_sorted_and_subgraph_weights_counted(tmp_path: Path) -> None:
+    """Nodes added at the wrong place are written in order, and a weight inside a subgraph counts."""
+    graph = parse("g (float[n] x) => (float[n] y) { h = Neg(x)\n y = Abs(h) }")
+    nodes = list(graph.graph)
+    graph.graph.remove(nodes[0])
+    graph.graph.append(nodes[0])
+    files.save(graph, tmp_path / "g.onnx")
+    assert [node.op_type for node in onnx.load(str(tmp_path / "g.onnx")).graph.node] == ["Neg", "Abs"]
+    nested = parse(
+        "g (float[n] x, bool c) => (float[n] y) { y = If (c) <"
+        "then_branch = t () => (float[n] z) <float[3] inner = {1.0, 2.0, 3.0}> { z = Add(x, inner) },"
+        "else_branch = e () => (float[n] z) { z = Neg(x) }> }"
+    )
+    assert files.weight_bytes(nested) == 12
+    assert files.node_count(nested) == 3

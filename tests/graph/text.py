@@ -1,0 +1,42 @@
+"""Graphs written as ONNX text, and ONNX Runtime's answer to them."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import onnxruntime
+
+Arrays = Mapping[str, np.ndarray]
+
+HEADER = '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>'
+
+
+def parse(body: str, weights: Arrays | None = None, header: str = HEADER) -> ir.Model:
+    """The graph `body` describes, with `weights` as its initializers. Checked by shape inference."""
+    proto = onnx.parser.parse_model(f"{header}\n{body}")
+    for name, array in (weights or {}).items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def run(model: ir.Model, feeds: Arrays) -> dict[str, np.ndarray]:
+    """Every output by name. Feeds that the graph doesn't take are left out."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    taken = {port.name for port in session.get_inputs()}
+    values = session.run(None, {name: value for name, value in feeds.items() if name in taken})
+    return dict(zip((port.name for port in session.get_outputs()), values, strict=True))
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    """Random float32 numbers, all different."""
+    return np.random.default_rng(seed + 31 * sum(shape)).standard_normal(shape).astype(np.float32)
+
+
+def flag(value: bool, name: str = "enable_cache") -> dict[str, np.ndarray]:
+    """The merged graph's boolean input."""
+    return {name: np.array(value)}
