@@ -4,6 +4,7 @@ A folder `<root>/<model>/<stage>-<first 12 of the key>` counts as an artefact on
 written last, in a temporary sibling that is then renamed. So a kill at any moment leaves either nothing or the whole.
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -24,6 +25,7 @@ from accel.errors import AccelError
 from accel.memory import PeakMemory
 
 MANIFEST = "manifest.json"
+FULL = 2**20  # bytes: a disk with less left is full
 
 
 class Damaged(Exception):
@@ -190,8 +192,12 @@ class Store:
                 )
                 (temporary / MANIFEST).write_text(manifest.dump())
                 temporary.rename(folder)
-            except BaseException:
+            except BaseException as error:
+                full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+                full = full or shutil.disk_usage(self.folder).free < FULL
                 shutil.rmtree(temporary, ignore_errors=True)
+                if full:  # libraries report it in many ways
+                    raise AccelError(f"no space left for {folder.name} in {self.folder}; nothing was kept") from error
                 raise
             return Artifact(folder, manifest)
 

@@ -1,5 +1,6 @@
 """What a person sees: notes, warnings, progress and tables. Everything goes to standard error but final results."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -10,8 +11,17 @@ from rich.table import Table
 
 T = TypeVar("T")
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+FILE_WIDTH = 120  # columns, where no terminal says otherwise
+
+
+def _console(stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else FILE_WIDTH
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=width)
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
 _current: list[tuple[Progress, str]] = []
 
 

@@ -18,8 +18,8 @@ ABSENT = "-"
 def record(settings: Any, overrides: Sequence[str], summary: Mapping[str, Any] | None, error: str | None) -> Path:
     """Add a job to its sweep's table, and return the table's path.
 
-    `settings` is Hydra's own configuration (`HydraConfig.get()`), `overrides` the job's, as `key=value`; `summary` is what
-    `benchmark` returned, None if the job failed with `error` or measured nothing.
+    `settings`: Hydra's own configuration (`HydraConfig.get()`). `overrides`: the job's, as `key=value`. `summary`:
+    what `benchmark` returned, None if the job failed with `error` or measured nothing.
     """
     folder = Path(str(settings.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)

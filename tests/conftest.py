@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from filelock import FileLock
 
 from accel.application import compose, execute
 from accel.artifacts import Artifact
@@ -16,10 +17,15 @@ from tests.models import random_t5
 
 torch.set_num_threads(1)  # two workers share the machine
 
+KEEP = "ACCEL_TEST_FOLDER"  # names a folder that outlives the run, so that the next one exports nothing
+
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the workers of this run have in common."""
+    if kept := os.environ.get(KEEP):
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        return Path(kept)
     root = tmp_path_factory.getbasetemp()
     return root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
 
@@ -28,34 +34,46 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(shared: Path) -> Path:
     """The checkpoint of a tiny T5 with random weights."""
     folder = shared / "tiny"
-    if not (folder / "config.json").exists():
-        scratch = shared / f"tiny.{os.getpid()}"
-        random_t5().save_pretrained(scratch)
-        if not folder.exists():
-            scratch.rename(folder)
+    with FileLock(shared / "tiny.lock"):
+        if not (folder / "config.json").exists():
+            random_t5().save_pretrained(folder)
     return folder
 
 
 Build = Callable[..., tuple[Config, dict[str, Artifact]]]
 
 
+def overrides_for(checkpoint: Path, artifacts: Path, *more: str) -> list[str]:
+    """Command line of a run over `checkpoint` on the CPU. No token may come twice: random weights repeat one."""
+    return [
+        "model=auto",
+        f"model.checkpoint={checkpoint}",
+        f"artifacts={artifacts}",
+        "runtime=cpu",
+        "verify.unique_tokens=true",
+        *more,
+    ]
+
+
 @pytest.fixture(scope="session")
-def build(shared: Path) -> Build:
+def artifacts(shared: Path) -> Path:
+    """The artefact folder of this run."""
+    return shared / "artifacts"
+
+
+@pytest.fixture(scope="session")
+def build(artifacts: Path) -> Build:
     """Run stages over a checkpoint; artefacts are shared by all tests of this run."""
 
     def run(checkpoint: Path, stage: str, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Artifact]]:
-        config = compose(
-            [
-                "model=auto",
-                f"model.checkpoint={checkpoint}",
-                f"artifacts={shared / 'artifacts'}",
-                "runtime=cpu",
-                f"stage={stage}",
-                "verify.unique_tokens=true",
-                *overrides,
-            ]
-        )
-        _, artifacts = execute(config)
-        return config, artifacts
+        config = compose(overrides_for(checkpoint, artifacts, f"stage={stage}", *overrides))
+        made = execute(config)
+        return config, made
 
     return run
+
+
+@pytest.fixture(scope="session")
+def deployable(build: Build, tiny: Path) -> Path:
+    """The verified folder of the tiny T5."""
+    return build(tiny, "verify")[1]["verify"].folder

@@ -7,8 +7,9 @@ show there. Here every operator is FP32 on purpose, and every value that should 
 import onnx_ir as ir
 from onnx_ir import convenience
 
+from accel.graph.control import has_subgraph
 from accel.graph.convert import HALF
-from accel.graph.plan import ANY_TYPE, has_subgraph
+from accel.graph.plan import ANY_TYPE
 from accel.graph.probe import FLOAT
 
 

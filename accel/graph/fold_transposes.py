@@ -13,24 +13,32 @@ def fold_transposes(models: Sequence[ir.Model]) -> None:
     A weight that any graph also uses as it is (a tied embedding) stays, and its `Transpose` with it, so that all
     graphs keep holding equal bytes.
     """
-    fixed = {
-        value.name for model in models for value in model.graph.initializers.values() if not _only_transposed(value)
-    }
+    orders: dict[str, set[tuple[int, ...] | None]] = {}
+    for model in models:
+        for value in model.graph.initializers.values():
+            orders.setdefault(value.name or "", set()).add(_order(value))
     for model in models:
         for value in list(model.graph.initializers.values()):
-            if value.name not in fixed and value.const_value is not None:
-                _fold(value, value.const_value)
+            agreed = orders[value.name or ""]
+            order = next(iter(agreed)) if len(agreed) == 1 else None
+            if order is not None and value.const_value is not None:
+                _fold(value, value.const_value, order)
 
 
-def _only_transposed(value: ir.Value) -> bool:
+def _order(value: ir.Value) -> tuple[int, ...] | None:
+    """The one order of axes in which a weight is used, or None if it is also used otherwise or returned."""
     users = value.consumers()
-    orders = {tuple(user.attributes.get_ints("perm", ())) for user in users if user.op_type == "Transpose"}
-    return bool(users) and len(orders) == 1 and all(user.op_type == "Transpose" for user in users)
+    if value.const_value is None or value.is_graph_output() or not users:
+        return None
+    if any(user.op_type != "Transpose" or user.outputs[0].is_graph_output() for user in users):
+        return None
+    rank = len(value.const_value.shape)
+    found = {tuple(user.attributes.get_ints("perm", ())) or tuple(reversed(range(rank))) for user in users}
+    return found.pop() if len(found) == 1 else None
 
 
-def _fold(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+def _fold(value: ir.Value, tensor: ir.TensorProtocol, order: tuple[int, ...]) -> None:
     users = value.consumers()
-    order = tuple(users[0].attributes.get_ints("perm", ())) or tuple(reversed(range(len(tensor.shape))))
     shape = ir.Shape([tensor.shape.numpy()[axis] for axis in order])
     value.const_value = ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(tensor.numpy().transpose(order)), dtype=tensor.dtype),
@@ -40,6 +48,6 @@ def _fold(value: ir.Value, tensor: ir.TensorProtocol) -> None:
     )
     value.shape = shape
     for user in users:
-        convenience.replace_all_uses_with(user.outputs[0], value, replace_graph_outputs=False)
+        convenience.replace_all_uses_with(user.outputs[0], value)
         if user.graph is not None:
             user.graph.remove(user, safe=True)

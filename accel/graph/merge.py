@@ -21,23 +21,26 @@ def merge_if(when_true: ir.Model, when_false: ir.Model, flag: str) -> ir.Model:
     Raises `ValueError` if an input, output or opset of one contradicts the other's, or `flag` is taken.
     """
     inputs = join_inputs(when_false.graph.inputs, when_true.graph.inputs, flag)
-    initial = share_weights((when_false, when_true))
-    outputs = [output.name or "" for output in when_false.graph.outputs]
-    for output in when_true.graph.outputs:
-        if output.name not in outputs:
-            raise ValueError(f"output {output.name!r} of the first branch is missing from the second")
+    made = {output.name or "": output for output in when_true.graph.outputs}
     types = {output.name or "": output for output in when_false.graph.outputs}
-    results = [_output(types[name]) for name in outputs]  # before the branches' own values are renamed
+    for name in (*made, *types):
+        if name not in types:
+            raise ValueError(f"output {name!r} of the first branch is missing from the second")
+        if name in inputs:
+            raise ValueError(f"output {name!r} is also an input; a merged graph needs another name for one of them")
+    results = [_output(value) for value in types.values()]
+    initial = share_weights((when_false, when_true))  # may rename: from here on, outputs are known by position
     branches = {
-        "then_branch": _branch(when_true, "with_past", outputs, types, inputs),
-        "else_branch": _branch(when_false, "without_past", outputs, types, inputs),
+        "then_branch": _branch(when_true, "with_past", list(made), types, inputs),
+        "else_branch": _branch(when_false, "without_past", list(types), types, inputs),
     }
     condition = inputs[flag]
+    hoisted = _hoist(branches.values())
     node = ir.node("If", [condition], attributes=branches, outputs=results, name="decoder")
     graph = ir.Graph(
         list(inputs.values()),
         node.outputs,
-        nodes=[node],
+        nodes=[*hoisted, node],
         initializers=initial,
         opset_imports=join_opsets(when_true, when_false),
         name="merged",
@@ -73,7 +76,7 @@ def join_opsets(first: ir.Model, second: ir.Model) -> dict[str, int]:
 def share_weights(models: Sequence[ir.Model]) -> list[ir.Value]:
     """Move every initializer out of its graph; equal ones become one value. Returns those that are left."""
     kept: dict[tuple[str, tuple[int, ...], str], ir.Value] = {}
-    names: set[str] = set()
+    names = {output.name or "" for model in models for output in model.graph.outputs}  # an output keeps its name
     for model in models:
         outer = {value.name for value in model.graph.inputs}
         for value in initializers(model):
@@ -101,16 +104,19 @@ def _unused(name: str, taken: set[str]) -> str:
 
 
 def _branch(
-    model: ir.Model, name: str, outputs: Sequence[str], types: dict[str, ir.Value], inputs: dict[str, ir.Value]
+    model: ir.Model, name: str, made: Sequence[str], types: dict[str, ir.Value], inputs: dict[str, ir.Value]
 ) -> ir.Graph:
-    """The graph as a branch: no inputs of its own, all of `outputs` in that order, every value named for the branch."""
+    """The graph as a branch: no inputs of its own, the outputs of `types` in that order, every value named for it.
+
+    `made` names the graph's own outputs, by position.
+    """
     graph = model.graph
     for value in graph.inputs:
         convenience.replace_all_uses_with(value, inputs[value.name or ""], replace_graph_outputs=True)
     graph.inputs.clear()
-    found = {output.name or "": position for position, output in enumerate(graph.outputs)}
+    found = {output: position for position, output in enumerate(made)}
     wanted: list[ir.Value] = []
-    for output in outputs:
+    for output in types:
         if output in found:
             value = graph.outputs[found[output]]
             if value.producer() is None or value.graph is not graph or value in wanted:
@@ -133,6 +139,25 @@ def _append(graph: ir.Graph, op: str, values: Sequence[ir.Value]) -> ir.Value:
     node.outputs[0].type = values[0].type
     graph.append(node)
     return node.outputs[0]
+
+
+def _hoist(branches: Iterable[ir.Graph]) -> list[ir.Node]:
+    """Take out of the branches what they compute from weights alone, such as the transpose of a tied embedding.
+
+    Equal ones are computed once. Returns the nodes for the outer graph.
+    """
+    kept: dict[tuple[object, ...], ir.Node] = {}
+    for branch in branches:
+        for node in list(branch):
+            if not node.inputs or not all(value is not None and value.is_initializer() for value in node.inputs):
+                continue
+            attributes = tuple(sorted((name, str(attribute.value)) for name, attribute in node.attributes.items()))
+            mark = (node.domain, node.op_type, tuple(node.inputs), attributes, len(node.outputs))
+            first = kept.setdefault(mark, node)
+            branch.remove(node)
+            if first is not node:
+                convenience.replace_all_uses_with(node.outputs, first.outputs)
+    return list(kept.values())
 
 
 def absent(like: ir.Value) -> ir.Node:

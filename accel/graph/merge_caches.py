@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from onnx_ir import convenience
 
+from accel.graph.control import has_subgraph
 from accel.graph.merge import absent, join_inputs, join_opsets, share_weights
 
 
@@ -49,6 +50,8 @@ def merge_caches(step: ir.Model, prefill: ir.Model, flag: str, cache: Mapping[st
 
 def _choose(graph: ir.Graph, flag: ir.Value, given: ir.Value, made: ir.Value) -> ir.Value:
     """Put an `If` around each use of the cache input `given`; `made` is prefill's value for it. Returns the output."""
+    if any(user.graph is not graph for user in given.consumers()):
+        raise ValueError(f"input {given.name!r} of step is read inside a subgraph")
     present: ir.Value | None = None
     uses = sorted((_chain(user, given) for user in set(given.consumers())), key=lambda chain: graph.index(chain[-1]))
     for number, chain in enumerate(uses):
@@ -91,7 +94,7 @@ def _chain(node: ir.Node, value: ir.Value) -> list[ir.Node]:
     while not any(other is not value and _varies(other) for other in chain[-1].inputs if other is not None):
         value = chain[-1].outputs[0]
         users = set(value.consumers())
-        if len(users) != 1 or value.is_graph_output():
+        if len(users) != 1 or value.is_graph_output() or any(has_subgraph(user) for user in users):
             break
         chain.append(users.pop())
     return chain
@@ -112,6 +115,8 @@ def _slice(value: ir.Value) -> list[ir.Node]:
             frontier += [other for other in producer.inputs if other is not None]
     if value.graph is None or not wanted:
         raise ValueError(f"output {value.name!r} of prefill is not computed")
+    if any(has_subgraph(node) for node in wanted):
+        raise ValueError(f"output {value.name!r} of prefill is computed with a subgraph")
     return _copy([node for node in value.graph if node in wanted], {})
 
 

@@ -17,6 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.analysis import analyze_implicit_usage
 
+from accel.graph.control import has_subgraph
 from accel.graph.probe import FLOAT, Range
 
 LARGEST = 65504.0  # of FP16
@@ -93,12 +94,6 @@ def make_plan(model: ir.Model, ranges: Mapping[str, Range], margin: float) -> Pl
             plan.ports[value.name or ""] = beyond[value.name or ""]
     _keep_captured(graph, plan)
     return plan
-
-
-def has_subgraph(node: ir.Node) -> bool:
-    """Whether the node is a control-flow operator, such as `If`, `Loop` or `Scan`."""
-    kinds = (attribute.type for attribute in node.attributes.values())
-    return any(kind in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for kind in kinds)
 
 
 def _keep_captured(graph: ir.Graph, plan: Plan) -> None:

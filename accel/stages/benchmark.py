@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from accel import console
+from accel import console, measure
 from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact, versions
 from accel.clock import Timing, forced, time_generation
@@ -22,7 +22,7 @@ from accel.errors import AccelError, unknown
 from accel.pipeline import machine
 from accel.schema import BenchmarkConfig, Config
 from accel.setups import BASELINE, OURS, SEPARATE, SETUPS, Sources, opened
-from accel.stages import Stage, measure
+from accel.stages import Stage
 
 MEASUREMENT = "measurement.json"
 PLOTS = ("latency.png", "accumulated.png")

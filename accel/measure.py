@@ -1,6 +1,7 @@
-"""Memory of one setup in a process of its own: `python -m accel.stages.measure TASK`, TASK being JSON.
+"""Memory of one setup in a process of its own: `python -m accel.measure TASK`, TASK being JSON.
 
-Nothing is left over from another setup, and what the imports take is not counted. The benchmark starts it.
+Nothing is left over from another setup, and what the imports take is not counted. The benchmark starts it. Sessions
+are measured without importing transformers, which takes longer than the measurement.
 """
 
 import json
@@ -20,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from accel import console
-from accel.adapter import Role
 from accel.errors import AccelError
 from accel.memory import PeakMemory, release, resident
 from accel.runtime import layout
@@ -30,6 +30,7 @@ from accel.runtime.session import SessionSettings, open_session
 
 PEAK, SESSION = "peak", "session"
 STEP_ALONE, SEPARATE = "step alone", "onnx+cache, two files"
+PREFILL_FILE, STEP_FILE = "prefill.onnx", "step.onnx"
 STEPS = 4  # decoder calls after which a session holds what it will hold
 
 
@@ -57,7 +58,7 @@ def measure_all(tasks: Sequence[Task], weight_bytes: int) -> list[int]:
 
 
 def _in_fresh_process(task: Task) -> int:
-    command = [sys.executable, "-m", "accel.stages.measure", json.dumps(asdict(task))]
+    command = [sys.executable, "-m", "accel.measure", json.dumps(asdict(task))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -98,12 +99,12 @@ def _decoder(task: Task, device: torch.device) -> tuple[GrowingRuntime, BoundSes
     """A decoder without its encoder, and the sessions of its prefill and its step."""
     values = task.sources["runtime"]
     how = SessionSettings(values["provider"], values["provider_options"], values["session"], values["threads"])
-    graphs = {str(role): Path(task.sources["graphs"]) / f"{role}.onnx" for role in (Role.PREFILL, Role.STEP)}
+    graphs = Path(task.sources["graphs"])
     flag = None
     if task.name == STEP_ALONE:
-        prefill = step = BoundSession(open_session(graphs[Role.STEP], how), device)
+        prefill = step = BoundSession(open_session(graphs / STEP_FILE, how), device)
     elif task.name == SEPARATE:
-        prefill, step = (BoundSession(open_session(path, how), device) for path in graphs.values())
+        prefill, step = (BoundSession(open_session(graphs / file, how), device) for file in (PREFILL_FILE, STEP_FILE))
     else:
         prefill = step = BoundSession(open_session(Path(task.sources["deployable"]) / layout.DECODER, how), device)
         flag = step.session.get_modelmeta().custom_metadata_map[layout.FLAG]

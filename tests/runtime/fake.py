@@ -1,0 +1,103 @@
+"""A runtime unlike ONNX Runtime's: caches written in place, beams as a table of origins, PyTorch underneath.
+
+It shows that generation asks nothing of a runtime but `accel/runtime/protocol.py`, so that a static cache fits later.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from accel.adapter import Architecture, Role
+
+CAPACITY = 64  # decoder tokens that a state has room for
+
+
+class TableState:
+    """Buffers that never move. Token t of sequence b lies in row `origin[b, t]`, at position t."""
+
+    def __init__(self, fixed: dict[str, Tensor], batch: int) -> None:
+        self.fixed = fixed
+        self.buffers: dict[str, Tensor] = {}  # cache input -> [rows, heads, CAPACITY, head size]
+        self.origin = torch.arange(batch)[:, None].repeat(1, CAPACITY)  # [batch, CAPACITY]
+        self.length = 0
+
+    @property
+    def batch(self) -> int:
+        return self.origin.shape[0]
+
+    def write(self, new: Mapping[str, Tensor]) -> None:
+        """Put each [batch, heads, new, head size] behind the tokens seen so far, in every sequence's own row."""
+        count = next(iter(new.values())).shape[2]
+        where = slice(self.length, self.length + count)
+        if where.stop > CAPACITY:
+            raise ValueError(f"{where.stop} tokens, there is room for {CAPACITY}")
+        for name, tensor in new.items():
+            batch, heads, _, size = tensor.shape
+            buffer = self.buffers.get(name)
+            if buffer is None or buffer.shape[0] < batch:  # more sequences than rows: the old rows keep their place
+                grown = torch.full((batch, heads, CAPACITY, size), torch.nan, dtype=tensor.dtype)
+                if buffer is not None:
+                    grown[: buffer.shape[0]] = buffer
+                self.buffers[name] = buffer = grown
+            buffer[:batch, :, where] = tensor
+        self.origin[:, where] = torch.arange(self.batch)[:, None]
+        self.length = where.stop
+
+    def reorder(self, index: Tensor) -> None:
+        self.origin = self.origin[index]  # no cache moves
+
+    def crop(self, length: int) -> None:
+        self.length = length
+
+    def expand(self, times: int) -> None:
+        self.select(torch.arange(self.batch).repeat_interleave(times))
+
+    def select(self, index: Tensor) -> None:
+        self.reorder(index)
+        self.fixed = {name: tensor[index] for name, tensor in self.fixed.items()}
+
+    def views(self) -> Mapping[str, Tensor]:
+        rows, positions = self.origin[:, : self.length], torch.arange(self.length)
+        own = {name: buffer[rows, :, positions].transpose(1, 2) for name, buffer in self.buffers.items()}
+        return own | {name: tensor for name, tensor in self.fixed.items() if name.startswith("past_key_values.")}
+
+
+class FakeRuntime:
+    """Runs an architecture's wrappers in PyTorch over a `TableState`."""
+
+    def __init__(self, architecture: Architecture, model: PreTrainedModel) -> None:
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.signatures = {role: architecture.signature(model.config, role) for role in architecture.roles()}
+        self.wrappers = {role: architecture.wrap(model, role) for role in architecture.roles()}
+        self.cache = self.signatures[Role.STEP].cache
+
+    @torch.no_grad()
+    def _run(self, role: Role, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        signature = self.signatures[role]
+        outputs = self.wrappers[role](*(feeds[port.name] for port in signature.inputs))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return dict(zip((port.name for port in signature.outputs), outputs, strict=True))
+
+    def encode(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self._run(Role.ENCODER, feeds)
+
+    def prefill(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, TableState]:
+        outputs = self._run(Role.PREFILL, feeds)
+        grown = {port.name for port in self.signatures[Role.STEP].outputs}
+        caches = {name: outputs[source] for name, source in self.cache.items()}
+        fixed = {name: tensor for name, tensor in feeds.items() if name != "input_ids"}
+        fixed |= {name: tensor for name, tensor in caches.items() if self.cache[name] not in grown}
+        state = TableState(fixed, feeds["input_ids"].shape[0])
+        state.write({name: tensor for name, tensor in caches.items() if self.cache[name] in grown})
+        return outputs["logits"], state
+
+    def step(self, ids: Tensor, state: TableState) -> Tensor:
+        outputs = self._run(Role.STEP, {"input_ids": ids, **state.fixed, **state.views()})
+        present = {name: outputs[source] for name, source in self.cache.items() if source in outputs}
+        state.write({name: tensor[:, :, -ids.shape[1] :] for name, tensor in present.items()})
+        return outputs["logits"]
+
+    def close(self) -> None:
+        self.wrappers = {}

@@ -1,0 +1,98 @@
+"""The sweep table: one row a job, failed ones too, rewritten after every job."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from accel import sweeps
+from tests.conftest import Build
+
+
+def _settings(folder: Path, number: int) -> Any:
+    return SimpleNamespace(sweep=SimpleNamespace(dir=str(folder)), job=SimpleNamespace(num=number))
+
+
+def _summary(new_tokens: int, seconds: float) -> dict[str, Any]:
+    values = {"total": {"median": seconds}, "vs_torch_cache": 2.5, "vs_two_files": None}
+    setups = {
+        "torch+cache": {"total": {"median": 2.5 * seconds}, "vs_torch_cache": 1.0, "vs_two_files": None},
+        "onnx+cache": values,
+    }
+    return {"point": {"new_tokens": new_tokens}, "setups": setups, "session_ratio": 1.08, "ignored": "x" * 1000}
+
+
+def test_rows_come_one_by_one(tmp_path: Path) -> None:
+    """The table is whole after every job; a failed job is a row; a job run again replaces its row."""
+    common = ["model=tiny", "+sweep=latency"]
+    first = [*common, "benchmark.new_tokens=8", "benchmark.num_beams=1"]
+    second = [*common, "benchmark.new_tokens=16", "benchmark.num_beams=1"]
+    third = [*common, "benchmark.new_tokens=16", "benchmark.num_beams=0"]
+    table = sweeps.record(_settings(tmp_path, 0), first, _summary(8, 0.125), None)
+    assert "| 8 |" in table.read_text()
+    sweeps.record(_settings(tmp_path, 2), third, None, "benchmark.num_beams=0: must be\nfrom 1 | up")
+    sweeps.record(_settings(tmp_path, 1), second, None, "out of memory")
+    sweeps.record(_settings(tmp_path, 1), second, _summary(16, 0.25), None)
+    lines = table.read_text().splitlines()
+    assert lines[0] == "In all jobs: `model=tiny` `sweep=latency`"
+    drawn = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    assert drawn[0] == [
+        "benchmark.new_tokens",
+        "benchmark.num_beams",
+        "torch+cache (s)",
+        "onnx+cache (s)",
+        "x torch+cache",
+        "x two files",
+        "session ratio",
+        "error",
+    ]
+    assert drawn[2][:7] == ["8", "1", "0.312", "0.125", "2.50", "-", "1.08"]
+    assert drawn[3][:7] == ["16", "1", "0.625", "0.250", "2.50", "-", "1.08"]
+    assert drawn[4] == ["16", "0", "-", "-", "-", "-", "-", "benchmark.num_beams=0: must be from 1 \\| up"]
+    jobs = json.loads((tmp_path / sweeps.RECORD).read_text())
+    assert [job["number"] for job in jobs] == [0, 1, 2]
+    assert (tmp_path / sweeps.PLOT).read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_sweep_without_figures(tmp_path: Path) -> None:
+    """A sweep that only fails, or that measures nothing, still leaves its table."""
+    sweeps.record(_settings(tmp_path, 0), ["stage=merge", "model=a"], None, None)
+    table = sweeps.record(_settings(tmp_path, 1), ["stage=merge", "model=b"], None, "unknown model")
+    assert [line for line in table.read_text().splitlines() if line.startswith("|")] == [
+        "| model | error |",
+        "| --- | --- |",
+        "| a |  |",
+        "| b | unknown model |",
+    ]
+    assert not (tmp_path / sweeps.PLOT).exists()
+
+
+@pytest.mark.slow
+def test_multirun(build: Build, tiny: Path, shared: Path, tmp_path: Path) -> None:
+    """The command line: one export for all jobs, a failed job is a row, the sweep goes on and ends with 2."""
+    build(tiny, "verify")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accel", "-m", "+sweep=latency", "model=auto", f"model.checkpoint={tiny}"),
+            *(f"artifacts={shared / 'artifacts'}", "runtime=cpu", "verify.unique_tokens=true"),
+            *("benchmark.new_tokens=3,4", "benchmark.num_beams=0,2", "benchmark.source_length=4"),
+            *("benchmark.memory=false", "benchmark.repeats=1", f"hydra.sweep.dir={tmp_path}"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    jobs = json.loads((tmp_path / sweeps.RECORD).read_text())
+    assert [job["overrides"]["benchmark.num_beams"] for job in jobs] == ["0", "2", "0", "2"]
+    assert ["must be from 1" in (job["error"] or "") for job in jobs] == [True, False, True, False]
+    assert [set(job["setups"]) != set() for job in jobs] == [False, True, False, True]
+    table = (tmp_path / sweeps.TABLE).read_text()
+    assert table.count("benchmark.num_beams=0") == 2
+    made = [path.name for path in (shared / "artifacts" / tiny.name).glob("export-*/manifest.json")]
+    assert len(made) == 1
