@@ -25,6 +25,7 @@ from accel.errors import AccelError
 from accel.memory import PeakMemory
 
 MANIFEST = "manifest.json"
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)  # what parsing a damaged manifest raises
 FULL = 2**20  # bytes: a disk with less left is full
 
 
@@ -54,7 +55,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
 
     def dump(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True)
+        return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def parse(cls, text: str) -> "Manifest":
@@ -137,17 +138,28 @@ class Store:
         """The artefact, or None if it was never finished. A damaged one is named, removed and reported as None."""
         folder = self.path(stage, key)
         try:
-            artifact = Artifact(folder, Manifest.parse((folder / MANIFEST).read_text()))
-            if artifact.key != key:
-                raise Damaged(f"{folder / MANIFEST} belongs to another key")
+            artifact = self._read(folder, key)
             artifact.check()
         except FileNotFoundError:
             return None
-        except (Damaged, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (Damaged, *UNREADABLE) as error:
             console.warn(f"damaged artefact: {error}; it will be rebuilt")
             with self._locked(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             return None
+        return artifact
+
+    def peek(self, stage: str, key: str) -> Artifact | None:
+        """The artefact as its manifest describes it, its files unread; None if it was never finished or is damaged."""
+        try:
+            return self._read(self.path(stage, key), key)
+        except (FileNotFoundError, Damaged, *UNREADABLE):
+            return None
+
+    def _read(self, folder: Path, key: str) -> Artifact:
+        artifact = Artifact(folder, Manifest.parse((folder / MANIFEST).read_text()))
+        if artifact.key != key:
+            raise Damaged(f"{folder / MANIFEST} belongs to another key")
         return artifact
 
     def build(

@@ -6,7 +6,7 @@ needs none of those before it: they may have been deleted.
 
 import importlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -144,18 +144,17 @@ class Pipeline:
         inputs = self.stage(name).inputs(self.config)
         return set(inputs).union(*(self._below(upstream) for upstream in inputs)) if inputs else set()
 
-    def run(
-        self, names: Sequence[str], progress: Callable[[str, Artifact | None], None] | None = None
-    ) -> dict[str, Artifact]:
+    def run(self, names: Sequence[str]) -> dict[str, Artifact]:
         """Run `names` in order. Returns the artefacts that are at hand afterwards."""
         needed = self.needed(names)
         for name in names:
-            if name not in needed:
-                continue
-            reused = self.find(name) is not None
-            artifact = self.artifact(name)
-            if reused:
-                console.note(f"{name:<10} reused  {artifact.folder}")
+            # What nothing asked for is made from is only looked up for the report, so its files are not read again.
+            found = self.find(name) if name in needed else self.store.peek(name, self.key(name))
+            if found is not None:
+                self._artifacts[name] = found
+                console.note(f"{name:<10} reused  {found.folder}")
+            elif name in needed:
+                self.artifact(name)
         return {name: self._artifacts[name] for name in (*HIDDEN, *names) if name in self._artifacts}
 
 

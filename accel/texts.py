@@ -1,6 +1,5 @@
 """Inputs: from texts through a tokenizer, or random ids where a checkpoint has none. And how far outputs are off."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +106,3 @@ def random_inputs(
     generator = torch.Generator().manual_seed(seed)
     lengths = [max(1, length - position * length // (2 * count)) for position in range(count)]
     return [architecture.feeds(config, 1, size, generator) for size in lengths]
-
-
-def dump_tokens(path: Path, tokens: object) -> None:
-    path.write_text(json.dumps(tokens))

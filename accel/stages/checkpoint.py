@@ -86,7 +86,7 @@ def pretrained(model: ModelConfig) -> Artifact:
     if not any(Path(name).match(pattern) for name in files for pattern in WEIGHTS):
         raise AccelError(f"checkpoint {str(folder)!r} holds no weights ({' or '.join(WEIGHTS)})")
     key = make_key(files={name: record.sha256 for name, record in files.items()})
-    return Artifact(folder, Manifest("checkpoint", key, {}, {}, {}, 0.0, 0, 0, {"parameters": None}, files))
+    return Artifact(folder, Manifest("checkpoint", key, {}, {}, {}, 0.0, 0, 0, {}, files))
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
@@ -103,6 +103,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.note(f"random weights: {parameters / 1e6:.1f} M parameters from seed {config.model.seed}")
     return {"parameters": parameters}
+
+
+def reference_files(config: Config) -> tuple[str, ...]:
+    """References outside the checkpoint's folder: their content counts, as the checkpoint's own does."""
+    path = config.model.references
+    return (path,) if path is not None and Path(path).is_absolute() else ()
 
 
 def check(model: ModelConfig) -> None:

@@ -17,7 +17,7 @@ from accel.chain import Chain, signatures, torch_run
 from accel.generation import Generates
 from accel.schema import Config, VerifyConfig
 from accel.stages import Stage, takes
-from accel.stages.checkpoint import load_model
+from accel.stages.checkpoint import load_model, reference_files
 
 TOKENS = "tokens.json"
 INPUTS = "inputs.safetensors"
@@ -154,4 +154,5 @@ STAGE = Stage(
     inputs=takes("checkpoint"),
     sections=("model", "verify"),
     packages=("torch", "transformers"),
+    files=reference_files,
 )

@@ -22,6 +22,7 @@ from accel.loading import open_model
 from accel.runtime import layout
 from accel.schema import Config
 from accel.stages import Stage, reference, takes
+from accel.stages.checkpoint import reference_files
 
 STEPS = {"float32": 2.0**-23, "float16": 2.0**-10}  # distance from 1 to the next number of each type
 
@@ -207,4 +208,5 @@ STAGE = Stage(
     inputs=takes("checkpoint", "merge", "reference"),
     sections=("model", "precision", "runtime", "verify"),
     packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu"),
+    files=reference_files,
 )
