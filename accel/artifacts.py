@@ -143,18 +143,26 @@ class Store:
         except FileNotFoundError:
             return None
         except (Damaged, *UNREADABLE) as error:
-            console.warn(f"damaged artefact: {error}; it will be rebuilt")
             with self._locked(folder):
+                if (repaired := self._attempt(folder, key, check=True)) is not None:
+                    return repaired  # by another run, while this one waited
+                console.warn(f"damaged artefact: {error}; it will be rebuilt")
                 shutil.rmtree(folder, ignore_errors=True)
+            return None
+        return artifact
+
+    def _attempt(self, folder: Path, key: str, check: bool) -> Artifact | None:
+        try:
+            artifact = self._read(folder, key)
+            if check:
+                artifact.check()
+        except (FileNotFoundError, Damaged, *UNREADABLE):
             return None
         return artifact
 
     def peek(self, stage: str, key: str) -> Artifact | None:
         """The artefact as its manifest describes it, its files unread; None if it was never finished or is damaged."""
-        try:
-            return self._read(self.path(stage, key), key)
-        except (FileNotFoundError, Damaged, *UNREADABLE):
-            return None
+        return self._attempt(self.path(stage, key), key, check=False)
 
     def _read(self, folder: Path, key: str) -> Artifact:
         artifact = Artifact(folder, Manifest.parse((folder / MANIFEST).read_text()))
@@ -209,7 +217,8 @@ class Store:
                 full = full or shutil.disk_usage(self.folder).free < FULL
                 shutil.rmtree(temporary, ignore_errors=True)
                 if full:  # libraries report it in many ways
-                    raise AccelError(f"no space left for {folder.name} in {self.folder}; nothing was kept") from error
+                    reason = os.strerror(errno.ENOSPC)
+                    raise AccelError(f"{reason}: {folder.name} in {self.folder}; nothing of it was kept") from error
                 raise
             return Artifact(folder, manifest)
 

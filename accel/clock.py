@@ -7,6 +7,7 @@ from functools import wraps
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -66,6 +67,31 @@ class Clock:
             return result
 
         return timed
+
+
+class OtherLoad:
+    """Context that measures how busy everything but this process kept the processor: `share`, from 0 to 1.
+
+    Threads that wait by spinning, as PyTorch's and ONNX Runtime's do, take many times longer when they lack a core.
+    """
+
+    def __enter__(self) -> "OtherLoad":
+        self.share = 0.0
+        self._before = self._read()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        total, others = (after - before for after, before in zip(self._read(), self._before, strict=True))
+        self.share = min(1.0, max(0.0, others / total)) if total else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float]:
+        """Seconds of all cores since the start of the system, and those not idle and not this process's."""
+        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        total = sum(times[:8])  # user to steal; what follows is counted in user already
+        return total, total - times.idle - getattr(times, "iowait", 0.0) - own.user - own.system
 
 
 def forced(new_tokens: int, num_beams: int, *, use_cache: bool) -> dict[str, Any]:

@@ -24,11 +24,11 @@ HIDDEN = ("checkpoint", "reference")  # stages that others need and nobody asks 
 
 def chosen(stage: Any) -> list[str]:
     """The stages that `stage=...` asks for, in the order in which they run. Raises `AccelError` on an unknown one."""
-    names = list(STAGES) if stage == "all" else [stage] if isinstance(stage, str) else list(stage)
+    names = stage if isinstance(stage, list | tuple) else [stage]
     for name in names:
-        if name not in STAGES:
+        if name not in (*STAGES, "all"):
             raise unknown("stage", name, (*STAGES, "all"))
-    return [name for name in STAGES if name in names]
+    return [name for name in STAGES if name in names or "all" in names]
 
 
 def load_stage(name: str) -> Stage:
@@ -136,7 +136,8 @@ class Pipeline:
         needed: list[str] = []
         for name in reversed(names):
             above = [other for other in names if name in self._below(other)]
-            if not above or any(other in needed and self.find(other) is None for other in above):
+            users = [other for other in needed if name in self.stage(other).inputs(self.config)]
+            if not above or any(self.find(user) is None for user in users):
                 needed.append(name)
         return needed[::-1]
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from accel.__main__ import main
+from accel.artifacts import Store
 from accel.schema import STAGES
 from tests.conftest import overrides_for
 
@@ -22,12 +23,16 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Runs the command line over the tiny model and some overrides, and returns the message it was refused with."""
+    """Runs the command line over the tiny model and some overrides, and returns the message it was refused with.
+
+    `runs` allows a stage to begin: there is no telling before."""
     root = tmp_path / "artifacts"
     (root / "tiny" / "export-0123456789ab").mkdir(parents=True)
     (root / "tiny" / "export-0123456789ab" / "encoder.onnx").write_text("of another run")
 
-    def run(*overrides: str, base: Sequence[str] | None = None, folder: Path = root) -> str:
+    def run(*overrides: str, base: Sequence[str] | None = None, folder: Path = root, runs: bool = False) -> str:
+        if not runs:
+            monkeypatch.setattr(Store, "build", lambda _, stage, *more, **rest: pytest.fail(f"stage {stage} ran"))
         given = overrides_for(tiny, folder) if base is None else [*base, f"artifacts={folder}"]
         before = listing(tmp_path)
         monkeypatch.setattr(sys, "argv", ["accel", *given, *overrides])
@@ -175,7 +180,7 @@ def test_weights_that_are_no_weights(refused: Refused, tiny: Path, tmp_path: Pat
     """A damaged weights file is named when it is opened."""
     folder = folder_with(tmp_path, **json.loads((tiny / "config.json").read_text()))
     (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header at all")
-    message = refused(base=["model=auto", f"model.checkpoint={folder}", "runtime=cpu", "stage=export"])
+    message = refused(base=["model=auto", f"model.checkpoint={folder}", "runtime=cpu", "stage=export"], runs=True)
     assert_names(message, str(folder))
 
 
@@ -290,7 +295,7 @@ def test_input_file_that_is_a_folder(refused: Refused, tmp_path: Path) -> None:
 def test_unwritable_artefact_folder(refused: Refused, tmp_path: Path) -> None:
     """Where nothing can be written (here: below a file), the folder is named."""
     (tmp_path / "file").write_text("no folder")
-    assert_names(refused("stage=export", folder=tmp_path / "file"), str(tmp_path / "file"), "write")
+    assert_names(refused("stage=export", folder=tmp_path / "file", runs=True), str(tmp_path / "file"), "write")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -298,7 +303,7 @@ def test_read_only_artefact_folder(refused: Refused, tmp_path: Path) -> None:
     """A folder without write permission is named."""
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o555)
-    assert_names(refused("stage=export", folder=folder), str(folder), "write")
+    assert_names(refused("stage=export", folder=folder, runs=True), str(folder), "write")
 
 
 # other environments, each in a process of its own
@@ -329,7 +334,10 @@ if not wheels:
 
 @pytest.mark.parametrize(
     ("wheels", "named"),
-    [([], ("onnxruntime", "[cpu]")), (["onnxruntime", "onnxruntime-gpu"], ("onnxruntime", "onnxruntime-gpu", "both"))],
+    [
+        ([], ("onnxruntime", "accel[cpu]")),
+        (["onnxruntime", "onnxruntime-gpu"], ("onnxruntime", "onnxruntime-gpu", "both")),
+    ],
     ids=["none", "both"],
 )
 def test_wheels_of_onnx_runtime(tiny: Path, tmp_path: Path, wheels: list[str], named: tuple[str, ...]) -> None:
@@ -339,7 +347,7 @@ def test_wheels_of_onnx_runtime(tiny: Path, tmp_path: Path, wheels: list[str], n
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= LINES
-    assert_names(done.stderr, *named, "pip install")
+    assert_names(done.stderr, *named, "pip", "accel[cuda12]")
     assert listing(tmp_path) == {}
 
 

@@ -85,7 +85,7 @@ def test_all_inside_a_list_means_all() -> None:
 
 def test_only_resets_what_a_stage_did_not_declare() -> None:
     """Of a config in which everything differs from its default, a stage sees its own sections and defaults."""
-    config = Config(verbose=True, artifacts="elsewhere", generate={"num_beams": 3})
+    config = Config(artifacts="elsewhere", generate={"num_beams": 3})
     config.benchmark.source_length = 7
     config.merge.flag = "use_cache_branch"
     config.export.seed = 5
@@ -124,7 +124,6 @@ def test_every_stage_declares_what_it_reads(tiny: Path, tmp_path: Path, monkeypa
         "+generate.num_beams=3",
         "+generate.text=word",
         "artifacts=elsewhere",
-        "verbose=true",
         "stage=merge",
     ],
 )
@@ -140,7 +139,7 @@ def test_lengths_and_beams_are_in_no_key_before_generate(tiny: Path, override: s
         ("profile.new_tokens=99", {"profile"}, {"generate", "benchmark"}),
         ("+generate.num_beams=3", {"generate"}, {"benchmark", "profile"}),
         ("merge.flag=use_cache_branch", set(AFTER_MERGE), {"checkpoint", "reference", "export", "optimize", "convert"}),
-        ("+optimize.passes.simplify=false", {"optimize", *AFTER_MERGE}, {"checkpoint", "reference", "export"}),
+        ("optimize.passes.simplify=false", {"optimize", *AFTER_MERGE}, {"checkpoint", "reference", "export"}),
         ("export.opset=21", {"export", "optimize", *AFTER_MERGE}, {"checkpoint", "reference"}),
         ("verify.seed=9", {"reference", "verify"}, {"checkpoint", "export", "optimize", "convert", "merge"}),
         ("runtime.threads=1", {"verify", "benchmark", "profile"}, {"checkpoint", "export", "optimize", "reference"}),

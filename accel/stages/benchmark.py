@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 from accel import console, measure
 from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact, versions
-from accel.clock import Timing, forced, time_generation
+from accel.clock import OtherLoad, Timing, forced, time_generation
 from accel.errors import AccelError, unknown
 from accel.pipeline import machine
 from accel.schema import BenchmarkConfig, Config
@@ -29,6 +29,7 @@ PLOTS = ("latency.png", "accumulated.png")
 COLUMNS = ("setup", "total s", "model s", "ms a token", "x torch +cache", "x two files", "peak MB", "session MB")
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu")
 ABSENT = "-"
+BUSY = 0.1  # share of the processor that others may take before the times say little
 
 
 def check(benchmark: BenchmarkConfig) -> None:
@@ -149,8 +150,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     threads = torch.get_num_threads()
     torch.set_num_threads(config.runtime.threads or threads)
     try:
-        timings = time_setups(names, sources, given, benchmark)
-        facts = machine(config) | {"torch_threads": torch.get_num_threads()}
+        with OtherLoad() as others:
+            timings = time_setups(names, sources, given, benchmark)
+        facts = machine(config) | {"torch_threads": torch.get_num_threads(), "other_load": others.share}
     finally:
         torch.set_num_threads(threads)
     memory = measure_memory(names, sources, given, benchmark) if benchmark.memory else {}
@@ -237,6 +239,11 @@ def show(summary: Mapping[str, Any]) -> None:
     if summary["session_ratio"] is not None:
         console.out.print(
             f"session memory of the merged decoder: {summary['session_ratio']:.2f}x that of the step graph alone"
+        )
+    if (others := summary["machine"]["other_load"]) > BUSY:
+        console.warn(
+            f"other programs took {others:.0%} of the processor during the benchmark: threads that wait by spinning, "
+            "PyTorch's above all, were slowed many times over, and the ratios say little. Repeat on a quiet machine."
         )
 
 

@@ -1,7 +1,11 @@
 """The benchmark's figures: complete, consistent, and of the work that was asked for."""
 
 import json
+import os
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from accel import measure, registry
-from accel.clock import Clock, forced, time_generation
+from accel.clock import Clock, OtherLoad, forced, time_generation
 from accel.errors import AccelError
 from accel.loading import open_model
 from accel.schema import BenchmarkConfig
@@ -31,7 +35,7 @@ def test_figures(build: Build, tiny: Path) -> None:
     measured = json.loads((artifact.folder / benchmark.MEASUREMENT).read_text())
     assert set(summary["setups"]) == set(measured["latencies"]) == set(SETUPS)
     assert summary["point"] | {"new_tokens": 6, "num_beams": 2, "batch_size": 3} == summary["point"]
-    assert set(summary["machine"]) >= {"device", "threads", "processor", "torch_threads"}
+    assert set(summary["machine"]) >= {"device", "threads", "processor", "torch_threads", "other_load"}
     assert summary["packages"]["torch"] == torch.__version__
     totals = {name: values["total"]["median"] for name, values in summary["setups"].items()}
     for name, values in summary["setups"].items():
@@ -138,6 +142,36 @@ def test_clock_restores_after_an_error(build: Build, tiny: Path) -> None:
             model.forward()
         assert "forward" not in vars(model)
         assert "encode" not in vars(model.runtime)
+
+
+def test_other_load() -> None:
+    """Another process that keeps a core busy is seen; this one's own work is not."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            time.sleep(0.2)
+            with OtherLoad() as load:
+                time.sleep(1.0)
+        finally:
+            other.kill()
+    assert load.share > 0.5 / (os.cpu_count() or 1)
+    assert load.share <= 1
+
+
+def test_busy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    point = {"new_tokens": 4, "num_beams": 1, "source_length": 4, "batch_size": 1}
+    for share in (0.02, 0.6):
+        facts = {"device": "cpu", "threads": 2, "other_load": share}
+        benchmark.show(
+            {
+                "point": point,
+                "precision": "float32",
+                "machine": facts,
+                "setups": {},
+                "memory": {},
+                "session_ratio": None,
+            }
+        )
+        assert ("other programs took 60%" in capsys.readouterr().err) is (share == 0.6)
 
 
 def test_torch_baseline_is_what_people_run(tiny: Path) -> None:
