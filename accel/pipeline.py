@@ -5,7 +5,6 @@ needs none of those before it: they may have been deleted.
 """
 
 import importlib
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from accel import console
 from accel.adapter import Architecture
 from accel.artifacts import Artifact, Store, file_hash, make_key, versions
 from accel.errors import unknown
+from accel.machine import machine
 from accel.registry import source_hash
 from accel.schema import STAGES, Config
 from accel.stages import Stage
@@ -157,27 +157,3 @@ class Pipeline:
             elif name in needed:
                 self.artifact(name)
         return {name: self._artifacts[name] for name in (*HIDDEN, *names) if name in self._artifacts}
-
-
-def machine(config: Config) -> dict[str, Any]:
-    """What a measurement depends on: processor, device, driver and threads."""
-    import torch
-
-    facts: dict[str, Any] = {
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": config.runtime.threads or torch.get_num_threads(),
-        "device": config.runtime.device,
-    }
-    if config.runtime.device.startswith("cuda") and torch.cuda.is_available():
-        facts["device"] = torch.cuda.get_device_name()
-        facts["cuda"] = torch.version.cuda
-    return facts
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

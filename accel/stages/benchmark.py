@@ -19,7 +19,7 @@ from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact, versions
 from accel.clock import OtherLoad, Timing, forced, time_generation
 from accel.errors import AccelError, unknown
-from accel.pipeline import machine
+from accel.machine import machine
 from accel.schema import BenchmarkConfig, Config
 from accel.setups import BASELINE, OURS, SEPARATE, SETUPS, Sources, opened
 from accel.stages import Stage
