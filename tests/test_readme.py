@@ -99,6 +99,9 @@ def test_block_runs(block: Block, folder: Path) -> None:
     """The block ends without an error, on the embedded model and without a network."""
     if block.mark in SKIPPED:
         pytest.skip(f"marked: {block.mark}")
+    # It would change the environment that the tests run in, or start them inside themselves.
+    assert "pip install" not in block.code, "mark this block `<!-- test: installs -->`"
+    assert "pytest" not in block.code, "mark this block `<!-- test: tests -->`"
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
