@@ -1,6 +1,7 @@
 """From a composed configuration to finished stages: what the command line and `accel.build` share."""
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,21 @@ def runtime_named(name: str) -> RuntimeConfig:
 
 def typed(composed: DictConfig) -> Config:
     """The dataclass behind a composed configuration."""
+    _refuse_extra(composed, Config, "")
     config = OmegaConf.to_object(composed)
     if not isinstance(config, Config):
         raise AccelError("conf/config.yaml must start from the schema")
     return config
+
+
+def _refuse_extra(section: Any, kind: Any, prefix: str) -> None:
+    """Raises `AccelError` on a key that `+section.key=value` added where the schema has none."""
+    known = {field.name: field.type for field in fields(kind)}
+    for key in section:
+        if key not in known:
+            raise unknown("config key", f"{prefix}{key}", [f"{prefix}{name}" for name in known])
+        if is_dataclass(known[key]):
+            _refuse_extra(section[key], known[key], f"{prefix}{key}.")
 
 
 def execute(config: Config) -> dict[str, Artifact]:

@@ -165,7 +165,10 @@ class Store:
         return self._attempt(self.path(stage, key), key, check=False)
 
     def _read(self, folder: Path, key: str) -> Artifact:
-        artifact = Artifact(folder, Manifest.parse((folder / MANIFEST).read_text()))
+        try:
+            artifact = Artifact(folder, Manifest.parse((folder / MANIFEST).read_text()))
+        except NotADirectoryError as error:
+            raise AccelError(f"can't write to the artefact folder {self.folder}: {error.strerror}") from error
         if artifact.key != key:
             raise Damaged(f"{folder / MANIFEST} belongs to another key")
         return artifact

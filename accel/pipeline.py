@@ -13,7 +13,7 @@ from typing import Any
 from accel import console
 from accel.adapter import Architecture
 from accel.artifacts import Artifact, Store, file_hash, make_key, versions
-from accel.errors import unknown
+from accel.errors import AccelError, unknown
 from accel.machine import machine
 from accel.registry import source_hash
 from accel.schema import STAGES, Config
@@ -25,6 +25,8 @@ HIDDEN = ("checkpoint", "reference")  # stages that others need and nobody asks 
 def chosen(stage: Any) -> list[str]:
     """The stages that `stage=...` asks for, in the order in which they run. Raises `AccelError` on an unknown one."""
     names = stage if isinstance(stage, list | tuple) else [stage]
+    if not names:
+        raise AccelError(f"stage=[] names no stage. Choices: {', '.join((*STAGES, 'all'))}")
     for name in names:
         if name not in (*STAGES, "all"):
             raise unknown("stage", name, (*STAGES, "all"))
@@ -73,13 +75,16 @@ class Pipeline:
             "architecture": self.config.architecture,
             "adapter": source_hash(type(self.architecture)),
             "upstream": {upstream: self.key(upstream) for upstream in stage.inputs(self.config)},
-            "files": {path: file_hash(Path(path)) for path in stage.files(self.config)},
+            "files": [file_hash(Path(path)) for path in stage.files(self.config)],
             "packages": versions(stage.packages),
         }
         return parts | ({"machine": machine(self.config)} if stage.machine else {})
 
     def _sections(self, stage: Stage) -> dict[str, Any]:
+        """The sections a stage declares. Where the checkpoint lies is left out: its content is what counts."""
         values = asdict(self.config)
+        for place in ("name", "checkpoint", "revision"):
+            del values["model"][place]
         return {section: values[section] for section in stage.sections}
 
     def _external(self, name: str) -> bool:

@@ -1,20 +1,24 @@
 """Refuses what can't work before any stage runs: one message that names the value and the choices."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from accel.errors import AccelError, unknown
-from accel.schema import Config
+from transformers import GenerationConfig
 
+from accel.errors import AccelError, unknown
+from accel.runtime.session import check_provider
+from accel.schema import Config
+from accel.stages import benchmark, checkpoint, merge, optimize
+from accel.texts import read_lines
+
+OPSETS = range(18, 24)  # what both the exporter and the graph passes speak
 LONGEST = 1_000_000  # tokens; more is a slip of the keyboard
 OWN_OPTIONS = {"text", "file", "output", "batch_size", "seed"}  # of `generate`, beside GenerationConfig's
 
 
 def validate(config: Config) -> None:
     """Raises `AccelError` on the first value that can't be used."""
-    from accel.runtime.session import check_provider
-    from accel.stages import benchmark, checkpoint, merge, optimize
-
     check_provider(config.runtime.provider)
     checkpoint.check(config.model)
     optimize.check(config.optimize.passes)
@@ -30,6 +34,12 @@ def validate(config: Config) -> None:
         raise unknown("precision.dtype", config.precision.dtype, ("float32", "float16"))
     if config.runtime.threads < 0:
         raise AccelError(f"runtime.threads={config.runtime.threads}: must be 0 (automatic) or more")
+    if config.export.opset not in OPSETS:
+        raise AccelError(f"export.opset={config.export.opset}: must be from {OPSETS[0]} to {OPSETS[-1]}")
+    if not 0 < config.export.tolerance < 1:
+        raise AccelError(f"export.tolerance={config.export.tolerance}: must be above 0 and below 1")
+    if config.audit.texts is not None:
+        read_lines(Path(config.audit.texts))
     check_generate(config.generate)
 
 
@@ -42,8 +52,6 @@ def _positive(config: Config, section: str, keys: Iterable[str]) -> None:
 
 def check_generate(options: dict[str, Any]) -> None:
     """Raises `AccelError` on an option that neither accel nor transformers' `GenerationConfig` has, or a bad value."""
-    from transformers import GenerationConfig
-
     known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")} - {"transformers_version"}
     for name in options:
         if name not in known | OWN_OPTIONS:
@@ -58,6 +66,8 @@ def check_generate(options: dict[str, Any]) -> None:
         raise AccelError("generate.text and generate.file exclude each other; give one")
     if "output" in options and "file" not in options:
         raise AccelError("generate.output goes with generate.file")
+    if options.get("file") is not None:
+        read_lines(Path(str(options["file"])))
     try:
         GenerationConfig(**generation_options(options)).validate()
     except (ValueError, TypeError) as error:

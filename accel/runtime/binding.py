@@ -1,11 +1,14 @@
 """Calls a session on torch tensors without copying: inputs by address, outputs where ONNX Runtime allocates them."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import onnxruntime
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 # ONNX Runtime names element types as C++ does; the numbers are onnx.TensorProto's.
 TYPES = {
@@ -22,7 +25,7 @@ TYPES = {
 class BoundSession:
     """A session called with tensors by name. Outputs share ONNX Runtime's memory, which lives as long as they do."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, device: torch.device) -> None:
+    def __init__(self, session: "onnxruntime.InferenceSession", device: torch.device) -> None:
         self.session = session
         self.device = device
         self.inputs = {port.name: port for port in session.get_inputs()}

@@ -8,6 +8,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from accel import console
@@ -74,7 +75,10 @@ def load_model(folder: Path) -> PreTrainedModel:
     if not hasattr(transformers, name):
         raise AccelError(f"{folder / 'config.json'}: transformers has no model class {name!r} (`architectures`)")
     kind = getattr(transformers, name)
-    model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    try:
+        model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    except SafetensorError as error:
+        raise AccelError(f"the weights in {str(folder)!r} are damaged: {error}") from error
     model.eval()
     return model
 
@@ -119,10 +123,16 @@ def check(model: ModelConfig) -> None:
         raise AccelError(f"model={model.name}: model.checkpoint is missing; give a folder or a hub id")
 
 
+def described_by(config: Config) -> tuple[str, ...]:
+    """The file that random weights take their dimensions from, unless `model.config` holds them."""
+    return () if config.model.config else (str(locate(config.model, weights=False) / "config.json"),)
+
+
 STAGE = Stage(
     name="checkpoint",
     run=run,
     inputs=takes(),
     sections=("model",),
     packages=("torch", "transformers"),
+    files=described_by,
 )

@@ -39,7 +39,7 @@ def example(chain: Chain, role: Role, given: Mapping[str, Tensor], ids: Tensor) 
     raise AccelError(f"role {role} is not one of the architecture's: {', '.join(chain.signatures)}")
 
 
-def export_role(wrapper: nn.Module, signature: Signature, inputs: Mapping[str, Tensor]) -> ir.Model:
+def export_role(wrapper: nn.Module, signature: Signature, inputs: Mapping[str, Tensor], opset: int) -> ir.Model:
     """One graph, with the ports' names, as the exporter leaves it. `inputs` are in the signature's order."""
     axes: tuple[Any, ...] = tuple(dict(port.axes) for port in signature.inputs)
     parameters = inspect.signature(wrapper.forward).parameters.values()
@@ -50,7 +50,13 @@ def export_role(wrapper: nn.Module, signature: Signature, inputs: Mapping[str, T
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            wrapper, tuple(inputs.values()), dynamo=True, optimize=False, dynamic_shapes=axes, verbose=False
+            wrapper,
+            tuple(inputs.values()),
+            opset_version=opset,
+            dynamo=True,
+            optimize=False,
+            dynamic_shapes=axes,
+            verbose=False,
         )
     if program is None:
         raise AccelError("torch.onnx.export made no program")
@@ -129,7 +135,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     for role, signature in console.track(list(ports.items()), "tracing"):
         wrapper = architecture.wrap(model, role)
         tokens = ids[:, : EXAMPLE["new"]] if role is Role.STEP else ids
-        graph = export_role(wrapper, signature, example(chain, role, given, tokens))
+        graph = export_role(wrapper, signature, example(chain, role, given, tokens), config.export.opset)
         name_weights(graph, wrapper, model)
         files.save(graph, out / f"{role}.onnx")
         nodes[str(role)] = files.node_count(graph)
