@@ -77,7 +77,7 @@ def _choose(graph: ir.Graph, flag: ir.Value, given: ir.Value, made: ir.Value) ->
             "else_branch": ir.Graph([], else_outputs, nodes=without_past, name=f"{given.name}.made.{number}"),
         }
         for branch in branches.values():
-            _prefix(branch)
+            _rename(branch)
         choice = ir.node("If", [flag], attributes=branches, outputs=outputs, name=f"{given.name}.choose.{number}")
         graph.insert_before(chain[-1], choice)
         convenience.replace_all_uses_with(old, outputs[0], replace_graph_outputs=True)
@@ -139,8 +139,9 @@ def _copy(nodes: list[ir.Node], values: Mapping[ir.Value | None, ir.Value | None
     return copies
 
 
-def _prefix(graph: ir.Graph) -> None:
-    """Names inside a branch must not shadow the outer graph's."""
-    for node in graph.all_nodes():
+def _rename(graph: ir.Graph) -> None:
+    """Names inside a branch must not shadow the outer graph's, nor clash where nodes of both models meet."""
+    for number, node in enumerate(graph.all_nodes()):
+        node.name = f"{graph.name}/{number}.{node.op_type}"
         for value in node.outputs:
-            value.name = f"{graph.name}/{value.name}"
+            value.name = f"{graph.name}/{number}.{value.name}"

@@ -15,7 +15,7 @@ try:
     import onnxruntime
 except ImportError as error:
     raise AccelError(
-        "ONNX Runtime (onnxruntime) is not installed. Choose one extra: pip install 'accel[cpu]', or cuda13, cuda12, cuda11"
+        "ONNX Runtime (onnxruntime) is not installed. Choose one extra: accel[cpu], accel[cuda13], [cuda12] or [cuda11]"
     ) from error
 
 

@@ -185,3 +185,29 @@ def test_what_cannot_be_merged_is_named() -> None:
     old = parse(STEP, WEIGHTS, '<ir_version: 10, opset_import: ["": 18]>')
     with pytest.raises(ValueError, match="18"):
         merge_caches(old, prefill(), FLAG, CACHE)
+
+
+def test_nodes_of_both_graphs_may_have_the_same_names() -> None:
+    """Prefill's nodes meet step's in one branch. Exporters number the nodes of each graph from the start."""
+
+    def numbered(model: ir.Model) -> ir.Model:
+        outputs = {output for output in model.graph.outputs}
+        for number, node in enumerate(model.graph):
+            node.name = f"node_{number % 4}"
+            for value in node.outputs:
+                if value not in outputs:
+                    value.name = f"val_{number}"
+        return model
+
+    made = PREFILL.replace("key = MatMul(context, w_key)", "early = MatMul(context, w_key)\n key = Identity(early)")
+    source = numbered(parse(made, WEIGHTS | MAKES))
+    merged = merge_caches(numbered(step()), source, FLAG, CACHE)
+    for graph in merged.graphs():
+        if graph is not merged.graph:
+            names = [node.name for node in graph]
+            assert len(set(names)) == len(names)
+            values = [value.name for node in graph for value in node.outputs]
+            assert len(set(values)) == len(values)
+    found = run(merged, NO_PAST | flag(False))
+    for name, expected in run(parse(PREFILL, WEIGHTS | MAKES), FEEDS).items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
