@@ -56,7 +56,7 @@ class OptimizeConfig:
 @dataclass
 class AuditConfig:
     batches: int = 8
-    batch_size: int = 4
+    batch_size: int = 2
     max_length: int = 128
     seed: int = 0
     texts: str | None = None

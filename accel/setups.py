@@ -119,7 +119,11 @@ def deployed(folder: Path, runtime: RuntimeConfig, traces: Path) -> tuple[Accele
         name: bound(
             folder / file,
             SessionSettings(
-                runtime.provider, runtime.provider_options, runtime.session, runtime.threads, str(traces / name)
+                runtime.provider,
+                runtime.provider_options,
+                runtime.session,
+                runtime.threads,
+                profile=str(traces / name),
             ),
             runtime.device,
         )

@@ -119,7 +119,11 @@ def _weight(value: ir.Value, margin: float) -> Reason | None:
     tensor = value.const_value
     if tensor is None or tensor.dtype != FLOAT or tensor.size == 0:
         return None
-    largest = float(np.abs(tensor.numpy()).max())
+    content = tensor.numpy()
+    largest = max(float(content.max()), -float(content.min()))
+    if isinstance(tensor, ir.ExternalTensor):
+        del content
+        tensor.release()  # or the mapped pages of every weight would count as this process's memory
     return None if largest <= LARGEST else Reason("overflow", value.name or "", largest)
 
 

@@ -25,8 +25,8 @@ from accel.stages import Stage, takes
 
 PLAN = "plan.json"
 RANGES = "ranges.json"
-# Weights stay in the file they are mapped from: packing would double their memory, for speed that does not count here.
-UNPACKED = SessionSettings(session={"session.disable_prepacking": "1"})
+# Weights stay in the file they are mapped from, and what a node frees is gone: memory counts here, speed doesn't.
+SMALL = SessionSettings(session={"session.disable_prepacking": "1"}, arena=False)
 STEPS = {"random": 4, "text": 32}  # tokens decoded greedily after the first
 
 
@@ -40,7 +40,7 @@ class ProbedGraph:
         files.save(model, scratch / source.name)
         del model
         release()
-        self.session = open_session(scratch / source.name, UNPACKED)
+        self.session = open_session(scratch / source.name, SMALL)
         self.outputs = [port.name for port in self.session.get_outputs()]
         self.ranges: dict[str, probe.Range] = {}
 
@@ -63,7 +63,7 @@ def batches(
     for _ in range(config.batches):
         length, prefix = (
             int(torch.randint(2, max(3, n), (), generator=generator))
-            for n in (config.max_length, config.max_length // 2)
+            for n in (config.max_length, config.max_length // 4)
         )
         given = architecture.feeds(model, config.batch_size, length, generator)
         yield "random", dict(given), torch.randint(vocabulary, (config.batch_size, prefix), generator=generator)

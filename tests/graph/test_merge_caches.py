@@ -191,7 +191,7 @@ def test_nodes_of_both_graphs_may_have_the_same_names() -> None:
     """Prefill's nodes meet step's in one branch. Exporters number the nodes of each graph from the start."""
 
     def numbered(model: ir.Model) -> ir.Model:
-        outputs = {output for output in model.graph.outputs}
+        outputs = set(model.graph.outputs)
         for number, node in enumerate(model.graph):
             node.name = f"node_{number % 4}"
             for value in node.outputs:
