@@ -33,8 +33,9 @@ def infer_types(model: ir.Model) -> None:
 
 
 def float_values(graph: ir.Graph) -> list[ir.Value]:
-    """The FP32 inputs and node outputs of a graph, weights and subgraphs aside."""
-    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    """The FP32 inputs and node outputs of a graph, subgraphs aside, and what is computed from weights alone."""
+    fixed = {node for node in graph if node.inputs and all(value and value.is_initializer() for value in node.inputs)}
+    values = [*graph.inputs, *(output for node in graph if node not in fixed for output in node.outputs)]
     return [value for value in values if value.dtype == FLOAT and value.name]
 
 

@@ -24,6 +24,7 @@ class SessionSettings:
     """How a session is opened. `session`: ONNX Runtime's configuration keys; `threads`: 0 for its default.
 
     `arena`: keep freed memory for the next run; without it, a run is slower and the process smaller.
+    `fuse`: let ONNX Runtime rewrite the graph first, which copies what it folds.
     """
 
     provider: str = "CPUExecutionProvider"
@@ -31,6 +32,7 @@ class SessionSettings:
     session: Mapping[str, str] = field(default_factory=dict)
     threads: int = 0
     arena: bool = True
+    fuse: bool = True
     profile: str | None = None
 
 
@@ -39,6 +41,8 @@ def open_session(path: Path, settings: SessionSettings) -> onnxruntime.Inference
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = settings.threads
+    if not settings.fuse:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = options.enable_mem_pattern = settings.arena
     for key, value in settings.session.items():
         options.add_session_config_entry(key, value)

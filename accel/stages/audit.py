@@ -26,7 +26,7 @@ from accel.stages import Stage, takes
 PLAN = "plan.json"
 RANGES = "ranges.json"
 # Weights stay in the file they are mapped from, and what a node frees is gone: memory counts here, speed doesn't.
-SMALL = SessionSettings(session={"session.disable_prepacking": "1"}, arena=False)
+SMALL = SessionSettings(session={"session.disable_prepacking": "1"}, arena=False, fuse=False)
 STEPS = {"random": 4, "text": 32}  # tokens decoded greedily after the first
 
 
