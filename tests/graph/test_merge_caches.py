@@ -193,7 +193,7 @@ def test_nodes_of_both_graphs_may_have_the_same_names() -> None:
     def numbered(model: ir.Model) -> ir.Model:
         outputs = set(model.graph.outputs)
         for number, node in enumerate(model.graph):
-            node.name = f"node_{number % 4}"
+            node.name = f"node_{number}"
             for value in node.outputs:
                 if value not in outputs:
                     value.name = f"val_{number}"
