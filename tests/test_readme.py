@@ -3,7 +3,7 @@
 Fenced blocks marked `bash` or `python` are run in order of appearance, in one folder, with the artefacts of this run.
 An HTML comment on the line before a block changes that: `<!-- test: needs hub -->` or `<!-- test: needs gpu -->`
 leaves it to a machine that has one, `<!-- test: tests -->` is the test run itself, which can't run within itself, and
-`<!-- test: installs -->` is run by `.ci/run` on a clean clone.
+`<!-- test: installs -->` is run by `.ci/run` on a clean clone, `<!-- test: large -->` takes a quarter of an hour.
 """
 
 import os
@@ -21,7 +21,7 @@ README = ROOT / "README.md"
 BLOCK = re.compile(
     r"(?:^<!-- test: (?P<mark>[^>]*?) -->\s*\n)?^```(?P<kind>bash|python)\n(?P<code>.*?)^```$", re.M | re.S
 )
-SKIPPED = {"needs hub", "needs gpu", "installs", "tests"}
+SKIPPED = {"needs hub", "needs gpu", "installs", "tests", "large"}
 
 
 @dataclass(frozen=True)
