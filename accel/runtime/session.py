@@ -15,7 +15,8 @@ try:
     import onnxruntime
 except ImportError as error:
     raise AccelError(
-        "ONNX Runtime (onnxruntime) is not installed. Choose one extra: accel[cpu], accel[cuda13], [cuda12] or [cuda11]"
+        "ONNX Runtime (onnxruntime) is not installed. "
+        "pip install one extra: accel[cpu], accel[cuda13], accel[cuda12] or accel[cuda11]"
     ) from error
 
 
