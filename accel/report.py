@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from accel import console
@@ -72,6 +73,7 @@ def _texts(config: Config, results: Mapping[str, list[str]]) -> None:
     if not results["outputs"]:
         return
     if (output := config.generate.get("output")) is not None:
+        Path(str(output)).write_text("".join(f"{line}\n" for line in results["outputs"]), encoding="utf-8")
         console.out.print(f"{len(results['outputs'])} lines written to {output}")
         return
     times = len(results["outputs"]) // len(results["inputs"])

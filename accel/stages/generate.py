@@ -52,7 +52,7 @@ def write(
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes `texts.json`, and the outputs to generate.output, one a line."""
+    """Writes `texts.json`. generate.output is a copy for the user, made anew by each run, also of reused texts."""
     folder = inputs["verify"].folder
     tokenizer = texts.load_tokenizer(folder)
     lines = lines_of(config, inputs["checkpoint"].folder)
@@ -73,8 +73,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             else []
         )
     (out / RESULTS).write_text(json.dumps({"inputs": lines, "outputs": written}))
-    if (output := options.get("output")) is not None:
-        Path(str(output)).write_text("".join(f"{line}\n" for line in written), encoding="utf-8")
     return {"inputs": len(lines), "outputs": len(written)}
 
 
