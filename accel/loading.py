@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
@@ -10,6 +11,7 @@ from accel.errors import AccelError
 from accel.generation import AcceleratedModel
 from accel.runtime import layout
 from accel.runtime.onnx import open_deployable
+from accel.runtime.protocol import Runtime
 from accel.runtime.session import SessionSettings, check_provider
 from accel.schema import RuntimeConfig
 
@@ -23,12 +25,15 @@ def open_model(folder: Path, runtime: RuntimeConfig) -> AcceleratedModel:
     """The model in a deployable's or a candidate's folder. Raises `AccelError` if there is none."""
     if not (folder / layout.DECODER).is_file():
         raise AccelError(f"{str(folder)!r} holds no {layout.DECODER}: not a folder that accel made")
+    return as_model(open_deployable(folder, settings(runtime), runtime.device), folder)
+
+
+def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:
+    """`runtime` with the config and the generation config in `folder`."""
     config = AutoConfig.from_pretrained(folder)
-    path = folder / "generation_config.json"
-    generation = (
-        GenerationConfig.from_pretrained(folder) if path.is_file() else GenerationConfig.from_model_config(config)
-    )
-    return AcceleratedModel(open_deployable(folder, settings(runtime), runtime.device), config, generation)
+    described = (folder / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(folder) if described else GenerationConfig.from_model_config(config)
+    return AcceleratedModel(runtime, config, generation)
 
 
 def verdict_of(folder: Path) -> dict[str, object] | None:

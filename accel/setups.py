@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from accel import memory
 from accel.adapter import Role
 from accel.generation import AcceleratedModel, Generates
-from accel.loading import open_model, settings
+from accel.loading import as_model, open_model, settings
 from accel.runtime import layout
 from accel.runtime.binding import BoundSession
 from accel.runtime.onnx import GrowingRuntime
@@ -98,14 +98,6 @@ def two_files(sources: Sources) -> AcceleratedModel:
 def bound(path: Path, how: SessionSettings, device: str) -> BoundSession:
     """A session over the graph at `path`, called with torch tensors on `device`."""
     return BoundSession(open_session(path, how), torch.device(device))
-
-
-def as_model(runtime: GrowingRuntime, folder: Path) -> AcceleratedModel:
-    """`runtime` with the config and the generation config in `folder`."""
-    config = AutoConfig.from_pretrained(folder)
-    described = (folder / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(folder) if described else GenerationConfig.from_model_config(config)
-    return AcceleratedModel(runtime, config, generation)
 
 
 def deployed(folder: Path, runtime: RuntimeConfig, traces: Path) -> tuple[AcceleratedModel, dict[str, BoundSession]]:
