@@ -28,8 +28,9 @@ def simplify(models: Sequence[ir.Model]) -> None:
 
 
 def merge_duplicates(models: Sequence[ir.Model]) -> None:
-    """In place: a value computed twice is computed once."""
+    """In place: a value computed twice is computed once, also where it comes from two equal small constants."""
     for model in models:
+        common.DeduplicateInitializersPass(size_limit=16)(model)  # elements; a weight keeps its own name
         common.CommonSubexpressionEliminationPass()(model)
         common.RemoveUnusedNodesPass()(model)
 

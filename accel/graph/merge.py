@@ -1,6 +1,8 @@
 """Two graphs with the same outputs become the branches of one ONNX `If`, with every weight stored once.
 
-The condition is a boolean input. Each weight is an initializer of the outer graph, which both branches see.
+The condition is a boolean input. Each weight is an initializer of the outer graph, which both branches see. Lengths,
+axes and scalars stay in the branch that reads them: ONNX Runtime keeps the outer graph's initializers on the device,
+and copies one that an operator wants on the host at every run.
 ONNX specification: https://onnx.ai/onnx/operators/onnx__If.html
 """
 
@@ -11,6 +13,8 @@ import onnx_ir as ir
 from onnx_ir import convenience
 
 from accel.graph.weights import fingerprint, initializers
+
+SMALL = 8  # elements: lengths, axes, scalars
 
 
 def merge_if(when_true: ir.Model, when_false: ir.Model, flag: str) -> ir.Model:
@@ -29,7 +33,8 @@ def merge_if(when_true: ir.Model, when_false: ir.Model, flag: str) -> ir.Model:
         if name in inputs:
             raise ValueError(f"output {name!r} is also an input; a merged graph needs another name for one of them")
     results = [_output(value) for value in types.values()]
-    initial = share_weights((when_false, when_true))  # may rename: from here on, outputs are known by position
+    # This may rename: from here on, outputs are known by position.
+    initial = share_weights((when_false, when_true), smallest=SMALL + 1)
     branches = {
         "then_branch": _branch(when_true, "with_past", list(made), types, inputs),
         "else_branch": _branch(when_false, "without_past", list(types), types, inputs),
@@ -73,8 +78,11 @@ def join_opsets(first: ir.Model, second: ir.Model) -> dict[str, int]:
     return opsets
 
 
-def share_weights(models: Sequence[ir.Model]) -> list[ir.Value]:
-    """Move every initializer out of its graph; equal ones become one value. Returns those that are left."""
+def share_weights(models: Sequence[ir.Model], smallest: int = 0) -> list[ir.Value]:
+    """Move initializers of `smallest` elements or more out of their graphs; equal ones become one value.
+
+    Returns those that are left.
+    """
     kept: dict[tuple[str, tuple[int, ...], str], ir.Value] = {}
     names = {output.name or "" for model in models for output in model.graph.outputs}  # an output keeps its name
     for model in models:
@@ -83,6 +91,8 @@ def share_weights(models: Sequence[ir.Model]) -> list[ir.Value]:
             graph = value.graph
             if graph is None or value.name in outer:
                 raise ValueError(f"initializer {value.name!r} is also an input; give it a name of its own")
+            if value.const_value is not None and value.const_value.size < smallest:
+                continue
             graph.initializers.pop(value.name or "")
             mark = fingerprint(value)
             if mark in kept:
@@ -149,7 +159,7 @@ def _hoist(branches: Iterable[ir.Graph]) -> list[ir.Node]:
     kept: dict[tuple[object, ...], ir.Node] = {}
     for branch in branches:
         for node in list(branch):
-            if not node.inputs or not all(value is not None and value.is_initializer() for value in node.inputs):
+            if not node.inputs or not all(value is not None and _is_outer(value, branch) for value in node.inputs):
                 continue
             attributes = tuple(sorted((name, str(attribute.value)) for name, attribute in node.attributes.items()))
             mark = (node.domain, node.op_type, tuple(node.inputs), attributes, len(node.outputs))
@@ -158,6 +168,10 @@ def _hoist(branches: Iterable[ir.Graph]) -> list[ir.Node]:
             if first is not node:
                 convenience.replace_all_uses_with(node.outputs, first.outputs)
     return list(kept.values())
+
+
+def _is_outer(value: ir.Value, branch: ir.Graph) -> bool:
+    return value.is_initializer() and value.graph is not branch
 
 
 def absent(like: ir.Value) -> ir.Node:
@@ -189,3 +203,6 @@ def _prefix(graph: ir.Graph, prefix: str) -> None:
         for output in node.outputs:
             if output.name:
                 output.name = f"{prefix}/{output.name}"
+    for inner in (graph, *graph.subgraphs()):
+        for value in list(inner.initializers.values()):
+            value.name = f"{prefix}/{value.name}"

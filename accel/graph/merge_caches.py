@@ -144,4 +144,5 @@ def _rename(graph: ir.Graph) -> None:
     for number, node in enumerate(graph.all_nodes()):
         node.name = f"{graph.name}/{number}.{node.op_type}"
         for value in node.outputs:
-            value.name = f"{graph.name}/{number}.{value.name}"
+            if value.name:  # an absent output has none
+                value.name = f"{graph.name}/{number}.{value.name}"

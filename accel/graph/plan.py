@@ -3,7 +3,8 @@
 - Overflow counts everywhere: a node stays if a value it reads or writes, weights included, comes within the margin of
   FP16's largest number.
 - Underflow counts only where zero or a lost digit changes the result: what is divided by, taken the logarithm or the
-  root of, and the sums that lead there. Elsewhere an element near zero may well become zero.
+  root of, and the sums that lead there. Elsewhere an element near zero may well become zero. A fused norm has no such
+  values: it computes in FP32 inside (see `fuse_norms` and `fuse_residuals`), and only what goes in and out counts.
 - A float that becomes an integer or a truth value by way of arithmetic on positions stays: rounding would change it.
 - What FP32 itself can't hold (a logarithm of zero that a later `Where` discards) stays as it is.
 """
@@ -200,8 +201,8 @@ def _no_kernel(node: ir.Node, opsets: Mapping[str, int]) -> Reason | None:
     """An operator whose specification has no FP16, or one with subgraphs, which are left alone."""
     if has_subgraph(node):
         return Reason("subgraph", node.outputs[0].name or "")
-    if node.domain not in ("", "ai.onnx"):
-        return None  # other domains publish no schema here; their FP32 operators exist in FP16
+    if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
+        return None  # a runtime's own operators publish no schema here; those in FP32 exist in FP16
     schema = onnx.defs.get_schema(node.op_type, opsets.get("", 20))
     allowed = {kind for constraint in schema.type_constraints for kind in constraint.allowed_type_strs}
     return None if "tensor(float16)" in allowed else Reason("no FP16 operator", node.outputs[0].name or "")

@@ -27,9 +27,19 @@ class Range:
 
 
 def infer_types(model: ir.Model) -> None:
-    """In place: give every value its type. Weights are set aside meanwhile: inference would copy them."""
-    if any(value.dtype is None for node in model.graph.all_nodes() for value in node.outputs):
-        ShapeInferencePass()(model)
+    """In place: give every value its type, and its shape where nothing says it yet; shapes that are known stay.
+
+    Operators that the ONNX specification lacks are passed over: who makes such a node notes its types. Weights are set
+    aside meanwhile: inference would copy them.
+    """
+    values = [value for node in model.graph.all_nodes() for value in node.outputs if value.name]
+    if any(value.dtype is None or value.shape is None for value in values):
+        known = [
+            (value, value.shape) for value in values if value.shape is not None and not value.shape.has_unknown_dim()
+        ]
+        ShapeInferencePass(strict_mode=False)(model)
+        for value, shape in known:
+            value.shape = shape
 
 
 def float_values(graph: ir.Graph) -> list[ir.Value]:

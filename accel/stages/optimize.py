@@ -11,8 +11,16 @@ from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
 from accel.errors import unknown
 from accel.graph import files
+from accel.graph.drop_zeros import drop_zeros
 from accel.graph.fold_constants import fold_constants, merge_duplicates, simplify, strip_metadata
 from accel.graph.fold_transposes import fold_transposes
+from accel.graph.fuse_norms import fuse_norms
+from accel.graph.fuse_residuals import fuse_residuals
+from accel.graph.hoist_additions import hoist_additions
+from accel.graph.infer_shapes import infer_shapes
+from accel.graph.join_products import join_products
+from accel.graph.shift_ranges import shift_ranges
+from accel.graph.static_reshapes import static_reshapes
 from accel.schema import Config
 from accel.stages import Stage, takes
 
@@ -21,8 +29,16 @@ PASSES: dict[str, Callable[[Sequence[ir.Model]], None]] = {
     "strip_metadata": strip_metadata,
     "fold_constants": fold_constants,
     "simplify": simplify,
+    "infer_shapes": infer_shapes,
+    "static_reshapes": static_reshapes,
+    "drop_zeros": drop_zeros,
+    "shift_ranges": shift_ranges,
     "merge_duplicates": merge_duplicates,
     "fold_transposes": fold_transposes,
+    "fuse_norms": fuse_norms,
+    "fuse_residuals": fuse_residuals,
+    "join_products": join_products,
+    "hoist_additions": hoist_additions,
 }
 
 
@@ -47,11 +63,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             nodes[name] = {str(role): files.node_count(model) for role, model in models.items()}
     for role, model in console.track(list(models.items()), "writing"):
         files.save(model, out / f"{role}.onnx")
+        console.note(f"{role}: {nodes['exported'][str(role)]} nodes exported, {files.node_count(model)} left")
     return {"nodes": nodes}
 
 
 STAGE = Stage(
     name="optimize",
+    version=2,
     run=run,
     inputs=takes("export"),
     sections=("optimize",),

@@ -78,15 +78,24 @@ def test_each_branch_gives_its_graphs_numbers() -> None:
 def test_weights_are_stored_once_whatever_their_names() -> None:
     """A weight with two names, in one graph or in both, takes its bytes once; another of its shape stays apart."""
     merged = merge_if(step(), prefill(), FLAG)
-    assert weight_bytes(merged) == OWN.nbytes + CROSS.nbytes + HEAD.nbytes + AXIS.nbytes
+    assert weight_bytes(merged) == OWN.nbytes + CROSS.nbytes + HEAD.nbytes + 2 * AXIS.nbytes
     twice = parse(
-        "g (float[n, 4] x) => (float[n, 4] y) { a = MatMul(x, first)\n b = MatMul(a, second)\n y = Add(b, other) }",
-        {"first": OWN, "second": OWN.copy(), "other": numbers(4)},
+        "g (float[n, 4] x) => (float[n, 4] y) { a = MatMul(x, first)\n b = MatMul(a, second)\n y = MatMul(b, other) }",
+        {"first": OWN, "second": OWN.copy(), "other": CROSS},
     )
     plain = parse("g (float[n, 4] x) => (float[n, 4] y) { y = MatMul(x, own) }", {"own": OWN})
     merged = assert_branches(twice, plain, {"x": numbers(2, 4)})
-    assert weight_bytes(merged) == OWN.nbytes + numbers(4).nbytes
+    assert weight_bytes(merged) == OWN.nbytes + CROSS.nbytes
     assert len(merged.graph.initializers) == 2
+
+
+def test_what_a_provider_wants_on_the_host_stays_in_its_branch() -> None:
+    """Axes and lengths are no weights: outside, ONNX Runtime would keep them on the device and copy them each run."""
+    merged = merge_if(step(), prefill(), FLAG)
+    assert all(value.const_value.size > 8 for value in merged.graph.initializers.values())
+    branches = [graph for graph in merged.graphs() if graph is not merged.graph]
+    assert [list(branch.initializers) for branch in branches] == [["with_past/axis"], ["without_past/axis"]]
+    onnx.checker.check_model(ir.to_proto(merged), full_check=True)
 
 
 def test_same_name_for_different_weights() -> None:

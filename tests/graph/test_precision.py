@@ -7,6 +7,7 @@ import pytest
 from accel.graph.convert import HALF, convert_half, half_share
 from accel.graph.emulate import emulate_half
 from accel.graph.plan import MASK, Plan, Range, clamp_masks, make_plan, unite
+from accel.graph.probe import OUTPUTS, add_probes, infer_types, read_probes
 from tests.graph import text
 
 FLOAT = ir.DataType.FLOAT
@@ -201,3 +202,70 @@ def test_what_a_subgraph_reads_stays() -> None:
     convert_half(model, plan)
     for flag, right in ((True, -12.0), (False, 12.0)):
         assert run(model, flag=np.array(flag), x=np.array([3.0], np.float16))[0] == right
+
+
+FUSED = """
+<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+fused (float[b, t, 4] x, float[b, t, 4] h, float[4, 4] m) => (float[b, t, 4] y, float[b, t, 4] sum)
+<float[b, t, 4] first, float[b, t, 4] second> {
+    first = SimplifiedLayerNormalization <axis: int = -1, epsilon: float = 1e-6, stash_type: int = 1> (x, w)
+    second, , , sum = com.microsoft.SkipSimplifiedLayerNormalization <epsilon: float = 1e-6> (first, h, w)
+    y = MatMul (second, m)
+}
+"""
+
+
+def fused() -> ir.Model:
+    return text.parse(FUSED.split(">", 1)[1], {"w": np.linspace(0.5, 1.5, 4, dtype=np.float32)})
+
+
+FEEDS = {"x": text.numbers(2, 3, 4) * 1e-4, "h": text.numbers(2, 3, 4, seed=1), "m": text.numbers(4, 4)}
+
+
+def test_fused_norms_need_no_care_inside() -> None:
+    """Inputs of 1e-4, whose squares FP16 can't hold: the fused norm computes in FP32 inside, and all of it is FP16."""
+    model = fused()
+    infer_types(model)
+    absent = [value for node in model.graph for value in node.outputs if not value.name]
+    assert len(absent) == 2
+    ranges = {name: Range(4.0, 1e-7) for name in ("x", "h", "first", "second", "sum", "y")}
+    plan = make_plan(model, ranges, margin=2.0)
+    assert not plan.nodes
+    right = text.run(fused(), FEEDS)
+    half = fused()
+    convert_half(half, plan)
+    assert half_share(half) == {"nodes": 1.0, "weight_bytes": 1.0, "casts": 0}
+    emulate_half(half)
+    found = text.run(half, {name: array.astype(np.float16) for name, array in FEEDS.items()})
+    for name, array in right.items():
+        assert np.abs(found[name] - array).max() < 0.01 * np.abs(array).max(), name
+
+
+def test_a_sum_that_overflows_keeps_its_node_whole() -> None:
+    """Norm and sum are one node: with the sum beyond FP16, it reads and writes FP32, and the port stays FP32."""
+    model = fused()
+    infer_types(model)
+    plan = make_plan(model, {"sum": Range(1e5, 1.0)}, margin=2.0)
+    assert plan.nodes.keys() == {"second"}
+    assert plan.ports.keys() == {"sum"}
+    large = FEEDS | {"h": (FEEDS["h"] * 1e4).astype(np.float16)}
+    half = fused()
+    convert_half(half, plan)
+    node = next(node for node in half.graph if node.op_type == "SkipSimplifiedLayerNormalization")
+    assert {value.dtype for value in (*node.inputs, *node.outputs) if value is not None and value.name} == {FLOAT}
+    emulate_half(half)
+    found = text.run(half, {name: array.astype(np.float16) for name, array in large.items()})
+    right = text.run(fused(), {name: array.astype(np.float32) for name, array in large.items()})
+    for name, array in right.items():
+        assert np.abs(found[name] - array).max() < 0.01 * np.abs(array).max(), name
+
+
+def test_probes_measure_fused_nodes() -> None:
+    """Every output that is there is measured, those that are absent aren't."""
+    model = fused()
+    names = add_probes(model)
+    assert names == ["x", "h", "m", "first", "second", "sum", "y"]
+    found = text.run(model, FEEDS)
+    ranges = read_probes(names, [found[name] for name in OUTPUTS])
+    assert ranges["sum"].largest == pytest.approx(np.abs(found["sum"]).max())
+    assert ranges["y"].largest == pytest.approx(np.abs(found["y"]).max())

@@ -1,6 +1,6 @@
 """Graphs written as ONNX text, and ONNX Runtime's answer to them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -40,3 +40,29 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
 def flag(value: bool, name: str = "enable_cache") -> dict[str, np.ndarray]:
     """The merged graph's boolean input."""
     return {name: np.array(value)}
+
+
+def rewritten(
+    transform: Callable[[list[ir.Model]], None], models: list[ir.Model], feeds: Sequence[Arrays], rtol: float = 1e-5
+) -> list[list[str]]:
+    """Run a pass over `models`; every output must keep its name, shape and numbers for each of `feeds`.
+
+    Returns the operators left in each graph, in order. The graphs are read back from what would be saved.
+    """
+    before = [[run(model, feed) for feed in feeds] for model in models]
+    transform(models)
+    for model, expected in zip(models, before, strict=True):
+        for feed, right in zip(feeds, expected, strict=True):
+            found = run(ir.from_proto(ir.to_proto(model)), feed)
+            assert list(found) == list(right)
+            for name, array in right.items():
+                assert found[name].shape == array.shape, name
+                np.testing.assert_allclose(found[name], array, rtol=rtol, atol=1e-6, err_msg=name)
+    return [[node.op_type for node in model.graph] for model in models]
+
+
+def weight(model: ir.Model, name: str) -> np.ndarray:
+    """Content of an initializer."""
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    return tensor.numpy()

@@ -1,0 +1,36 @@
+"""What the exporter noted about a value's shape, as far as it is certain."""
+
+import onnx_ir as ir
+
+Dims = tuple[int | str, ...]
+
+
+def dims(value: ir.Value | None) -> Dims | None:
+    """Lengths and symbols of all axes; None if the rank or any axis is unknown. Equal symbols are equal lengths."""
+    if value is None or value.shape is None:
+        return None
+    found = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+    known = tuple(dim for dim in found if dim is not None)
+    return known if len(known) == len(found) else None
+
+
+def is_vector(value: ir.Value | None, length: int | str) -> bool:
+    """Whether `value` has one axis, of that length."""
+    return dims(value) == (length,)
+
+
+def used_once(value: ir.Value) -> bool:
+    """Whether exactly one node reads `value`, once, and no caller does."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def made_by(value: ir.Value | None, *ops: str) -> ir.Node | None:
+    """The node that computes `value`, if it is one of these standard operators."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.domain == "" and node.op_type in ops else None
+
+
+def scalar(value: ir.Value | None) -> float | None:
+    """The number that a constant of one element holds; None for anything else."""
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None

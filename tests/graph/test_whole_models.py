@@ -1,0 +1,186 @@
+"""All passes on whole models: far fewer nodes, the same numbers at shapes that nobody exported."""
+
+import importlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from accel.adapter import Role
+from accel.chain import Chain, signatures, torch_run
+from accel.graph import files
+from accel.graph.weights import initializers, shared_bytes
+from accel.stages import export
+from accel.stages.optimize import PASSES
+from tests.conftest import Build
+from tests.graph import text
+
+ROLES = ("encoder", "prefill", "step")
+# batch, source, past, new
+SHAPES = ((1, 1, 1, 1), (1, 9, 0, 1), (3, 6, 4, 2), (2, 30, 2, 1), (4, 3, 5, 7))
+BART = {
+    "vocab_size": 100,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 64,
+    "attn_implementation": "eager",
+}
+
+
+def shaken(model: PreTrainedModel) -> PreTrainedModel:
+    """Norms and biases away from ones and zeros, so that one that is lost or mixed up shows."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif "weight" in name:
+                parameter.mul_(8)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def bart(shared: Path) -> Path:
+    """The three exported graphs of a tiny BART: norms with bias, products with bias, scores that are scaled."""
+    folder = shared / "bart-graphs"
+    with FileLock(shared / "bart-graphs.lock"):
+        if not (folder / "step.onnx").exists():
+            folder.mkdir(exist_ok=True)
+            torch.manual_seed(0)
+            model = shaken(BartForConditionalGeneration(BartConfig(**BART)))
+            adapter = importlib.import_module("accel.architectures.seq2seq").Seq2Seq(["bart"])
+            chain = Chain(signatures(adapter, model.config), torch_run(adapter, model))
+            given = adapter.feeds(model.config, 2, 5, torch.Generator().manual_seed(0))
+            ids = torch.randint(100, (2, 7))
+            for role, signature in chain.signatures.items():
+                wrapper, tokens = adapter.wrap(model, role), ids[:, :3] if role is Role.STEP else ids
+                example = export.example(chain, role, given, tokens)
+                graph = export.export_role(wrapper, signature, example, 20)
+                export.name_weights(graph, wrapper, model)
+                files.save(graph, folder / f"{role}.onnx")
+    return folder
+
+
+def feeds(model: ir.Model) -> Iterator[Mapping[str, np.ndarray]]:
+    """Random inputs at every shape, some of the source masked."""
+    generator = np.random.default_rng(0)
+    for lengths in SHAPES:
+        known = dict(zip(("batch", "source", "past", "new"), lengths, strict=True))
+        made: dict[str, np.ndarray] = {}
+        for value in model.graph.inputs:
+            shape = [dim if isinstance(dim, int) else known[str(dim)] for dim in value.shape or ()]
+            if value.dtype != ir.DataType.INT64:
+                made[value.name or ""] = generator.standard_normal(shape).astype(np.float32)
+            elif "mask" in (value.name or ""):
+                made[value.name or ""] = np.ones(shape, np.int64)
+                made[value.name or ""][-1, shape[1] // 2 + 1 :] = 0
+            else:
+                made[value.name or ""] = generator.integers(0, 100, shape)
+        yield made
+
+
+def optimised(folder: Path) -> dict[str, ir.Model]:
+    """The graphs after all passes, with every output compared with those before."""
+    models = {role: files.load(folder / f"{role}.onnx") for role in ROLES}
+    inputs = {role: list(feeds(model)) for role, model in models.items()}
+    before = {role: [text.run(model, feed) for feed in inputs[role]] for role, model in models.items()}
+    for transform in PASSES.values():
+        transform([models["encoder"]])
+        transform([models["prefill"], models["step"]])
+    for role, model in models.items():
+        for feed, right in zip(inputs[role], before[role], strict=True):
+            found = text.run(model, feed)
+            assert list(found) == list(right)
+            for name, array in right.items():
+                assert found[name].shape == array.shape, name
+                assert np.isfinite(array).all()
+                np.testing.assert_allclose(found[name], array, rtol=0, atol=2e-5 * np.abs(array).max(initial=1e-3))
+    return models
+
+
+def layer_ops(model: ir.Model, layers: int = 2) -> dict[str, float]:
+    """How many of the operators that layers are made of there are for each layer."""
+    found = Counter(node.op_type for node in model.graph)
+    heavy = ("MatMul", "Softmax", "Reshape", "Split", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+    return {op: found[op] / layers for op in heavy if found[op]}
+
+
+def test_rms_norms_and_position_bias(build: Build, tiny: Path) -> None:
+    """T5: nothing of the norms' chains is left, a bias and a mask are added once, and the decoders share all bytes."""
+    models = optimised(build(tiny, "export")[1]["export"].folder)
+    step = models["step"]
+    found = Counter(node.op_type for node in step.graph)
+    assert found["SkipSimplifiedLayerNormalization"] == 6
+    assert found["SimplifiedLayerNormalization"] == 1  # of the embedding, which is no sum
+    assert not {"Pow", "ReduceMean", "Sqrt", "Reciprocal"} & found.keys()
+    assert sum(node.op_type == "Add" and node.outputs[0].dtype == ir.DataType.FLOAT for node in step.graph) == 5
+    assert files.node_count(step) < 150
+    assert shared_bytes(initializers(models["prefill"]), initializers(step)) == files.weight_bytes(step)
+    prefill = models["prefill"].graph.initializers
+    assert any("SelfAttention.q+k+v" in name for name in prefill)
+    assert "decoder.block.0.layer.1.EncDecAttention.k.weight" in prefill  # what step lacks stays apart
+
+
+def test_norms_and_products_with_bias(bart: Path) -> None:
+    """BART: biases go into the joined product and into the norm behind the sum."""
+    models = optimised(bart)
+    step = models["step"]
+    assert layer_ops(step)["SkipLayerNormalization"] == 3
+    assert all(len(node.inputs) == 5 for node in step.graph if node.op_type == "SkipLayerNormalization")
+    assert any("self_attn.q+k+v_proj.bias" in name for name in step.graph.initializers)
+    assert files.node_count(step) < 140
+    assert shared_bytes(initializers(models["prefill"]), initializers(step)) == files.weight_bytes(step)
+
+
+class Logits(nn.Module):
+    """A decoder-only model from ids to logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+def test_grouped_queries() -> None:
+    """Llama: RMS norms, and one product for queries and fewer keys and values, which are turned by rotation."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 100}
+    config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager")
+    wrapper = Logits(shaken(LlamaForCausalLM(config)))
+    program = torch.onnx.export(
+        wrapper,
+        (torch.randint(100, (2, 5)),),
+        opset_version=20,
+        dynamo=True,
+        optimize=False,
+        dynamic_shapes=({0: "batch", 1: "new"},),
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model
+    for transform in PASSES.values():
+        transform([model])
+    name = model.graph.inputs[0].name or ""
+    for rows, length in ((1, 1), (3, 4), (2, 9)):
+        ids = torch.randint(100, (rows, length))
+        with torch.no_grad():
+            right = wrapper(ids).numpy()
+        (found,) = text.run(model, {name: ids.numpy()}).values()
+        np.testing.assert_allclose(found, right, rtol=0, atol=2e-5 * np.abs(right).max())
+    per_layer = layer_ops(model)
+    assert per_layer["SkipSimplifiedLayerNormalization"] == 2
+    assert per_layer["Split"] == 1
+    assert not {"Pow", "ReduceMean"} & {node.op_type for node in model.graph}
