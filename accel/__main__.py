@@ -33,10 +33,14 @@ def main() -> None:
             message = explain(error)
             failures.append(message)
             console.fail(message)
-        if settings.mode is RunMode.MULTIRUN:
-            from accel import sweeps
+        except Exception as error:  # a defect: in a sweep it is a row too, and Hydra raises it when all jobs are done
+            message = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            if settings.mode is RunMode.MULTIRUN:
+                from accel import sweeps
 
-            sweeps.record(settings, list(settings.overrides.task), summary, message)
+                sweeps.record(settings, list(settings.overrides.task), summary, message)
 
     try:
         job()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 import torch
@@ -13,60 +13,125 @@ from torch import Tensor
 
 from accel.generation import AcceleratedModel, Generates
 
+Stamp: TypeAlias = Any
+"""A moment: seconds of the host's clock as a float, or an event on a CUDA stream."""
+
 
 @dataclass
 class Timing:
     """One generation, in seconds.
 
-    `latencies` holds one entry a generated token: from the end of the decoder call before it (the start of the
-    generation for the first, encoder included) to the end of its own. `inside` is the part of `total` spent in the
-    model's calls; the rest is the decoding loop of transformers.
+    `total` is wall clock, the device done at both ends. `latencies` holds one entry a generated token: from the end
+    of the decoder call before it (the start of the generation for the first, encoder included) to the end of its own.
+    `inside` is the part of `total` spent in the model's calls; the rest is the decoding loop of transformers.
+    `compiled`: transformers compiled the decoder.
+
+    On CUDA, `latencies` and `inside` are of the device: the time between the moments when it got to the marks that the
+    host had queued around the calls. While the host is the slower one, the device waits for it, inside and outside.
     """
 
     total: float = 0.0
     inside: float = 0.0
     latencies: list[float] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
+    compiled: bool = False
 
 
 class Clock:
-    """Context that times the calls of a model's encoder and decoder."""
+    """Context that times the calls of a model's encoder and decoder.
+
+    Decoder calls are not wrapped, because wrapping would end up in the graph that `torch.compile` makes of them.
+    `generate` calls two methods right before and right after each, which it never compiles: those take the stamps.
+    Nothing waits for the device in between: on CUDA a stamp is an event, read when all is done.
+    """
 
     def __init__(self, model: Generates) -> None:
         self.timing = Timing()
-        self._synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+        self._device = torch.device(model.device)
+        self._calls: list[tuple[Stamp, Stamp]] = []  # start and end of each call of the model
+        self._ends: list[Stamp] = []  # of decoder calls
         encoder = (model.runtime, "encode") if isinstance(model, AcceleratedModel) else (model.get_encoder(), "forward")
-        self._calls = (encoder, (model, "forward"))
+        self._patches: list[tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = [
+            (*encoder, self._timed),
+            (model, "prepare_inputs_for_generation", self._begins_after),
+            (model, "_update_model_kwargs_for_generation", self._ended_before),
+        ]
+        if hasattr(model, "get_compiled_call"):
+            self._patches.append((model, "get_compiled_call", self._noted))
 
     def __enter__(self) -> Timing:
-        for number, (owner, name) in enumerate(self._calls):
-            setattr(owner, name, self._timed(getattr(owner, name), decoder=number == 1))
+        for owner, name, patch in self._patches:
+            setattr(owner, name, patch(getattr(owner, name)))
         self._synchronize()
-        self._last = self._start = time.perf_counter()
+        self._first = self._stamp()
+        self._start = time.perf_counter()
         return self.timing
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for owner, name, _ in self._patches:
+            delattr(owner, name)  # the class's own method shows again
+        if error is not None:
+            return
         self._synchronize()
         self.timing.total = time.perf_counter() - self._start
-        for owner, name in self._calls:
-            delattr(owner, name)  # the class's own method shows again
+        self.timing.inside = sum(_seconds(start, end) for start, end in self._calls)
+        starts = [self._first, *self._ends]
+        self.timing.latencies = [_seconds(start, end) for start, end in zip(starts, self._ends, strict=False)]
 
-    def _timed(self, call: Callable[..., Any], *, decoder: bool) -> Callable[..., Any]:
-        @wraps(call)  # `generate` reads the signature
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _stamp(self) -> Stamp:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)  # `generate` reads the signature, here and below
         def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            start = self._stamp()
             result = call(*args, **kwargs)
-            self._synchronize()
-            ended = time.perf_counter()
-            self.timing.inside += ended - started
-            if decoder:
-                self.timing.latencies.append(ended - self._last)
-                self._last = ended
+            self._calls.append((start, self._stamp()))
             return result
 
         return timed
+
+    def _begins_after(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(prepare)
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            result = prepare(*args, **kwargs)
+            self._begun = self._stamp()
+            return result
+
+        return prepared
+
+    def _ended_before(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(update)
+        def updated(*args: Any, **kwargs: Any) -> Any:
+            end = self._stamp()
+            self._calls.append((self._begun, end))
+            self._ends.append(end)
+            return update(*args, **kwargs)
+
+        return updated
+
+    def _noted(self, compiled_call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(compiled_call)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self.timing.compiled = True
+            return compiled_call(*args, **kwargs)
+
+        return noted
+
+
+def _seconds(start: Stamp, end: Stamp) -> float:
+    seconds: float = end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+    return seconds
 
 
 class OtherLoad:
@@ -107,7 +172,7 @@ def forced(new_tokens: int, num_beams: int, *, use_cache: bool) -> dict[str, Any
 
 def time_generation(model: Generates, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Timing:
     """Generate once for `inputs` [batch, source], which must be on the model's device."""
-    with torch.inference_mode(), Clock(model) as timing:
+    with Clock(model) as timing:
         ids = model.generate(**inputs, **options)
     timing.tokens = ids.tolist()
     return timing

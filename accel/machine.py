@@ -1,6 +1,11 @@
 """What a measurement depends on beside the configuration."""
 
 import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +23,39 @@ def machine(config: Config) -> dict[str, Any]:
         "device": config.runtime.device,
     }
     if config.runtime.device.startswith("cuda") and torch.cuda.is_available():
-        facts["device"] = torch.cuda.get_device_name()
+        facts["device"] = torch.cuda.get_device_name(config.runtime.device)
         facts["cuda"] = torch.version.cuda
+        facts["driver"] = _driver()
     return facts
+
+
+@cache
+def _driver() -> str:
+    """Version of NVIDIA's driver, as its own tool says."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "unknown"
+    asked = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
+    return lines[0] if lines else "unknown"
+
+
+def command(arguments: Sequence[str]) -> str | None:
+    """The command line that began this process, to be repeated elsewhere; None if it wasn't accel's own.
+
+    `arguments`: `sys.argv`. Where artefacts and tables lie is left out, other folders are cut to their last part.
+    """
+    program, *given = arguments
+    if Path(program).name not in ("accel", "accel.exe", "__main__.py"):
+        return None
+    kept = []
+    for argument in given:
+        key, equals, value = argument.partition("=")
+        if key == "artifacts" or key.startswith(("hydra.run.dir", "hydra.sweep.dir")):
+            continue
+        path = Path(value.strip("'\"")).expanduser()
+        kept.append(f"{key}={path.name}" if equals and path.is_absolute() else argument)
+    return shlex.join(["python", "-m", "accel", *kept])
 
 
 def _processor() -> str:

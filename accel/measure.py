@@ -2,6 +2,12 @@
 
 Nothing is left over from another setup, and what the imports take is not counted. The benchmark starts it. Sessions
 are measured without importing transformers, which takes longer than the measurement.
+
+On CUDA every figure is the device's memory in use, as its driver counts it, after minus before. That is all the process
+took: weights, caches, the arenas of PyTorch and of ONNX Runtime, which give nothing back and so still hold their
+peak, workspaces, captured graphs and loaded kernels. PyTorch's own counters know nothing of ONNX Runtime, so they can't
+compare the two. CUDA's context and PyTorch's cuBLAS, hundreds of megabytes that any program takes, count as imports.
+The device's counter sees other processes too, so these must be at rest, and ours run one at a time.
 """
 
 import json
@@ -27,6 +33,7 @@ from accel.runtime import layout
 from accel.runtime.binding import BoundSession
 from accel.runtime.onnx import GrowingRuntime, GrowingState
 from accel.runtime.session import SessionSettings, open_session
+from accel.schema import RuntimeConfig
 
 PEAK, SESSION = "peak", "session"
 STEP_ALONE, SEPARATE = "step alone", "onnx+cache, two files"
@@ -51,10 +58,21 @@ class Task:
 
 
 def measure_all(tasks: Sequence[Task], weight_bytes: int) -> list[int]:
-    """Bytes that each task's process added to what it held after its imports; as many at once as memory allows."""
-    room = psutil.virtual_memory().available // (8 * weight_bytes + 2**30)
-    with ThreadPoolExecutor(max(1, min(os.cpu_count() or 1, room))) as pool:
+    """Bytes that each task's process added to what it held after its imports."""
+    with ThreadPoolExecutor(at_once(tasks, weight_bytes)) as pool:
         return list(console.track(pool.map(_in_fresh_process, tasks), "memory", total=len(tasks)))
+
+
+def at_once(tasks: Sequence[Task], weight_bytes: int) -> int:
+    """Processes that may run together: as many as memory allows; a GPU's counter allows one."""
+    if any(_device(task).type == "cuda" for task in tasks):
+        return 1
+    room = psutil.virtual_memory().available // (8 * weight_bytes + 2**30)
+    return int(max(1, min(os.cpu_count() or 1, room)))
+
+
+def _device(task: Task) -> torch.device:
+    return torch.device(task.sources["runtime"]["device"])
 
 
 def _in_fresh_process(task: Task) -> int:
@@ -67,8 +85,9 @@ def _in_fresh_process(task: Task) -> int:
 
 
 def held(device: torch.device) -> int:
-    """Bytes in use: of a GPU, everything on it, because neither ONNX Runtime nor PyTorch gives memory back."""
+    """Bytes in use: of a GPU, everything on it; on the CPU, this process's."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         free, total = torch.cuda.mem_get_info(device)
         return int(total - free)
     release()
@@ -77,7 +96,8 @@ def held(device: torch.device) -> int:
 
 def session_memory(task: Task) -> int:
     """Bytes held after opening the decoder's sessions, one prefill (where there is one) and a few steps."""
-    device = torch.device(task.sources["runtime"]["device"])
+    device = _device(task)
+    prepare(device)
     before = held(device)
     runtime, prefill, step = _decoder(task, device)
     rows = task.batch_size * int(task.options["num_beams"])
@@ -97,8 +117,7 @@ def session_memory(task: Task) -> int:
 
 def _decoder(task: Task, device: torch.device) -> tuple[GrowingRuntime, BoundSession, BoundSession]:
     """A decoder without its encoder, and the sessions of its prefill and its step."""
-    values = task.sources["runtime"]
-    how = SessionSettings(values["provider"], values["provider_options"], values["session"], values["threads"])
+    how = SessionSettings.of(RuntimeConfig(**task.sources["runtime"]))
     graphs = Path(task.sources["graphs"])
     flag = None
     if task.name == STEP_ALONE:
@@ -128,16 +147,25 @@ def peak_memory(task: Task) -> int:
     """Bytes by which the peak rose above what the imports hold, over loading and one generation."""
     from accel import setups
 
-    sources = setups.Sources.parse(task.sources)
-    device = torch.device(sources.runtime.device)
+    sources, setup = setups.Sources.parse(task.sources), setups.SETUPS[task.name]
+    device = _device(task)
     _import_model(Path(sources.checkpoint))
+    prepare(device)
     before = held(device)
-    with PeakMemory() as used, setups.opened(setups.SETUPS[task.name].engine, sources) as model:
+    with PeakMemory() as used, setups.opened(setup.engine, sources) as model:
         inputs = {name: tensor.to(device) for name, tensor in load_file(task.inputs).items()}
-        with torch.inference_mode():
+        with setup.context():
             model.generate(**inputs, **task.options)
         after = held(device) if device.type == "cuda" else 0
     return used.added if device.type == "cpu" else after - before
+
+
+def prepare(device: torch.device) -> None:
+    """Let CUDA set itself up: the context, and cuBLAS with its workspace, which the first matrix product makes."""
+    if device.type == "cuda":
+        for dtype in (torch.float32, torch.float16):
+            square = torch.ones(64, 64, dtype=dtype, device=device)
+            torch.mm(square, square)
 
 
 def _import_model(folder: Path) -> None:

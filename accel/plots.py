@@ -34,7 +34,7 @@ def operators(seconds: Mapping[str, float], title: str, path: Path) -> None:
     _save(axes, path)
 
 
-def sweep(points: Sequence[Mapping[str, Any]], x: str, y: str, hue: str, panel: str, path: Path) -> None:
+def sweep(points: Sequence[Mapping[str, Any]], x: str, y: str, hue: str, panel: str, title: str, path: Path) -> None:
     """`y` over `x`, one line a `hue`, one panel a value of `panel`. Points are records with these four keys."""
     columns = {name: [point[name] for point in points] for name in (x, y, hue, panel)}
     seaborn.set_theme(style="whitegrid")
@@ -54,8 +54,24 @@ def sweep(points: Sequence[Mapping[str, Any]], x: str, y: str, hue: str, panel: 
     )
     grid.set_titles("{col_name}")
     grid.set(ylim=(0, None))
+    grid.figure.suptitle(title, fontsize=10, y=1.02)
     grid.savefig(path, dpi=120)
     pyplot.close(grid.figure)
+
+
+def grid(points: Sequence[Mapping[str, Any]], x: str, y: str, value: str, title: str, path: Path) -> None:
+    """A heat map of `value`, a field for every pair of `x` and `y`. Points are records with these three keys."""
+    across, down = sorted({point[x] for point in points}), list(dict.fromkeys(point[y] for point in points))
+    cells = {(point[y], point[x]): point[value] for point in points}
+    values = [[cells.get((row, column), float("nan")) for column in across] for row in down]
+    seaborn.set_theme(style="white")
+    _, axes = pyplot.subplots(figsize=(4 + 1.2 * len(across), 2 + 0.8 * len(down)))
+    seaborn.heatmap(values, annot=True, fmt=".2f", cmap="viridis", xticklabels=across, yticklabels=down, ax=axes)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.tick_params(axis="y", rotation=0)
+    _save(axes, path)
 
 
 def _lines(

@@ -1,8 +1,10 @@
 """The setups a benchmark compares: which model, on which engine, with or without cache."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ from transformers import PreTrainedModel
 
 from accel import memory
 from accel.adapter import Role
+from accel.clock import forced
+from accel.errors import AccelError, unknown
 from accel.generation import AcceleratedModel, Generates
-from accel.loading import as_model, open_model, settings
+from accel.loading import as_model, open_model
 from accel.runtime import layout
 from accel.runtime.binding import BoundSession
 from accel.runtime.onnx import GrowingRuntime
@@ -20,15 +24,40 @@ from accel.runtime.session import SessionSettings, open_session
 from accel.schema import RuntimeConfig
 from accel.stages.checkpoint import load_model
 
-TORCH, MERGED, TWO_FILES = "torch", "merged", "two files"  # engines
+TORCH, TORCH_FP32, MERGED, TWO_FILES = "torch", "torch in FP32", "merged", "two files"  # engines
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A row of the benchmark."""
+    """A row of the benchmark: an engine, which is one model in memory, and how its `generate` is called."""
 
     engine: str
     use_cache: bool
+    further: Mapping[str, Any] = field(default_factory=dict)  # options of `generate` that this setup is about
+    autocast: bool = False  # FP32 weights, FP16 operators, as torch.autocast picks them
+    compiled: bool = False  # transformers compiles the decoder where it can
+    cuda: bool = False  # of use on CUDA only
+
+    def fits(self, device: str) -> bool:
+        return device.startswith("cuda") or not self.cuda
+
+    def compiles(self, num_beams: int) -> bool:
+        """Transformers (5.17 to 5.23) compiles the decoder in greedy search; its beam search never does."""
+        return self.compiled and num_beams == 1
+
+    def options(self, new_tokens: int, num_beams: int) -> dict[str, Any]:
+        """Options of `generate` for exactly `new_tokens` tokens."""
+        return {**forced(new_tokens, num_beams, use_cache=self.use_cache), **self.further}
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Where `generate` is called: in inference mode, but what is compiled has only `generate`'s own `no_grad`."""
+        with ExitStack() as stack:
+            if not self.compiled:
+                stack.enter_context(torch.inference_mode())
+            if self.autocast:
+                stack.enter_context(torch.autocast("cuda", torch.float16))
+            yield
 
 
 BASELINE = "torch+cache"
@@ -37,10 +66,28 @@ SEPARATE = "onnx+cache, two files"
 SETUPS: dict[str, Setup] = {
     "torch": Setup(TORCH, False),
     BASELINE: Setup(TORCH, True),
+    "torch+cache, autocast": Setup(TORCH_FP32, True, autocast=True, cuda=True),
+    "torch static cache, compiled": Setup(TORCH, True, {"cache_implementation": "static"}, compiled=True, cuda=True),
     "onnx": Setup(MERGED, False),
     OURS: Setup(MERGED, True),
     SEPARATE: Setup(TWO_FILES, True),
 }
+
+
+def chosen(names: Sequence[str], device: str) -> list[str]:
+    """The setups that `benchmark.setups` asks for; all that fit `device` if it is empty.
+
+    Raises `AccelError` on one that doesn't exist, doesn't fit, or is named twice.
+    """
+    fitting = [name for name, setup in SETUPS.items() if setup.fits(device)]
+    for name in names:
+        if name not in SETUPS:
+            raise unknown("benchmark.setups", name, fitting)
+        if name not in fitting:
+            raise AccelError(f"benchmark.setups: {name!r} needs runtime=cuda. Choices here: {', '.join(fitting)}")
+    if len(set(names)) < len(names):
+        raise AccelError(f"benchmark.setups={list(names)} names a setup twice")
+    return list(names) or fitting
 
 
 @dataclass(frozen=True)
@@ -65,31 +112,48 @@ class Sources:
 @contextmanager
 def opened(engine: str, sources: Sources) -> Iterator[Generates]:
     """A model with transformers' `generate`, freed at the end. Every ONNX engine opens its sessions alike."""
-    if engine == TORCH:
-        yield torch_model(sources)
+    if engine in (TORCH, TORCH_FP32):
+        yield torch_model(sources, torch.float32 if engine == TORCH_FP32 else None)
     else:
         separate = engine == TWO_FILES
         with two_files(sources) if separate else open_model(Path(sources.deployable), sources.runtime) as model:
             yield model
-    memory.release()
 
 
-def torch_model(sources: Sources) -> PreTrainedModel:
-    """What people run without accel: attention as transformers chooses it, half precision only on a GPU."""
-    model = load_model(Path(sources.checkpoint))
-    if getattr(model, "_supports_sdpa", False):
-        model.set_attn_implementation("sdpa")
+def torch_model(sources: Sources, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """What people run without accel: loaded in `dtype` (by default the precision asked for; on the CPU always FP32),
+    with the attention and the modules left in FP32 that transformers chooses."""
     device = torch.device(sources.runtime.device)
-    dtype = torch.float32 if device.type == "cpu" else getattr(torch, sources.dtype)
-    moved: PreTrainedModel = model.to(device=device, dtype=dtype)  # type: ignore[call-arg]
+    half = device.type != "cpu" and dtype is None
+    model = load_model(Path(sources.checkpoint), getattr(torch, sources.dtype) if half else torch.float32, None)
+    moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
     return moved
+
+
+def kept_in_fp32(model: torch.nn.Module) -> dict[str, int]:
+    """Of a model in FP16: last part of a module's name -> how many of that name hold FP32 weights."""
+    found: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        found[name.rsplit(".", 1)[-1]] += any(
+            parameter.dtype == torch.float32 for parameter in module.parameters(recurse=False)
+        )
+    return {name: count for name, count in found.items() if count}
+
+
+def free(device: str) -> None:
+    """Give back what closed models leave behind: on CUDA, what PyTorch's allocator and its graphs keep."""
+    if device.startswith("cuda"):
+        torch.compiler.reset()
+    memory.release()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def two_files(sources: Sources) -> AcceleratedModel:
     """What other exporters ship: prefill and step in files of their own, which share no weights."""
     graphs = Path(sources.graphs)
     encoder, prefill, step = (
-        bound(graphs / f"{role}.onnx", settings(sources.runtime), sources.runtime.device)
+        bound(graphs / f"{role}.onnx", SessionSettings.of(sources.runtime), sources.runtime.device)
         for role in (Role.ENCODER, Role.PREFILL, Role.STEP)
     )
     return as_model(GrowingRuntime(encoder, prefill, step, sources.cache), Path(sources.deployable))
@@ -105,20 +169,8 @@ def deployed(folder: Path, runtime: RuntimeConfig, traces: Path) -> tuple[Accele
 
     `traces` is the folder that the sessions write to once their profiling ends.
     """
-    import json
-
     sessions = {
-        name: bound(
-            folder / file,
-            SessionSettings(
-                runtime.provider,
-                runtime.provider_options,
-                runtime.session,
-                runtime.threads,
-                profile=str(traces / name),
-            ),
-            runtime.device,
-        )
+        name: bound(folder / file, SessionSettings.of(runtime, profile=str(traces / name)), runtime.device)
         for name, file in (("encoder", layout.ENCODER), ("decoder", layout.DECODER))
         if (folder / file).is_file()
     }

@@ -10,7 +10,8 @@ from filelock import FileLock
 
 from accel.setups import BASELINE, OURS, SEPARATE, SETUPS
 
-TABLE, RECORD, PLOT = "table.md", "table.json", "sweep.png"
+TABLE, RECORD = "table.md", "table.json"
+TOTALS, PER_TOKEN, SPEED_UP = PLOTS = ("sweep.png", "per_token.png", "speed_up.png")
 LENGTH = "benchmark.new_tokens"
 ABSENT = "-"
 
@@ -34,7 +35,7 @@ def record(settings: Any, overrides: Sequence[str], summary: Mapping[str, Any] |
         _write(folder / RECORD, json.dumps(jobs, indent=1))
         _write(folder / TABLE, markdown(jobs))
         if any(job["setups"] for job in jobs):
-            _plot(jobs, folder / PLOT)
+            _plot(jobs, folder)
     return folder / TABLE
 
 
@@ -45,8 +46,9 @@ def _split(override: str) -> tuple[str, str]:
 
 def _kept(summary: Mapping[str, Any] | None) -> dict[str, Any]:
     if summary is None:
-        return {"point": {}, "setups": {}, "session_ratio": None}
-    return {key: summary[key] for key in ("point", "setups", "session_ratio")}
+        return {"point": {}, "setups": {}, "session_ratio": None, "device": None, "precision": None}
+    kept = {key: summary[key] for key in ("point", "setups", "session_ratio", "precision")}
+    return {**kept, "device": summary["machine"]["device"]}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -69,7 +71,7 @@ def varying(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
 def columns(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table's header: what varies, seconds of every setup that was measured, the ratios, the error if any."""
     setups = [name for name in SETUPS if any(name in job["setups"] for job in jobs)]
-    ratios = ["x torch+cache", "x two files", "session ratio"] if OURS in setups else []
+    ratios = ["x torch+cache", "x two files", "last/first", "session ratio"] if OURS in setups else []
     errors = ["error"] if any(job["error"] for job in jobs) else []
     return [*varying(jobs), *(f"{name} (s)" for name in setups), *ratios, *errors]
 
@@ -85,6 +87,7 @@ def _cell(job: Mapping[str, Any], column: str) -> str:
     ratio = {
         "x torch+cache": ours.get("vs_torch_cache"),
         "x two files": ours.get("vs_two_files"),
+        "last/first": ours.get("last_over_first"),
         "session ratio": job["session_ratio"],
     }
     if column in ratio:
@@ -93,8 +96,13 @@ def _cell(job: Mapping[str, Any], column: str) -> str:
     if column == "error":
         return " ".join(str(job["error"] or "").split())
     if column.endswith(" (s)") and (name := column.removesuffix(" (s)")) in SETUPS:
-        return f"{job['setups'][name]['total']['median']:.3f}" if name in job["setups"] else ABSENT
+        return _time(name, job["setups"][name]) if name in job["setups"] else ABSENT
     return str(job["overrides"].get(column, ABSENT))
+
+
+def _time(name: str, values: Mapping[str, Any]) -> str:
+    missed = SETUPS[name].compiled and not values["compiled"]  # transformers' beam search isn't
+    return f"{values['total']['median']:.3f}{' (not compiled)' if missed else ''}"
 
 
 def markdown(jobs: Sequence[Mapping[str, Any]]) -> str:
@@ -104,22 +112,40 @@ def markdown(jobs: Sequence[Mapping[str, Any]]) -> str:
     common = {key: value for job in jobs for key, value in job["overrides"].items() if key not in changing}
     given = " ".join(f"`{key}={value}`" for key, value in common.items())
     lines = [f"In all jobs: {given}", ""] if common else []
+    lines += [f"On {where}.", ""] if (where := label(jobs)) else []
     for cells in (names, ["---"] * len(names), *rows(jobs)):
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", f"Seconds are medians; ratios are {OURS} against {BASELINE} and against {SEPARATE}, of the same job."]
+    lines += [
+        "",
+        f"Seconds are medians; ratios are {OURS} against {BASELINE} and against {SEPARATE}, of the same job. "
+        f"last/first: latency of the last tenth of the tokens of {OURS} over that of the first.",
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _plot(jobs: Sequence[Mapping[str, Any]], path: Path) -> None:
+def label(jobs: Sequence[Mapping[str, Any]]) -> str:
+    """Device and precision of the jobs that were measured."""
+    return "; ".join(dict.fromkeys(f"{job['device']}, {job['precision']}" for job in jobs if job["setups"]))
+
+
+def _plot(jobs: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Seconds and milliseconds a token over new tokens, and the speed-up as a grid: whatever else varies, a panel."""
     from accel import plots  # imports matplotlib, which nothing else needs
 
     others = [key for key in varying(jobs) if key != LENGTH]
-    points = []
+    lines, fields = [], []
     for job in jobs:
         panel = ", ".join(f"{key.rsplit('.', 1)[-1]}={job['overrides'].get(key, ABSENT)}" for key in others)
+        place = {"new tokens": job["point"].get("new_tokens"), "jobs": panel}
         for name in (name for name in SETUPS if name in job["setups"]):
-            seconds = job["setups"][name]["total"]["median"]
-            points.append(
-                {"new tokens": job["point"]["new_tokens"], "total (s)": seconds, "setup": name, "jobs": panel}
-            )
-    plots.sweep(points, "new tokens", "total (s)", "setup", "jobs", path)
+            values = job["setups"][name]
+            figures = {"total (s)": values["total"]["median"], "ms a token": values["ms_per_token"]}
+            lines.append({**place, **figures, "setup": name})
+        if (ratio := job["setups"].get(OURS, {}).get("vs_torch_cache")) is not None:
+            fields.append({**place, "ratio": ratio})
+    title = label(jobs)
+    for file, y in ((TOTALS, "total (s)"), (PER_TOKEN, "ms a token")):
+        plots.sweep(lines, "new tokens", y, "setup", "jobs", title, folder / file)
+    if fields:
+        what = f"{BASELINE} takes so many times as long as {OURS}"
+        plots.grid(fields, "new tokens", "jobs", "ratio", f"{what}\n{title}", folder / SPEED_UP)

@@ -18,12 +18,19 @@ def _settings(folder: Path, number: int) -> Any:
 
 
 def _summary(new_tokens: int, seconds: float) -> dict[str, Any]:
-    values = {"total": {"median": seconds}, "vs_torch_cache": 2.5, "vs_two_files": None}
-    setups = {
-        "torch+cache": {"total": {"median": 2.5 * seconds}, "vs_torch_cache": 1.0, "vs_two_files": None},
-        "onnx+cache": values,
+    def figures(factor: float) -> dict[str, Any]:
+        total = factor * seconds
+        values = {"total": {"median": total}, "ms_per_token": 1000 * total / new_tokens, "vs_torch_cache": 2.5 / factor}
+        return values | {"vs_two_files": None, "last_over_first": 1.04, "compiled": False, "repeats": 3}
+
+    return {
+        "point": {"new_tokens": new_tokens},
+        "setups": {"torch+cache": figures(2.5), "torch static cache, compiled": figures(2), "onnx+cache": figures(1)},
+        "session_ratio": 1.08,
+        "machine": {"device": "a GPU"},
+        "precision": "float16",
+        "ignored": "x" * 1000,
     }
-    return {"point": {"new_tokens": new_tokens}, "setups": setups, "session_ratio": 1.08, "ignored": "x" * 1000}
 
 
 def test_rows_come_one_by_one(tmp_path: Path) -> None:
@@ -39,23 +46,27 @@ def test_rows_come_one_by_one(tmp_path: Path) -> None:
     sweeps.record(_settings(tmp_path, 1), second, _summary(16, 0.25), None)
     lines = table.read_text().splitlines()
     assert lines[0] == "In all jobs: `model=tiny` `sweep=latency`"
+    assert lines[2] == "On a GPU, float16."
     drawn = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
     assert drawn[0] == [
         "benchmark.new_tokens",
         "benchmark.num_beams",
         "torch+cache (s)",
+        "torch static cache, compiled (s)",
         "onnx+cache (s)",
         "x torch+cache",
         "x two files",
+        "last/first",
         "session ratio",
         "error",
     ]
-    assert drawn[2][:7] == ["8", "1", "0.312", "0.125", "2.50", "-", "1.08"]
-    assert drawn[3][:7] == ["16", "1", "0.625", "0.250", "2.50", "-", "1.08"]
-    assert drawn[4] == ["16", "0", "-", "-", "-", "-", "-", "benchmark.num_beams=0: must be from 1 \\| up"]
+    assert drawn[2][:9] == ["8", "1", "0.312", "0.250 (not compiled)", "0.125", "2.50", "-", "1.04", "1.08"]
+    assert drawn[3][:9] == ["16", "1", "0.625", "0.500 (not compiled)", "0.250", "2.50", "-", "1.04", "1.08"]
+    assert drawn[4] == ["16", "0", "-", "-", "-", "-", "-", "-", "-", "benchmark.num_beams=0: must be from 1 \\| up"]
     jobs = json.loads((tmp_path / sweeps.RECORD).read_text())
     assert [job["number"] for job in jobs] == [0, 1, 2]
-    assert (tmp_path / sweeps.PLOT).read_bytes().startswith(b"\x89PNG")
+    for plot in sweeps.PLOTS:
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -69,7 +80,25 @@ def test_sweep_without_figures(tmp_path: Path) -> None:
         "| a |  |",
         "| b | unknown model |",
     ]
-    assert not (tmp_path / sweeps.PLOT).exists()
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_defect_in_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is nobody's mistake costs its own job only: the others run, and all have their row."""
+    from accel import __main__ as application
+
+    def run(composed: Any, overrides: list[str]) -> dict[str, Any]:
+        if composed.benchmark.new_tokens == 8:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return _summary(composed.benchmark.new_tokens, 0.5)
+
+    monkeypatch.setattr(application, "run", run)
+    monkeypatch.setattr(sys, "argv", ["accel", "-m", "benchmark.new_tokens=4,8,16", f"hydra.sweep.dir={tmp_path}"])
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        application.main()
+    jobs = json.loads((tmp_path / sweeps.RECORD).read_text())
+    assert [job["error"] for job in jobs] == [None, "RuntimeError: CUDA error: an illegal memory access", None]
+    assert [bool(job["setups"]) for job in jobs] == [True, False, True]
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,30 +17,35 @@ from transformers import AutoConfig, PretrainedConfig
 from accel import console, measure
 from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact, versions
-from accel.clock import OtherLoad, Timing, forced, time_generation
-from accel.errors import AccelError, unknown
-from accel.machine import machine
+from accel.clock import OtherLoad, Timing
+from accel.errors import AccelError
+from accel.machine import command, machine
 from accel.schema import BenchmarkConfig, Config
-from accel.setups import BASELINE, OURS, SEPARATE, SETUPS, Sources, opened
+from accel.setups import BASELINE, OURS, SEPARATE, SETUPS, Sources, chosen, free
 from accel.stages import Stage
+from accel.turns import time_setups
 
 MEASUREMENT = "measurement.json"
 PLOTS = ("latency.png", "accumulated.png")
-COLUMNS = ("setup", "total s", "model s", "ms a token", "x torch +cache", "x two files", "peak MB", "session MB")
+COLUMNS = (
+    *("setup", "runs", "total s", "model s", "ms a token", "last/first"),
+    *("x torch +cache", "x two files"),
+)
+MEMORY_COLUMNS = ("memory", "peak MB", "session MB")
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu")
 ABSENT = "-"
 BUSY = 0.1  # share of the processor that others may take before the times say little
 
 
-def check(benchmark: BenchmarkConfig) -> None:
-    """Raises `AccelError` on a setup that doesn't exist, one named twice, or a negative number of warm-ups."""
-    for name in benchmark.setups:
-        if name not in SETUPS:
-            raise unknown("benchmark.setups", name, SETUPS)
-    if len(set(benchmark.setups)) < len(benchmark.setups):
-        raise AccelError(f"benchmark.setups={benchmark.setups} names a setup twice")
+def check(benchmark: BenchmarkConfig, device: str) -> None:
+    """Raises `AccelError` on setups that can't be had on `device`, or a number that makes no sense."""
+    chosen(benchmark.setups, device)
     if benchmark.warmup < 0:
         raise AccelError(f"benchmark.warmup={benchmark.warmup}: must be 0 or more")
+    if benchmark.warmup_tokens is not None and benchmark.warmup_tokens < 1:
+        raise AccelError(f"benchmark.warmup_tokens={benchmark.warmup_tokens}: must be 1 or more, or null")
+    if benchmark.patience is not None and benchmark.patience < 0:
+        raise AccelError(f"benchmark.patience={benchmark.patience}: must be 0 or more seconds, or null")
 
 
 def random_inputs(
@@ -52,25 +57,6 @@ def random_inputs(
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def time_setups(names: Sequence[str], sources: Sources, given: Mapping[str, Tensor], benchmark: BenchmarkConfig) -> Any:
-    """Setup -> its timings, one a repeat. The setups take turns, so that a slow minute hits all of them."""
-    found: dict[str, list[Timing]] = {name: [] for name in names}
-    inputs = {name: tensor.to(sources.runtime.device) for name, tensor in given.items()}
-    with ExitStack() as stack:
-        engines = dict.fromkeys(SETUPS[name].engine for name in names)
-        models = {engine: stack.enter_context(opened(engine, sources)) for engine in engines}
-        turns = [(number, name) for number in range(benchmark.warmup + benchmark.repeats) for name in names]
-        for number, name in console.track(turns, "generating"):
-            setup = SETUPS[name]
-            options = forced(benchmark.new_tokens, benchmark.num_beams, use_cache=setup.use_cache)
-            timing = time_generation(models[setup.engine], inputs, options)
-            if len(timing.latencies) != benchmark.new_tokens:
-                raise AccelError(f"{name} generated {len(timing.latencies)} tokens instead of {benchmark.new_tokens}")
-            if number >= benchmark.warmup:
-                found[name].append(timing)
-    return found
-
-
 def measure_memory(
     names: Sequence[str], sources: Sources, given: Mapping[str, Tensor], benchmark: BenchmarkConfig
 ) -> dict[str, dict[str, int]]:
@@ -79,16 +65,16 @@ def measure_memory(
     `step alone` is the yardstick for the merged decoder: the step graph by itself, which can't begin a generation.
     """
     sessions = [name for name in (OURS, SEPARATE) if name in names]
-    chosen = [(measure.PEAK, name) for name in names] + [(measure.SESSION, name) for name in sessions]
+    wanted = [(measure.PEAK, name) for name in names] + [(measure.SESSION, name) for name in sessions]
     if OURS in names:
-        chosen.append((measure.SESSION, measure.STEP_ALONE))
+        wanted.append((measure.SESSION, measure.STEP_ALONE))
     with TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "inputs.safetensors"
         save_file(dict(given), inputs)
         tasks = []
-        for kind, name in chosen:
-            cached = name not in SETUPS or SETUPS[name].use_cache
-            options = forced(benchmark.new_tokens, benchmark.num_beams, use_cache=cached)
+        for kind, name in wanted:
+            setup = SETUPS[OURS if name == measure.STEP_ALONE else name]
+            options = setup.options(benchmark.new_tokens, benchmark.num_beams)
             tasks.append(
                 measure.Task(
                     kind, name, sources.dump(), benchmark.batch_size, benchmark.source_length, str(inputs), options
@@ -97,7 +83,7 @@ def measure_memory(
         weights = sum(path.stat().st_size for path in Path(sources.graphs).iterdir())
         figures = measure.measure_all(tasks, weights)
     memory: dict[str, dict[str, int]] = {}
-    for (kind, name), figure in zip(chosen, figures, strict=True):
+    for (kind, name), figure in zip(wanted, figures, strict=True):
         memory.setdefault(name, {})[kind] = figure
     return memory
 
@@ -109,12 +95,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def summarize(timings: Mapping[str, Sequence[Timing]], new_tokens: int) -> dict[str, dict[str, Any]]:
     """The figures of every setup: seconds, milliseconds a token, ratios of medians within this run (more is faster)."""
     figures: dict[str, dict[str, Any]] = {}
+    positions = latencies(timings)
     for name, repeats in timings.items():
         total = spread([timing.total for timing in repeats])
         figures[name] = {
             "total": total,
             "inside": spread([timing.inside for timing in repeats]),
             "ms_per_token": 1000 * total["median"] / new_tokens,
+            "last_over_first": last_over_first(positions[name]),
+            "repeats": len(repeats),
+            "compiled": all(timing.compiled for timing in repeats),
         }
     known = BASELINE if BASELINE in timings else next(iter(timings))
     for name, values in figures.items():
@@ -132,6 +122,16 @@ def latencies(timings: Mapping[str, Sequence[Timing]]) -> dict[str, list[float]]
     }
 
 
+def last_over_first(positions: Sequence[float]) -> float | None:
+    """Latency of the last tenth of the tokens over that of the first tenth, medians of each.
+
+    The very first token, which holds the encoder and prefill, is left out. None below two others.
+    """
+    rest = positions[1:]
+    tenth = max(1, len(rest) // 10)
+    return statistics.median(rest[-tenth:]) / statistics.median(rest[:tenth]) if len(rest) > 1 else None
+
+
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Writes `measurement.json`, the plot of latency by position and the plot of accumulated time."""
     benchmark = config.benchmark
@@ -145,23 +145,27 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         runtime=config.runtime,
         dtype=config.precision.dtype,
     )
-    names = benchmark.setups or list(SETUPS)
+    names = chosen(benchmark.setups, config.runtime.device)
     given = random_inputs(architecture, description, benchmark)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.runtime.threads or threads)
     try:
         with OtherLoad() as others:
-            timings = time_setups(names, sources, given, benchmark)
+            measured = time_setups(names, sources, given, benchmark)
         facts = machine(config) | {"torch_threads": torch.get_num_threads(), "other_load": others.share}
     finally:
         torch.set_num_threads(threads)
+    free(config.runtime.device)  # on a GPU, what this process holds would take room from those that measure
+    timings = measured.timings
     memory = measure_memory(names, sources, given, benchmark) if benchmark.memory else {}
     summary = {
         "point": {key: value for key, value in asdict(benchmark).items() if key not in ("setups", "memory")},
         "precision": config.precision.dtype,
         "machine": facts,
-        "packages": versions(PACKAGES),
+        "packages": versions((*PACKAGES, "accel")),
+        "command": command(sys.argv),
         "setups": summarize(timings, benchmark.new_tokens),
+        "torch_fp32": measured.fp32,
         "memory": memory,
         "session_ratio": _session_ratio(memory),
     }
@@ -200,25 +204,37 @@ def describe(summary: Mapping[str, Any]) -> str:
 
 
 def rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """One row a setup, in the order of `COLUMNS`; and one for the memory of the step graph alone."""
+    """One row a setup, in the order of `COLUMNS`."""
     drawn: list[list[str]] = []
     for name in (name for name in SETUPS if name in summary["setups"]):  # a manifest keeps no order
         values = summary["setups"][name]
-        total, held = values["total"], summary["memory"].get(name, {})
+        total = values["total"]
         drawn.append(
             [
-                name if values["same_tokens"] else f"{name} (other tokens)",
+                _named(name, values),
+                str(values["repeats"]),
                 f"{_seconds(total['median'])} [{_seconds(total['min'])}-{_seconds(total['max'])}]",
                 _seconds(values["inside"]["median"]),
                 f"{values['ms_per_token']:.2f}",
-                *(_ratio(values[key]) for key in ("vs_torch_cache", "vs_two_files")),
-                *(_megabytes(held.get(kind)) for kind in (measure.PEAK, measure.SESSION)),
+                *(_ratio(values[key]) for key in ("last_over_first", "vs_torch_cache", "vs_two_files")),
             ]
         )
-    if (alone := summary["memory"].get(measure.STEP_ALONE)) is not None:
-        blank = [ABSENT] * (len(COLUMNS) - 2)
-        drawn.append([measure.STEP_ALONE, *blank, _megabytes(alone[measure.SESSION])])
     return drawn
+
+
+def memory_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """One row a setup whose memory was measured, and one for the step graph alone, in the order of `MEMORY_COLUMNS`."""
+    memory = summary["memory"]
+    names = [name for name in (*SETUPS, measure.STEP_ALONE) if name in memory]
+    return [[name, *(_megabytes(memory[name].get(kind)) for kind in (measure.PEAK, measure.SESSION))] for name in names]
+
+
+def _named(name: str, values: Mapping[str, Any]) -> str:
+    """The setup, and what a reader must know to compare it."""
+    remarks = [] if values["same_tokens"] else ["other tokens"]
+    if SETUPS[name].compiled and not values["compiled"]:
+        remarks.append("not compiled")  # transformers' beam search isn't
+    return f"{name} ({', '.join(remarks)})" if remarks else name
 
 
 def _seconds(value: float) -> str:
@@ -234,12 +250,17 @@ def _megabytes(value: int | None) -> str:
 
 
 def show(summary: Mapping[str, Any]) -> None:
-    """Print the table, and how much more the merged decoder's session holds than the step graph's."""
+    """Print the table, the session memory of the merged decoder over the step graph's, and what to beware of."""
     console.table(f"Benchmark: {describe(summary)}", COLUMNS, rows(summary))
+    if summary["memory"]:
+        console.table("", MEMORY_COLUMNS, memory_rows(summary))
     if summary["session_ratio"] is not None:
         console.out.print(
             f"session memory of the merged decoder: {summary['session_ratio']:.2f}x that of the step graph alone"
         )
+    if summary["torch_fp32"]:
+        kept = ", ".join(f"{count} x {name}" for name, count in summary["torch_fp32"].items())
+        console.out.print(f"modules that PyTorch's FP16 model keeps in FP32: {kept}")
     if (others := summary["machine"]["other_load"]) > BUSY:
         console.warn(
             f"other programs took {others:.0%} of the processor during the benchmark: threads that wait by spinning, "
@@ -254,4 +275,5 @@ STAGE = Stage(
     sections=("precision", "runtime", "benchmark"),
     packages=PACKAGES,
     machine=True,
+    version=2,
 )

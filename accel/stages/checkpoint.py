@@ -68,15 +68,18 @@ def model_config(model: ModelConfig) -> PretrainedConfig:
         raise AccelError(f"checkpoint {model.checkpoint!r}: {str(error).splitlines()[0]}") from error
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """The PyTorch model in `folder`: FP32, on the CPU, in evaluation mode, with eager attention."""
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str | None = "eager") -> PreTrainedModel:
+    """The PyTorch model in `folder`, on the CPU, in evaluation mode. `attention=None`: as transformers chooses it.
+
+    In FP16, transformers keeps in FP32 what the model's class names in `_keep_in_fp32_modules`.
+    """
     config = AutoConfig.from_pretrained(folder)
     name = (config.architectures or ["none"])[0]
     if not hasattr(transformers, name):
         raise AccelError(f"{folder / 'config.json'}: transformers has no model class {name!r} (`architectures`)")
     kind = getattr(transformers, name)
     try:
-        model: PreTrainedModel = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     except SafetensorError as error:
         raise AccelError(f"the weights in {str(folder)!r} are damaged: {error}") from error
     model.eval()

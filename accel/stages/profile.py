@@ -1,8 +1,9 @@
 """Where the time of a generation goes: ONNX Runtime's profiler over the deployable."""
 
 import json
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import wraps
@@ -17,6 +18,7 @@ from accel.adapter import Architecture
 from accel.artifacts import Artifact
 from accel.clock import forced
 from accel.generation import AcceleratedModel
+from accel.machine import machine
 from accel.schema import Config
 from accel.setups import deployed
 from accel.stages import Stage, takes
@@ -25,6 +27,9 @@ PROFILE = "profile.json"
 PLOT = "operators.png"
 SUBGRAPHS = frozenset({"If", "Loop", "Scan"})  # their time includes that of the nodes inside
 COPIES = ("MemcpyToHost", "MemcpyFromHost")
+HOST = "CPUExecutionProvider"
+DECODER, PREFILL, STEP = "decoder", "prefill", "step"
+NAMED = 3  # nodes that a printed line names
 PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits", "MatMulInteger", "TransposeMatMul"})
 WARM_UP = 2  # tokens generated before the measured ones
 SUFFIX = "_kernel_time"
@@ -39,26 +44,42 @@ class Usage:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Node:
+    """A node of the decoder off the device, and how often it ran in a call of the decoder, on average."""
+
+    name: str
+    operator: str
+    provider: str
+    calls: float
+
+
 @dataclass
 class Profile:
-    """One generation. `copies` counts copies between host and device; `share` is that of matrix products."""
+    """One generation. `copies` counts copies between host and device; `share` is that of matrix products.
+
+    `off_device`: the decoder's nodes that the CPU executes or that copy, in prefill and in steps, the per-token path;
+    most often called first. None where everything runs on the CPU.
+    """
 
     operators: dict[str, Usage] = field(default_factory=dict)
     providers: dict[str, Usage] = field(default_factory=dict)
     placement: dict[str, dict[str, int]] = field(default_factory=dict)
     copies: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COPIES, 0))
+    off_device: dict[str, list[Node]] | None = None
     seconds: float = 0.0
     share: float = 0.0
 
 
 @dataclass(frozen=True)
 class Call:
-    """One node's run. `own`: seconds, without those of the nodes inside it."""
+    """One node's run. `own`: seconds, without those of the nodes inside it. `run`: which of the session's, from 0."""
 
     node: str
     operator: str
     provider: str
     own: float
+    run: int = 0
 
 
 def calls(events: Iterable[Mapping[str, Any]], skipped_runs: int) -> Iterator[Call]:
@@ -84,10 +105,25 @@ def calls(events: Iterable[Mapping[str, Any]], skipped_runs: int) -> Iterator[Ca
         if event["ts"] >= begin:
             arguments = event["args"]
             name = event["name"].removesuffix(SUFFIX)
-            yield Call(name, arguments["op_name"], arguments["provider"], max(0, left) / 1e6)
+            run = bisect_right(runs, event["ts"]) - 1 - skipped_runs
+            yield Call(name, arguments["op_name"], arguments["provider"], max(0, left) / 1e6, run)
 
 
-def digest(traces: Mapping[str, Iterable[Call]]) -> Profile:
+def off_device(decoder: Iterable[Call]) -> dict[str, list[Node]]:
+    """The nodes on the CPU and the copies, in the decoder's first run, which is prefill, and in the others."""
+    runs: dict[str, set[int]] = {PREFILL: set(), STEP: set()}
+    counts: dict[str, Counter[tuple[str, str, str]]] = {PREFILL: Counter(), STEP: Counter()}
+    for call in decoder:
+        path = PREFILL if call.run == 0 else STEP
+        runs[path].add(call.run)
+        if call.provider == HOST or call.operator in COPIES:
+            counts[path][call.node, call.operator, call.provider] += 1
+    return {
+        path: [Node(*node, count / len(runs[path])) for node, count in counts[path].most_common()] for path in counts
+    }
+
+
+def digest(traces: Mapping[str, Sequence[Call]]) -> Profile:
     """Sums over the sessions' calls, operators and providers by falling time."""
     found = Profile()
     operators: dict[str, Usage] = defaultdict(Usage)
@@ -109,6 +145,8 @@ def digest(traces: Mapping[str, Iterable[Call]]) -> Profile:
         placed[operator] = placed.get(operator, 0) + 1
     found.operators = dict(sorted(operators.items(), key=lambda item: -item[1].seconds))
     found.providers = dict(sorted(providers.items(), key=lambda item: -item[1].seconds))
+    if set(providers) - {HOST}:
+        found.off_device = off_device(traces.get(DECODER, ()))
     products = sum(usage.seconds for name, usage in operators.items() if name in PRODUCTS)
     found.share = products / found.seconds if found.seconds else 0.0
     return found
@@ -152,13 +190,15 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         tensors = {name: tensor.to(model.device) for name, tensor in given.items()}
         for new_tokens in (WARM_UP, settings.new_tokens):
             model.generate(**tensors, **forced(new_tokens, 1, use_cache=True))
-        skipped = {"encoder": 1, "decoder": WARM_UP}
+        skipped = {"encoder": 1, DECODER: WARM_UP}
         traces: dict[str, list[Call]] = {}
         for name, session in sessions.items():
             trace = Path(session.session.end_profiling()).rename(out / f"{name}.trace.json")
             traces[name] = list(calls(json.loads(trace.read_text()), skipped[name]))
     found = digest(traces)
-    summary = {"point": asdict(settings), "device": config.runtime.device, **asdict(found)}
+    summary = {"point": asdict(settings), "device": machine(config)["device"], **asdict(found)}
+    if found.off_device is None:
+        del summary["off_device"]
     (out / PROFILE).write_text(json.dumps(summary, indent=1))
     _plot(found, settings.top, describe(summary), out / PLOT)
     return summary
@@ -172,11 +212,12 @@ def _plot(found: Profile, top: int, title: str, path: Path) -> None:
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    """What was profiled, in words."""
+    """What was profiled, in words. On CUDA, ONNX Runtime's profiler sees the host launch kernels, not them run."""
     point = summary["point"]
+    what = "on the host, launching kernels (not the device's time)" if "off_device" in summary else "in nodes"
     return (
         f"{point['new_tokens']} new tokens, greedy, source length {point['source_length']}, {summary['device']}: "
-        f"{1000 * summary['seconds']:.1f} ms in nodes, {summary['share']:.0%} of it in matrix products"
+        f"{1000 * summary['seconds']:.1f} ms {what}, {summary['share']:.0%} of it in matrix products"
     )
 
 
@@ -195,11 +236,29 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def off_device_lines(path: str, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What of one path of the decoder the CPU does and what is copied: a line for each, the first few nodes named."""
+    kinds = [("on the CPU", [node for node in nodes if node["operator"] not in COPIES])]
+    kinds += [(copy, [node for node in nodes if node["operator"] == copy]) for copy in COPIES]
+    when = "per token" if path == STEP else "once"
+    lines = []
+    for kind, found in kinds:
+        calls = sum(node["calls"] for node in found)
+        named = ", ".join(f"{node['name']} ({node['operator']})" for node in found[:NAMED])
+        more = ", …" if len(found) > NAMED else ""
+        listed = f": {named}{more}" if found else ""
+        lines.append(f"decoder, {path}: {len(found)} nodes {kind}, {calls:.1f} calls {when}{listed}")
+    return lines
+
+
 def show(summary: Mapping[str, Any]) -> None:
     """Print the slowest operators, the nodes on each provider, and the copies."""
     console.table(f"Profile: {describe(summary)}", ("operator", "ms", "%", "calls", "nodes"), rows(summary))
     for name, usage in summary["providers"].items():
         console.out.print(f"{name}: {usage['nodes']} nodes, {usage['calls']} calls, {1000 * usage['seconds']:.1f} ms")
+    for path, nodes in summary.get("off_device", {}).items():
+        for line in off_device_lines(path, nodes):
+            console.out.print(line, markup=False)
     copies = ", ".join(f"{count} {name}" for name, count in summary["copies"].items())
     console.out.print(f"copies between host and device: {copies}")
 
@@ -211,4 +270,5 @@ STAGE = Stage(
     sections=("runtime", "profile"),
     packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu"),
     machine=True,
+    version=2,
 )

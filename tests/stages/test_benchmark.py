@@ -3,45 +3,49 @@
 import json
 import os
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig
 
 from accel import measure, registry
-from accel.clock import Clock, OtherLoad, forced, time_generation
+from accel.application import compose, execute
+from accel.clock import Timing
 from accel.errors import AccelError
-from accel.loading import open_model
-from accel.schema import BenchmarkConfig
-from accel.setups import SETUPS, Sources, opened
+from accel.machine import command
+from accel.schema import BenchmarkConfig, RuntimeConfig
+from accel.setups import SETUPS, Sources, chosen, torch_model
 from accel.stages import benchmark
-from tests.conftest import Build
+from tests.conftest import Build, overrides_for
 
 POINT = ["benchmark.source_length=5", "benchmark.new_tokens=6", "benchmark.repeats=3", "benchmark.warmup=1"]
 QUICK = [*POINT, "benchmark.memory=false"]
 PNG = b"\x89PNG"
+COMPILED = "torch static cache, compiled"
 
 
 def test_figures(build: Build, tiny: Path) -> None:
-    """All setups, one latency a token, the same tokens, ratios that follow from the totals, both plots."""
+    """All setups of the CPU, one latency a token, the same tokens, ratios that follow from the totals, both plots."""
     _, artifacts = build(tiny, "benchmark", [*QUICK, "benchmark.num_beams=2", "benchmark.batch_size=3"])
     artifact = artifacts["benchmark"]
     summary = artifact.summary
     measured = json.loads((artifact.folder / benchmark.MEASUREMENT).read_text())
-    assert set(summary["setups"]) == set(measured["latencies"]) == set(SETUPS)
+    assert set(summary["setups"]) == set(measured["latencies"]) == set(chosen([], "cpu"))
     assert summary["point"] | {"new_tokens": 6, "num_beams": 2, "batch_size": 3} == summary["point"]
     assert set(summary["machine"]) >= {"device", "threads", "processor", "torch_threads", "other_load"}
     assert summary["packages"]["torch"] == torch.__version__
+    assert summary["torch_fp32"] == {}
+    assert "command" in summary
     totals = {name: values["total"]["median"] for name, values in summary["setups"].items()}
     for name, values in summary["setups"].items():
         assert values["same_tokens"]
         assert 0 < values["total"]["min"] <= totals[name] <= values["total"]["max"]
         assert 0 < values["inside"]["median"] < totals[name]
+        assert values["repeats"] == 3
+        assert values["last_over_first"] == benchmark.last_over_first(measured["latencies"][name])
+        assert not values["compiled"]
         assert values["ms_per_token"] == pytest.approx(1000 * totals[name] / 6)
         assert values["vs_torch_cache"] == pytest.approx(totals["torch+cache"] / totals[name])
         assert values["vs_two_files"] == pytest.approx(totals["onnx+cache, two files"] / totals[name])
@@ -70,8 +74,12 @@ def test_memory(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) ->
     assert summary["session_ratio"] == pytest.approx(memory["onnx+cache"][measure.SESSION] / alone)
     assert all(values["vs_torch_cache"] is None for values in summary["setups"].values())  # it did not take part
     drawn = benchmark.rows(summary)
-    assert [row[0] for row in drawn] == ["onnx+cache", "onnx+cache, two files", measure.STEP_ALONE]
+    assert [row[0] for row in drawn] == ["onnx+cache", "onnx+cache, two files"]
     assert {len(row) for row in drawn} == {len(benchmark.COLUMNS)}
+    drawn = benchmark.memory_rows(summary)
+    assert [row[0] for row in drawn] == ["onnx+cache", "onnx+cache, two files", measure.STEP_ALONE]
+    assert {len(row) for row in drawn} == {len(benchmark.MEMORY_COLUMNS)}
+    assert drawn[2][1:] == [benchmark.ABSENT, f"{alone / 1e6:.0f}"]
     benchmark.show(summary)
     assert f"{summary['session_ratio']:.2f}x that of the step graph alone" in capsys.readouterr().out
 
@@ -95,14 +103,73 @@ def test_candidate_only_if_asked(build: Build, tiny: Path) -> None:
     assert "verify" not in candidate["benchmark"].manifest.upstream
 
 
-def test_refused() -> None:
-    """An unknown setup lists the choices; a setup twice and a negative warm-up are named."""
-    with pytest.raises(AccelError, match=r"'tensorrt'.*onnx\+cache, two files.*torch\+cache"):
-        benchmark.check(BenchmarkConfig(setups=["torch", "tensorrt"]))
-    with pytest.raises(AccelError, match="twice"):
-        benchmark.check(BenchmarkConfig(setups=["torch", "torch"]))
-    with pytest.raises(AccelError, match="warmup=-1"):
-        benchmark.check(BenchmarkConfig(warmup=-1))
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"setups": ["torch", "tensorrt"]}, r"'tensorrt'.*onnx\+cache, two files.*torch\+cache"),
+        ({"setups": ["torch", "torch"]}, "twice"),
+        ({"setups": [COMPILED]}, r"'torch static cache, compiled' needs runtime=cuda.*torch\+cache, onnx"),
+        ({"warmup": -1}, "warmup=-1"),
+        ({"warmup_tokens": 0}, "warmup_tokens=0"),
+        ({"patience": -1.0}, "patience=-1"),
+    ],
+)
+def test_refused(values: dict[str, Any], message: str) -> None:
+    """An unknown setup lists the choices, one of another device the ones here; values that make no sense are named."""
+    with pytest.raises(AccelError, match=message):
+        benchmark.check(BenchmarkConfig(**values), "cpu")
+
+
+def test_last_over_first() -> None:
+    """The first token doesn't count; an outlier doesn't either."""
+    growing = [1000.0, *(1.0 + index / 100 for index in range(100))]
+    assert benchmark.last_over_first(growing) == pytest.approx(1.945 / 1.045)
+    assert benchmark.last_over_first([9.0, 2.0, 3.0, 6.0]) == 3.0
+    assert benchmark.last_over_first([9.0, 2.0]) is None
+
+
+def test_remarks() -> None:
+    """A row says when its tokens differ, and when what should compile didn't."""
+    point = {"new_tokens": 4, "num_beams": 4, "source_length": 4, "batch_size": 1}
+    timings = {
+        "torch+cache": [Timing(2.0, 1.0, [0.5] * 4, [[1, 2]])],
+        COMPILED: [Timing(1.0, 0.5, [0.25] * 4, [[1, 3]])],
+        "onnx+cache": [Timing(0.5, 0.4, [0.1] * 4, [[1, 2]])] * 2,
+    }
+    figures = benchmark.summarize(timings, 4)
+    drawn = benchmark.rows({"point": point, "setups": figures, "memory": {}})
+    assert [row[:2] for row in drawn] == [
+        ["torch+cache", "1"],
+        [f"{COMPILED} (other tokens, not compiled)", "1"],
+        ["onnx+cache", "2"],
+    ]
+    assert [row[5] for row in drawn] == ["1.00x"] * 3
+    timings[COMPILED][0].compiled = True
+    assert benchmark.summarize(timings, 4)[COMPILED]["compiled"]
+
+
+def test_command() -> None:
+    """What to type elsewhere: no folders of this machine, quotes where the shell needs them."""
+    given = [
+        *("/home/a/venv/bin/accel", "-m", "+sweep=long", "artifacts=/tmp/x", "hydra.sweep.dir=/tmp/y"),
+        *("model.checkpoint=/data/models/mine", "benchmark.setups=[torch,onnx]", "model=t5-large"),
+    ]
+    assert command(given) == (
+        "python -m accel -m +sweep=long model.checkpoint=mine 'benchmark.setups=[torch,onnx]' model=t5-large"
+    )
+    assert command(["/usr/bin/pytest", "-q"]) is None
+
+
+def test_one_process_at_a_time_on_a_gpu() -> None:
+    """Its counter sees all of them."""
+
+    def tasks(device: str) -> list[measure.Task]:
+        sources = {"runtime": {"device": device}}
+        return [measure.Task(measure.PEAK, name, sources, 1, 4, "", {}) for name in ("torch", "onnx")]
+
+    assert measure.at_once(tasks("cuda:0"), 0) == 1
+    assert measure.at_once(tasks("cpu"), 0) == min(os.cpu_count() or 1, 2**20)
+    assert measure.at_once(tasks("cpu"), 2**50) == 1
 
 
 def test_inputs_are_not_padded(tiny: Path, build: Build) -> None:
@@ -118,45 +185,6 @@ def test_inputs_are_not_padded(tiny: Path, build: Build) -> None:
     assert torch.equal(given["input_ids"], again["input_ids"])
 
 
-@pytest.mark.parametrize("engine", ["torch", "merged"])
-def test_clock_leaves_no_trace(build: Build, tiny: Path, engine: str) -> None:
-    """Timing counts every decoder call, and afterwards the model is as before."""
-    config, artifacts = build(tiny, "merge")
-    sources = Sources(str(tiny), str(artifacts["merge"].folder), "", {}, config.runtime)
-    ids = torch.arange(2, 9)[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with opened(engine, sources) as model:
-        plain = model.generate(**inputs, **forced(5, 1, use_cache=True))
-        timing = time_generation(model, inputs, forced(5, 1, use_cache=True))
-        assert timing.tokens == plain.tolist()
-        assert len(timing.latencies) == 5
-        assert min(timing.latencies) > 0
-        assert timing.inside <= timing.total
-        assert "forward" not in vars(model)
-
-
-def test_clock_restores_after_an_error(build: Build, tiny: Path) -> None:
-    config, artifacts = build(tiny, "merge")
-    with open_model(artifacts["merge"].folder, config.runtime) as model:
-        with pytest.raises(ValueError, match="decoder_input_ids"), Clock(model):
-            model.forward()
-        assert "forward" not in vars(model)
-        assert "encode" not in vars(model.runtime)
-
-
-def test_other_load() -> None:
-    """Another process that keeps a core busy is seen; this one's own work is not."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
-        try:
-            time.sleep(0.2)
-            with OtherLoad() as load:
-                time.sleep(1.0)
-        finally:
-            other.kill()
-    assert load.share > 0.5 / (os.cpu_count() or 1)
-    assert load.share <= 1
-
-
 def test_busy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     point = {"new_tokens": 4, "num_beams": 1, "source_length": 4, "batch_size": 1}
     for share in (0.02, 0.6):
@@ -167,17 +195,49 @@ def test_busy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
                 "precision": "float32",
                 "machine": facts,
                 "setups": {},
+                "torch_fp32": {"wo": 48} if share == 0.6 else {},
                 "memory": {},
                 "session_ratio": None,
             }
         )
-        assert ("other programs took 60%" in capsys.readouterr().err) is (share == 0.6)
+        printed = capsys.readouterr()
+        assert ("other programs took 60%" in printed.err) is (share == 0.6)
+        assert ("keeps in FP32: 48 x wo" in printed.out) is (share == 0.6)
 
 
-def test_torch_baseline_is_what_people_run(tiny: Path) -> None:
-    """PyTorch runs with transformers' own choice of attention, not with the export's."""
-    runtime = SimpleNamespace(device="cpu")
-    sources = Sources(str(tiny), "", "", {}, runtime)  # type: ignore[arg-type]
-    with opened("torch", sources) as model:
-        assert model.config._attn_implementation == "sdpa"
-        assert model.dtype == torch.float32
+def on_gpu(tiny: Path, shared: Path, *more: str) -> list[str]:
+    """The command line of a benchmark of the tiny T5 on CUDA, in FP16 and not verified: random weights tie."""
+    given = overrides_for(tiny, shared / "artifacts", *more)
+    return [*(item for item in given if item != "runtime=cpu"), "runtime=cuda", "benchmark.unverified=true"]
+
+
+def alone_on_gpu(test: Any) -> Any:
+    """Marks a test for CUDA. All run in one worker: a GPU's memory counter sees every process."""
+    return pytest.mark.gpu(pytest.mark.xdist_group("gpu")(test))
+
+
+@alone_on_gpu
+def test_benchmark_on_cuda(tiny: Path, shared: Path) -> None:
+    """Every setup takes part, memory is what processes took of the device, and the machine is named."""
+    config = compose(on_gpu(tiny, shared, *POINT, "stage=benchmark", "benchmark.new_tokens=20"))
+    summary = execute(config)["benchmark"].summary
+    assert set(summary["setups"]) == set(SETUPS)
+    assert summary["machine"]["device"] == torch.cuda.get_device_name()
+    assert summary["machine"]["driver"]
+    assert summary["torch_fp32"] == {"wo": 5}
+    for name in SETUPS:
+        assert summary["memory"][name][measure.PEAK] > 0
+    for name in ("onnx+cache", measure.STEP_ALONE):
+        assert summary["memory"][name][measure.SESSION] > 0
+    assert summary["session_ratio"] > 0
+
+
+@alone_on_gpu
+def test_prepared_device_holds_its_context(tiny: Path) -> None:
+    """What CUDA and cuBLAS set up is not counted: a second preparation takes nothing."""
+    device = torch.device("cuda")
+    measure.prepare(device)
+    before = measure.held(device)
+    measure.prepare(device)
+    assert measure.held(device) == before
+    assert torch_model(Sources(str(tiny), "", "", {}, RuntimeConfig(name="cuda", device="cuda"))).device.type == "cuda"

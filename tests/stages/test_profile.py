@@ -1,13 +1,16 @@
 """The profile: nothing counted twice, nothing left out."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from accel.application import compose, execute
 from accel.stages import profile
-from tests.conftest import Build
+from tests.conftest import Build, overrides_for
 
 
 def _event(name: str, ts: int, dur: int, operator: str = "", provider: str = "CPUExecutionProvider") -> dict[str, Any]:
@@ -53,6 +56,59 @@ def test_digest() -> None:
     assert next(iter(found.operators)) == "MatMul"
 
 
+def test_off_the_device() -> None:
+    """What the CPU does and what is copied inside the decoder: by name, in prefill and in steps, most calls first."""
+    cpu, gpu = "CPUExecutionProvider", "CUDAExecutionProvider"
+    trace = [_event("warm up", 0, 1, "Shape", cpu)]
+    for run in range(4):  # a warm-up, prefill, two steps
+        begin = 100 * run
+        trace += [
+            _event("model_run", begin, 90),
+            _event("branch", begin + 1, 80, "If", gpu),
+            _event("length", begin + 2, 1, "Shape", cpu),
+            _event("product", begin + 4, 5, "MatMul", gpu),
+        ]
+        if run == 1:
+            trace.append(_event("first", begin + 10, 1, "MemcpyToHost", gpu))
+        if run > 1:
+            trace.append(_event("twice", begin + 10, 1, "Gather", cpu))
+            trace.append(_event("twice", begin + 12, 1, "Gather", cpu))
+        if run == 3:
+            trace.append(_event("last", begin + 14, 1, "MemcpyFromHost", gpu))
+    decoder = list(profile.calls(trace, skipped_runs=1))
+    assert [call.run for call in decoder if call.node == "product"] == [0, 1, 2]
+    encoder = list(profile.calls([_event("model_run", 0, 9), _event("mask", 1, 2, "Cast", cpu)], 0))
+    found = profile.digest({"decoder": decoder, "encoder": encoder}).off_device
+    assert found == {
+        "prefill": [profile.Node("length", "Shape", cpu, 1.0), profile.Node("first", "MemcpyToHost", gpu, 1.0)],
+        "step": [
+            profile.Node("twice", "Gather", cpu, 2.0),
+            profile.Node("length", "Shape", cpu, 1.0),
+            profile.Node("last", "MemcpyFromHost", gpu, 0.5),
+        ],
+    }
+    assert profile.off_device_lines("step", [asdict(node) for node in found["step"]]) == [
+        "decoder, step: 2 nodes on the CPU, 3.0 calls per token: twice (Gather), length (Shape)",
+        "decoder, step: 0 nodes MemcpyToHost, 0.0 calls per token",
+        "decoder, step: 1 nodes MemcpyFromHost, 0.5 calls per token: last (MemcpyFromHost)",
+    ]
+
+
+def test_no_device_nothing_off_it() -> None:
+    assert profile.digest({"decoder": list(profile.calls(TRACE[:6], skipped_runs=1))}).off_device is None
+
+
+def test_description_on_cuda(capsys: pytest.CaptureFixture[str]) -> None:
+    """Times on CUDA are the host's, and the summary says so."""
+    point = {"new_tokens": 2, "source_length": 3, "top": 4}
+    summary = {"point": point, "device": "a GPU", "seconds": 0.5, "share": 0.5, "operators": {}, "providers": {}}
+    summary |= {"copies": {}, "off_device": {"prefill": [], "step": []}}
+    profile.show(summary)
+    printed = capsys.readouterr().out
+    assert "launching kernels (not the device's time)" in printed
+    assert "decoder, step: 0 nodes on the CPU" in printed
+
+
 def test_profile_of_a_deployable(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Operators' times sum to the whole, every node ran on the CPU, nothing was copied, and the calls are as many."""
     _, artifacts = build(tiny, "profile", ["profile.new_tokens=5", "profile.source_length=6", "profile.top=4"])
@@ -65,6 +121,7 @@ def test_profile_of_a_deployable(build: Build, tiny: Path, capsys: pytest.Captur
         assert summary["providers"]["CPUExecutionProvider"][key] == sum(usage[key] for usage in operators)
     assert summary["copies"] == {"MemcpyToHost": 0, "MemcpyFromHost": 0}
     assert 0 < summary["share"] < 1
+    assert "off_device" not in summary
     events = json.loads((folder / "decoder.trace.json").read_text())
     runs = [event for event in events if event["name"] == "model_run"]
     assert len(runs) == profile.WARM_UP + 5
@@ -77,3 +134,21 @@ def test_profile_of_a_deployable(build: Build, tiny: Path, capsys: pytest.Captur
     assert [float(row[1]) for row in drawn] == sorted((float(row[1]) for row in drawn), reverse=True)
     profile.show(summary)
     assert "copies between host and device: 0 Memcpy" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_profile_on_cuda(tiny: Path, shared: Path) -> None:
+    """The decoder runs on the GPU, and what of it doesn't is listed."""
+    point = ("stage=profile", "profile.new_tokens=5", "profile.source_length=6", "precision=fp32", "runtime=cuda")
+    given = overrides_for(tiny, shared / "artifacts", *point)
+    summary = execute(compose([item for item in given if item != "runtime=cpu"]))["profile"].summary
+    assert summary["device"] == torch.cuda.get_device_name()
+    assert summary["providers"]["CUDAExecutionProvider"]["calls"] > 0
+    assert set(summary["off_device"]) == {"prefill", "step"}
+    copies = sum(
+        node["calls"] * runs
+        for path, runs in (("prefill", 1), ("step", 4))
+        for node in summary["off_device"][path]
+        if node["operator"] in profile.COPIES
+    )
+    assert copies <= sum(summary["copies"].values())  # the encoder may copy too

@@ -1,0 +1,76 @@
+"""The setups of a benchmark take turns: how often each generates, and when it has had enough."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accel import console
+from accel.clock import Timing, time_generation
+from accel.errors import AccelError
+from accel.generation import Generates
+from accel.runtime.room import enough_memory
+from accel.schema import BenchmarkConfig
+from accel.setups import SETUPS, TORCH, Sources, kept_in_fp32, opened
+
+LONG = 10.0  # seconds: a generation that is worth a line of its own, should the run be cut short
+
+
+@dataclass
+class Measured:
+    """Setup -> its timings, one a repeat; and what PyTorch's FP16 model holds in FP32."""
+
+    timings: dict[str, list[Timing]]
+    fp32: dict[str, int]
+
+
+def time_setups(
+    names: Sequence[str], sources: Sources, given: Mapping[str, Tensor], benchmark: BenchmarkConfig
+) -> Measured:
+    """Time `names` on inputs `given` [batch, source]. All engines are open at once, each a single time."""
+    inputs = {name: tensor.to(sources.runtime.device) for name, tensor in given.items()}
+    with ExitStack() as stack, enough_memory():
+        engines = dict.fromkeys(SETUPS[name].engine for name in names)
+        models: dict[str, Generates] = {engine: stack.enter_context(opened(engine, sources)) for engine in engines}
+
+        def generate(name: str, new_tokens: int) -> Timing:
+            setup = SETUPS[name]
+            with setup.context():
+                timing = time_generation(models[setup.engine], inputs, setup.options(new_tokens, benchmark.num_beams))
+            if len(timing.latencies) != new_tokens:
+                raise AccelError(f"{name} generated {len(timing.latencies)} tokens instead of {new_tokens}")
+            return timing
+
+        half = models.get(TORCH)
+        fp32 = kept_in_fp32(half) if half is not None and half.dtype == torch.float16 else {}
+        return Measured(take_turns(names, benchmark, generate), fp32)
+
+
+def take_turns(
+    names: Sequence[str], benchmark: BenchmarkConfig, generate: Callable[[str, int], Timing]
+) -> dict[str, list[Timing]]:
+    """Setup -> its timings. They take turns, so that a slow minute hits all of them.
+
+    A setup whose measured generations together took more than `patience` seconds gets no further one; each gets at
+    least one. Warm-ups are not measured. `generate` takes a setup's name and the number of new tokens.
+    """
+    found: dict[str, list[Timing]] = {name: [] for name in names}
+    turns = [(number, name) for number in range(benchmark.warmup + benchmark.repeats) for name in names]
+    for number, name in console.track(turns, "generating"):
+        if number < benchmark.warmup:
+            generate(name, warmup_tokens(name, benchmark))
+        elif benchmark.patience is None or sum(timing.total for timing in found[name]) <= benchmark.patience:
+            timing = generate(name, benchmark.new_tokens)
+            found[name].append(timing)
+            if timing.total > LONG:
+                console.note(f"{name}: {timing.total:.1f} s")
+    return found
+
+
+def warmup_tokens(name: str, benchmark: BenchmarkConfig) -> int:
+    """New tokens of a warm-up: few, unless the setup compiles, for what it compiles depends on their number."""
+    if benchmark.warmup_tokens is None or SETUPS[name].compiles(benchmark.num_beams):
+        return benchmark.new_tokens
+    return min(benchmark.warmup_tokens, benchmark.new_tokens)
