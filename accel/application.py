@@ -99,9 +99,9 @@ def _model_type(config: Config) -> str:
 
 
 def _runtime() -> str:
-    from accel.runtime.session import available_providers
+    from accel.runtime.providers import CUDA, available_providers
 
-    return "cuda" if "CUDAExecutionProvider" in available_providers() and _cuda() else "cpu"
+    return "cuda" if CUDA in available_providers() and _cuda() else "cpu"
 
 
 def _cuda() -> Any:

@@ -10,6 +10,10 @@ class AccelError(Exception):
     """A mistake in the input. The message names the value and, where there are some, the choices."""
 
 
+class OutOfMemory(AccelError):
+    """A device has no room for what was asked of it. What was loaded before stays usable."""
+
+
 def unknown(kind: str, value: object, choices: Iterable[str]) -> AccelError:
     """The error for a name that doesn't exist: says which, lists what does, and points at the nearest."""
     ordered = sorted(choices)

@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from accel.runtime.protocol import Runtime, State
+from accel.runtime.room import enough_memory
+from accel.runtime.stream import on_shared_stream
 
 Generates: TypeAlias = Any
 """A model with transformers' `generate`: PyTorch's own or ours. Its mixin hides the method from type checkers."""
@@ -97,8 +99,11 @@ class AcceleratedModel(GenerationMixin):
         self._encoder = Encoder(runtime)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' `generate`, with every option and decoding method it has."""
-        with _cores_for_the_runtime(self.device):
+        """Transformers' `generate`, with every option and decoding method it has. Inputs lie on the model's device.
+
+        Raises `OutOfMemory` where the device has no room; the model stays usable.
+        """
+        with _cores_for_the_runtime(self.device), on_shared_stream(self.device), enough_memory():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def can_generate(self) -> bool:
@@ -144,7 +149,7 @@ class AcceleratedModel(GenerationMixin):
                 raise ValueError("either input_ids or encoder_outputs is needed")
             encoder_outputs = self._encoder(input_ids, attention_mask)
         hidden = encoder_outputs[0]  # [batch, source, width]
-        mask = torch.ones(hidden.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
+        mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
         logits, state = self.runtime.prefill(
             {"input_ids": decoder_input_ids, "encoder_hidden_states": hidden, "encoder_attention_mask": mask}
         )

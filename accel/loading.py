@@ -12,20 +12,16 @@ from accel.generation import AcceleratedModel
 from accel.runtime import layout
 from accel.runtime.onnx import open_deployable
 from accel.runtime.protocol import Runtime
-from accel.runtime.session import SessionSettings, check_provider
+from accel.runtime.providers import check_provider
+from accel.runtime.session import SessionSettings
 from accel.schema import RuntimeConfig
-
-
-def settings(runtime: RuntimeConfig) -> SessionSettings:
-    """How a runtime config opens its sessions."""
-    return SessionSettings(runtime.provider, runtime.provider_options, runtime.session, runtime.threads)
 
 
 def open_model(folder: Path, runtime: RuntimeConfig) -> AcceleratedModel:
     """The model in a deployable's or a candidate's folder. Raises `AccelError` if there is none."""
     if not (folder / layout.DECODER).is_file():
         raise AccelError(f"{str(folder)!r} holds no {layout.DECODER}: not a folder that accel made")
-    return as_model(open_deployable(folder, settings(runtime), runtime.device), folder)
+    return as_model(open_deployable(folder, SessionSettings.of(runtime), runtime.device), folder)
 
 
 def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:

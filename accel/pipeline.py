@@ -6,7 +6,9 @@ needs none of those before it: they may have been deleted.
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,17 @@ def load_stage(name: str) -> Stage:
 
 
 def only(config: Config, sections: Sequence[str]) -> Config:
-    """`config` with every section but `sections` at its default, so that a stage can't depend on the others."""
-    defaults = Config()
-    kept = {field.name: getattr(config if field.name in sections else defaults, field.name) for field in fields(config)}
-    return replace(defaults, **kept)
+    """`config` with every section but `sections` at its default, so that a stage can't depend on the others.
+
+    `section.key` names one value of a section.
+    """
+    kept = Config()
+    for name in sections:
+        section, _, key = name.partition(".")
+        given = getattr(config, section)
+        value = replace(getattr(kept, section), **{key: getattr(given, key)}) if key else given
+        kept = replace(kept, **{section: value})
+    return kept
 
 
 class Pipeline:
@@ -85,7 +94,7 @@ class Pipeline:
         values = asdict(self.config)
         for place in ("name", "checkpoint", "revision"):
             del values["model"][place]
-        return {section: values[section] for section in stage.sections}
+        return {name: reduce(getitem, name.split("."), values) for name in stage.sections}
 
     def _external(self, name: str) -> bool:
         """A pretrained checkpoint stays where it lies, outside the store."""

@@ -30,7 +30,10 @@ class PrecisionConfig:
 
 @dataclass
 class RuntimeConfig:
-    """Where a deployable runs. `session`: ONNX Runtime's configuration keys; `half`: it computes FP16 in FP16."""
+    """Where a deployable runs. `session`: ONNX Runtime's configuration keys; `half`: it computes FP16 in FP16.
+
+    `branches`: how both decoders are best merged for it, see `MergeConfig`.
+    """
 
     name: str = MISSING
     provider: str = "CPUExecutionProvider"
@@ -39,6 +42,7 @@ class RuntimeConfig:
     device: str = "cpu"
     threads: int = 0
     half: bool = False
+    branches: str = "caches"
 
 
 @dataclass
@@ -68,7 +72,7 @@ class MergeConfig:
     """`branches` says what the `If` holds: `caches` (what only prefill makes) or `decoders` (each graph whole)."""
 
     flag: str = "enable_cache"
-    branches: str = "caches"
+    branches: str = "${runtime.branches}"
 
 
 @dataclass
@@ -90,7 +94,9 @@ class BenchmarkConfig:
     num_beams: int = 1
     batch_size: int = 1
     repeats: int = 5
+    patience: float | None = 60.0
     warmup: int = 1
+    warmup_tokens: int | None = 16
     setups: list[str] = field(default_factory=list)
     memory: bool = True
     unverified: bool = False

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from accel.errors import AccelError, unknown
-from accel.runtime.session import check_provider
+from accel.runtime.providers import check_provider
 from accel.schema import Config
 from accel.stages import benchmark, checkpoint, merge, optimize
 from accel.texts import read_lines
@@ -23,7 +23,7 @@ def validate(config: Config) -> None:
     checkpoint.check(config.model)
     optimize.check(config.optimize.passes)
     merge.check(config.merge)
-    benchmark.check(config.benchmark)
+    benchmark.check(config.benchmark, config.runtime.device)
     _positive(config, "audit", ("batches", "batch_size", "max_length"))
     _positive(config, "verify", ("inputs", "batch_size", "source_length", "max_new_tokens", "num_beams"))
     _positive(config, "benchmark", ("source_length", "new_tokens", "num_beams", "batch_size", "repeats"))

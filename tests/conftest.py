@@ -12,12 +12,23 @@ from filelock import FileLock
 
 from accel.application import compose, execute
 from accel.artifacts import Artifact
+from accel.runtime.providers import CUDA, available_providers
 from accel.schema import Config
 from tests.models import random_t5
 
 torch.set_num_threads(1)  # two workers share the machine
 
 KEEP = "ACCEL_TEST_FOLDER"  # names a folder that outlives the run, so that the next one exports nothing
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` run one at a time, and are skipped where torch or ONNX Runtime sees no GPU."""
+    missing = not torch.cuda.is_available() or CUDA not in available_providers()
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.xdist_group("gpu"))
+            if missing:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device and onnxruntime-gpu"))
 
 
 @pytest.fixture(scope="session")
@@ -44,13 +55,17 @@ Build = Callable[..., tuple[Config, dict[str, Artifact]]]
 
 
 def overrides_for(checkpoint: Path, artifacts: Path, *more: str) -> list[str]:
-    """Command line of a run over `checkpoint` on the CPU. No token may come twice: random weights repeat one."""
+    """Command line of a run over `checkpoint`, on the CPU unless `more` says otherwise.
+
+    No token may come twice: random weights repeat one.
+    """
+    runtime = [] if any(given.startswith("runtime=") for given in more) else ["runtime=cpu"]
     return [
         "model=auto",
         f"model.checkpoint={checkpoint}",
         f"artifacts={artifacts}",
-        "runtime=cpu",
         "verify.unique_tokens=true",
+        *runtime,
         *more,
     ]
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from accel.__main__ import main
@@ -319,14 +320,14 @@ def accel(*arguments: str, prelude: str = "", folder: Path = ROOT) -> subprocess
 INSTALLED = """
 import importlib.metadata, sys
 wheels = {wheels!r}
-real = importlib.metadata.version
-def version(name):
+real = importlib.metadata.distribution
+def distribution(name):
     if name.startswith("onnxruntime"):
         if name not in wheels:
             raise importlib.metadata.PackageNotFoundError(name)
-        return "1.31.1"
+        name = "numpy"  # which lies in the same folder
     return real(name)
-importlib.metadata.version = version
+importlib.metadata.distribution = distribution
 if not wheels:
     sys.modules["onnxruntime"] = None
 """
@@ -348,6 +349,29 @@ def test_wheels_of_onnx_runtime(tiny: Path, tmp_path: Path, wheels: list[str], n
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= LINES
     assert_names(done.stderr, *named, "pip", "accel[cuda12]")
+    assert listing(tmp_path) == {}
+
+
+GPU_WHEEL = """
+import onnxruntime
+onnxruntime.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("prelude", "named"),
+    [("", ("onnxruntime-gpu", "accel[cuda13]", "runtime=cpu")), (GPU_WHEEL, ("GPU", "torch", "runtime=cpu"))],
+    ids=["the CPU's wheel", "no GPU"],
+)
+def test_cuda_is_missing(tiny: Path, tmp_path: Path, prelude: str, named: tuple[str, ...]) -> None:
+    """runtime=cuda without its ONNX Runtime, or without a GPU: what is missing, and what brings it."""
+    given = overrides_for(tiny, tmp_path / "artifacts", "stage=export", "runtime=cuda")
+    done = accel(*given, prelude=prelude)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= LINES
+    assert_names(done.stderr, "runtime=cuda", *named)
     assert listing(tmp_path) == {}
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from accel.runtime import layout
-from accel.runtime.binding import BoundSession
+from accel.runtime.binding import Binding, BoundSession
+from accel.runtime.room import check_room
 from accel.runtime.session import SessionSettings, open_session
 
 PAST = "past"  # the axis along which the decoder's own caches grow
@@ -22,6 +23,7 @@ class GrowingState:
     own: dict[str, Tensor]  # cache input -> [batch, heads, length, head size]
     fixed: dict[str, Tensor]  # other inputs of a step -> tensor, batch first
     axes: Mapping[str, int]  # cache input -> axis of its length
+    bound: Binding | None = None  # the step's session with `fixed` bound to it
 
     @property
     def length(self) -> int:
@@ -46,6 +48,7 @@ class GrowingState:
     def select(self, index: Tensor) -> None:
         self.reorder(index)
         self.fixed = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.fixed.items()}
+        self.bound = None
 
     def views(self) -> Mapping[str, Tensor]:
         return self.own | {name: tensor for name, tensor in self.fixed.items() if name in self.axes}
@@ -87,7 +90,11 @@ class GrowingRuntime:
         logits, *caches = self._prefill(given, ["logits", *self.cache.values()])
         present = dict(zip(names, caches, strict=True))
         own = {name: tensor for name, tensor in present.items() if name in self.grown}
-        context = {name: feeds[name] for name in self._step.inputs if name in feeds and name != "input_ids"}
+        context = {
+            name: self._step.place(name, feeds[name])
+            for name in self._step.inputs
+            if name in feeds and name != "input_ids"
+        }
         fixed = context | {name: tensor for name, tensor in present.items() if name not in self.grown}
         return logits, GrowingState(own, fixed, self.axes)
 
@@ -104,8 +111,9 @@ class GrowingRuntime:
         }
 
     def step(self, ids: Tensor, state: GrowingState) -> Tensor:
-        feeds = {"input_ids": ids, **state.own, **state.fixed} | ({self.flag: self._on} if self.flag else {})
-        logits, *caches = self._step(feeds, ["logits", *self.grown.values()])
+        if state.bound is None:
+            state.bound = Binding(self._step, state.fixed | ({self.flag: self._on} if self.flag else {}))
+        logits, *caches = state.bound({"input_ids": ids, **state.own}, ["logits", *self.grown.values()])
         state.own = dict(zip(self.grown, caches, strict=True))
         return logits
 
@@ -117,8 +125,9 @@ class GrowingRuntime:
 def open_deployable(folder: Path, settings: SessionSettings, device: str = "cpu") -> GrowingRuntime:
     """The runtime over a deployable's (or a candidate's) folder. Raises `FileNotFoundError` if it is none."""
     where = torch.device(device)
-    path = folder / layout.ENCODER
-    encoder = BoundSession(open_session(path, settings), where) if path.is_file() else None
-    decoder = BoundSession(open_session(folder / layout.DECODER, settings), where)
+    paths = [path for path in (folder / layout.DECODER, folder / layout.ENCODER) if path.is_file()]
+    check_room(paths, where)
+    decoder, *encoder = (BoundSession(open_session(path, settings), where) for path in paths)
     metadata = decoder.session.get_modelmeta().custom_metadata_map
-    return GrowingRuntime(encoder, decoder, decoder, json.loads(metadata[layout.CACHE]), metadata[layout.FLAG])
+    cache, flag = json.loads(metadata[layout.CACHE]), metadata[layout.FLAG]
+    return GrowingRuntime(encoder[0] if encoder else None, decoder, decoder, cache, flag)

@@ -1,23 +1,26 @@
 """ONNX Runtime sessions."""
 
-import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from accel.errors import AccelError, unknown
+from accel.errors import AccelError
+from accel.runtime.providers import missing_library, onnxruntime
+from accel.runtime.room import enough_memory
+from accel.runtime.stream import stream_options
 
-try:
-    import onnxruntime
-except ImportError as error:
-    raise AccelError(
-        "ONNX Runtime (onnxruntime) is not installed. "
-        "pip install one extra: accel[cpu], accel[cuda13], accel[cuda12] or accel[cuda11]"
-    ) from error
+
+class Described(Protocol):
+    """What a runtime's YAML says about its sessions."""
+
+    provider: str
+    provider_options: dict[str, Any]
+    session: dict[str, str]
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,19 @@ class SessionSettings:
     fuse: bool = True
     profile: str | None = None
 
+    @classmethod
+    def of(cls, runtime: Described, **changes: Any) -> "SessionSettings":
+        """As a runtime's YAML says, but for `changes`."""
+        settings = cls(runtime.provider, runtime.provider_options, runtime.session, runtime.threads)
+        return replace(settings, **changes)
+
 
 def open_session(path: Path, settings: SessionSettings) -> onnxruntime.InferenceSession:
-    """A session over the graph at `path`. The provider must be there: see `check_provider`."""
+    """A session over the graph at `path`, on the stream it shares with torch if it is on CUDA.
+
+    The provider must be there: see `check_provider`. Raises `OutOfMemory` if the weights don't fit, `AccelError` if
+    the provider's libraries can't be loaded.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = settings.threads
@@ -50,8 +63,12 @@ def open_session(path: Path, settings: SessionSettings) -> onnxruntime.Inference
     if settings.profile:
         options.enable_profiling = True
         options.profile_file_prefix = settings.profile
-    providers = [(settings.provider, dict(settings.provider_options))]
-    return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    chosen = {**settings.provider_options, **stream_options(settings.provider)}
+    with enough_memory():
+        session = onnxruntime.InferenceSession(str(path), options, providers=[(settings.provider, chosen)])
+    if settings.provider not in session.get_providers():  # ONNX Runtime goes on without, on the CPU
+        raise AccelError(missing_library())
+    return session
 
 
 def plain_run(
@@ -73,29 +90,3 @@ def plain_run(
         return {port.name: torch.from_numpy(value) for port, value in zip(session.get_outputs(), values, strict=True)}
 
     return run
-
-
-def check_provider(provider: str) -> None:
-    """Raises `AccelError` if the provider isn't there, or if both wheels are: they overwrite each other's files."""
-    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
-    if len(installed) > 1:
-        raise AccelError(
-            f"{' and '.join(installed)} are both installed and overwrite each other's files; "
-            "pip uninstall both, then install one extra: accel[cpu], accel[cuda13], accel[cuda12] or accel[cuda11]"
-        )
-    if provider not in available_providers():
-        raise unknown("execution provider", provider, available_providers())
-
-
-def _installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def available_providers() -> list[str]:
-    """The execution providers of the installed ONNX Runtime, best first."""
-    providers: list[str] = onnxruntime.get_available_providers()
-    return providers

@@ -17,6 +17,7 @@ Run = Callable[[Config, Mapping[str, Artifact], Architecture, Path], Mapping[str
 class Stage:
     """A pure function of `sections` of the config, the artefacts named by `inputs`, the adapter and `files`.
 
+    A section may be given as `section.key`, where one value of it is all that counts.
     The pipeline hands `run` a config in which every other section holds its default, so that nothing a stage
     depends on can be missing from its key.
     """

@@ -20,27 +20,27 @@ from accel.errors import AccelError
 from accel.graph import files, plan, probe
 from accel.memory import release
 from accel.runtime.session import SessionSettings, open_session
-from accel.schema import AuditConfig, Config
+from accel.schema import AuditConfig, Config, RuntimeConfig
 from accel.stages import Stage, takes
 
 PLAN = "plan.json"
 RANGES = "ranges.json"
-# Weights stay in the file they are mapped from, and what a node frees is gone: memory counts here, speed doesn't.
-SMALL = SessionSettings(session={"session.disable_prepacking": "1"}, arena=False, fuse=False)
 STEPS = {"random": 4, "text": 32}  # tokens decoded greedily after the first
 
 
 class ProbedGraph:
     """A graph with probes, run one batch after the other. Only one is open at a time: memory counts here."""
 
-    def __init__(self, source: Path, scratch: Path) -> None:
+    def __init__(self, source: Path, scratch: Path, runtime: RuntimeConfig) -> None:
         model = files.load(source)
         plan.clamp_masks(model)
         self.names = probe.add_probes(model)
         files.save(model, scratch / source.name)
         del model
         release()
-        self.session = open_session(scratch / source.name, SMALL)
+        # Weights stay in the file they are mapped from, and what a node frees is gone.
+        small = SessionSettings.of(runtime, session={"session.disable_prepacking": "1"}, arena=False, fuse=False)
+        self.session = open_session(scratch / source.name, small)
         self.outputs = [port.name for port in self.session.get_outputs()]
         self.ranges: dict[str, probe.Range] = {}
 
@@ -86,7 +86,7 @@ def observe(
     work = list(batches(config.audit, architecture, model, checkpoint))
     ranges: dict[Role, dict[str, probe.Range]] = {}
     for role, signature in ports.items():
-        graph = ProbedGraph(graphs / f"{role}.onnx", scratch)
+        graph = ProbedGraph(graphs / f"{role}.onnx", scratch, config.runtime)
         for number, (kind, given, ids) in enumerate(console.track(work, f"auditing the {role}")):
             spool = scratch / f"{number}.safetensors"
             pool = dict(given) if role is Role.ENCODER else load_file(spool)

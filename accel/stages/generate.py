@@ -46,7 +46,8 @@ def write(
     written: list[str] = []
     torch.manual_seed(seed)
     for start in console.track(range(0, len(lines), size), "generating"):
-        ids = model.generate(**texts.encode(tokenizer, lines[start : start + size]), **options)
+        batch = texts.encode(tokenizer, lines[start : start + size])
+        ids = model.generate(**{name: tensor.to(model.device) for name, tensor in batch.items()}, **options)
         written += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return written
 

@@ -109,12 +109,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     """Writes every output of every role at a few shapes, the tokens of every case, and the texts of the references."""
     folder = inputs["checkpoint"].folder
     model = load_model(folder)
+    model.to(device=config.runtime.device)  # type: ignore[call-arg]  # sampling draws from the device's own generator
     settings = config.verify
     chain = Chain(signatures(architecture, model.config), torch_run(architecture, model))
     outputs: dict[int, dict[str, Tensor]] = {}
     for number, role, given in role_calls(architecture, model.config, settings.seed):
-        for name, value in chain(role, given).items():
-            outputs.setdefault(number, {})[f"{role}.{name}"] = value.contiguous().clone()
+        for name, value in chain(role, {name: tensor.to(model.device) for name, tensor in given.items()}).items():
+            outputs.setdefault(number, {})[f"{role}.{name}"] = value.cpu().contiguous().clone()
     for number, tensors in outputs.items():
         save_file(tensors, out / OUTPUTS.format(number))
     chosen, lines = fixed_inputs(folder, config.model.references, architecture, model.config, settings)
@@ -152,7 +153,7 @@ STAGE = Stage(
     name="reference",
     run=run,
     inputs=takes("checkpoint"),
-    sections=("model", "verify"),
+    sections=("model", "runtime.device", "verify"),
     packages=("torch", "transformers"),
     files=reference_files,
 )

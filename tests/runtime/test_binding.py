@@ -1,6 +1,7 @@
 """Calls of a session on tensors: no copies, no overwritten outputs, any tensor as a feed."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -8,7 +9,10 @@ import onnxruntime
 import pytest
 import torch
 
-from accel.runtime.binding import BoundSession
+from accel.runtime.binding import Binding, BoundSession
+from accel.runtime.bridge import Bridge, by_cupy, by_dlpack
+from accel.runtime.providers import CPU, CUDA
+from accel.runtime.session import SessionSettings, open_session
 from tests.graph.text import parse
 
 TEXT = """g (float[n, m] x, int64[k] ids, bool negate) => (float[n, m] y, float[k, m] rows, bool[n, m] positive)
@@ -25,15 +29,25 @@ TEXT = """g (float[n, m] x, int64[k] ids, bool negate) => (float[n, m] y, float[
 ON, OFF = torch.tensor(True), torch.tensor(False)
 
 
-def open_bound() -> BoundSession:
+def open_bound(folder: Path, device: str, by: Bridge) -> BoundSession:
     """A fresh session over the text."""
-    session = onnxruntime.InferenceSession(ir.to_proto(parse(TEXT)).SerializeToString())
-    return BoundSession(session, torch.device("cpu"))
+    path = folder / "text.onnx"
+    path.write_bytes(ir.to_proto(parse(TEXT)).SerializeToString())
+    settings = SessionSettings(CUDA if device == "cuda" else CPU)
+    return BoundSession(open_session(path, settings), torch.device(device), by)
 
 
-@pytest.fixture(scope="module")
-def bound() -> BoundSession:
-    return open_bound()
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("cpu", by_dlpack), id="cpu-dlpack"),
+        pytest.param(("cuda", by_dlpack), id="cuda-dlpack", marks=pytest.mark.gpu),
+        pytest.param(("cuda", by_cupy), id="cuda-cupy", marks=pytest.mark.gpu),
+    ],
+)
+def bound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BoundSession:
+    """Every device and every bridge, which all mean the same."""
+    return open_bound(tmp_path_factory.mktemp("text"), *request.param)
 
 
 class Recording:
@@ -51,8 +65,8 @@ class Recording:
         self.pointers = [value.data_ptr() for value in binding.get_outputs()]
 
 
-def numbers(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def numbers(bound: BoundSession, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(bound.device)
 
 
 def feeds(x: torch.Tensor, negate: torch.Tensor = OFF) -> dict[str, torch.Tensor]:
@@ -62,15 +76,15 @@ def feeds(x: torch.Tensor, negate: torch.Tensor = OFF) -> dict[str, torch.Tensor
 def test_outputs_are_onnx_runtimes_own_memory(bound: BoundSession) -> None:
     """Each tensor starts where ONNX Runtime put the output: nothing was copied."""
     recording = Recording(bound.session)
-    subject = BoundSession(recording, torch.device("cpu"))  # type: ignore[arg-type]
-    outputs = subject(feeds(numbers(3, 5)), ["y", "rows"])
+    subject = BoundSession(recording, bound.device, bound.bridge)  # type: ignore[arg-type]
+    outputs = subject(feeds(numbers(bound, 3, 5)), ["y", "rows"])
     assert [output.data_ptr() for output in outputs] == recording.pointers
     assert len(set(recording.pointers)) == 2
 
 
 def test_numbers_order_and_types(bound: BoundSession) -> None:
     """Outputs come in the order asked for, whichever that is, with the graph's shapes and types."""
-    x = numbers(3, 5)
+    x = numbers(bound, 3, 5)
     rows, y = bound(feeds(x), ["rows", "y"])
     assert torch.equal(y, 2 * x)
     assert torch.equal(rows, x[[1, 0]])
@@ -83,7 +97,7 @@ def test_numbers_order_and_types(bound: BoundSession) -> None:
 
 def test_last_outputs_are_not_overwritten(bound: BoundSession) -> None:
     """Tensors of earlier runs keep their numbers and have memory of their own."""
-    inputs = [numbers(3, 5) + number for number in range(20)]
+    inputs = [numbers(bound, 3, 5) + number for number in range(20)]
     outputs = [bound(feeds(x), ["y", "rows"]) for x in inputs]
     for x, (y, rows) in zip(inputs, outputs, strict=True):
         assert torch.equal(y, 2 * x)
@@ -91,22 +105,34 @@ def test_last_outputs_are_not_overwritten(bound: BoundSession) -> None:
     assert len({tensor.data_ptr() for pair in outputs for tensor in pair}) == 40
 
 
-def test_outputs_outlive_the_session() -> None:
+def test_outputs_outlive_the_session(bound: BoundSession, tmp_path: Path) -> None:
     """The memory belongs to the tensor: it stays when session and binding are gone."""
-    subject = open_bound()
-    x = numbers(300, 500)
+    subject = open_bound(tmp_path, bound.device.type, bound.bridge)
+    x = numbers(bound, 300, 500)
     y, rows = subject(feeds(x), ["y", "rows"])
     del subject
     gc.collect()
-    churn = [torch.full((300, 500), float(number)) for number in range(20)]
+    churn = [torch.full((300, 500), float(number), device=bound.device) for number in range(20)]
     assert torch.equal(y, 2 * x)
     assert torch.equal(rows, x[[1, 0]])
     assert len(churn) == 20
 
 
+def test_fixed_inputs_are_bound_once(bound: BoundSession) -> None:
+    """What is fixed needs no mention at a call, and what is not may change from call to call."""
+    x = numbers(bound, 3, 5)
+    binding = Binding(bound, {"ids": torch.tensor([2, 0, 1]), "negate": ON})
+    found = [binding({"x": x + number}, ["y", "rows"]) for number in range(5)]
+    for number, (y, rows) in enumerate(found):  # the binding is the same, the outputs' memory is not
+        assert torch.equal(y, -2 * (x + number))
+        assert torch.equal(rows, (x + number)[[2, 0, 1]])
+    with pytest.raises(KeyError, match="x"):
+        binding({}, ["y"])
+
+
 def test_output_fed_back(bound: BoundSession) -> None:
     """An output is the next run's input, as a cache is, many times over."""
-    x = numbers(3, 5)
+    x = numbers(bound, 3, 5)
     y = x
     for _ in range(10):
         (y,) = bound(feeds(y), ["y"])
@@ -120,14 +146,14 @@ def test_output_fed_back(bound: BoundSession) -> None:
         lambda x: torch.stack([x, x], dim=2)[:, :, 1],
         lambda x: x.expand(2, *x.shape)[1],
         lambda x: x.double(),
-        lambda x: torch.cat([numbers(2, x.shape[1]), x])[2:],
+        lambda x: torch.cat([x, x])[3:],
         lambda x: x.clone().requires_grad_(),
     ],
     ids=["transposed", "strided", "expanded", "double", "offset", "with gradient"],
 )
 def test_any_tensor_is_a_feed(bound: BoundSession, change: Any) -> None:
     """Order in memory, type and offset of a feed make no difference."""
-    x = numbers(3, 5)
+    x = numbers(bound, 3, 5)
     y, rows = bound(feeds(change(x)), ["y", "rows"])
     assert torch.equal(y, 2 * x)
     assert torch.equal(rows, x[[1, 0]])
@@ -135,7 +161,7 @@ def test_any_tensor_is_a_feed(bound: BoundSession, change: Any) -> None:
 
 def test_narrow_ids_and_numbers_for_flags(bound: BoundSession) -> None:
     """int32 ids are widened; a flag may be any number; what the graph doesn't take is left out."""
-    x = numbers(3, 5)
+    x = numbers(bound, 3, 5)
     given = {"x": x, "ids": torch.tensor([2], dtype=torch.int32), "negate": torch.tensor(1), "unknown": x}
     y, rows = bound(given, ["y", "rows"])
     assert torch.equal(y, -2 * x)
@@ -145,12 +171,12 @@ def test_narrow_ids_and_numbers_for_flags(bound: BoundSession) -> None:
 def test_missing_feed_is_named(bound: BoundSession) -> None:
     """Without one of its inputs a session is not run on garbage."""
     with pytest.raises(KeyError, match="ids"):
-        bound({"x": numbers(3, 5), "negate": OFF}, ["y"])
+        bound({"x": numbers(bound, 3, 5), "negate": OFF}, ["y"])
 
 
 def test_empty_inputs_and_outputs(bound: BoundSession) -> None:
     """Length 0 goes in and comes out, as caches without past do."""
-    given = {"x": numbers(3, 0), "ids": torch.zeros(0, dtype=torch.int64), "negate": OFF}
+    given = {"x": numbers(bound, 3, 0), "ids": torch.zeros(0, dtype=torch.int64), "negate": OFF}
     y, rows = bound(given, ["y", "rows"])
     assert y.shape == (3, 0)
     assert rows.shape == (0, 0)
@@ -158,6 +184,6 @@ def test_empty_inputs_and_outputs(bound: BoundSession) -> None:
 
 def test_boolean_output(bound: BoundSession) -> None:
     """DLPack knows no bool in ONNX Runtime's hands; the tensor must come out all the same."""
-    x = numbers(3, 5)
+    x = numbers(bound, 3, 5)
     (positive,) = bound(feeds(x), ["positive"])
     assert torch.equal(positive.bool(), x > 0)

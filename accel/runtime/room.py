@@ -1,0 +1,56 @@
+"""Whether a device has room: foretold before weights are loaded, and explained when it runs out all the same."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from accel.errors import OutOfMemory
+
+GROWTH = 1.05  # what a session holds beside its weights before the first run, as a factor
+MB = 1e6
+FULL = re.compile(r"failed to allocate memory|out of memory|smaller than requested bytes", re.IGNORECASE)
+SIZE = re.compile(r"requested (?:buffer of size|bytes of) (\d+)")
+
+
+def check_room(graphs: Sequence[Path], device: torch.device) -> None:
+    """Raises `OutOfMemory` if the weights of all `graphs` together can't fit into what is free on a GPU."""
+    if device.type != "cuda":
+        return
+    files = [file for graph in graphs for file in graph.parent.glob(f"{graph.name}*")]  # each one and its data
+    weights = sum(file.stat().st_size for file in files)
+    torch.cuda.empty_cache()  # what torch keeps for later counts as taken
+    free, total = torch.cuda.mem_get_info(device)
+    if weights * GROWTH > free:
+        raise OutOfMemory(
+            f"{torch.cuda.get_device_name(device)} is too small: the model has {weights / MB:.0f} MB of weights, "
+            f"{free / MB:.0f} of {total / MB:.0f} MB are free. End other programs on the GPU, "
+            "or use precision=fp16, runtime=cpu, or a GPU with more memory"
+        )
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Turns the many ways in which torch and ONNX Runtime say that a device is full into one `OutOfMemory`.
+
+    Sessions stay usable: what the failed call had allocated is given back.
+    """
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's errors have no other class in common
+        if isinstance(error, OutOfMemory) or not FULL.search(str(error)):
+            raise
+        raise OutOfMemory(_full(str(error))) from error
+
+
+def _full(message: str) -> str:
+    wanted = SIZE.search(message)
+    size = f" for {int(wanted[1]) / MB:.0f} MB more" if wanted else ""
+    where = "the device"
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        where = f"{torch.cuda.get_device_name()} ({free / MB:.0f} of {total / MB:.0f} MB free)"
+    return f"{where} has no room{size}. Fewer inputs at once, fewer beams or fewer new tokens need less"

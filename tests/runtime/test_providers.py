@@ -1,0 +1,36 @@
+"""What is missing for CUDA is named, with the extra that brings it."""
+
+import ctypes
+from typing import Any
+
+import pytest
+from onnxruntime.capi import build_and_package_info
+
+from accel.runtime import providers
+
+
+@pytest.mark.parametrize(
+    ("version", "extra"), [("13.0", "accel[cuda13]"), ("12.8", "accel[cuda12]"), ("11.8", "accel[cuda11]")]
+)
+def test_missing_library_and_its_extra(monkeypatch: pytest.MonkeyPatch, version: str, extra: str) -> None:
+    """The loader's own words name the library; the wheel knows its CUDA."""
+
+    def refuse(name: str, **_: Any) -> None:
+        raise OSError("libcublasLt.so.13: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    monkeypatch.setattr(build_and_package_info, "cuda_version", version, raising=False)
+    message = providers.missing_library()
+    assert "libcublasLt.so.13 is missing" in message
+    assert f"install {extra}" in message
+    assert f"CUDA {version.split('.')[0]}" in message
+
+
+def test_another_reason_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that is there but doesn't fit is not called missing."""
+
+    def refuse(name: str, **_: Any) -> None:
+        raise OSError("libfoo.so: undefined symbol: bar")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert "undefined symbol: bar" in providers.missing_library()

@@ -1,0 +1,149 @@
+"""The whole road on a GPU: what the CPU's tests show, native, and what generation leaves behind."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import T5ForConditionalGeneration
+
+from accel.errors import AccelError, OutOfMemory
+from accel.generation import AcceleratedModel
+from accel.graph.plan import Plan
+from accel.loading import load, open_model, verdict_of
+from accel.runtime.bridge import by_cupy, by_dlpack
+from accel.stages import audit
+from tests.conftest import Build
+from tests.test_precision import WORDS, breaking  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.gpu
+
+CUDA = ("runtime=cuda",)
+SAME = dict.fromkeys(("greedy", "beams", "sampling", "padded"), 1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(build: Build, tiny: Path) -> Path:
+    """The tiny T5 in FP32, verified on the GPU."""
+    return build(tiny, "verify", (*CUDA, "precision=fp32"))[1]["verify"].folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[AcceleratedModel]:
+    with load(folder, runtime="cuda") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def eager(tiny: Path) -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration.from_pretrained(tiny).eval().cuda()
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 120, (3, 13), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    return {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}
+
+
+def test_fp32_is_pytorchs(folder: Path) -> None:
+    """Every output and every decoding method, computed on the GPU in both."""
+    verdict = verdict_of(folder)
+    assert verdict is not None
+    assert (verdict["runtime"], verdict["arithmetic"], verdict["identical"]) == ("cuda", "native", SAME)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5},
+        {"do_sample": True, "top_k": 0},
+        {"do_sample": True, "num_beams": 3},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=["greedy", "beams", "sampling", "beam-sample", "prompt lookup"],
+)
+@pytest.mark.parametrize("by", [by_dlpack, by_cupy])
+def test_decoding_methods(
+    model: AcceleratedModel, eager: T5ForConditionalGeneration, options: dict[str, object], by: object
+) -> None:
+    """Through either bridge, PyTorch's tokens, many different ones."""
+    given = inputs()
+    if "prompt_lookup_num_tokens" in options:
+        given = {name: tensor[:1] for name, tensor in given.items()}
+    settings = {"max_new_tokens": 17, "no_repeat_ngram_size": 1, **options}
+    model.runtime._step.bridge = model.runtime.encoder.bridge = by
+    found = []
+    for one in (eager, model):
+        torch.manual_seed(5)
+        found.append(one.generate(**given, **settings))
+    assert len(set(found[0].flatten().tolist())) > 12
+    assert torch.equal(*found)
+
+
+def test_fp16_is_native(build: Build, tiny: Path) -> None:
+    """Audit, conversion and verification run on the GPU, in FP16 proper."""
+    verdict = verdict_of(build(tiny, "verify", (*CUDA, "precision=fp16"))[1]["verify"].folder)
+    assert verdict is not None
+    assert (verdict["precision"], verdict["arithmetic"]) == ("float16", "native")
+    assert min(verdict["identical"].values()) > 0.5
+
+
+def test_blind_fp16_is_refused_and_the_audited_mix_passes(
+    build: Build,
+    breaking: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """The T5 that FP16 breaks says its words natively; blindly converted it does not."""
+    verdict = verdict_of(build(breaking, "verify", (*WORDS, *CUDA))[1]["verify"].folder)
+    assert verdict is not None
+    assert (verdict["arithmetic"], verdict["identical"]) == ("native", SAME)
+    monkeypatch.setattr(audit, "read_plans", lambda folder: {role: Plan() for role in ("encoder", "prefill", "step")})
+    with pytest.raises(AccelError, match=r"verify refuses the candidate \(float16, native\)"):
+        build(breaking, "verify", (*WORDS, *CUDA, f"artifacts={tmp_path}"))
+
+
+def test_no_hidden_traffic(build: Build, tiny: Path) -> None:
+    """No copy between host and device in a step, and no operator that computes values on the CPU."""
+    summary = build(tiny, "profile", (*CUDA, "precision=fp16"))[1]["profile"].summary
+    assert summary["copies"] == {"MemcpyToHost": 0, "MemcpyFromHost": 0}
+
+
+def test_out_of_memory_leaves_the_model_usable(build: Build, tiny: Path, folder: Path) -> None:
+    """A generation that doesn't fit fails with one message, and the next one, which does, is what it was."""
+    config, _ = build(tiny, "verify", (*CUDA, "precision=fp32"))
+    config.runtime.provider_options["gpu_mem_limit"] = 64 << 20  # bytes
+    settings = {"max_new_tokens": 17, "no_repeat_ngram_size": 1}
+    with open_model(folder, config.runtime) as small:
+        before = small.generate(**inputs(), **settings)
+        wide = {name: tensor.repeat(2000, 1) for name, tensor in inputs().items()}
+        with pytest.raises(OutOfMemory, match="fewer beams"):
+            small.generate(**wide, **settings)
+        assert torch.equal(small.generate(**inputs(), **settings), before)
+
+
+def test_a_generation_leaves_no_caches_behind(model: AcceleratedModel) -> None:
+    """What a generation held on the device is free again for the next one: the second takes no more than the first."""
+    held = []
+    for _ in range(4):
+        model.generate(**inputs(), max_new_tokens=30, min_new_tokens=30, num_beams=4)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.mem_get_info()[0])
+    assert held[1:] == held[:1] * 3
+
+
+def test_the_callers_stream_is_left_alone(model: AcceleratedModel, eager: T5ForConditionalGeneration) -> None:
+    """`generate` decodes on a stream of its own, reads what the caller's still writes, and hands the result back."""
+    given = inputs()
+    expected = eager.generate(**given, max_new_tokens=9, no_repeat_ngram_size=1)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(given["input_ids"])
+        torch.cuda._sleep(50_000_000)
+        late.copy_(given["input_ids"])
+        found = model.generate(late, attention_mask=given["attention_mask"], max_new_tokens=9, no_repeat_ngram_size=1)
+        assert torch.cuda.current_stream() == stream
+        assert torch.equal(found, expected)
