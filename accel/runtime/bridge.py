@@ -1,12 +1,14 @@
-"""What ONNX Runtime allocated, seen as torch tensors over the same memory: two ways, with one meaning.
+"""Runs a session on torch tensors without a copy: two ways, with one meaning.
 
-The tensor keeps the buffer alive for as long as anyone holds it or a view of it, so it stays what it was when the next
-run writes elsewhere. (A view of the bare address would not: the buffer goes back to ONNX Runtime, which hands it out
-again.) It keeps the session alive as well, whose allocator must be there to take the buffer back.
+Inputs are read where torch has them, outputs seen where ONNX Runtime allocated them. An output keeps its buffer alive
+for as long as anyone holds it or a view of it, so it stays what it was when the next run writes elsewhere. (A view of
+the bare address would not: the buffer goes back to ONNX Runtime, which hands it out again.) It keeps the session alive
+as well, whose allocator must be there to take the buffer back.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,8 +17,11 @@ from torch.utils.dlpack import from_dlpack
 from accel.errors import AccelError
 from accel.runtime.providers import onnxruntime
 
-Bridge: TypeAlias = Callable[[Any, Any], Tensor]
-"""An OrtValue with a tensor inside, and the session that it came from -> that tensor."""
+if TYPE_CHECKING:
+    from accel.runtime.binding import BoundSession
+
+Bridge: TypeAlias = Any
+"""(session, inputs by name, names of outputs) -> outputs, in that order. Inputs are placed: `BoundSession.place`."""
 
 # ONNX Runtime names element types as C++ does; the numbers are onnx.TensorProto's.
 TYPES = {
@@ -30,30 +35,50 @@ TYPES = {
 }
 
 
-def by_dlpack(value: Any, session: Any) -> Tensor:
-    """Through ONNX Runtime's own DLPack, which it has since 1.26. https://dmlc.github.io/dlpack/latest/"""
-    # The capsule is asked for here: torch would first try a protocol that ONNX Runtime doesn't know, value by value.
-    tensor: Tensor = from_dlpack(value.__dlpack__())
-    tensor.untyped_storage().owner = session  # type: ignore[attr-defined]
-    return tensor
+def by_dlpack(bound: "BoundSession", feeds: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
+    """Through ONNX Runtime's own DLPack, which it has since 1.26: https://dmlc.github.io/dlpack/latest/
+
+    Values are handed over all at once, which costs a fifth of binding them one by one (`IOBinding`): 0.2 ms for the
+    150 of a decoder with 24 layers instead of 0.9 ms, measured on the processor of a GPU machine.
+    """
+    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
+
+    inputs, outputs = OrtValueVector(), OrtValueVector()
+    for tensor in feeds.values():
+        truth = tensor.dtype is torch.bool
+        inputs.push_back(torch.to_dlpack(tensor.view(torch.uint8) if truth else tensor), truth)
+    devices = [bound.place_of_outputs] * len(wanted)
+    bound.session.run_with_ortvaluevector(bound.options, list(feeds), inputs, wanted, outputs, devices)
+    tensors: list[Tensor] = outputs.to_dlpacks(from_dlpack)
+    for tensor in tensors:
+        tensor.untyped_storage().owner = bound.session  # type: ignore[attr-defined]
+    return tensors
 
 
-def by_cupy(value: Any, session: Any) -> Tensor:
-    """Through CuPy, for an older ONNX Runtime on CUDA.
+def by_cupy(bound: "BoundSession", feeds: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
+    """By address, and through CuPy, for an older ONNX Runtime on CUDA.
 
     https://docs.cupy.dev/en/stable/reference/generated/cupy.cuda.UnownedMemory.html
     """
+    binding = bound.session.io_binding()
+    for name, tensor in feeds.items():
+        where, number = tensor.device, bound.types[name][1]
+        binding.bind_input(name, where.type, where.index or 0, number, tuple(tensor.shape), tensor.data_ptr())
+    for name in wanted:
+        binding.bind_output(name, bound.device.type, bound.device.index or 0)
+    bound.session.run_with_iobinding(binding, bound.options)
+    return [_from_address(value, binding) for value in binding.get_outputs()]
+
+
+def _from_address(value: Any, owner: Any) -> Tensor:
     import cupy
-    from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 
     dtype, _ = TYPES[value.data_type()]
     shape = tuple(value.shape())
     size = torch.Size(shape).numel() * dtype.itemsize
     if size == 0:
         return torch.empty(shape, dtype=dtype, device="cuda")
-    held = OrtValueVector()
-    held.push_back(value)  # a share of the buffer: `value` itself is a place in the binding, which the next run fills
-    memory = cupy.cuda.UnownedMemory(value.data_ptr(), size, owner=(held, session))  # bytes: CuPy has no bfloat16
+    memory = cupy.cuda.UnownedMemory(value.data_ptr(), size, owner=(value, owner))  # bytes: CuPy has no bfloat16
     raw = cupy.ndarray(size, cupy.uint8, memptr=cupy.cuda.MemoryPointer(memory, 0))
     tensor: Tensor = from_dlpack(raw.__dlpack__(stream=-1))  # nothing to wait for: the stream is shared
     return tensor.view(dtype).view(shape)
@@ -63,13 +88,7 @@ def bridge(device: torch.device) -> Bridge:
     """The best way that what is installed knows. Raises `AccelError` if there is none."""
     if hasattr(onnxruntime.OrtValue, "__dlpack__"):
         return by_dlpack
-    if device.type == "cuda" and _has_cupy():
+    if device.type == "cuda" and find_spec("cupy") is not None:
         return by_cupy
     needed = "CuPy (accel[cuda11] brings it) or ONNX Runtime 1.26" if device.type == "cuda" else "ONNX Runtime 1.26"
     raise AccelError(f"onnxruntime {onnxruntime.__version__} can't share memory with torch: it needs {needed}")
-
-
-def _has_cupy() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("cupy") is not None

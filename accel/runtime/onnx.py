@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accel.runtime import layout
-from accel.runtime.binding import Binding, BoundSession
+from accel.runtime.binding import BoundSession
 from accel.runtime.room import check_room
 from accel.runtime.session import SessionSettings, open_session
 
@@ -23,7 +23,6 @@ class GrowingState:
     own: dict[str, Tensor]  # cache input -> [batch, heads, length, head size]
     fixed: dict[str, Tensor]  # other inputs of a step -> tensor, batch first
     axes: Mapping[str, int]  # cache input -> axis of its length
-    bound: Binding | None = None  # the step's session with `fixed` bound to it
 
     @property
     def length(self) -> int:
@@ -48,7 +47,6 @@ class GrowingState:
     def select(self, index: Tensor) -> None:
         self.reorder(index)
         self.fixed = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.fixed.items()}
-        self.bound = None
 
     def views(self) -> Mapping[str, Tensor]:
         return self.own | {name: tensor for name, tensor in self.fixed.items() if name in self.axes}
@@ -111,9 +109,8 @@ class GrowingRuntime:
         }
 
     def step(self, ids: Tensor, state: GrowingState) -> Tensor:
-        if state.bound is None:
-            state.bound = Binding(self._step, state.fixed | ({self.flag: self._on} if self.flag else {}))
-        logits, *caches = state.bound({"input_ids": ids, **state.own}, ["logits", *self.grown.values()])
+        feeds = {"input_ids": ids, **state.own, **state.fixed} | ({self.flag: self._on} if self.flag else {})
+        logits, *caches = self._step(feeds, ["logits", *self.grown.values()])
         state.own = dict(zip(self.grown, caches, strict=True))
         return logits
 

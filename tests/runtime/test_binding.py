@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
-from accel.runtime.binding import Binding, BoundSession
+from accel.runtime.binding import BoundSession
 from accel.runtime.bridge import Bridge, by_cupy, by_dlpack
 from accel.runtime.providers import CPU, CUDA
 from accel.runtime.session import SessionSettings, open_session
@@ -64,6 +64,11 @@ class Recording:
         self.session.run_with_iobinding(binding, *more)
         self.pointers = [value.data_ptr() for value in binding.get_outputs()]
 
+    def run_with_ortvaluevector(self, *given: Any) -> None:
+        self.session.run_with_ortvaluevector(*given)
+        outputs = given[4]
+        self.pointers = [value.data_ptr() for value in outputs]
+
 
 def numbers(bound: BoundSession, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(bound.device)
@@ -116,18 +121,6 @@ def test_outputs_outlive_the_session(bound: BoundSession, tmp_path: Path) -> Non
     assert torch.equal(y, 2 * x)
     assert torch.equal(rows, x[[1, 0]])
     assert len(churn) == 20
-
-
-def test_fixed_inputs_are_bound_once(bound: BoundSession) -> None:
-    """What is fixed needs no mention at a call, and what is not may change from call to call."""
-    x = numbers(bound, 3, 5)
-    binding = Binding(bound, {"ids": torch.tensor([2, 0, 1]), "negate": ON})
-    found = [binding({"x": x + number}, ["y", "rows"]) for number in range(5)]
-    for number, (y, rows) in enumerate(found):  # the binding is the same, the outputs' memory is not
-        assert torch.equal(y, -2 * (x + number))
-        assert torch.equal(rows, (x + number)[[2, 0, 1]])
-    with pytest.raises(KeyError, match="x"):
-        binding({}, ["y"])
 
 
 def test_output_fed_back(bound: BoundSession) -> None:

@@ -95,7 +95,7 @@ def test_what_the_host_computed_is_not_overwritten(tmp_path: Path) -> None:
     """Every run is given its own length, though all of them share one buffer on the host."""
     session = opened(tmp_path, FROM_HOST)
     assert lengths_seen(session) == [{length + 1} for length in range(REPEATS)]
-    session.turn = nullcontext()  # without it, some would be given a later run's
+    session._turn = nullcontext()  # without it, some would be given a later run's
     assert lengths_seen(session) != [{length + 1} for length in range(REPEATS)]
 
 

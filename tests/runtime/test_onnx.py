@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from accel.generation import AcceleratedModel
 from accel.loading import load
-from accel.runtime.binding import Binding
+from accel.runtime.binding import BoundSession
 from accel.runtime.onnx import GrowingState
 
 BATCH, SOURCE, PAST = 3, 9, 5
@@ -216,15 +216,15 @@ def test_caches_never_leave_for_numpy(model: AcceleratedModel, monkeypatch: pyte
 def test_caches_stay_where_onnx_runtime_put_them(model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy: what a step takes as its past lies where the step before it left its present."""
     runs: list[tuple[dict[str, int], dict[str, int]]] = []
-    real = Binding.__call__
+    real = BoundSession.__call__
 
-    def call(self: Binding, feeds: Mapping[str, Tensor], wanted: list[str]) -> list[Tensor]:
+    def call(self: BoundSession, feeds: Mapping[str, Tensor], wanted: list[str]) -> list[Tensor]:
         outputs = real(self, feeds, wanted)
-        taken = {name: tensor.data_ptr() for name, tensor in {**feeds, **self._fixed}.items()}
+        taken = {name: tensor.data_ptr() for name, tensor in feeds.items()}
         runs.append((taken, dict(zip(wanted, (output.data_ptr() for output in outputs), strict=True))))
         return outputs
 
-    monkeypatch.setattr(Binding, "__call__", call)
+    monkeypatch.setattr(BoundSession, "__call__", call)
     model.generate(**inputs(), min_new_tokens=12)
     decoder = runs[1:]
     assert len(decoder) == 12
