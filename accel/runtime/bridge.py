@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from accel.errors import AccelError
 from accel.runtime.providers import onnxruntime
@@ -46,7 +46,7 @@ def by_dlpack(bound: "BoundSession", feeds: Mapping[str, Tensor], wanted: Sequen
     inputs, outputs = OrtValueVector(), OrtValueVector()
     for tensor in feeds.values():
         truth = tensor.dtype is torch.bool
-        inputs.push_back(torch.to_dlpack(tensor.view(torch.uint8) if truth else tensor), truth)
+        inputs.push_back(to_dlpack(tensor.view(torch.uint8) if truth else tensor), truth)
     devices = [bound.place_of_outputs] * len(wanted)
     bound.session.run_with_ortvaluevector(bound.options, list(feeds), inputs, wanted, outputs, devices)
     tensors: list[Tensor] = outputs.to_dlpacks(from_dlpack)
