@@ -8,7 +8,7 @@ from torch import Tensor
 from accel.runtime.bridge import TYPES, Bridge, bridge
 from accel.runtime.providers import onnxruntime
 from accel.runtime.room import enough_memory
-from accel.runtime.stream import on_shared_stream, run_options, turn
+from accel.runtime.stream import Queued, on_shared_stream, run_options
 
 HOST = torch.device("cpu")
 
@@ -28,7 +28,7 @@ class BoundSession:
         self.place_of_outputs = onnxruntime.OrtDevice.make(device.type, device.index or 0)._get_c_device()
         self.options = run_options(device)
         self.bridge = by or bridge(device)
-        self._turn = turn(device)
+        self._queued = Queued(device)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of an input or output."""
@@ -50,6 +50,12 @@ class BoundSession:
         """
         with on_shared_stream(self.device), enough_memory():
             placed = {name: self.place(name, feeds[name]) for name in self.inputs}
-            with self._turn:
+            with self._queued:
                 tensors: list[Tensor] = self.bridge(self, placed, wanted)
             return tensors
+
+    def __del__(self) -> None:
+        # ONNX Runtime gives host memory back from within the queue; if the session is gone by then, that ends the
+        # process (CUDA error 800, not permitted in a callback). So a session goes when its queue is empty.
+        if hasattr(self, "_queued"):
+            self._queued.wait()

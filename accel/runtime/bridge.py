@@ -51,7 +51,7 @@ def by_dlpack(bound: "BoundSession", feeds: Mapping[str, Tensor], wanted: Sequen
     bound.session.run_with_ortvaluevector(bound.options, list(feeds), inputs, wanted, outputs, devices)
     tensors: list[Tensor] = outputs.to_dlpacks(from_dlpack)
     for tensor in tensors:
-        tensor.untyped_storage().owner = bound.session  # type: ignore[attr-defined]
+        tensor.untyped_storage().owner = bound  # type: ignore[attr-defined]
     return tensors
 
 
@@ -67,7 +67,7 @@ def by_cupy(bound: "BoundSession", feeds: Mapping[str, Tensor], wanted: Sequence
     for name in wanted:
         binding.bind_output(name, bound.device.type, bound.device.index or 0)
     bound.session.run_with_iobinding(binding, bound.options)
-    return [_from_address(value, binding) for value in binding.get_outputs()]
+    return [_from_address(value, (binding, bound)) for value in binding.get_outputs()]
 
 
 def _from_address(value: Any, owner: Any) -> Tensor:

@@ -6,7 +6,7 @@ https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html (`us
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -37,27 +37,23 @@ def run_options(device: torch.device) -> Any:
     return options
 
 
-class Turn:
-    """Context of one run of a session: begins when the device is done with the run before.
+class Queued:
+    """Context of a run of one session: remembers what of it the device has yet to do."""
 
-    ONNX Runtime copies what it computed on the host, such as a length, to the device from a buffer that the next run
-    writes to again. It would wait at the end of each run; here the wait comes before the next, when decoding has had to
-    look at the last token anyway and nothing is left to wait for.
-    """
-
-    def __init__(self) -> None:
-        self._done = torch.cuda.Event()
+    def __init__(self, device: torch.device) -> None:
+        self._end = torch.cuda.Event() if device.type == "cuda" else None
 
     def __enter__(self) -> None:
-        self._done.synchronize()
+        return None
 
     def __exit__(self, *_: object) -> None:
-        self._done.record(shared_stream())
+        if self._end is not None:
+            self._end.record(shared_stream())
 
-
-def turn(device: torch.device) -> AbstractContextManager[None]:
-    """What keeps the runs of one session on `device` apart."""
-    return Turn() if device.type == "cuda" else nullcontext()
+    def wait(self) -> None:
+        """Return when the device has done all runs."""
+        if self._end is not None:
+            self._end.synchronize()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What only a GPU can show: work in the right order without waiting, and a device that runs full."""
 
-from contextlib import nullcontext
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,7 @@ def test_the_race_is_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert race(session) > 0
 
 
-# `length` is computed on the host and copied to the device, from a buffer that the next run uses again.
+# `length` is computed on the host and copied to the device.
 FROM_HOST = """g (float[n] x, float[k] past) => (int64[m] y)
 {
     shape = Shape (past)
@@ -79,8 +79,9 @@ FROM_HOST = """g (float[n] x, float[k] past) => (int64[m] y)
 }"""
 
 
-def lengths_seen(session: BoundSession) -> list[set[int]]:
-    """What runs that are queued behind a long kernel, each with another length, make of it: the length plus one."""
+def test_what_the_host_computed_is_not_overwritten(tmp_path: Path) -> None:
+    """Runs are queued behind a long kernel, each with another length, and each is given its own."""
+    session = opened(tmp_path, FROM_HOST)
     x, past = torch.ones(16, device=DEVICE), torch.zeros(REPEATS, device=DEVICE)
     for _ in range(2):  # room for all outputs: what is allocated anew would be waited for
         kept = [session({"x": x, "past": past}, ["y"])[0] for _ in range(REPEATS)]
@@ -88,15 +89,20 @@ def lengths_seen(session: BoundSession) -> list[set[int]]:
     with on_shared_stream(DEVICE):
         torch.cuda._sleep(100 * LONG)
         found = [session({"x": x, "past": past[:length]}, ["y"])[0] for length in range(REPEATS)]
-        return [{int(y.min()), int(y.max())} for y in found]
+        assert [{int(y.min()), int(y.max())} for y in found] == [{length + 1} for length in range(REPEATS)]
 
 
-def test_what_the_host_computed_is_not_overwritten(tmp_path: Path) -> None:
-    """Every run is given its own length, though all of them share one buffer on the host."""
-    session = opened(tmp_path, FROM_HOST)
-    assert lengths_seen(session) == [{length + 1} for length in range(REPEATS)]
-    session._turn = nullcontext()  # without it, some would be given a later run's
-    assert lengths_seen(session) != [{length + 1} for length in range(REPEATS)]
+def test_a_session_may_go_while_the_device_works(tmp_path: Path) -> None:
+    """Dropped right after a run that is still queued: the process goes on, and the output comes out right."""
+    for number in range(10):
+        session = opened(tmp_path, FROM_HOST)
+        x, past = torch.ones(16, device=DEVICE), torch.zeros(7, device=DEVICE)
+        with on_shared_stream(DEVICE):
+            torch.cuda._sleep(20 * LONG)
+            (y,) = session({"x": x, "past": past[: number % 7]}, ["y"])
+            del session
+            gc.collect()
+            assert int(y.max()) == number % 7 + 1
 
 
 NORM = """g (float16[b, n, 1024] x, float16[b, n, 1024] residual) => (float16[b, n, 1024] y)
