@@ -32,7 +32,7 @@ class PrecisionConfig:
 class RuntimeConfig:
     """Where a deployable runs. `session`: ONNX Runtime's configuration keys; `half`: it computes FP16 in FP16.
 
-    `branches`: how both decoders are best merged for it, see `MergeConfig`.
+    What suits it best: `branches` (see `MergeConfig`) and `fuse_attention` (see `ConvertConfig`).
     """
 
     name: str = MISSING
@@ -43,6 +43,7 @@ class RuntimeConfig:
     threads: int = 0
     half: bool = False
     branches: str = "caches"
+    fuse_attention: bool = False
 
 
 @dataclass
@@ -65,6 +66,13 @@ class AuditConfig:
     seed: int = 0
     texts: str | None = None
     margin: float = 2.0
+
+
+@dataclass
+class ConvertConfig:
+    """`fuse_attention`: what is of one precision becomes ONNX Runtime's `MultiHeadAttention`."""
+
+    fuse_attention: bool = "${runtime.fuse_attention}"  # type: ignore[assignment]
 
 
 @dataclass
@@ -124,6 +132,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     optimize: OptimizeConfig = field(default_factory=OptimizeConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     generate: dict[str, Any] = field(default_factory=dict)

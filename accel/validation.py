@@ -22,7 +22,7 @@ def validate(config: Config) -> None:
     check_provider(config.runtime.provider)
     checkpoint.check(config.model)
     optimize.check(config.optimize.passes)
-    merge.check(config.merge)
+    merge.check(config.merge, config.convert.fuse_attention)
     benchmark.check(config.benchmark, config.runtime.device)
     _positive(config, "audit", ("batches", "batch_size", "max_length"))
     _positive(config, "verify", ("inputs", "batch_size", "source_length", "max_new_tokens", "num_beams"))

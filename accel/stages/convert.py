@@ -1,4 +1,4 @@
-"""Mixed precision: the graphs with the plan carried out, or passed through for FP32."""
+"""Mixed precision: the graphs with the plan carried out. What comes after no longer shows to an audit: attention fused."""
 
 import shutil
 from collections.abc import Mapping
@@ -10,23 +10,29 @@ from accel.adapter import Architecture
 from accel.artifacts import Artifact
 from accel.graph import files
 from accel.graph.convert import convert_half, half_share
+from accel.graph.fuse_attention import fuse_attention
 from accel.schema import Config
 from accel.stages import Stage, audit, takes
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes `<role>.onnx` for every role; reports each one's share of FP16 nodes and weight bytes, and its casts."""
+    """Writes `<role>.onnx` for every role; in FP16, reports the share of FP16 nodes and weight bytes, and the casts."""
     source = inputs["optimize"].folder
-    if config.precision.dtype == "float32":
+    half = config.precision.dtype == "float16"
+    if not half and not config.convert.fuse_attention:
         for path in source.glob("*.onnx*"):
             shutil.copyfile(path, out / path.name)
         return {}
-    plans = audit.read_plans(inputs["audit"].folder)
+    plans = audit.read_plans(inputs["audit"].folder) if half else {}
     shares = {}
     for role in console.track(architecture.roles(), "converting"):
         model = files.load(source / f"{role}.onnx")
-        convert_half(model, plans[role])
-        shares[str(role)] = half_share(model)
+        if half:
+            convert_half(model, plans[role])
+            shares[str(role)] = half_share(model)
+        if config.convert.fuse_attention:
+            fuse_attention([model])
+            console.note(f"{role}: {files.node_count(model)} nodes with attention fused")
         files.save(model, out / f"{role}.onnx")
     return shares
 
@@ -35,6 +41,6 @@ STAGE = Stage(
     name="convert",
     run=run,
     inputs=takes("optimize", "audit"),
-    sections=("precision",),
+    sections=("precision", "convert"),
     packages=("onnx", "onnx-ir"),
 )

@@ -26,10 +26,15 @@ DESCRIPTION = ("*.json", "*.model", "*.txt", "*.jinja")
 WEIGHT_INDEX = "*.index.json"
 
 
-def check(merge: MergeConfig) -> None:
-    """Raises `AccelError` on a style that doesn't exist or an empty flag."""
+def check(merge: MergeConfig, fuse_attention: bool) -> None:
+    """Raises `AccelError` on a style that doesn't exist or doesn't go with fused attention, or an empty flag."""
     if merge.branches not in BRANCHES:
         raise unknown("merge.branches", merge.branches, BRANCHES)
+    if merge.branches == "caches" and fuse_attention:
+        raise AccelError(
+            "convert.fuse_attention=true puts keys and values into one node, where merge.branches=caches looks for them "
+            "one by one: use merge.branches=decoders"
+        )
     if not merge.flag.isidentifier():
         raise AccelError(f"merge.flag={merge.flag!r} is not a name, such as enable_cache or use_cache_branch")
 

@@ -2,7 +2,7 @@
 
 import importlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, 
 from accel.adapter import Role
 from accel.chain import Chain, signatures, torch_run
 from accel.graph import files
+from accel.graph.fuse_attention import fuse_attention
 from accel.graph.weights import initializers, shared_bytes
 from accel.stages import export
 from accel.stages.optimize import PASSES
@@ -90,12 +91,12 @@ def feeds(model: ir.Model) -> Iterator[Mapping[str, np.ndarray]]:
         yield made
 
 
-def optimised(folder: Path) -> dict[str, ir.Model]:
-    """The graphs after all passes, with every output compared with those before."""
+def optimised(folder: Path, *more: Callable[[Sequence[ir.Model]], None]) -> dict[str, ir.Model]:
+    """The graphs after all passes and `more`, with every output compared with those before."""
     models = {role: files.load(folder / f"{role}.onnx") for role in ROLES}
     inputs = {role: list(feeds(model)) for role, model in models.items()}
     before = {role: [text.run(model, feed) for feed in inputs[role]] for role, model in models.items()}
-    for transform in PASSES.values():
+    for transform in (*PASSES.values(), *more):
         transform([models["encoder"]])
         transform([models["prefill"], models["step"]])
     for role, model in models.items():
@@ -141,6 +142,21 @@ def test_norms_and_products_with_bias(bart: Path) -> None:
     assert any("self_attn.q+k+v_proj.bias" in name for name in step.graph.initializers)
     assert files.node_count(step) < 140
     assert shared_bytes(initializers(models["prefill"]), initializers(step)) == files.weight_bytes(step)
+
+
+@pytest.mark.parametrize("family", ["T5", "BART"])
+def test_attention_is_one_node(build: Build, tiny: Path, bart: Path, family: str) -> None:
+    """Biased by positions or scaled, over growing caches, fixed ones or none: nothing of the heads' turning is left."""
+    folder = bart if family == "BART" else build(tiny, "export")[1]["export"].folder
+    models = optimised(folder, fuse_attention)
+    found = {role: Counter(node.op_type for node in model.graph) for role, model in models.items()}
+    layers = {"T5": (3, 4, 4), "BART": (2, 4, 4)}[family]
+    assert tuple(found[role]["MultiHeadAttention"] for role in ROLES) == layers
+    assert all(found[role]["Softmax"] == 0 for role in ROLES)
+    assert found["step"]["Reshape"] <= 5  # of lengths
+    assert shared_bytes(initializers(models["prefill"]), initializers(models["step"])) > 0.99 * files.weight_bytes(
+        models["step"]
+    )
 
 
 class Logits(nn.Module):
