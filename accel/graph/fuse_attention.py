@@ -120,9 +120,8 @@ def _fuse(graph: ir.Graph, found: Attention) -> None:
     while inputs[-1] is None:
         inputs.pop()
     attributes = {"num_heads": int(shape[1]), "scale": found.scale}
-    node = ir.node(
-        "MultiHeadAttention", inputs, attributes=attributes, domain=DOMAIN, outputs=outputs, name=f"{old.name}.attention"
-    )
+    name = f"{old.name}.attention"
+    node = ir.node("MultiHeadAttention", inputs, attributes=attributes, domain=DOMAIN, outputs=outputs, name=name)
     graph.insert_before(found.last, node)
     convenience.replace_all_uses_with(replaced, outputs, replace_graph_outputs=True)
 

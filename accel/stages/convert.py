@@ -1,4 +1,4 @@
-"""Mixed precision: the graphs with the plan carried out. What comes after no longer shows to an audit: attention fused."""
+"""Mixed precision: the graphs with the plan carried out; and what would hide values from the audit: attention fused."""
 
 import shutil
 from collections.abc import Mapping

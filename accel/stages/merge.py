@@ -32,8 +32,8 @@ def check(merge: MergeConfig, fuse_attention: bool) -> None:
         raise unknown("merge.branches", merge.branches, BRANCHES)
     if merge.branches == "caches" and fuse_attention:
         raise AccelError(
-            "convert.fuse_attention=true puts keys and values into one node, where merge.branches=caches looks for them "
-            "one by one: use merge.branches=decoders"
+            "convert.fuse_attention=true puts keys and values into one node, where merge.branches=caches "
+            "looks for them one by one: use merge.branches=decoders"
         )
     if not merge.flag.isidentifier():
         raise AccelError(f"merge.flag={merge.flag!r} is not a name, such as enable_cache or use_cache_branch")
