@@ -106,9 +106,21 @@ def test_blind_fp16_is_refused_and_the_audited_mix_passes(
 
 
 def test_no_hidden_traffic(build: Build, tiny: Path) -> None:
-    """No copy between host and device in a step, and no operator that computes values on the CPU."""
+    """No copy between host and device, and nothing on the CPU but the arithmetic of lengths."""
     summary = build(tiny, "profile", (*CUDA, "precision=fp16"))[1]["profile"].summary
     assert summary["copies"] == {"MemcpyToHost": 0, "MemcpyFromHost": 0}
+    for nodes in summary["off_device"].values():
+        assert {node["operator"] for node in nodes} <= {"Squeeze", "Reshape", "Concat", "Add"}
+
+
+def test_a_length_that_is_copied_to_the_device(build: Build, tiny: Path) -> None:
+    """A graph that does copy a value at every step, as others' may, says the same words."""
+    plain = (*CUDA, "precision=fp32", "optimize.passes.shift_ranges=false", "convert.fuse_attention=false")
+    _, artifacts = build(tiny, "[verify,profile]", plain)
+    assert artifacts["profile"].summary["copies"]["MemcpyFromHost"] > 0
+    verdict = verdict_of(artifacts["verify"].folder)
+    assert verdict is not None
+    assert verdict["identical"] == SAME
 
 
 def test_out_of_memory_leaves_the_model_usable(build: Build, tiny: Path, folder: Path) -> None:

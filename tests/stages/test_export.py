@@ -1,0 +1,37 @@
+"""Exported graphs are compared with PyTorch at shapes unlike the example's, and one that is wrong is refused."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from accel import registry
+from accel.errors import AccelError
+from accel.graph import files
+from accel.stages import export
+from accel.stages.checkpoint import load_model
+from tests.conftest import Build
+
+ROLES = ("encoder", "prefill", "step")
+
+
+@pytest.mark.parametrize("damaged", [None, *ROLES])
+def test_every_role_is_compared(build: Build, tiny: Path, tmp_path: Path, damaged: str | None) -> None:
+    """One weight of one role changed by a hundredth is found, and the role named; untouched, all pass."""
+    config, artifacts = build(tiny, "export")
+    for role in ROLES:
+        graph = files.load(artifacts["export"].folder / f"{role}.onnx")
+        if role == damaged:
+            norm = next(name for name in graph.graph.initializers if name.endswith("final_layer_norm.weight"))
+            changed = graph.graph.initializers[norm].const_value.numpy().copy()
+            changed[3] *= 1.01
+            graph.graph.initializers[norm].const_value = ir.tensor(changed, name=norm)
+        files.save(graph, tmp_path / f"{role}.onnx")
+    architecture, model = registry.build(config.architecture), load_model(tiny)
+    if damaged is None:
+        worst = export.compare(architecture, model, tmp_path, 1e-4, seed=1)
+        assert set(worst) == set(ROLES)
+        assert all(0 < difference < 1e-4 for difference in worst.values())
+    else:
+        with pytest.raises(AccelError, match=f"export of {damaged}: .* differs from PyTorch .*past"):
+            export.compare(architecture, model, tmp_path, 1e-4, seed=1)
