@@ -12,9 +12,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +91,27 @@ class Artifact:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, as hex. Computed once per process for each state of the file."""
+    """SHA-256 of a file's content, as hex. Computed once per process for each state of the file, wherever it moves."""
     status = path.stat()
-    return _hash(str(path), status.st_ino, status.st_size, status.st_mtime_ns)
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if state not in _hashes:
+        with path.open("rb") as file:
+            _hashes[state] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _hashes[state]
 
 
-@cache
-def _hash(path: str, inode: int, size: int, changed: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+_hashes: dict[tuple[int, int, int, int], str] = {}
 
 
 def folder_files(folder: Path) -> dict[str, FileRecord]:
     """Every file below `folder` but the manifest, by its relative path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {str(path.relative_to(folder)): FileRecord(path.stat().st_size, file_hash(path)) for path in paths}
+    with ThreadPoolExecutor() as pool:  # a model's files may hold gigabytes
+        hashes = list(pool.map(file_hash, paths))
+    return {
+        str(path.relative_to(folder)): FileRecord(path.stat().st_size, found)
+        for path, found in zip(paths, hashes, strict=True)
+    }
 
 
 def make_key(**parts: Any) -> str:
