@@ -21,13 +21,13 @@ def shift_ranges(models: Sequence[ir.Model]) -> None:
         for node in list(model.graph):
             if node.op_type == "Add" and node.domain == "" and dims(node.outputs[0]) is not None:
                 for counted, shift in (node.inputs, reversed(node.inputs)):
-                    if shift is not None and dims(shift) == () and (views := _views(counted)):
+                    if shift is not None and dims(shift) == () and (views := views_of_range(counted)):
                         _shift(model.graph, node, views, shift)
                         break
         RemoveUnusedNodesPass()(model)
 
 
-def _views(value: ir.Value | None) -> list[ir.Node]:
+def views_of_range(value: ir.Value | None) -> list[ir.Node]:
     """The `Range` that `value` comes from and what only changes its shape since, in order; empty if there is none."""
     views: list[ir.Node] = []
     while (view := made_by(value, *VIEWS)) is not None:

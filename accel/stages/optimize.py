@@ -11,6 +11,7 @@ from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
 from accel.errors import unknown
 from accel.graph import files
+from accel.graph.direct_lookups import direct_lookups
 from accel.graph.drop_zeros import drop_zeros
 from accel.graph.fold_constants import fold_constants, merge_duplicates, simplify, strip_metadata
 from accel.graph.fold_transposes import fold_transposes
@@ -31,6 +32,7 @@ PASSES: dict[str, Callable[[Sequence[ir.Model]], None]] = {
     "simplify": simplify,
     "infer_shapes": infer_shapes,
     "static_reshapes": static_reshapes,
+    "direct_lookups": direct_lookups,
     "drop_zeros": drop_zeros,
     "shift_ranges": shift_ranges,
     "merge_duplicates": merge_duplicates,

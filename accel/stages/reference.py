@@ -22,6 +22,8 @@ from accel.stages.checkpoint import load_model, reference_files
 TOKENS = "tokens.json"
 INPUTS = "inputs.safetensors"
 OUTPUTS = "outputs-{}.safetensors"
+PATH = "path-{}.safetensors"  # what one greedy generation said, and the logits at each of its tokens
+PATHS = 2
 # batch, source length, tokens of prefill, tokens of the step
 SHAPES = ((1, 7, 1, 1), (3, 12, 5, 1), (2, 33, 2, 3))
 
@@ -106,7 +108,7 @@ def role_calls(
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes every output of every role at a few shapes, the tokens of every case, and the texts of the references."""
+    """Writes what every role makes at a few shapes, the tokens of every case, logits along some of them, and texts."""
     folder = inputs["checkpoint"].folder
     model = load_model(folder)
     model.to(device=config.runtime.device)  # type: ignore[call-arg]  # sampling draws from the device's own generator
@@ -124,10 +126,21 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         name: decode_case(model, name, options, chosen, settings)
         for name, options in console.track(list(compared.items()), "PyTorch, FP32")
     }
+    for number, (given, said) in enumerate(zip(chosen[:PATHS], tokens["greedy"][:PATHS], strict=True)):
+        ids = torch.tensor([said])
+        save_file({"ids": ids, "logits": _along(chain, given, ids.to(model.device))}, out / PATH.format(number))
     (out / TOKENS).write_text(
         json.dumps({"texts": lines, "tokens": tokens, "references": _references(config, folder, model)})
     )
     return {"inputs": len(chosen), "distinct_tokens": len({i for ids in tokens["greedy"] for i in ids})}
+
+
+def _along(chain: Chain, given: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """Logits after each of `ids` [1, tokens], all seen at once: [1, tokens, vocabulary]."""
+    for role in chain.signatures:
+        if role is Role.ENCODER:
+            chain(role, {name: tensor.to(ids.device) for name, tensor in given.items()})
+    return chain(Role.PREFILL, {"input_ids": ids})["logits"].cpu().contiguous()
 
 
 def _references(config: Config, folder: Path, model: Generates) -> list[str]:
@@ -156,4 +169,5 @@ STAGE = Stage(
     sections=("model", "runtime.device", "verify"),
     packages=("torch", "transformers"),
     files=reference_files,
+    version=2,
 )

@@ -1,13 +1,14 @@
-"""Proves a candidate against PyTorch: every output of every role, then tokens. A deployable is what passed."""
+"""Proves a candidate against PyTorch: outputs, logits along a path, tokens. A deployable is what passed."""
 
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -85,6 +86,27 @@ def compare_outputs(
             _measure(verdict, f"{role}.{name}", found[name], value)
 
 
+def compare_paths(
+    model: AcceleratedModel,
+    architecture: Architecture,
+    inputs: Sequence[Mapping[str, Tensor]],
+    expected: Path,
+    verdict: Verdict,
+) -> None:
+    """Walk along what PyTorch said, token by token over growing caches, and compare the logits at every token.
+
+    Nothing waits for a result in between, so that on a GPU what would overtake something else does.
+    """
+    for number, given in enumerate(inputs[: reference.PATHS]):
+        known = load_file(expected / reference.PATH.format(number))
+        pool = dict(given) | dict(model.runtime.encode(given))
+        hidden = {port.name: pool[port.source or ""] for port in _context(architecture, model)}
+        first, *rest = known["ids"].to(model.device).split(1, dim=1)  # each [1, 1]
+        logits, state = model.runtime.prefill({"input_ids": first, **hidden})
+        found = [logits, *(model.runtime.step(ids, state) for ids in rest)]
+        _measure(verdict, "path.logits", torch.cat(found, dim=1), known["logits"])
+
+
 def _outputs_of(role: Role, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{role}."): value for name, value in tensors.items() if name.startswith(f"{role}.")}
 
@@ -109,10 +131,14 @@ def _measure(verdict: Verdict, name: str, found: Tensor, expected: Tensor) -> No
 
 
 def compare_tokens(
-    model: AcceleratedModel, folder: Path, config: Config, architecture: Architecture, expected: Any, verdict: Verdict
+    model: AcceleratedModel,
+    folder: Path,
+    config: Config,
+    inputs: Sequence[Mapping[str, Tensor]],
+    expected: Any,
+    verdict: Verdict,
 ) -> None:
     """Generate for the reference's inputs under every case, and count the sequences that are the same."""
-    inputs, _ = reference.fixed_inputs(folder, config.model.references, architecture, model.config, config.verify)
     compared = reference.cases(config)
     for name, options in console.track(list(compared.items()), "tokens"):
         found = reference.decode_case(model, name, options, inputs, config.verify)
@@ -168,11 +194,16 @@ def examine(
     with open_model(folder, config.runtime) as model:
         layers = len(architecture.signature(model.config, Role.STEP).outputs) // 2
         verdict.threshold = threshold(config.precision.dtype, layers)
+        chosen, _ = reference.fixed_inputs(
+            checkpoint, config.model.references, architecture, model.config, config.verify
+        )
         compare_outputs(model, architecture, expected, verdict, config.verify.seed)
+        if not verdict.failures:
+            compare_paths(model, architecture, chosen, expected, verdict)
         if verdict.failures:
             return  # numbers this far off may not even be finite, and can't be decoded
         tokens = json.loads((expected / reference.TOKENS).read_text())
-        compare_tokens(model, checkpoint, config, architecture, tokens, verdict)
+        compare_tokens(model, checkpoint, config, chosen, tokens, verdict)
         compare_references(model, checkpoint, config, tokens["references"], verdict)
     if config.precision.dtype == "float32" and min(verdict.identical.values()) < 1:
         cases = ", ".join(f"{name} {share:.0%}" for name, share in verdict.identical.items())
@@ -209,4 +240,5 @@ STAGE = Stage(
     sections=("model", "precision", "runtime", "verify"),
     packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu"),
     files=reference_files,
+    version=2,
 )
