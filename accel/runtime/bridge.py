@@ -38,8 +38,8 @@ TYPES = {
 def by_dlpack(bound: "BoundSession", feeds: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
     """Through ONNX Runtime's own DLPack, which it has since 1.26: https://dmlc.github.io/dlpack/latest/
 
-    Values are handed over all at once, which costs a fifth of binding them one by one (`IOBinding`): 0.2 ms for the
-    150 of a decoder with 24 layers instead of 0.9 ms, measured on the processor of a GPU machine.
+    Values are handed over all at once, which costs less than binding them one by one (`IOBinding`): for 96 inputs and
+    48 outputs 0.13 ms instead of 0.28 ms, when measured.
     """
     from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 
