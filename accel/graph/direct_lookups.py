@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir import convenience
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from accel.graph.shapes import Dims, dims, made_by, scalar
+from accel.graph.shapes import Dims, dims, integers, made_by, scalar
 from accel.graph.shift_ranges import views_of_range
 
 
@@ -63,12 +62,9 @@ def _place(column: ir.Value | None, length: int | str, made: Dims) -> int | None
 def _view(graph: ir.Graph, lookup: ir.Node, places: Sequence[int]) -> None:
     old, data = lookup.outputs[0], lookup.inputs[0]
     axes = [axis for axis in range(len(dims(old) or ())) if axis not in places]
-    name = "axes_" + "_".join(map(str, axes))
-    if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(np.array(axes, np.int64), name=name)))
     made = ir.Value(name=old.name, type=old.type, shape=old.shape)
     graph.insert_before(
-        lookup, ir.node("Unsqueeze", [data, graph.initializers[name]], outputs=[made], name=lookup.name)
+        lookup, ir.node("Unsqueeze", [data, integers(graph, "axes", axes)], outputs=[made], name=lookup.name)
     )
     convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
     graph.remove(lookup, safe=True)

@@ -9,15 +9,13 @@ attention has one precision.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir import convenience
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from accel.graph.shapes import dims, made_by, scalar, used_once
+from accel.graph.shapes import HEADS, dims, integers, made_by, order, scalar, used_once
 
 DOMAIN = "com.microsoft"
-HEADS = (0, 2, 1, 3)  # [B, T, H, K] -> [B, H, T, K] and back
 KEYS = (0, 1, 3, 2)  # [B, H, T, K] -> [B, H, K, T]
 
 
@@ -55,12 +53,12 @@ def _attention(softmax: ir.Node) -> Attention | None:
     if weighted is None or turned is None or last is None or weighted.inputs[0] is not softmax.outputs[0]:
         return None
     joined = dims(last.outputs[0])
-    if _order(turned) != HEADS or joined is None or len(joined) != 3 or not isinstance(joined[2], int):
+    if order(turned) != HEADS or joined is None or len(joined) != 3 or not isinstance(joined[2], int):
         return None
     value = weighted.inputs[1]
     for product, bias, scale in _scores(softmax.inputs[0], shape):
         key = made_by(product.inputs[1], "Transpose")
-        if key is not None and _order(key) == KEYS:
+        if key is not None and order(key) == KEYS:
             query, origin = product.inputs[0], key.inputs[0]
             if query is not None and origin is not None and value is not None and _agree(query, origin, value):
                 return Attention(query, origin, value, bias, scale, last)
@@ -153,7 +151,7 @@ def _side_by_side(graph: ir.Graph, value: ir.Value) -> ir.Value | None:
 
 def _uncut(value: ir.Value | None) -> ir.Value | None:
     turned = made_by(value, "Transpose")
-    cut = made_by(turned.inputs[0], "Reshape") if turned is not None and _order(turned) == HEADS else None
+    cut = made_by(turned.inputs[0], "Reshape") if turned is not None and order(turned) == HEADS else None
     source, shape = (cut.inputs[0], dims(cut.outputs[0])) if cut is not None else (None, None)
     before = dims(source)
     if shape is None or before is None or len(before) != 3 or before[:2] != shape[:2]:
@@ -174,12 +172,9 @@ def _part(graph: ir.Graph, split: ir.Node, whole: ir.Value, value: ir.Value) -> 
         lead = whole.shape[:2] if whole.shape is not None else (None, None)
         name = f"{output.name}.flat"
         parts.append(ir.Value(name=name, type=whole.type, shape=ir.Shape([*lead, widths[-1]])))
-    name = "split_" + "_".join(map(str, widths))
-    if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(np.array(widths, np.int64), name=name)))
     node = ir.node(
         "Split",
-        [whole, graph.initializers[name]],
+        [whole, integers(graph, "split", widths)],
         attributes={"axis": -1},
         outputs=parts,
         name=f"{whole.name}.parts",
@@ -191,7 +186,3 @@ def _part(graph: ir.Graph, split: ir.Node, whole: ir.Value, value: ir.Value) -> 
 def _only_user(value: ir.Value, op: str) -> ir.Node | None:
     user = next(iter(value.consumers())) if used_once(value) else None
     return user if user is not None and user.op_type == op and user.domain == "" else None
-
-
-def _order(node: ir.Node) -> tuple[int, ...]:
-    return tuple(node.attributes.get_ints("perm", ()))

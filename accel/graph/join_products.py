@@ -13,10 +13,9 @@ import onnx_ir as ir
 from onnx_ir import convenience
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from accel.graph.shapes import dims, is_vector, used_once
+from accel.graph.shapes import HEADS, dims, integers, is_vector, order, used_once
 
 FLOAT = ir.DataType.FLOAT
-HEADS = (0, 2, 1, 3)  # [B, T, H, K] -> [B, H, T, K]
 
 
 @dataclass
@@ -102,7 +101,7 @@ def _saves(row: Sequence[Product], biased: bool) -> bool:
     now = sum(1 + (product.bias is not None) for product in row)
     if heads is None:
         return now > 2 + biased
-    turned = sum(_order(turn) != HEADS for found in heads for turn in found.turns)
+    turned = sum(order(turn) != HEADS for found in heads for turn in found.turns)
     return now + sum(1 + len(found.turns) for found in heads) > 4 + biased + turned
 
 
@@ -124,17 +123,13 @@ def _heads(value: ir.Value) -> Heads | None:
         return None
     if any(turn.op_type != "Transpose" or turn.graph is not value.graph for turn in turns):
         return None
-    orders = [_order(turn) for turn in turns]
+    orders = [order(turn) for turn in turns]
     lengths = target.numpy().tolist()
     if len(lengths) != len(HEADS) or lengths[:2] != [0, 0] or min(lengths[2:]) <= 0 or len(dims(value) or ()) != 3:
         return None
     if not turns or () in orders or orders.count(HEADS) > 1:
         return None
     return Heads(reshape, turns, lengths[2], lengths[3])
-
-
-def _order(turn: ir.Node) -> tuple[int, ...]:
-    return tuple(turn.attributes.get_ints("perm", ()))
 
 
 def _join(graph: ir.Graph, row: Sequence[Product], biased: bool) -> None:
@@ -172,20 +167,20 @@ def _split_heads(graph: ir.Graph, before: ir.Node, made: ir.Value, heads: Sequen
     """[B, T, sum of H * K] -> [B, sum of H, T, K] -> a part [B, H, T, K] for each product."""
     total, width = sum(found.count for found in heads), heads[0].width
     lead = made.shape[:2] if made.shape is not None else (None, None)
-    target = _initializer(graph, f"shape_0_0_{total}_{width}", np.array([0, 0, total, width], np.int64))
+    target = integers(graph, "shape", (0, 0, total, width))
     cut_shape, turned_shape = ir.Shape([*lead, total, width]), ir.Shape([lead[0], total, lead[1], width])
     cut = _value(graph, before, "Reshape", [made, target], f"{made.name}.heads", cut_shape)
     turned = _value(graph, before, "Transpose", [cut], f"{made.name}.turned", turned_shape, perm=HEADS)
     parts = []
     for found in heads:
-        straight = next((turn for turn in found.turns if _order(turn) == HEADS), None)
+        straight = next((turn for turn in found.turns if order(turn) == HEADS), None)
         shape = ir.Shape([lead[0], found.count, lead[1], width])
         name = f"{found.reshape.outputs[0].name}.part"
         parts.append(straight.outputs[0] if straight else ir.Value(name=name, type=made.type, shape=shape))
     for found, part in zip(heads, _split(graph, before, turned, 1, [h.count for h in heads], parts), strict=True):
         for turn in found.turns:
-            if _order(turn) != HEADS:
-                old, again = turn.outputs[0], [HEADS.index(axis) for axis in _order(turn)]
+            if order(turn) != HEADS:
+                old, again = turn.outputs[0], [HEADS.index(axis) for axis in order(turn)]
                 new = _value(graph, before, "Transpose", [part], old.name or "", old.shape, perm=again)
                 convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
@@ -194,8 +189,7 @@ def _split(
     graph: ir.Graph, before: ir.Node, value: ir.Value, axis: int, sizes: Sequence[int], olds: Sequence[ir.Value]
 ) -> list[ir.Value]:
     """`Split` into parts that take the names and the users of `olds`."""
-    name = "split_" + "_".join(map(str, sizes))
-    lengths = _initializer(graph, name, np.array(sizes, np.int64))
+    lengths = integers(graph, "split", sizes)
     parts = [ir.Value(name=old.name, type=value.type, shape=old.shape) for old in olds]
     node = ir.node("Split", [value, lengths], attributes={"axis": axis}, outputs=parts, name=f"{value.name}.split")
     graph.insert_before(before, node)
@@ -254,9 +248,3 @@ def _common_name(names: Sequence[str]) -> str:
 def _common_start(names: Sequence[str]) -> str:
     places = zip(*names, strict=False)  # as far as the shortest goes
     return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, places))
-
-
-def _initializer(graph: ir.Graph, name: str, content: np.ndarray) -> ir.Value:
-    if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(content, name=name)))
-    return graph.initializers[name]

@@ -1,8 +1,12 @@
 """What the exporter noted about a value's shape, as far as it is certain."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import onnx_ir as ir
 
 Dims = tuple[int | str, ...]
+HEADS = (0, 2, 1, 3)  # [B, T, H, K] -> [B, H, T, K] and back
 
 
 def dims(value: ir.Value | None) -> Dims | None:
@@ -34,3 +38,16 @@ def scalar(value: ir.Value | None) -> float | None:
     """The number that a constant of one element holds; None for anything else."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None
+
+
+def order(turn: ir.Node) -> tuple[int, ...]:
+    """The axes of a `Transpose`, as it spells them; empty if it reverses them all by default."""
+    return tuple(turn.attributes.get_ints("perm", ()))
+
+
+def integers(graph: ir.Graph, kind: str, values: Sequence[int]) -> ir.Value:
+    """An initializer that holds `values`, one for each kind and content, of the same name in every graph."""
+    name = "_".join((kind, *map(str, values)))
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(np.array(values, np.int64), name=name)))
+    return graph.initializers[name]

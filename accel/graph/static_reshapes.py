@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from accel.graph.shapes import Dims, dims
+from accel.graph.shapes import Dims, dims, integers
 
 
 def static_reshapes(models: Sequence[ir.Model]) -> None:
@@ -21,7 +20,7 @@ def static_reshapes(models: Sequence[ir.Model]) -> None:
             if node.op_type == "Reshape" and node.domain == "" and node.inputs[1] is not None:
                 target = _target(node.inputs[0], node.outputs[0])
                 if node.inputs[1].const_value is None and target is not None:
-                    node.replace_input_with(1, _constant(model.graph, target))
+                    node.replace_input_with(1, integers(model.graph, "shape", target))
                     node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
         RemoveUnusedNodesPass()(model)
 
@@ -34,12 +33,3 @@ def _target(given: ir.Value | None, made: ir.Value) -> tuple[int, ...] | None:
     kept = [index < len(source) and dim == source[index] for index, dim in enumerate(wanted)]
     target = tuple(dim if isinstance(dim, int) else 0 if same else -1 for dim, same in zip(wanted, kept, strict=True))
     return target if -1 not in target or (target.count(-1) == 1 and 0 not in target) else None
-
-
-def _constant(graph: ir.Graph, target: tuple[int, ...]) -> ir.Value:
-    """One initializer for each target, named for it, so that all graphs call it the same."""
-    name = "shape_" + "_".join(map(str, target))
-    if name not in graph.initializers:
-        value = ir.val(name, const_value=ir.tensor(np.array(target, np.int64), name=name))
-        graph.register_initializer(value)
-    return graph.initializers[name]

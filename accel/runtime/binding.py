@@ -19,7 +19,7 @@ class BoundSession:
     On CUDA a call returns before the work is done: it is queued on the stream that sessions share with torch.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, device: torch.device, by: Bridge | None = None) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, device: torch.device, by: "Bridge | None" = None) -> None:
         self.session = session
         self.device = device if device.type == "cpu" else torch.device(device.type, device.index or 0)
         self.inputs = {port.name: port for port in session.get_inputs()}
@@ -51,8 +51,7 @@ class BoundSession:
         with on_shared_stream(self.device), enough_memory():
             placed = {name: self.place(name, feeds[name]) for name in self.inputs}
             with self._queued:
-                tensors: list[Tensor] = self.bridge(self, placed, wanted)
-            return tensors
+                return self.bridge(self, placed, wanted)
 
     def __del__(self) -> None:
         # ONNX Runtime gives host memory back from within the queue; if the session is gone by then, that ends the

@@ -21,6 +21,7 @@ from accel.graph import files
 from accel.graph.emulate import emulate_half
 from accel.loading import open_model
 from accel.runtime import layout
+from accel.runtime.stream import on_shared_stream
 from accel.schema import Config
 from accel.stages import Stage, reference, takes
 from accel.stages.checkpoint import reference_files
@@ -102,9 +103,10 @@ def compare_paths(
         pool = dict(given) | dict(model.runtime.encode(given))
         hidden = {port.name: pool[port.source or ""] for port in _context(architecture, model)}
         first, *rest = known["ids"].to(model.device).split(1, dim=1)  # each [1, 1]
-        logits, state = model.runtime.prefill({"input_ids": first, **hidden})
-        found = [logits, *(model.runtime.step(ids, state) for ids in rest)]
-        _measure(verdict, "path.logits", torch.cat(found, dim=1), known["logits"])
+        with on_shared_stream(model.device):  # as `generate` does
+            logits, state = model.runtime.prefill({"input_ids": first, **hidden})
+            found = torch.cat([logits, *(model.runtime.step(ids, state) for ids in rest)], dim=1)
+        _measure(verdict, "path.logits", found, known["logits"])
 
 
 def _outputs_of(role: Role, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
