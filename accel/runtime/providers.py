@@ -3,6 +3,7 @@
 import ctypes
 import importlib.metadata
 import re
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ except ImportError as error:
     raise AccelError(f"ONNX Runtime (onnxruntime) is not installed. pip install one extra: {EXTRAS}") from error
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+SMALLEST = '<ir_version: 8, opset_import: ["" : 17]> g (float[n] x) => (float[n] y) { y = Identity(x) }'
 LIBRARIES = ("libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so")
 
 
@@ -54,6 +56,17 @@ def _check_cuda() -> None:
             f"runtime=cuda needs a GPU, and torch {torch.__version__}, built {built}, sees none. "
             "Does nvidia-smi list one? runtime=cpu runs anywhere"
         )
+    if not _loads(CUDA):
+        raise AccelError(missing_library())
+
+
+@cache
+def _loads(provider: str) -> bool:
+    """Whether a session gets the provider. ONNX Runtime goes on without one whose libraries it doesn't find."""
+    import onnx.parser
+
+    model = onnx.parser.parse_model(SMALLEST).SerializeToString()
+    return provider in onnxruntime.InferenceSession(model, providers=[provider]).get_providers()
 
 
 def missing_library() -> str:

@@ -4,8 +4,10 @@ import ctypes
 from typing import Any
 
 import pytest
+import torch
 from onnxruntime.capi import build_and_package_info
 
+from accel.errors import AccelError
 from accel.runtime import providers
 
 
@@ -34,3 +36,15 @@ def test_another_reason_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     assert "undefined symbol: bar" in providers.missing_library()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_provider_that_does_not_load_is_found_before_any_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime lists CUDA and torch sees a GPU, but a session comes up without: said at once, not after export."""
+    monkeypatch.setattr(providers, "available_providers", lambda: [providers.CUDA, providers.CPU])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    providers._loads.cache_clear()
+    with pytest.raises(AccelError, match="can't use CUDA here"):
+        providers.check_provider(providers.CUDA)
+    providers._loads.cache_clear()
+    assert providers._loads(providers.CPU)
