@@ -23,14 +23,15 @@ class Port:
     """One graph input or output.
 
     `axes` maps a dimension's index to its name; a dimension that is not listed is fixed by the model.
-    `source` names the value that fills an input: an output or input of an earlier role, or an output of the
-    previous prefill or step. Without it, the caller gives the value.
+    `source` names the value that fills an input: an output or input of an earlier role, or, where the input is
+    `cached`, an output of the previous prefill or step. Without it, the caller gives the value.
     """
 
     name: str
     axes: Mapping[int, str] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     source: str | None = None
+    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Signature:
     @property
     def cache(self) -> dict[str, str]:
         """Cache input name -> name of the output that feeds it at the next step."""
-        return {port.name: port.source for port in self.inputs if port.source and port.source.startswith("present.")}
+        return {port.name: port.source for port in self.inputs if port.cached and port.source}
 
 
 @runtime_checkable

@@ -1,12 +1,14 @@
 """Runs the roles of an architecture one after the other, each fed by the outputs of those before it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from accel.adapter import Architecture, Role, Signature
+from accel.runtime.feeds import decoder_feeds
 
 Run = Callable[[Role, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """Runs one role: named inputs -> named outputs. PyTorch's and ONNX Runtime's are interchangeable."""
@@ -29,8 +31,10 @@ class Chain:
 
     def __call__(self, role: Role, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run `role`; its inputs and outputs become available to the next one."""
-        outputs = self.run(role, self.inputs(role, given))
-        self.pool |= {**given, **outputs}
+        inputs = self.inputs(role, given)
+        outputs = self.run(role, inputs)
+        self.pool |= {name: given[name] for name in inputs if name in given}
+        self.pool |= outputs
         return outputs
 
     def forget_past(self) -> None:
@@ -57,3 +61,41 @@ def torch_run(architecture: Architecture, model: PreTrainedModel) -> Run:
         return dict(zip(names, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
 
     return run
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Lengths of one check: inputs at a time, length of the source (where there is an encoder), ids seen, new ids."""
+
+    batch: int
+    source: int
+    past: int
+    new: int
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, source {self.source}, past {self.past}, new {self.new}"
+
+
+def script(
+    architecture: Architecture, config: PretrainedConfig, shape: Shape, generator: torch.Generator
+) -> dict[Role, Mapping[str, Tensor]]:
+    """What the caller gives each role: the encoder its inputs, prefill `past` ids (at least 1), step `new` more.
+
+    Where `past` is 0, the mask of step covers the new ids alone.
+    """
+    roles = architecture.roles()
+    first = max(shape.past, 1)
+    prompt = shape.source if Role.ENCODER in roles else first
+    given = dict(architecture.feeds(config, shape.batch, prompt, generator))
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    ids = torch.randint(vocabulary, (shape.batch, first + shape.new), generator=generator)
+    mask = torch.ones(shape.batch, first, dtype=torch.int64)
+    made: dict[Role, Mapping[str, Tensor]] = {}
+    if Role.ENCODER in roles:
+        made[Role.ENCODER] = given
+    else:
+        ids[:, :first], mask = given["input_ids"], given["attention_mask"]
+    made[Role.PREFILL] = decoder_feeds(ids[:, :first], mask)
+    seen = torch.cat([mask[:, first - shape.past :], torch.ones(shape.batch, shape.new, dtype=torch.int64)], dim=1)
+    made[Role.STEP] = decoder_feeds(ids[:, first:], seen)
+    return made

@@ -50,12 +50,14 @@ class Clock:
         self._device = torch.device(model.device)
         self._calls: list[tuple[Stamp, Stamp]] = []  # start and end of each call of the model
         self._ends: list[Stamp] = []  # of decoder calls
-        encoder = (model.runtime, "encode") if isinstance(model, AcceleratedModel) else (model.get_encoder(), "forward")
         self._patches: list[tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = [
-            (*encoder, self._timed),
             (model, "prepare_inputs_for_generation", self._begins_after),
             (model, "_update_model_kwargs_for_generation", self._ended_before),
         ]
+        if isinstance(model, AcceleratedModel):
+            self._patches.append((model.runtime, "encode", self._timed))
+        elif model.config.is_encoder_decoder:
+            self._patches.append((model.get_encoder(), "forward", self._timed))
         if hasattr(model, "get_compiled_call"):
             self._patches.append((model, "get_compiled_call", self._noted))
 

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
+from accel.runtime.feeds import decoder_feeds
 from accel.runtime.protocol import Runtime, State
 from accel.runtime.room import enough_memory
 from accel.runtime.stream import on_shared_stream
@@ -69,22 +71,25 @@ class StateCache(Cache):
 class Encoder:
     """What `generate` calls once per input."""
 
-    main_input_name = "input_ids"
-
-    def __init__(self, runtime: Runtime[Any]) -> None:
+    def __init__(self, runtime: Runtime[Any], main_input_name: str) -> None:
         self.runtime = runtime
+        self.main_input_name = main_input_name
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
-        """ids and mask [batch, source] -> last_hidden_state [batch, source, width]."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        encoded = self.runtime.encode({"input_ids": input_ids, "attention_mask": mask})
+    def forward(self, *args: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+        """ids [batch, source] and mask, or features -> last_hidden_state [batch, source, width]."""
+        feeds = dict(zip([self.main_input_name], args, strict=False))
+        feeds |= {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        given = feeds[self.main_input_name]
+        # what an encoder without a mask does not take is left out by the runtime
+        mask = given.new_ones(given.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
+        encoded = self.runtime.encode(feeds | {"attention_mask": mask})
         return BaseModelOutput(last_hidden_state=encoded["last_hidden_state"])
 
     __call__ = forward
 
 
 class AcceleratedModel(GenerationMixin):
-    """An encoder-decoder model without PyTorch weights. `generate` and all its options come from transformers."""
+    """A model without PyTorch weights. `generate` and all its options come from transformers."""
 
     main_input_name = "input_ids"
     base_model_prefix = ""
@@ -96,7 +101,6 @@ class AcceleratedModel(GenerationMixin):
         self.generation_config = generation_config
         self.device = runtime.device
         self.dtype = runtime.dtype
-        self._encoder = Encoder(runtime)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' `generate`, with every option and decoding method it has. Inputs lie on the model's device.
@@ -115,11 +119,32 @@ class AcceleratedModel(GenerationMixin):
     def get_experts_implementation(self) -> Mapping[str, str]:
         return {}
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free the sessions."""
+        self.runtime.close()
+
+    def __enter__(self) -> "AcceleratedModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class EncoderDecoderModel(AcceleratedModel):
+    """Encodes once, then decodes token by token."""
+
+    def __init__(self, runtime: Runtime[Any], config: PretrainedConfig, generation_config: GenerationConfig) -> None:
+        super().__init__(runtime, config, generation_config)
+        self._encoder = Encoder(runtime, self.main_input_name)
+
     def get_encoder(self, modality: str | None = None) -> Encoder:
         return self._encoder
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Seq2SeqLMOutput:
-        return self.forward(*args, **kwargs)
 
     def forward(
         self,
@@ -131,40 +156,89 @@ class AcceleratedModel(GenerationMixin):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """One call of the decoder: ids [batch, new] -> logits [batch, new, vocabulary].
 
         Raises `ValueError` when attentions or hidden states are asked for, which an exported graph doesn't return.
         """
-        if output_attentions or output_hidden_states:
-            raise ValueError("an exported model returns logits and caches, no attentions and no hidden states")
+        refuse(output_attentions, output_hidden_states)
         if decoder_input_ids is None:
             raise ValueError("decoder_input_ids is missing")
         if isinstance(past_key_values, StateCache):
-            logits = self.runtime.step(decoder_input_ids, past_key_values.state)
-            return _output(logits, past_key_values)
+            logits = self.runtime.step({"input_ids": decoder_input_ids}, past_key_values.state)
+            return Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
         if encoder_outputs is None:
-            if input_ids is None:
-                raise ValueError("either input_ids or encoder_outputs is needed")
-            encoder_outputs = self._encoder(input_ids, attention_mask)
+            given = input_ids if self.main_input_name == "input_ids" else kwargs.get(self.main_input_name)
+            if given is None:
+                raise ValueError(f"either {self.main_input_name} or encoder_outputs is needed")
+            encoder_outputs = self._encoder(given, attention_mask=attention_mask)
         hidden = encoder_outputs[0]  # [batch, source, width]
         mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
         logits, state = self.runtime.prefill(
             {"input_ids": decoder_input_ids, "encoder_hidden_states": hidden, "encoder_attention_mask": mask}
         )
         cache = StateCache(state) if use_cache is not False else None
-        return _output(logits, cache, hidden)
+        # transformers types the cache more narrowly than its own `generate` needs
+        return Seq2SeqLMOutput(logits=logits, past_key_values=cache, encoder_last_hidden_state=hidden)
 
-    def close(self) -> None:
-        """Free the sessions."""
-        self.runtime.close()
 
-    def __enter__(self) -> "AcceleratedModel":
-        return self
+class DecoderOnlyModel(AcceleratedModel):
+    """Continues what it is given. Shorter inputs of a batch are padded on the left."""
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """ids [batch, new], mask [batch, past + new] -> logits [batch, `logits_to_keep` or new, vocabulary].
+
+        Raises `ValueError` when attentions or hidden states are asked for, which an exported graph doesn't return.
+        """
+        refuse(output_attentions, output_hidden_states)
+        if input_ids is None:
+            raise ValueError("input_ids is missing")
+        batch, new = input_ids.shape
+        cache = past_key_values if isinstance(past_key_values, StateCache) else None
+        seen = cache.get_seq_length() if cache is not None else 0
+        mask = input_ids.new_ones(batch, seen + new) if attention_mask is None else attention_mask
+        feeds = decoder_feeds(input_ids, mask, logits_to_keep)
+        if position_ids is not None:
+            feeds["position_ids"] = position_ids.expand(batch, -1)
+        if cache is not None:
+            logits = self.runtime.step(feeds, cache.state)
+        else:
+            logits, state = self.runtime.prefill(feeds)
+            cache = StateCache(state) if use_cache is not False else None
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+
+
+def refuse(*asked: bool | None) -> None:
+    """Raises `ValueError` if any is: what a graph doesn't return is not silently left out."""
+    if any(asked):
+        raise ValueError("an exported model returns logits and caches, no attentions and no hidden states")
+
+
+def model_over(
+    runtime: Runtime[Any], config: PretrainedConfig, generation_config: GenerationConfig
+) -> AcceleratedModel:
+    """The model that `config` describes, over `runtime`. What its transformers class does of its own in `generate`
+    (the timestamps of speech, say) comes along, where that is written as a mixin without weights."""
+    shape = EncoderDecoderModel if config.is_encoder_decoder else DecoderOnlyModel
+    known = getattr(transformers, (config.architectures or [""])[0], None)
+    mixins = [base for base in getattr(known, "__mro__", ()) if issubclass(base, GenerationMixin)]
+    own = [base for base in mixins if not issubclass(base, torch.nn.Module) and base is not GenerationMixin]
+    members = {"main_input_name": getattr(known, "main_input_name", shape.main_input_name)}
+    kind = type(shape.__name__, (shape, *own), members)
+    made: AcceleratedModel = kind(runtime, config, generation_config)
+    return made
 
 
 @contextmanager
@@ -180,8 +254,3 @@ def _cores_for_the_runtime(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _output(logits: Tensor, cache: StateCache | None, hidden: Tensor | None = None) -> Seq2SeqLMOutput:
-    # transformers types the cache more narrowly than its own `generate` needs
-    return Seq2SeqLMOutput(logits=logits, past_key_values=cache, encoder_last_hidden_state=hidden)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from accel import console
 from accel.errors import AccelError
-from accel.generation import AcceleratedModel
+from accel.generation import AcceleratedModel, model_over
 from accel.runtime import layout
 from accel.runtime.onnx import open_deployable
 from accel.runtime.protocol import Runtime
@@ -29,7 +29,7 @@ def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:
     config = AutoConfig.from_pretrained(folder)
     described = (folder / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(folder) if described else GenerationConfig.from_model_config(config)
-    return AcceleratedModel(runtime, config, generation)
+    return model_over(runtime, config, generation)
 
 
 def verdict_of(folder: Path) -> dict[str, object] | None:

@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from accel.errors import AccelError
 from accel.memory import PeakMemory, release, resident
 from accel.runtime import layout
 from accel.runtime.binding import BoundSession
+from accel.runtime.feeds import decoder_feeds
 from accel.runtime.onnx import GrowingRuntime, GrowingState
 from accel.runtime.session import SessionSettings, open_session
 from accel.schema import RuntimeConfig
@@ -101,17 +102,16 @@ def session_memory(task: Task) -> int:
     before = held(device)
     runtime, prefill, step = _decoder(task, device)
     rows = task.batch_size * int(task.options["num_beams"])
-    lengths = {"batch": rows, "source": task.source_length, "new": 1, "past": 1}
-    feeds = _feeds(prefill, lengths) | _feeds(step, lengths)
-    ids = feeds["input_ids"]
+    lengths = {"batch": rows, "source": task.source_length, "past": 1}
+    ids = torch.ones(rows, 1, dtype=torch.int64, device=device)
+    context = _ones(prefill, runtime.fixed, lengths) | _ones(step, runtime.fixed, lengths)
     if task.name == STEP_ALONE:
-        fixed = {name: value for name, value in feeds.items() if name != "input_ids" and name not in runtime.grown}
-        state = GrowingState({name: feeds[name] for name in runtime.grown}, fixed, runtime.axes)
+        state = GrowingState(_ones(step, runtime.grown, lengths), context, runtime.axes)
     else:
-        _, state = runtime.prefill({name: value for name, value in feeds.items() if name not in runtime.cache})
+        _, state = runtime.prefill(decoder_feeds(ids, ids) | context)
     for _ in range(STEPS):
-        runtime.step(ids, state)
-    del feeds, state
+        runtime.step(decoder_feeds(ids, ids.expand(rows, state.length + 1)), state)
+    del context, state
     return max(0, held(device) - before)
 
 
@@ -130,8 +130,8 @@ def _decoder(task: Task, device: torch.device) -> tuple[GrowingRuntime, BoundSes
     return GrowingRuntime(None, prefill, step, task.sources["cache"], flag), prefill, step
 
 
-def _feeds(session: BoundSession, lengths: Mapping[str, int]) -> dict[str, Tensor]:
-    """Ones for every input but the flag, its dynamic axes as `lengths` says."""
+def _ones(session: BoundSession, names: Collection[str], lengths: Mapping[str, int]) -> dict[str, Tensor]:
+    """Ones for the inputs `names` that the session has, their dynamic axes as `lengths` says."""
     return {
         name: torch.ones(
             [dim if isinstance(dim, int) else lengths[dim] for dim in port.shape],
@@ -139,7 +139,7 @@ def _feeds(session: BoundSession, lengths: Mapping[str, int]) -> dict[str, Tenso
             device=session.device,
         )
         for name, port in session.inputs.items()
-        if session.dtype(name) is not torch.bool
+        if name in names
     }
 
 

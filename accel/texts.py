@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from accel import console
 from accel.adapter import Architecture
@@ -20,6 +21,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    if not AutoConfig.from_pretrained(folder).is_encoder_decoder:
+        tokenizer.padding_side = "left"  # what is generated follows the last token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # the mask says which of them count
     return tokenizer
 
 
@@ -87,16 +92,28 @@ def _edits(first: Sequence[str], second: Sequence[str]) -> int:
     return row[-1]
 
 
-def pad(batch: Sequence[Mapping[str, Tensor]], value: int) -> dict[str, Tensor]:
-    """Single inputs [1, length] -> one batch [batch, longest], ids filled with `value` and the mask with 0."""
-    longest = max(item["input_ids"].shape[1] for item in batch)
+def pad(batch: Sequence[Mapping[str, Tensor]], value: int, *, left: bool) -> dict[str, Tensor]:
+    """Single inputs [1, length] -> one batch [batch, longest], ids filled with `value` and the mask with 0.
+
+    `left`: on the left, as a model needs it that continues its input. Features, of one length, are not padded.
+    """
     fill = {"input_ids": value, "attention_mask": 0}
-    return {
-        name: torch.cat(
-            [torch.nn.functional.pad(item[name], (0, longest - item[name].shape[1]), value=filler) for item in batch]
-        )
-        for name, filler in fill.items()
-    }
+    longest = max(item[name].shape[1] for item in batch for name in item)
+
+    def row(name: str, tensor: Tensor) -> Tensor:
+        if name not in fill:
+            return tensor
+        missing = longest - tensor.shape[1]
+        return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=fill[name])
+
+    return {name: torch.cat([row(name, item[name]) for item in batch]) for name in batch[0]}
+
+
+def written(model: Any, tokenizer: Any, batch: Mapping[str, Tensor], ids: Tensor) -> list[str]:
+    """The texts in `ids`, which `model` generated for `batch`; what a decoder-only model continues is left out."""
+    begin = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+    texts: list[str] = tokenizer.batch_decode(ids[:, begin:], skip_special_tokens=True)
+    return texts
 
 
 def random_inputs(

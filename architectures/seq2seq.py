@@ -1,27 +1,32 @@
 """Encoder-decoder models: what T5, BART, Marian and their like share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from accel.adapter import Port, Role, Signature
 
-ENCODED = ("decoder.key", "decoder.value", "encoder.key", "encoder.value")  # a layer's caches, in this order
+from .ports import Ports, named, random_ids, random_lengths
+
+# A layer's caches, in this order, and the axis each lies along.
+PARTS = {"decoder.key": "past", "decoder.value": "past", "encoder.key": "source", "encoder.value": "source"}
 
 
 class Encoder(nn.Module):
-    """[batch, source] ids and mask -> [batch, source, width] hidden states."""
+    """The inputs `names`, [batch, source, ...] -> [batch, source, width] hidden states."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
         super().__init__()
         self.encoder = model.get_encoder()
+        self.names = names
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.encoder(**named(tensors, self.names)[0]).last_hidden_state
 
 
 class Decoder(nn.Module):
@@ -30,24 +35,25 @@ class Decoder(nn.Module):
     Without past it returns the logits and four caches a layer; with past, the logits and the two that grew.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
         super().__init__()
         self.model = model
+        self.names = names
 
-    def forward(
-        self, input_ids: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor, *past: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         # input_ids: [B, T], encoder_hidden_states: [B, S, D], encoder_attention_mask: [B, S]
         # past: decoder [B, H, P, K], encoder [B, H, S, K], both twice a layer
-        layers = [tuple(past[i : i + len(ENCODED)]) for i in range(0, len(past), len(ENCODED))]
+        given, past = named(tensors, self.names)
+        layers = [tuple(past[i : i + len(PARTS)]) for i in range(0, len(past), len(PARTS))]
+        cache = EncoderDecoderCache(layers) if layers else EncoderDecoderCache(DynamicCache(), DynamicCache())
+        mask = {"attention_mask": given["encoder_attention_mask"]} if "encoder_attention_mask" in given else {}
         output = self.model(
-            decoder_input_ids=input_ids,
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoder_hidden_states),
-            attention_mask=encoder_attention_mask,
-            past_key_values=EncoderDecoderCache(layers) if layers else None,
+            decoder_input_ids=given["input_ids"],
+            encoder_outputs=BaseModelOutput(last_hidden_state=given["encoder_hidden_states"]),
+            past_key_values=cache,
             use_cache=True,
+            **mask,
         )
-        cache = output.past_key_values
         present: list[Tensor] = []
         for own, cross in zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True):
             present += [own.keys, own.values]
@@ -57,50 +63,49 @@ class Decoder(nn.Module):
 
 
 class Seq2Seq:
-    """Adapter of encoder-decoder models. `layers` is the config attribute that counts the decoder's layers."""
+    """Adapter of encoder-decoder models.
 
-    def __init__(self, model_types: Sequence[str], layers: str = "num_hidden_layers") -> None:
+    `wrapper` makes the decoder from (model, names of its inputs before the caches). Other options: see `Ports`.
+    """
+
+    def __init__(
+        self, model_types: Sequence[str] = (), wrapper: Callable[..., nn.Module] = Decoder, **options: Any
+    ) -> None:
         self.model_types = tuple(model_types)
-        self.layers = layers
+        self.wrapper = wrapper
+        self.ports = Ports(**options)
 
     def roles(self) -> tuple[Role, ...]:
         return (Role.ENCODER, Role.PREFILL, Role.STEP)
 
     def wrap(self, model: PreTrainedModel, role: Role) -> nn.Module:
-        return Encoder(model) if role is Role.ENCODER else Decoder(model)
+        names = [port.name for port in self.signature(model.config, role).inputs if not port.cached]
+        return Encoder(model, names) if role is Role.ENCODER else self.wrapper(model, names)
+
+    def encoder_inputs(self) -> list[Port]:
+        batch_source = {0: "batch", 1: "source"}
+        return [self.ports.of("input_ids", batch_source), self.ports.of("attention_mask", batch_source)]
+
+    def decoder_context(self) -> list[Port]:
+        """What the decoder takes of the encoder's inputs and outputs."""
+        batch_source = {0: "batch", 1: "source"}
+        return [
+            self.ports.of("encoder_hidden_states", batch_source, torch.float32, source="last_hidden_state"),
+            self.ports.of("encoder_attention_mask", batch_source, source="attention_mask"),
+        ]
 
     def signature(self, config: PretrainedConfig, role: Role) -> Signature:
-        batch_source = {0: "batch", 1: "source"}
+        batch_new = {0: "batch", 1: "new"}
         if role is Role.ENCODER:
-            return Signature(
-                inputs=(
-                    Port("input_ids", batch_source, torch.int64),
-                    Port("attention_mask", batch_source, torch.int64),
-                ),
-                outputs=(Port("last_hidden_state", batch_source),),
-            )
-        inputs = [
-            Port("input_ids", {0: "batch", 1: "new"}, torch.int64),
-            Port("encoder_hidden_states", batch_source, source="last_hidden_state"),
-            Port("encoder_attention_mask", batch_source, torch.int64, source="attention_mask"),
-        ]
-        outputs = [Port("logits", {0: "batch", 1: "new"})]
-        for layer in range(getattr(config.get_text_config(decoder=True), self.layers)):
-            for part in ENCODED:
-                own = part.startswith("decoder")
-                present = f"present.{layer}.{part}"
-                if role is Role.STEP:
-                    axes = {0: "batch", 2: "past" if own else "source"}
-                    inputs.append(Port(f"past_key_values.{layer}.{part}", axes, source=present))
-                if own or role is Role.PREFILL:  # the encoder's caches do not change after prefill
-                    outputs.append(Port(present, {0: "batch", 2: "total" if own else "source"}))
-        return Signature(tuple(inputs), tuple(outputs))
+            hidden = self.ports.of("last_hidden_state", {0: "batch", 1: "source"}, torch.float32)
+            return Signature(tuple(self.encoder_inputs()), (hidden,))
+        past, present = self.ports.caches(config, role, PARTS)
+        inputs = [self.ports.of("input_ids", batch_new), *self.decoder_context(), *past]
+        return Signature(tuple(inputs), (self.ports.of("logits", batch_new, torch.float32), *present))
 
     def feeds(
         self, config: PretrainedConfig, batch: int, length: int, generator: torch.Generator
     ) -> Mapping[str, Tensor]:
-        ids = torch.randint(config.vocab_size, (batch, length), generator=generator)  # [B, S]
-        lengths = torch.randint(max(1, length // 2), length + 1, (batch, 1), generator=generator)
-        lengths[0] = length
-        mask = (torch.arange(length) < lengths).long()  # [B, S]
+        ids = random_ids(config, batch, length, generator)  # [B, S]
+        mask = (torch.arange(length) < random_lengths(batch, length, generator)).long()
         return {"input_ids": ids * mask + (config.pad_token_id or 0) * (1 - mask), "attention_mask": mask}

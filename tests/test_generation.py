@@ -1,6 +1,6 @@
 """Every way of decoding that transformers has, over two runtimes that share nothing, against PyTorch's own tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from accel import registry
 from accel.application import compose
-from accel.generation import AcceleratedModel
+from accel.generation import AcceleratedModel, model_over
 from accel.loading import load
 from tests.conftest import overrides_for
 from tests.models import random_t5
@@ -43,7 +43,7 @@ def model(request: pytest.FixtureRequest, tiny: Path, eager: T5ForConditionalGen
             yield opened
     else:
         architecture = registry.build(compose(overrides_for(tiny, Path("unused"))).architecture)
-        yield AcceleratedModel(
+        yield model_over(
             FakeRuntime(architecture, eager), eager.config, GenerationConfig.from_model_config(eager.config)
         )
 
@@ -240,9 +240,9 @@ def test_assisted(model: AcceleratedModel, eager: T5ForConditionalGeneration, op
         for parameter in drafter.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
-    def step(ids: Tensor, state: Any) -> Tensor:
-        seen.append((ids.shape[1], state.length))
-        return real(ids, state)
+    def step(feeds: Mapping[str, Tensor], state: Any) -> Tensor:
+        seen.append((feeds["input_ids"].shape[1], state.length))
+        return real(feeds, state)
 
     model.runtime.step = step  # type: ignore[method-assign]
     try:

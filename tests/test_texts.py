@@ -53,7 +53,7 @@ def test_pad() -> None:
     """Single inputs become one batch: ids filled with the padding id, the mask with 0."""
     first = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
     second = {"input_ids": torch.tensor([[8]]), "attention_mask": torch.ones(1, 1, dtype=torch.int64)}
-    batch = texts.pad([first, second], 9)
+    batch = texts.pad([first, second], 9, left=False)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 

@@ -1,7 +1,7 @@
 """ONNX Runtime with a growing cache: every step returns longer caches, which the next step takes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from accel.runtime.room import check_room
 from accel.runtime.session import SessionSettings, open_session
 
 PAST = "past"  # the axis along which the decoder's own caches grow
+MOVING = {"new", "kept", "total", PAST}  # axes of what changes with every call
 
 
 @dataclass
@@ -22,7 +23,8 @@ class GrowingState:
 
     own: dict[str, Tensor]  # cache input -> [batch, heads, length, head size]
     fixed: dict[str, Tensor]  # other inputs of a step -> tensor, batch first
-    axes: Mapping[str, int]  # cache input -> axis of its length
+    axes: Mapping[str, int]  # cache input that grows -> axis of its length
+    made: Collection[str] = ()  # those of `fixed` that are caches
 
     @property
     def length(self) -> int:
@@ -49,7 +51,7 @@ class GrowingState:
         self.fixed = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.fixed.items()}
 
     def views(self) -> Mapping[str, Tensor]:
-        return self.own | {name: tensor for name, tensor in self.fixed.items() if name in self.axes}
+        return self.own | {name: self.fixed[name] for name in self.made}
 
 
 class GrowingRuntime:
@@ -68,9 +70,8 @@ class GrowingRuntime:
         self.dtype = step.dtype("logits")
         self.cache = dict(cache)
         self.grown = {name: source for name, source in cache.items() if PAST in step.inputs[name].shape}
-        self.axes = {
-            name: step.inputs[name].shape.index(PAST if name in self.grown else "source") for name in self.cache
-        }
+        self.axes = {name: step.inputs[name].shape.index(PAST) for name in self.grown}
+        self.fixed = [name for name, port in step.inputs.items() if not MOVING & set(port.shape) and name != flag]
         self.flag = flag
         self._on, self._off = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
 
@@ -88,13 +89,9 @@ class GrowingRuntime:
         logits, *caches = self._prefill(given, ["logits", *self.cache.values()])
         present = dict(zip(names, caches, strict=True))
         own = {name: tensor for name, tensor in present.items() if name in self.grown}
-        context = {
-            name: self._step.place(name, feeds[name])
-            for name in self._step.inputs
-            if name in feeds and name != "input_ids"
-        }
-        fixed = context | {name: tensor for name, tensor in present.items() if name not in self.grown}
-        return logits, GrowingState(own, fixed, self.axes)
+        made = {name: tensor for name, tensor in present.items() if name not in self.grown}
+        context = {name: self._step.place(name, feeds[name]) for name in self.fixed if name in feeds}
+        return logits, GrowingState(own, context | made, self.axes, made)
 
     def _no_past(self, batch: int) -> dict[str, Tensor]:
         """Caches of length 0, which a merged decoder takes in place of a past; they hold no memory."""
@@ -108,9 +105,9 @@ class GrowingRuntime:
             for name, shape in shapes.items()
         }
 
-    def step(self, ids: Tensor, state: GrowingState) -> Tensor:
-        feeds = {"input_ids": ids, **state.own, **state.fixed} | ({self.flag: self._on} if self.flag else {})
-        logits, *caches = self._step(feeds, ["logits", *self.grown.values()])
+    def step(self, feeds: Mapping[str, Tensor], state: GrowingState) -> Tensor:
+        given = {**feeds, **state.own, **state.fixed} | ({self.flag: self._on} if self.flag else {})
+        logits, *caches = self._step(given, ["logits", *self.grown.values()])
         state.own = dict(zip(self.grown, caches, strict=True))
         return logits
 

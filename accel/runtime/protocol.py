@@ -58,8 +58,9 @@ class Runtime(Protocol[S]):
         """Decoder inputs without past -> logits [batch, new, vocabulary] and the state to continue from."""
         ...
 
-    def step(self, ids: Tensor, state: S) -> Tensor:
-        """Any number (>= 1) of new ids [batch, new] -> logits [batch, new, vocabulary]; the state moves on."""
+    def step(self, feeds: Mapping[str, Tensor], state: S) -> Tensor:
+        """Any number (>= 1) of new `input_ids` [batch, new], and what else changes with each call (in decoder-only
+        models the mask and the positions) -> logits [batch, new, vocabulary]; the state moves on."""
         ...
 
     def close(self) -> None:

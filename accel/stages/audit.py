@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from transformers import AutoConfig, PretrainedConfig
 from accel import console, texts
 from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
-from accel.chain import signatures
+from accel.chain import Shape, script, signatures
 from accel.errors import AccelError
 from accel.graph import files, plan, probe
 from accel.memory import release
+from accel.runtime.feeds import decoder_feeds
 from accel.runtime.session import SessionSettings, open_session
 from accel.schema import AuditConfig, Config, RuntimeConfig
 from accel.stages import Stage, takes
@@ -54,28 +55,41 @@ class ProbedGraph:
         return {name: torch.from_numpy(value) for name, value in found.items()}
 
 
-def batches(
-    config: AuditConfig, architecture: Architecture, model: PretrainedConfig, folder: Path
-) -> Iterator[tuple[str, dict[str, Tensor], Tensor]]:
-    """(kind, inputs of the encoder, first decoder ids [batch, prefix]) for every batch to look at."""
+@dataclass(frozen=True)
+class Batch:
+    """One batch to look at: what the encoder is given, if there is one, and the first ids of the decoder."""
+
+    kind: str
+    given: Mapping[str, Tensor]
+    ids: Tensor  # [batch, prefix]
+    mask: Tensor  # [batch, prefix]
+
+
+def batches(config: AuditConfig, architecture: Architecture, model: PretrainedConfig, folder: Path) -> Iterator[Batch]:
+    """Random ids of random lengths, then the texts of `audit.texts`."""
+    encodes = Role.ENCODER in architecture.roles()
     generator = torch.Generator().manual_seed(config.seed)
-    vocabulary = model.get_text_config(decoder=True).vocab_size
     for _ in range(config.batches):
         length, prefix = (
             int(torch.randint(2, max(3, n), (), generator=generator))
             for n in (config.max_length, config.max_length // 4)
         )
-        given = architecture.feeds(model, config.batch_size, length, generator)
-        yield "random", dict(given), torch.randint(vocabulary, (config.batch_size, prefix), generator=generator)
+        shape = Shape(config.batch_size, length, prefix if encodes else length, 1)
+        given = script(architecture, model, shape, generator)
+        first = given[Role.PREFILL]
+        yield Batch("random", given.get(Role.ENCODER, {}), first["input_ids"], first["attention_mask"])
     if config.texts is not None:
         tokenizer = texts.load_tokenizer(folder)
         if tokenizer is None:
             raise AccelError(f"audit.texts={config.texts}: the checkpoint has no tokenizer to read text with")
         lines = [line for line in texts.read_lines(Path(config.texts)) if line.strip()]
         start = getattr(model, "decoder_start_token_id", None) or 0
-        for first in range(0, len(lines), config.batch_size):
-            chunk = lines[first : first + config.batch_size]
-            yield "text", texts.encode(tokenizer, chunk), torch.full((len(chunk), 1), start)
+        for first_line in range(0, len(lines), config.batch_size):
+            given_texts = texts.encode(tokenizer, lines[first_line : first_line + config.batch_size])
+            ids, mask = given_texts["input_ids"], given_texts["attention_mask"]
+            if encodes:
+                ids, mask = torch.full((len(ids), 1), start), torch.ones(len(ids), 1, dtype=torch.int64)
+            yield Batch("text", given_texts, ids, mask)
 
 
 def observe(
@@ -87,16 +101,16 @@ def observe(
     ranges: dict[Role, dict[str, probe.Range]] = {}
     for role, signature in ports.items():
         graph = ProbedGraph(graphs / f"{role}.onnx", scratch, config.runtime)
-        for number, (kind, given, ids) in enumerate(console.track(work, f"auditing the {role}")):
+        for number, batch in enumerate(console.track(work, f"auditing the {role}")):
             spool = scratch / f"{number}.safetensors"
-            pool = dict(given) if role is Role.ENCODER else load_file(spool)
+            pool = load_file(spool) if spool.is_file() else dict(batch.given)
             feeds = {port.name: pool[port.source] for port in signature.inputs if port.source}
             if role is Role.ENCODER:
-                pool |= graph(given)
+                pool |= graph(batch.given)
             elif role is Role.PREFILL:
-                pool |= graph({"input_ids": ids, **feeds})
+                pool |= graph({**decoder_feeds(batch.ids, batch.mask), **feeds})
             else:
-                _decode(graph, STEPS[kind], pool, signature.cache, feeds)
+                _decode(graph, batch, pool["logits"], signature.cache, feeds)
             save_file({name: tensor.contiguous() for name, tensor in pool.items()}, spool)
         ranges[role] = graph.ranges
         (scratch / f"{role}.onnx").unlink()
@@ -106,12 +120,13 @@ def observe(
 
 
 def _decode(
-    graph: ProbedGraph, steps: int, pool: Mapping[str, Tensor], cache: Mapping[str, str], feeds: dict[str, Tensor]
+    graph: ProbedGraph, batch: Batch, logits: Tensor, cache: Mapping[str, str], feeds: dict[str, Tensor]
 ) -> None:
     """Greedy steps from prefill's logits and caches on."""
-    logits = pool["logits"]
-    for _ in range(steps):
-        found = graph({"input_ids": logits[:, -1:].argmax(-1), **feeds})
+    mask = batch.mask
+    for _ in range(STEPS[batch.kind]):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        found = graph({**decoder_feeds(logits[:, -1:].argmax(-1), mask), **feeds})
         logits = found["logits"]
         feeds |= {name: found[source] for name, source in cache.items() if source in found}
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from accel import console
 from accel.adapter import Architecture, Role, Signature
 from accel.artifacts import Artifact
-from accel.chain import Chain, signatures, torch_run
+from accel.chain import Chain, Shape, script, signatures, torch_run
 from accel.errors import AccelError
 from accel.graph import files
 from accel.runtime.session import SessionSettings, plain_run
@@ -25,18 +25,16 @@ from accel.stages import Stage, takes
 from accel.stages.checkpoint import load_model
 
 # Every dimension of the example is at least 2 and unlike the others: the exporter freezes an axis of length 1.
-EXAMPLE = {"batch": 2, "source": 5, "new": 3, "past": 7}
-# batch, source length, past length, new tokens
-SHAPES = ((1, 1, 1, 1), (1, 9, 0, 1), (3, 6, 4, 2), (2, 300, 2, 1), (1, 11, 300, 1))
+EXAMPLE = Shape(batch=2, source=5, past=7, new=3)
+SHAPES = (Shape(1, 1, 1, 1), Shape(1, 9, 0, 1), Shape(3, 6, 4, 2), Shape(2, 300, 2, 1), Shape(1, 11, 300, 1))
 
 
-def example(chain: Chain, role: Role, given: Mapping[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+def example(chain: Chain, role: Role, given: Mapping[Role, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The inputs of `role` at the example's shape, made by running the roles before it."""
     for earlier in chain.signatures:
-        current = given if earlier is Role.ENCODER else {"input_ids": ids}
         if earlier is role:
-            return chain.inputs(role, current)
-        chain(earlier, current)
+            return chain.inputs(role, given[role])
+        chain(earlier, given[earlier])
     raise AccelError(f"role {role} is not one of the architecture's: {', '.join(chain.signatures)}")
 
 
@@ -83,11 +81,11 @@ def name_weights(graph: ir.Model, wrapper: nn.Module, model: PreTrainedModel) ->
 
 @dataclass(frozen=True)
 class Known:
-    """What PyTorch makes of one role's inputs. `where` says the shape in words."""
+    """What PyTorch makes of one role's inputs."""
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
-    where: str
+    shape: Shape
 
 
 def by_pytorch(architecture: Architecture, model: PreTrainedModel, seed: int) -> dict[Role, list[Known]]:
@@ -95,19 +93,14 @@ def by_pytorch(architecture: Architecture, model: PreTrainedModel, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     ports = signatures(architecture, model.config)
     chain = Chain(ports, torch_run(architecture, model))
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
     found: dict[Role, list[Known]] = {role: [] for role in ports}
-    for batch, source, past, new in console.track(SHAPES, "PyTorch"):
-        given = architecture.feeds(model.config, batch, source, generator)
-        ids = torch.randint(vocabulary, (batch, max(past, 1) + new), generator=generator)
-        prefill, step = {"input_ids": ids[:, : max(past, 1)]}, {"input_ids": ids[:, -new:]}
+    for shape in console.track(SHAPES, "PyTorch"):
+        given = script(architecture, model.config, shape, generator)
         for role in ports:
-            if role is Role.STEP and past == 0:
+            if role is Role.STEP and shape.past == 0:
                 chain.forget_past()
-            current = given if role is Role.ENCODER else prefill if role is Role.PREFILL else step
-            inputs = chain.inputs(role, current)
-            where = f"batch {batch}, source {source}, past {past}, new {new}"
-            found[role].append(Known(inputs, chain(role, current), where))
+            inputs = chain.inputs(role, given[role])
+            found[role].append(Known(inputs, chain(role, given[role]), shape))
     return found
 
 
@@ -135,14 +128,14 @@ def _differences(role: Role, found: Mapping[str, Tensor], known: Known, toleranc
         if value.shape != found[name].shape:
             raise AccelError(
                 f"export of {role}: {name} has shape {tuple(found[name].shape)}, PyTorch gives "
-                f"{tuple(value.shape)} ({known.where})"
+                f"{tuple(value.shape)} ({known.shape})"
             )
         scale = value.abs().max().clamp_min(1e-6) if value.numel() else torch.ones(())
         difference = float(((found[name] - value).abs().amax() if value.numel() else 0.0) / scale)
         if not difference <= tolerance:
             raise AccelError(
                 f"export of {role}: {name} differs from PyTorch by {difference:.2e} of its largest value, "
-                f"more than export.tolerance={tolerance:.0e} ({known.where})"
+                f"more than export.tolerance={tolerance:.0e} ({known.shape})"
             )
         yield difference
 
@@ -152,15 +145,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     model = load_model(inputs["checkpoint"].folder)
     generator = torch.Generator().manual_seed(config.export.seed)
     ports = signatures(architecture, model.config)
-    given = architecture.feeds(model.config, EXAMPLE["batch"], EXAMPLE["source"], generator)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(vocabulary, (EXAMPLE["batch"], EXAMPLE["past"]), generator=generator)
+    given = script(architecture, model.config, EXAMPLE, generator)
     chain = Chain(ports, torch_run(architecture, model))
     nodes: dict[str, int] = {}
     for role, signature in console.track(list(ports.items()), "tracing"):
         wrapper = architecture.wrap(model, role)
-        tokens = ids[:, : EXAMPLE["new"]] if role is Role.STEP else ids
-        graph = export_role(wrapper, signature, example(chain, role, given, tokens), config.export.opset)
+        graph = export_role(wrapper, signature, example(chain, role, given), config.export.opset)
         name_weights(graph, wrapper, model)
         files.save(graph, out / f"{role}.onnx")
         nodes[str(role)] = files.node_count(graph)

@@ -48,7 +48,7 @@ def write(
     for start in console.track(range(0, len(lines), size), "generating"):
         batch = texts.encode(tokenizer, lines[start : start + size])
         ids = model.generate(**{name: tensor.to(model.device) for name, tensor in batch.items()}, **options)
-        written += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        written += texts.written(model, tokenizer, batch, ids)
     return written
 
 

@@ -13,8 +13,9 @@ from transformers import GenerationConfig, PretrainedConfig
 from accel import console, texts
 from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
-from accel.chain import Chain, signatures, torch_run
+from accel.chain import Chain, Shape, script, signatures, torch_run
 from accel.generation import Generates
+from accel.runtime.feeds import decoder_feeds
 from accel.schema import Config, VerifyConfig
 from accel.stages import Stage, takes
 from accel.stages.checkpoint import load_model, reference_files
@@ -24,8 +25,7 @@ INPUTS = "inputs.safetensors"
 OUTPUTS = "outputs-{}.safetensors"
 PATH = "path-{}.safetensors"  # what one greedy generation said, and the logits at each of its tokens
 PATHS = 2
-# batch, source length, tokens of prefill, tokens of the step
-SHAPES = ((1, 7, 1, 1), (3, 12, 5, 1), (2, 33, 2, 3))
+SHAPES = (Shape(1, 7, 1, 1), Shape(3, 12, 5, 1), Shape(2, 33, 2, 3))
 
 
 def cases(config: Config) -> dict[str, dict[str, Any]]:
@@ -67,7 +67,8 @@ def generate_ids(
 ) -> list[list[int]]:
     """Generate for single inputs in one padded batch; ids after the last that is not padding are dropped."""
     padding = model.generation_config.pad_token_id or 0
-    batch = {name: tensor.to(model.device) for name, tensor in texts.pad(inputs, padding).items()}
+    padded = texts.pad(inputs, padding, left=not model.config.is_encoder_decoder)
+    batch = {name: tensor.to(model.device) for name, tensor in padded.items()}
     settings = GenerationConfig(**{**model.generation_config.to_diff_dict(), "max_length": None, **options})
     with torch.inference_mode():
         sequences: list[list[int]] = model.generate(**batch, generation_config=settings).tolist()
@@ -93,18 +94,9 @@ def role_calls(
 ) -> Iterator[tuple[int, Role, Mapping[str, Tensor]]]:
     """(shape's number, role, what the caller gives) for every role at every one of `SHAPES`, in order."""
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = config.get_text_config(decoder=True).vocab_size
-    for number, (batch, source, past, new) in enumerate(SHAPES):
-        given = architecture.feeds(config, batch, source, generator)
-        ids = torch.randint(vocabulary, (batch, past + new), generator=generator)
-        for role in architecture.roles():
-            yield (
-                number,
-                role,
-                given
-                if role is Role.ENCODER
-                else {"input_ids": ids[:, :past] if role is Role.PREFILL else ids[:, past:]},
-            )
+    for number, shape in enumerate(SHAPES):
+        for role, given in script(architecture, config, shape, generator).items():
+            yield number, role, given
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
@@ -137,10 +129,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 
 def _along(chain: Chain, given: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     """Logits after each of `ids` [1, tokens], all seen at once: [1, tokens, vocabulary]."""
-    for role in chain.signatures:
-        if role is Role.ENCODER:
-            chain(role, {name: tensor.to(ids.device) for name, tensor in given.items()})
-    return chain(Role.PREFILL, {"input_ids": ids})["logits"].cpu().contiguous()
+    if Role.ENCODER in chain.signatures:
+        chain(Role.ENCODER, {name: tensor.to(ids.device) for name, tensor in given.items()})
+    return chain(Role.PREFILL, decoder_feeds(ids, torch.ones_like(ids)))["logits"].cpu().contiguous()
 
 
 def _references(config: Config, folder: Path, model: Generates) -> list[str]:
@@ -158,7 +149,7 @@ def decode_texts(model: Generates, tokenizer: Any, lines: Sequence[str], batch_s
         batch = texts.encode(tokenizer, lines[start : start + batch_size])
         with torch.inference_mode():
             ids = model.generate(**{name: tensor.to(model.device) for name, tensor in batch.items()}, num_beams=1)
-        outputs += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        outputs += texts.written(model, tokenizer, batch, ids)
     return outputs
 
 

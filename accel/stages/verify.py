@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from accel import console, texts
-from accel.adapter import Architecture, Port, Role
+from accel.adapter import Architecture, Role
 from accel.artifacts import MANIFEST, Artifact
 from accel.errors import AccelError
 from accel.generation import AcceleratedModel
@@ -21,6 +21,7 @@ from accel.graph import files
 from accel.graph.emulate import emulate_half
 from accel.loading import open_model
 from accel.runtime import layout
+from accel.runtime.feeds import decoder_feeds
 from accel.runtime.stream import on_shared_stream
 from accel.schema import Config
 from accel.stages import Stage, reference, takes
@@ -75,12 +76,12 @@ def compare_outputs(
         known = _outputs_of(role, load_file(expected / reference.OUTPUTS.format(number)))
         if role is Role.ENCODER:
             found = dict(model.runtime.encode(given))
-            hidden = {port.name: (dict(given) | known)[port.source or ""] for port in _context(architecture, model)}
+            hidden = _context(architecture, model, {**given, **known})
         else:
             if role is Role.PREFILL:
                 logits, state = model.runtime.prefill({**given, **hidden})
             elif state is not None:
-                logits = model.runtime.step(given["input_ids"], state)
+                logits = model.runtime.step(given, state)
             views = state.views() if state is not None else {}
             found = {"logits": logits} | {output: views[name] for name, output in cache.items()}
         for name, value in known.items():
@@ -100,12 +101,13 @@ def compare_paths(
     """
     for number, given in enumerate(inputs[: reference.PATHS]):
         known = load_file(expected / reference.PATH.format(number))
-        pool = dict(given) | dict(model.runtime.encode(given))
-        hidden = {port.name: pool[port.source or ""] for port in _context(architecture, model)}
-        first, *rest = known["ids"].to(model.device).split(1, dim=1)  # each [1, 1]
+        hidden = _encoded(architecture, model, given)
+        ids = known["ids"].to(model.device)  # [1, tokens]
+        seen = torch.ones_like(ids)
+        calls = [decoder_feeds(ids[:, [i]], seen[:, : i + 1]) for i in range(ids.shape[1])]
         with on_shared_stream(model.device):  # as `generate` does
-            logits, state = model.runtime.prefill({"input_ids": first, **hidden})
-            found = torch.cat([logits, *(model.runtime.step(ids, state) for ids in rest)], dim=1)
+            logits, state = model.runtime.prefill({**calls[0], **hidden})
+            found = torch.cat([logits, *(model.runtime.step(feeds, state) for feeds in calls[1:])], dim=1)
         _measure(verdict, "path.logits", found, known["logits"])
 
 
@@ -113,9 +115,17 @@ def _outputs_of(role: Role, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{role}."): value for name, value in tensors.items() if name.startswith(f"{role}.")}
 
 
-def _context(architecture: Architecture, model: AcceleratedModel) -> list[Port]:
-    """The decoder's inputs that come from the encoder."""
-    return [port for port in architecture.signature(model.config, Role.PREFILL).inputs if port.source]
+def _encoded(architecture: Architecture, model: AcceleratedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder's inputs that come from the encoder, for inputs `given`; none without an encoder."""
+    if Role.ENCODER not in architecture.roles():
+        return {}
+    return _context(architecture, model, {**given, **model.runtime.encode(given)})
+
+
+def _context(architecture: Architecture, model: AcceleratedModel, pool: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder's inputs that come from the encoder's inputs and outputs, which are in `pool`."""
+    ports = architecture.signature(model.config, Role.PREFILL).inputs
+    return {port.name: pool[port.source] for port in ports if port.source}
 
 
 def _measure(verdict: Verdict, name: str, found: Tensor, expected: Tensor) -> None:

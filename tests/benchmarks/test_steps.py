@@ -78,7 +78,7 @@ def test_onnx_step(benchmark: Benchmark, accelerated: Any) -> None:
     ids = torch.full((1, 1), 5)
 
     def step() -> None:
-        accelerated.runtime.step(ids, state)
+        accelerated.runtime.step({"input_ids": ids}, state)
         state.crop(PAST)
 
     benchmark(step)

@@ -87,16 +87,17 @@ class FakeRuntime:
         outputs = self._run(Role.PREFILL, feeds)
         grown = {port.name for port in self.signatures[Role.STEP].outputs}
         caches = {name: outputs[source] for name, source in self.cache.items()}
-        fixed = {name: tensor for name, tensor in feeds.items() if name != "input_ids"}
+        ports = {port.name: port for port in self.signatures[Role.STEP].inputs}
+        fixed = {name: value for name, value in feeds.items() if name in ports and ports[name].source}
         fixed |= {name: tensor for name, tensor in caches.items() if self.cache[name] not in grown}
         state = TableState(fixed, feeds["input_ids"].shape[0])
         state.write({name: tensor for name, tensor in caches.items() if self.cache[name] in grown})
         return outputs["logits"], state
 
-    def step(self, ids: Tensor, state: TableState) -> Tensor:
-        outputs = self._run(Role.STEP, {"input_ids": ids, **state.fixed, **state.views()})
+    def step(self, feeds: Mapping[str, Tensor], state: TableState) -> Tensor:
+        outputs = self._run(Role.STEP, {**feeds, **state.fixed, **state.views()})
         present = {name: outputs[source] for name, source in self.cache.items() if source in outputs}
-        state.write({name: tensor[:, :, -ids.shape[1] :] for name, tensor in present.items()})
+        state.write({name: tensor[:, :, -feeds["input_ids"].shape[1] :] for name, tensor in present.items()})
         return outputs["logits"]
 
     def close(self) -> None:

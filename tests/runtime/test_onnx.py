@@ -71,7 +71,7 @@ class Both:
         for new in (1, 3):
             ids = torch.arange(3, 3 + self.state.batch * new).view(-1, new)
             torch.testing.assert_close(
-                self.model.runtime.step(ids, self.state), self.pytorch(ids), rtol=1e-4, atol=1e-4
+                self.model.runtime.step({"input_ids": ids}, self.state), self.pytorch(ids), rtol=1e-4, atol=1e-4
             )
         self.assert_same_caches()
 
@@ -122,7 +122,7 @@ def test_expand_then_reorder(both: Both) -> None:
 def test_reorder_moves_the_right_rows(both: Both) -> None:
     """Every cache of the decoder's own follows the index, and the sequences do differ."""
     both.state.expand(2)
-    both.model.runtime.step(torch.arange(10, 16)[:, None], both.state)
+    both.model.runtime.step({"input_ids": torch.arange(10, 16)[:, None]}, both.state)
     before = {name: view.clone() for name, view in both.state.views().items()}
     index = torch.tensor([1, 1, 3, 2, 4, 4])
     both.state.reorder(index)
@@ -146,7 +146,7 @@ def test_states_are_independent(model: AcceleratedModel, eager: T5ForConditional
     """Two generations at once over one runtime don't touch each other's caches."""
     first, second = Both(model, eager), Both(model, eager)
     second.state.select(torch.tensor([0]))
-    model.runtime.step(torch.tensor([[4]]), second.state)
+    model.runtime.step({"input_ids": torch.tensor([[4]])}, second.state)
     first.assert_same()
 
 

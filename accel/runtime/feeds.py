@@ -1,0 +1,23 @@
+"""The inputs of a decoder that its caller makes, for every call anew."""
+
+import torch
+from torch import Tensor
+
+
+def positions(mask: Tensor) -> Tensor:
+    """[batch, length] mask -> each token's place among those that are no padding, as transformers' `generate` does."""
+    return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+
+
+def decoder_feeds(ids: Tensor, mask: Tensor, keep: int = 0) -> dict[str, Tensor]:
+    """All a decoder may ask the caller for: `ids` [batch, new] are the last of those in `mask` [batch, past + new].
+
+    The logits of the last `keep` are wanted, or of all.
+    """
+    new = ids.shape[1]
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions(mask)[:, -new:],
+        "logits_to_keep": torch.arange(max(0, new - keep) if keep else 0, new, device=ids.device),
+    }

@@ -1,0 +1,75 @@
+"""Decoder-only models: what GPT, Llama and their like share."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from accel.adapter import Role, Signature
+
+from .ports import Ports, named, random_ids, random_lengths
+
+PARTS = {"key": "past", "value": "past"}  # a layer's caches, in this order
+
+
+class Decoder(nn.Module):
+    """The model with flat caches: the logits of the tokens to keep, and two caches a layer."""
+
+    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # input_ids, position_ids: [B, T], attention_mask: [B, P + T], logits_to_keep: [N] of T, past: [B, H, P, K]
+        given, past = named(tensors, self.names)
+        # Every layer keeps all tokens, also where attention slides: what lies outside its window is masked.
+        cache = DynamicCache([tuple(past[i : i + 2]) for i in range(0, len(past), 2)] or None)
+        logits = self.model(**given, past_key_values=cache, use_cache=True).logits
+        return (logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+
+
+class Causal:
+    """Adapter of decoder-only models.
+
+    `wrapper` makes the decoder from (model, names of its inputs before the caches). Other options: see `Ports`. Whether
+    the model takes positions is read off its `forward`.
+    """
+
+    def __init__(
+        self, model_types: Sequence[str] = (), wrapper: Callable[..., nn.Module] = Decoder, **options: Any
+    ) -> None:
+        self.model_types = tuple(model_types)
+        self.wrapper = wrapper
+        self.ports = Ports(**options)
+
+    def roles(self) -> tuple[Role, ...]:
+        return (Role.PREFILL, Role.STEP)
+
+    def wrap(self, model: PreTrainedModel, role: Role) -> nn.Module:
+        return self.wrapper(model, [port.name for port in self.signature(model.config, role).inputs if not port.cached])
+
+    def signature(self, config: PretrainedConfig, role: Role) -> Signature:
+        taken = inspect.signature(getattr(transformers, config.architectures[0]).forward).parameters
+        axes = {
+            "input_ids": {0: "batch", 1: "new"},
+            "attention_mask": {0: "batch", 1: "total"},
+            "position_ids": {0: "batch", 1: "new"},
+            "logits_to_keep": {0: "kept"},
+        }
+        past, present = self.ports.caches(config, role, PARTS)
+        inputs = [self.ports.of(name, axes[name]) for name in axes if name in taken]
+        logits = self.ports.of("logits", {0: "batch", 1: "kept" if "logits_to_keep" in taken else "new"}, torch.float32)
+        return Signature((*inputs, *past), (logits, *present))
+
+    def feeds(
+        self, config: PretrainedConfig, batch: int, length: int, generator: torch.Generator
+    ) -> Mapping[str, Tensor]:
+        ids = random_ids(config, batch, length, generator)  # [B, S], padded on the left
+        mask = (torch.arange(length - 1, -1, -1) < random_lengths(batch, length, generator)).long()
+        return {"input_ids": ids * mask + (config.pad_token_id or 0) * (1 - mask), "attention_mask": mask}

@@ -1,0 +1,88 @@
+"""The ports of a decoder that keeps keys and values, and what a YAML may say about them."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PretrainedConfig
+
+from accel.adapter import Port, Role
+from accel.errors import AccelError
+
+# Axes of a cache [batch, heads, length, head size]; of its length: `past` going in, `total` coming out.
+BATCH, LENGTH = 0, 2
+
+
+class Ports:
+    """Builds ports under the names and axes that a YAML gives.
+
+    `layers` names the config's attribute that counts the decoder's layers. `past` and `present` are the names of a
+    cache going in and coming out, with `{layer}` and `{part}`. `axes` maps a port's name, or `past` or `present` as
+    given here, to its dynamic axes, where they differ from what the shape of model has.
+    """
+
+    def __init__(
+        self,
+        layers: str = "num_hidden_layers",
+        past: str = "past_key_values.{layer}.{part}",
+        present: str = "present.{layer}.{part}",
+        axes: Mapping[str, Mapping[int, str]] | None = None,
+    ) -> None:
+        self.layers, self.past, self.present = layers, past, present
+        self.axes = dict(axes or {})
+
+    def of(
+        self,
+        name: str,
+        axes: Mapping[int, str],
+        dtype: torch.dtype = torch.int64,
+        source: str | None = None,
+        template: str | None = None,
+    ) -> Port:
+        """A port. `template`: the name of all caches of its kind, for one of them."""
+        chosen = self.axes.get(name, self.axes.get(template or name, axes))
+        return Port(name, chosen, dtype, source, cached=template == self.past)
+
+    def caches(self, config: PretrainedConfig, role: Role, parts: Mapping[str, str]) -> tuple[list[Port], list[Port]]:
+        """(inputs, outputs) for the caches of every layer.
+
+        `parts` maps the caches of a layer, in order, to the axis they lie along: `past` for those that grow with every
+        token, another one for those that prefill makes once. Raises `AccelError` if the config counts no layers.
+        """
+        inputs, outputs = [], []
+        for layer in range(self.count(config)):
+            for part, along in parts.items():
+                names = {"layer": layer, "part": part}
+                past, present = self.past.format(**names), self.present.format(**names)
+                if role is Role.STEP:
+                    axes = {BATCH: "batch", LENGTH: along}
+                    inputs.append(self.of(past, axes, torch.float32, present, self.past))
+                if along == "past" or role is Role.PREFILL:
+                    axes = {BATCH: "batch", LENGTH: "total" if along == "past" else along}
+                    outputs.append(self.of(present, axes, torch.float32, template=self.present))
+        return inputs, outputs
+
+    def count(self, config: PretrainedConfig) -> int:
+        """The decoder's layers."""
+        text = config.get_text_config(decoder=True)
+        found = getattr(text, self.layers, None)
+        if not isinstance(found, int):
+            like = [name for name in text.to_dict() if "layers" in name]
+            raise AccelError(f"layers={self.layers}: the config of {config.model_type} has {', '.join(like) or 'none'}")
+        return found
+
+
+def random_ids(config: PretrainedConfig, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """[batch, length] ids of any kind."""
+    return torch.randint(config.get_text_config(decoder=True).vocab_size, (batch, length), generator=generator)
+
+
+def random_lengths(batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """[batch, 1] lengths from half of `length` on, the first of them `length` itself."""
+    lengths = torch.randint(max(1, length // 2), length + 1, (batch, 1), generator=generator)
+    lengths[0] = length
+    return lengths
+
+
+def named(tensors: Sequence[torch.Tensor], names: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """The first tensors by name, and the rest: the caches."""
+    return dict(zip(names, tensors, strict=False)), list(tensors[len(names) :])

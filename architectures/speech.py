@@ -1,0 +1,30 @@
+"""Encoder-decoder models that listen: features of one fixed length in, no mask over them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from accel.adapter import Port
+
+from .seq2seq import Seq2Seq
+
+BATCH = {0: "batch"}
+
+
+class Speech(Seq2Seq):
+    """Adapter of models whose encoder takes `input_features` [batch, mel bins, frames]."""
+
+    def encoder_inputs(self) -> list[Port]:
+        return [self.ports.of("input_features", BATCH, torch.float32)]
+
+    def decoder_context(self) -> list[Port]:
+        return [self.ports.of("encoder_hidden_states", BATCH, torch.float32, source="last_hidden_state")]
+
+    def feeds(
+        self, config: PretrainedConfig, batch: int, length: int, generator: torch.Generator
+    ) -> Mapping[str, Tensor]:
+        # Two frames a position, for the encoder's second convolution has a stride of 2. `length` is not ours to choose.
+        shape = (batch, config.num_mel_bins, 2 * config.max_source_positions)
+        return {"input_features": torch.randn(shape, generator=generator)}
