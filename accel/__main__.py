@@ -10,7 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from accel import console, schema
+from accel import console, plugins, schema
+from accel.errors import AccelError
 from accel.messages import USER_ERRORS, explain
 
 FAILED = 2
@@ -19,7 +20,12 @@ FAILED = 2
 def main() -> None:
     """The console script `accel`. Exits with 0, or with 2 after one message that says what was wrong."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us: Hydra's own report is more than a screen
-    schema.register()
+    try:
+        schema.register()
+        plugins.register()
+    except AccelError as error:
+        console.fail(explain(error))
+        sys.exit(FAILED)
     failures: list[str] = []
 
     @hydra.main(config_path="pkg://accel.conf", config_name="config", version_base="1.3")

@@ -3,19 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from accel import registry, schema
+from accel import console, plugins, registry, schema
 from accel.artifacts import Artifact
 from accel.errors import AccelError, unknown
 from accel.pipeline import Pipeline, chosen
 from accel.schema import Config, RuntimeConfig
+from accel.stages import generate
 from accel.validation import validate
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 AUTO = "auto"
+ENCODER_DECODER, DECODER_ONLY = "seq2seq", "causal"  # architectures of any model of that shape
+ADD_ONE = "docs/add-an-architecture.md says how to add one: often a YAML of two lines"
 
 
 def settle(composed: DictConfig, overrides: Sequence[str]) -> Config:
@@ -35,7 +41,7 @@ def settle(composed: DictConfig, overrides: Sequence[str]) -> Config:
         runtime = choices.get("runtime", config.runtime.name)
         choices["precision"] = "fp32" if runtime == "cpu" else "fp16"
     if config.architecture.get("_target_") is None:
-        choices["architecture"] = registry.choose(_model_type(config))
+        choices["architecture"] = _architecture(config)
     if choices:
         kept = [given for given in overrides if given.split("=")[0].lstrip("+") not in choices]
         composed = hydra.compose("config", [*kept, *(f"{group}={name}" for group, name in choices.items())])
@@ -48,7 +54,7 @@ def settle(composed: DictConfig, overrides: Sequence[str]) -> Config:
 
 def runtime_named(name: str) -> RuntimeConfig:
     """The runtime that `conf/runtime/<name>.yaml` describes. Raises Hydra's error, listing the choices, on another."""
-    schema.register()
+    _prepare()
     with hydra.initialize_config_module("accel.conf", version_base="1.3"):
         runtime = typed(hydra.compose("config", [f"runtime={name}"])).runtime
     return runtime_named(_runtime()) if runtime.name == AUTO else runtime
@@ -76,26 +82,56 @@ def _refuse_extra(section: Any, kind: Any, prefix: str) -> None:
 def execute(config: Config) -> dict[str, Artifact]:
     """Run the stages the configuration asks for."""
     architecture = registry.build(config.architecture)
-    model_type = _model_type(config)
-    if model_type not in architecture.model_types:
+    description = _description(config)
+    model_type = description.model_type
+    if architecture.model_types and model_type not in architecture.model_types:
         raise unknown(
             f"model type for architecture {config.architecture['_target_']}", model_type, architecture.model_types
         )
-    return Pipeline(config, architecture).run(chosen(config.stage))
+    if "generate" in (stages := chosen(config.stage)):
+        generate.check(config, description)
+    return Pipeline(config, architecture).run(stages)
 
 
 def compose(overrides: Sequence[str]) -> Config:
     """The configuration for `overrides` as on the command line, outside Hydra's own application."""
-    schema.register()
+    _prepare()
     with hydra.initialize_config_module("accel.conf", version_base="1.3"):
         return settle(hydra.compose("config", list(overrides)), overrides)
 
 
-def _model_type(config: Config) -> str:
+def _prepare() -> None:
+    """Make Hydra know the types, and the packages that bring configuration of their own."""
+    schema.register()
+    plugins.register()
+
+
+def _description(config: Config) -> "PretrainedConfig":
+    """The Hugging Face config of the model, which generates text and keeps keys and values. Raises `AccelError`."""
+    from accel.model_class import obstacle
     from accel.stages import checkpoint
 
     checkpoint.check(config.model)
-    return str(checkpoint.model_config(config.model).model_type)
+    description = checkpoint.model_config(config.model)
+    if reason := obstacle(description):
+        raise AccelError(
+            f"{config.model.checkpoint or config.model.name}: {reason}.\n"
+            f"Model types with an architecture of their own: {', '.join(registry.model_types())}.\n{ADD_ONE}"
+        )
+    return description
+
+
+def _architecture(config: Config) -> str:
+    """The architecture whose YAML names the checkpoint's model type; failing that, the one of its shape."""
+    description = _description(config)
+    name = registry.choose(description.model_type)
+    if name is None:
+        name = ENCODER_DECODER if description.is_encoder_decoder else DECODER_ONLY
+        console.note(
+            f"model type {description.model_type!r}: no architecture names it, so architecture={name}, the generic "
+            f"{'encoder-decoder' if description.is_encoder_decoder else 'decoder-only'} shape, is taken"
+        )
+    return name
 
 
 def _runtime() -> str:

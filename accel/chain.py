@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from accel.adapter import Architecture, Role, Signature
+from accel.errors import AccelError
 from accel.runtime.feeds import decoder_feeds
 
 Run = Callable[[Role, Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -23,11 +24,21 @@ class Chain:
         self.pool: dict[str, Tensor] = {}
 
     def inputs(self, role: Role, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All inputs of `role`: those in `given`, the rest from the values seen so far."""
-        return {
-            port.name: self.pool[port.source] if port.source else given[port.name]
-            for port in self.signatures[role].inputs
-        }
+        """All inputs of `role`: those in `given`, the rest from the values seen so far.
+
+        Raises `AccelError` on an input that neither holds.
+        """
+        found = {}
+        for port in self.signatures[role].inputs:
+            values, name = (self.pool, port.source) if port.source else (given, port.name)
+            if name not in values:
+                raise AccelError(
+                    f"{role}: input {port.name} takes {name!r}, which is not there. "
+                    + ("Made so far: " if port.source else "A caller may give: ")
+                    + ", ".join(sorted(values))
+                )
+            found[port.name] = values[name]
+        return found
 
     def __call__(self, role: Role, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run `role`; its inputs and outputs become available to the next one."""
@@ -51,14 +62,23 @@ def signatures(architecture: Architecture, config: PretrainedConfig) -> dict[Rol
 
 
 def torch_run(architecture: Architecture, model: PreTrainedModel) -> Run:
-    """Runs roles in PyTorch, through the very wrappers that are exported."""
+    """Runs roles in PyTorch, through the very wrappers that are exported.
+
+    Raises `AccelError` where a wrapper's outputs are not those that the signature names.
+    """
     wrappers: dict[Role, nn.Module] = {role: architecture.wrap(model, role) for role in architecture.roles()}
 
     @torch.no_grad()
     def run(role: Role, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        outputs = wrappers[role](*inputs.values())
+        made = wrappers[role](*inputs.values())
+        outputs = made if isinstance(made, tuple) else (made,)
         names = [port.name for port in architecture.signature(model.config, role).outputs]
-        return dict(zip(names, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
+        if len(names) != len(outputs):
+            raise AccelError(
+                f"{role}: the architecture names {len(names)} outputs ({', '.join(names[:6])}, …), its wrapper "
+                f"{type(wrappers[role]).__name__} gave {len(outputs)}"
+            )
+        return dict(zip(names, outputs, strict=True))
 
     return run
 
@@ -72,8 +92,21 @@ class Shape:
     past: int
     new: int
 
+    def within(self, longest: int | None) -> "Shape":
+        """The same, no length beyond `longest` positions."""
+        if longest is None:
+            return self
+        new = min(self.new, longest - 1)
+        return Shape(self.batch, min(self.source, longest), min(self.past, longest - new), new)
+
     def __str__(self) -> str:
         return f"batch {self.batch}, source {self.source}, past {self.past}, new {self.new}"
+
+
+def longest(config: PretrainedConfig) -> int | None:
+    """How many positions a model knows, if its config says so; relative ones have no end."""
+    text = config.get_text_config(decoder=True)
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
 
 
 def script(

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
+from accel.model_class import model_class
 from accel.runtime.feeds import decoder_feeds
 from accel.runtime.protocol import Runtime, State
 from accel.runtime.room import enough_memory
@@ -53,6 +54,21 @@ class StateCache(Cache):
     @property
     def is_sliding(self) -> list[bool]:
         return [False]
+
+    @property
+    def self_attention_cache(self) -> DynamicCache:
+        """The decoder's own keys and values as they are now; not part of the state, which goes on without them."""
+        return self._pairs(0)
+
+    @property
+    def cross_attention_cache(self) -> DynamicCache:
+        """Keys and values of the encoder's output, for models that have one."""
+        return self._pairs(1)
+
+    def _pairs(self, half: int) -> DynamicCache:
+        tensors = list(self.state.views().values())
+        kept = tensors[half * len(tensors) // 2 : (half + 1) * len(tensors) // 2]
+        return DynamicCache(list(zip(kept[::2], kept[1::2], strict=True)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.state.reorder(beam_idx)
@@ -125,6 +141,13 @@ class AcceleratedModel(GenerationMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
+    def _begin(self, feeds: Mapping[str, Tensor], cache: Cache | None) -> tuple[Tensor, Any]:
+        """Logits and a state, from nothing or from what a transformers cache of tensors holds."""
+        if cache is None or cache.get_seq_length() == 0:
+            return self.runtime.prefill(feeds)
+        state = self.runtime.resume(tensors(cache), feeds)
+        return self.runtime.step(feeds, state), state
+
     def close(self) -> None:
         """Free the sessions."""
         self.runtime.close()
@@ -175,12 +198,11 @@ class EncoderDecoderModel(AcceleratedModel):
             encoder_outputs = self._encoder(given, attention_mask=attention_mask)
         hidden = encoder_outputs[0]  # [batch, source, width]
         mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
-        logits, state = self.runtime.prefill(
-            {"input_ids": decoder_input_ids, "encoder_hidden_states": hidden, "encoder_attention_mask": mask}
-        )
+        feeds = {"input_ids": decoder_input_ids, "encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+        logits, state = self._begin(feeds, past_key_values)
         cache = StateCache(state) if use_cache is not False else None
         # transformers types the cache more narrowly than its own `generate` needs
-        return Seq2SeqLMOutput(logits=logits, past_key_values=cache, encoder_last_hidden_state=hidden)
+        return Seq2SeqLMOutput(logits=logits, past_key_values=cache, encoder_last_hidden_state=hidden)  # type: ignore[arg-type]
 
 
 class DecoderOnlyModel(AcceleratedModel):
@@ -207,7 +229,7 @@ class DecoderOnlyModel(AcceleratedModel):
             raise ValueError("input_ids is missing")
         batch, new = input_ids.shape
         cache = past_key_values if isinstance(past_key_values, StateCache) else None
-        seen = cache.get_seq_length() if cache is not None else 0
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         mask = input_ids.new_ones(batch, seen + new) if attention_mask is None else attention_mask
         feeds = decoder_feeds(input_ids, mask, logits_to_keep)
         if position_ids is not None:
@@ -215,9 +237,9 @@ class DecoderOnlyModel(AcceleratedModel):
         if cache is not None:
             logits = self.runtime.step(feeds, cache.state)
         else:
-            logits, state = self.runtime.prefill(feeds)
+            logits, state = self._begin(feeds, past_key_values)
             cache = StateCache(state) if use_cache is not False else None
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
 
 def refuse(*asked: bool | None) -> None:
@@ -226,17 +248,54 @@ def refuse(*asked: bool | None) -> None:
         raise ValueError("an exported model returns logits and caches, no attentions and no hidden states")
 
 
+def tensors(cache: Any) -> list[Tensor]:
+    """Keys and values of a transformers cache that holds tensors, the decoder's own first.
+
+    Raises `ValueError` where layers remember different lengths, as sliding windows do: what they forgot is needed.
+    """
+    crossed = hasattr(cache, "cross_attention_cache")
+    parts = [cache.self_attention_cache, cache.cross_attention_cache] if crossed else [cache]
+    for part in parts:
+        if len(kept := {layer.keys.shape[2] for layer in part.layers}) > 1:
+            raise ValueError(f"past_key_values: the layers of a {type(cache).__name__} remember {sorted(kept)} tokens")
+    return [tensor for part in parts for layer in part.layers for tensor in (layer.keys, layer.values)]
+
+
+class OwnLoop:
+    """Mixed into models whose transformers class brings a loop of its own around `generate`, as speech does.
+
+    Such a loop asks the model for its structure (a convolution's stride, say). It is built without weights, once.
+    """
+
+    structure: Any  # the transformers class
+    config: PretrainedConfig
+
+    @cached_property
+    def skeleton(self) -> torch.nn.Module:
+        with torch.device("meta"):
+            built: torch.nn.Module = self.structure(self.config)
+        return built
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.skeleton, name)
+
+
 def model_over(
     runtime: Runtime[Any], config: PretrainedConfig, generation_config: GenerationConfig
 ) -> AcceleratedModel:
-    """The model that `config` describes, over `runtime`. What its transformers class does of its own in `generate`
-    (the timestamps of speech, say) comes along, where that is written as a mixin without weights."""
+    """The model that `config` describes, over `runtime`.
+
+    What its transformers class does of its own in `generate`, the timestamps of speech for one, comes along where that
+    is written as a mixin without weights.
+    """
     shape = EncoderDecoderModel if config.is_encoder_decoder else DecoderOnlyModel
-    known = getattr(transformers, (config.architectures or [""])[0], None)
+    known = model_class(config)
     mixins = [base for base in getattr(known, "__mro__", ()) if issubclass(base, GenerationMixin)]
     own = [base for base in mixins if not issubclass(base, torch.nn.Module) and base is not GenerationMixin]
-    members = {"main_input_name": getattr(known, "main_input_name", shape.main_input_name)}
-    kind = type(shape.__name__, (shape, *own), members)
+    members = {"main_input_name": getattr(known, "main_input_name", shape.main_input_name), "structure": known}
+    kind = type(shape.__name__, (shape, *own, *([OwnLoop] if own else [])), members)
     made: AcceleratedModel = kind(runtime, config, generation_config)
     return made
 

@@ -12,9 +12,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
 
+from accel import plugins
 from accel.adapter import Architecture
 from accel.artifacts import file_hash
-from accel.errors import AccelError, unknown
+from accel.errors import AccelError
 
 GROUP = "architecture"
 
@@ -36,6 +37,7 @@ def register(name: str, target: Callable[..., Architecture], **options: Any) -> 
 def names() -> list[str]:
     """Every architecture that can be chosen, `auto` aside."""
     if not GlobalHydra.instance().is_initialized():
+        plugins.register()
         with hydra.initialize_config_module("accel.conf", version_base="1.3"):
             return names()
     return [name for name in hydra_loader().get_group_options(GROUP, ObjectType.CONFIG) if name != "auto"]
@@ -56,13 +58,19 @@ def served() -> dict[str, Sequence[str]]:
     return {name: tuple(result.config.get("model_types", ())) for name, result in found.items() if result}
 
 
-def choose(model_type: str) -> str:
-    """The architecture that serves `model_type`. Raises `AccelError` listing those that are served."""
-    choices = served()
-    for name, types in choices.items():
-        if model_type in types:
-            return name
-    raise unknown("model type", model_type, sorted({kind for types in choices.values() for kind in types}))
+def choose(model_type: str) -> str | None:
+    """The architecture whose YAML names `model_type`, if any does. Raises `AccelError` if several do."""
+    found = [name for name, types in served().items() if model_type in types]
+    if len(found) > 1:
+        raise AccelError(
+            f"model type {model_type!r} is named by {', '.join(found)}: choose, as in architecture={found[0]}"
+        )
+    return found[0] if found else None
+
+
+def model_types() -> list[str]:
+    """Every model type that some architecture names."""
+    return sorted({kind for types in served().values() for kind in types})
 
 
 def build(config: Mapping[str, Any]) -> Architecture:

@@ -28,16 +28,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, Tensor]:
-    """Texts -> padded `input_ids` and `attention_mask`, [batch, source]. What is too long is cut, and said."""
-    full = [len(ids) for ids in tokenizer(list(texts))["input_ids"]]
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bool = False) -> dict[str, Tensor]:
+    """Texts -> padded `input_ids` and `attention_mask`, [batch, source]. What is too long is cut, and said.
+
+    `chat`: each is what a user says first, put into the tokenizer's chat template.
+    """
+    if chat:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        texts = [str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns]
+    special = {"add_special_tokens": not chat}  # a template writes them itself
+    full = [len(ids) for ids in tokenizer(list(texts), **special)["input_ids"]]
     for text, length in zip(texts, full, strict=True):
         if length > tokenizer.model_max_length:
             console.warn(
                 f"{text[:40]!r}… is {length} tokens long, the model takes {tokenizer.model_max_length}: "
                 f"the last {length - tokenizer.model_max_length} were cut off"
             )
-    encoded = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    padded = len(texts) > 1
+    encoded = tokenizer(list(texts), padding=padded, truncation=True, return_tensors="pt", **special)
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 

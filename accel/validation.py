@@ -14,7 +14,15 @@ from accel.texts import read_lines
 
 OPSETS = range(18, 24)  # what both the exporter and the graph passes speak
 LONGEST = 1_000_000  # tokens; more is a slip of the keyboard
-OWN_OPTIONS = {"text", "file", "output", "batch_size", "seed"}  # of `generate`, beside GenerationConfig's
+OWN_OPTIONS = {
+    "text",
+    "file",
+    "audio",
+    "output",
+    "batch_size",
+    "seed",
+    "chat",
+}  # of `generate`, beside GenerationConfig's
 
 
 def validate(config: Config) -> None:
@@ -62,12 +70,19 @@ def check_generate(options: dict[str, Any]) -> None:
         value = options.get(name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LONGEST):
             raise AccelError(f"generate.{name}={value}: must be a whole number from 1 to {LONGEST}")
-    if "text" in options and "file" in options:
-        raise AccelError("generate.text and generate.file exclude each other; give one")
+    sources = [f"generate.{name}" for name in ("text", "file", "audio") if options.get(name) is not None]
+    if len(sources) > 1:
+        raise AccelError(f"{' and '.join(sources)} exclude each other; give one")
+    if not isinstance(options.get("chat", False), bool):
+        raise AccelError(f"generate.chat={options['chat']}: must be true or false")
     if "output" in options and "file" not in options:
         raise AccelError("generate.output goes with generate.file")
     if options.get("file") is not None:
         read_lines(Path(str(options["file"])))
+    sounds = options.get("audio")
+    for path in sounds if isinstance(sounds, list) else [sounds] if sounds is not None else []:
+        if not Path(str(path)).is_file():
+            raise AccelError(f"generate.audio: can't read {path}: no such file")
     try:
         GenerationConfig(**generation_options(options)).validate()
     except (ValueError, TypeError) as error:

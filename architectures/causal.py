@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from accel.adapter import Role, Signature
+from accel.model_class import model_class
 
+from .experts import in_turn
 from .ports import Ports, named, random_ids, random_lengths
 
 PARTS = {"key": "past", "value": "past"}  # a layer's caches, in this order
@@ -30,7 +31,8 @@ class Decoder(nn.Module):
         given, past = named(tensors, self.names)
         # Every layer keeps all tokens, also where attention slides: what lies outside its window is masked.
         cache = DynamicCache([tuple(past[i : i + 2]) for i in range(0, len(past), 2)] or None)
-        logits = self.model(**given, past_key_values=cache, use_cache=True).logits
+        with in_turn(self.model):
+            logits = self.model(**given, past_key_values=cache, use_cache=True).logits
         return (logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
 
 
@@ -55,7 +57,7 @@ class Causal:
         return self.wrapper(model, [port.name for port in self.signature(model.config, role).inputs if not port.cached])
 
     def signature(self, config: PretrainedConfig, role: Role) -> Signature:
-        taken = inspect.signature(getattr(transformers, config.architectures[0]).forward).parameters
+        taken = inspect.signature(model_class(config).forward).parameters
         axes = {
             "input_ids": {0: "batch", 1: "new"},
             "attention_mask": {0: "batch", 1: "total"},

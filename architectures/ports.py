@@ -42,24 +42,30 @@ class Ports:
         chosen = self.axes.get(name, self.axes.get(template or name, axes))
         return Port(name, chosen, dtype, source, cached=template == self.past)
 
-    def caches(self, config: PretrainedConfig, role: Role, parts: Mapping[str, str]) -> tuple[list[Port], list[Port]]:
+    def caches(
+        self, config: PretrainedConfig, role: Role, parts: Mapping[str, str | None]
+    ) -> tuple[list[Port], list[Port]]:
         """(inputs, outputs) for the caches of every layer.
 
         `parts` maps the caches of a layer, in order, to the axis they lie along: `past` for those that grow with every
-        token, another one for those that prefill makes once. Raises `AccelError` if the config counts no layers.
+        token, another for those that prefill makes once, None where that has one length. Raises `AccelError` if the
+        config counts no layers.
         """
         inputs, outputs = [], []
         for layer in range(self.count(config)):
             for part, along in parts.items():
                 names = {"layer": layer, "part": part}
                 past, present = self.past.format(**names), self.present.format(**names)
+                given, made = (self._axes(name) for name in (along, "total" if along == "past" else along))
                 if role is Role.STEP:
-                    axes = {BATCH: "batch", LENGTH: along}
-                    inputs.append(self.of(past, axes, torch.float32, present, self.past))
+                    inputs.append(self.of(past, given, torch.float32, present, self.past))
                 if along == "past" or role is Role.PREFILL:
-                    axes = {BATCH: "batch", LENGTH: "total" if along == "past" else along}
-                    outputs.append(self.of(present, axes, torch.float32, template=self.present))
+                    outputs.append(self.of(present, made, torch.float32, template=self.present))
         return inputs, outputs
+
+    @staticmethod
+    def _axes(along: str | None) -> dict[int, str]:
+        return {BATCH: "batch"} | ({LENGTH: along} if along else {})
 
     def count(self, config: PretrainedConfig) -> int:
         """The decoder's layers."""

@@ -1,7 +1,7 @@
 """Encoder-decoder models: what T5, BART, Marian and their like share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,7 @@ from accel.adapter import Port, Role, Signature
 
 from .ports import Ports, named, random_ids, random_lengths
 
-# A layer's caches, in this order, and the axis each lies along.
-PARTS = {"decoder.key": "past", "decoder.value": "past", "encoder.key": "source", "encoder.value": "source"}
+OWN, CROSS = ("decoder.key", "decoder.value"), ("encoder.key", "encoder.value")  # a layer's caches, in this order
 
 
 class Encoder(nn.Module):
@@ -44,7 +43,7 @@ class Decoder(nn.Module):
         # input_ids: [B, T], encoder_hidden_states: [B, S, D], encoder_attention_mask: [B, S]
         # past: decoder [B, H, P, K], encoder [B, H, S, K], both twice a layer
         given, past = named(tensors, self.names)
-        layers = [tuple(past[i : i + len(PARTS)]) for i in range(0, len(past), len(PARTS))]
+        layers = [tuple(past[i : i + 4]) for i in range(0, len(past), 4)]
         cache = EncoderDecoderCache(layers) if layers else EncoderDecoderCache(DynamicCache(), DynamicCache())
         mask = {"attention_mask": given["encoder_attention_mask"]} if "encoder_attention_mask" in given else {}
         output = self.model(
@@ -68,6 +67,8 @@ class Seq2Seq:
     `wrapper` makes the decoder from (model, names of its inputs before the caches). Other options: see `Ports`.
     """
 
+    source: ClassVar[Mapping[int, str]] = {0: "batch", 1: "source"}  # axes of the encoder's inputs and output
+
     def __init__(
         self, model_types: Sequence[str] = (), wrapper: Callable[..., nn.Module] = Decoder, **options: Any
     ) -> None:
@@ -83,23 +84,22 @@ class Seq2Seq:
         return Encoder(model, names) if role is Role.ENCODER else self.wrapper(model, names)
 
     def encoder_inputs(self) -> list[Port]:
-        batch_source = {0: "batch", 1: "source"}
-        return [self.ports.of("input_ids", batch_source), self.ports.of("attention_mask", batch_source)]
+        return [self.ports.of("input_ids", self.source), self.ports.of("attention_mask", self.source)]
 
     def decoder_context(self) -> list[Port]:
         """What the decoder takes of the encoder's inputs and outputs."""
-        batch_source = {0: "batch", 1: "source"}
         return [
-            self.ports.of("encoder_hidden_states", batch_source, torch.float32, source="last_hidden_state"),
-            self.ports.of("encoder_attention_mask", batch_source, source="attention_mask"),
+            self.ports.of("encoder_hidden_states", self.source, torch.float32, source="last_hidden_state"),
+            self.ports.of("encoder_attention_mask", self.source, source="attention_mask"),
         ]
 
     def signature(self, config: PretrainedConfig, role: Role) -> Signature:
         batch_new = {0: "batch", 1: "new"}
         if role is Role.ENCODER:
-            hidden = self.ports.of("last_hidden_state", {0: "batch", 1: "source"}, torch.float32)
+            hidden = self.ports.of("last_hidden_state", self.source, torch.float32)
             return Signature(tuple(self.encoder_inputs()), (hidden,))
-        past, present = self.ports.caches(config, role, PARTS)
+        along = dict.fromkeys(OWN, "past") | dict.fromkeys(CROSS, self.source.get(1))
+        past, present = self.ports.caches(config, role, along)
         inputs = [self.ports.of("input_ids", batch_new), *self.decoder_context(), *past]
         return Signature(tuple(inputs), (self.ports.of("logits", batch_new, torch.float32), *present))
 

@@ -1,6 +1,7 @@
 """Encoder-decoder models that listen: features of one fixed length in, no mask over them."""
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,17 +11,17 @@ from accel.adapter import Port
 
 from .seq2seq import Seq2Seq
 
-BATCH = {0: "batch"}
-
 
 class Speech(Seq2Seq):
     """Adapter of models whose encoder takes `input_features` [batch, mel bins, frames]."""
 
+    source: ClassVar[Mapping[int, str]] = {0: "batch"}
+
     def encoder_inputs(self) -> list[Port]:
-        return [self.ports.of("input_features", BATCH, torch.float32)]
+        return [self.ports.of("input_features", self.source, torch.float32)]
 
     def decoder_context(self) -> list[Port]:
-        return [self.ports.of("encoder_hidden_states", BATCH, torch.float32, source="last_hidden_state")]
+        return [self.ports.of("encoder_hidden_states", self.source, torch.float32, source="last_hidden_state")]
 
     def feeds(
         self, config: PretrainedConfig, batch: int, length: int, generator: torch.Generator

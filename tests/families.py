@@ -40,7 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "longt5": T5 | {"model_type": "longt5", "local_radius": 7, "encoder_attention_type": "local"},
     "bart": BART | {"model_type": "bart"},
     "mbart": BART | {"model_type": "mbart", "scale_embedding": True},
-    "marian": BART | {"model_type": "marian", "scale_embedding": True, "decoder_vocab_size": 120},
+    "marian": BART | {"model_type": "marian", "scale_embedding": True, "decoder_vocab_size": 120, "init_std": 0.15},
     "pegasus": BART | {"model_type": "pegasus", "scale_embedding": True},
     "m2m_100": BART | {"model_type": "m2m_100", "pad_token_id": 1, "bos_token_id": 0, "scale_embedding": True},
     "blenderbot": BART | {"model_type": "blenderbot"},
@@ -56,7 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {
         "model_type": "whisper",
         "num_mel_bins": 8,
-        "max_source_positions": 24,
+        "max_source_positions": 50,
         "max_target_positions": 448,
         "suppress_tokens": None,
         "begin_suppress_tokens": None,

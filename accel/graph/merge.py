@@ -54,18 +54,24 @@ def merge_if(when_true: ir.Model, when_false: ir.Model, flag: str) -> ir.Model:
 
 
 def join_inputs(first: Iterable[ir.Value], second: Iterable[ir.Value], flag: str) -> dict[str, ir.Value]:
-    """The union by name, as fresh values, and the flag last."""
+    """The union by name, as fresh values, and the flag last. Dynamic axes go by their names in `second`."""
     joined: dict[str, ir.Value] = {}
     for value in (*first, *second):
         name = value.name or ""
-        known = joined.setdefault(name, ir.Value(name=name, type=value.type, shape=value.shape))
-        if known.dtype != value.dtype or known.shape != value.shape:
+        known = joined.get(name, value)
+        if known.dtype != value.dtype or _fixed(known) != _fixed(value):
             raise ValueError(
                 f"input {name!r} is {known.dtype}{known.shape} in one graph and {value.dtype}{value.shape} in the other"
             )
+        joined[name] = ir.Value(name=name, type=value.type, shape=value.shape)
     if flag in joined:
         raise ValueError(f"flag {flag!r} is already an input; choices: any name but {', '.join(sorted(joined))}")
     return joined | {flag: ir.Value(name=flag, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))}
+
+
+def _fixed(value: ir.Value) -> list[int | None] | None:
+    """The dimensions that are numbers. Dynamic ones may go by another name in each graph."""
+    return None if value.shape is None else [dim if isinstance(dim, int) else None for dim in value.shape]
 
 
 def join_opsets(first: ir.Model, second: ir.Model) -> dict[str, int]:
@@ -84,7 +90,7 @@ def share_weights(models: Sequence[ir.Model], smallest: int = 0) -> list[ir.Valu
     Returns those that are left.
     """
     kept: dict[tuple[str, tuple[int, ...], str], ir.Value] = {}
-    names = {output.name or "" for model in models for output in model.graph.outputs}  # an output keeps its name
+    names = {value.name or "" for model in models for node in model.graph.all_nodes() for value in node.outputs}
     for model in models:
         outer = {value.name for value in model.graph.inputs}
         for value in initializers(model):

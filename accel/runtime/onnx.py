@@ -1,7 +1,7 @@
 """ONNX Runtime with a growing cache: every step returns longer caches, which the next step takes."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,13 +85,19 @@ class GrowingRuntime:
         given = dict(feeds)
         if self.flag:
             given |= {self.flag: self._off} | self._no_past(feeds["input_ids"].shape[0])
-        names = list(self.cache)
         logits, *caches = self._prefill(given, ["logits", *self.cache.values()])
-        present = dict(zip(names, caches, strict=True))
+        return logits, self._state(dict(zip(self.cache, caches, strict=True)), feeds)
+
+    def resume(self, caches: Sequence[Tensor], feeds: Mapping[str, Tensor]) -> GrowingState:
+        names = [*self.grown, *(name for name in self.cache if name not in self.grown)]
+        given = {name: self._step.place(name, tensor) for name, tensor in zip(names, caches, strict=True)}
+        return self._state(given, feeds)
+
+    def _state(self, present: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> GrowingState:
         own = {name: tensor for name, tensor in present.items() if name in self.grown}
         made = {name: tensor for name, tensor in present.items() if name not in self.grown}
         context = {name: self._step.place(name, feeds[name]) for name in self.fixed if name in feeds}
-        return logits, GrowingState(own, context | made, self.axes, made)
+        return GrowingState(own, context | made, self.axes, made)
 
     def _no_past(self, batch: int) -> dict[str, Tensor]:
         """Caches of length 0, which a merged decoder takes in place of a past; they hold no memory."""

@@ -1,6 +1,6 @@
 """What generation needs of a runtime. Another engine joins by implementing these two protocols in a file of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -37,7 +37,10 @@ class State(Protocol):
         ...
 
     def views(self) -> Mapping[str, Tensor]:
-        """The caches by input name, decoder caches as [batch, heads, length, head size]; valid until the next call."""
+        """The caches by input name, [batch, heads, length, head size], those that grow first, keys and values in turn.
+
+        Valid until the next call.
+        """
         ...
 
 
@@ -56,6 +59,11 @@ class Runtime(Protocol[S]):
 
     def prefill(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, S]:
         """Decoder inputs without past -> logits [batch, new, vocabulary] and the state to continue from."""
+        ...
+
+    def resume(self, caches: Sequence[Tensor], feeds: Mapping[str, Tensor]) -> S:
+        """The state after tokens that were seen elsewhere: their caches, in the order of `State.views`, and `feeds` as
+        for a prefill, of which what does not change is kept."""
         ...
 
     def step(self, feeds: Mapping[str, Tensor], state: S) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from accel import console, texts
 from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
-from accel.chain import Shape, script, signatures
+from accel.chain import Shape, longest, script, signatures
 from accel.errors import AccelError
 from accel.graph import files, plan, probe
 from accel.memory import release
@@ -69,11 +69,10 @@ def batches(config: AuditConfig, architecture: Architecture, model: PretrainedCo
     """Random ids of random lengths, then the texts of `audit.texts`."""
     encodes = Role.ENCODER in architecture.roles()
     generator = torch.Generator().manual_seed(config.seed)
+    room = (longest(model) or config.max_length + STEPS["random"]) - STEPS["random"]
+    most = min(config.max_length, room)
     for _ in range(config.batches):
-        length, prefix = (
-            int(torch.randint(2, max(3, n), (), generator=generator))
-            for n in (config.max_length, config.max_length // 4)
-        )
+        length, prefix = (int(torch.randint(2, max(3, n), (), generator=generator)) for n in (most, most // 4))
         shape = Shape(config.batch_size, length, prefix if encodes else length, 1)
         given = script(architecture, model, shape, generator)
         first = given[Role.PREFILL]

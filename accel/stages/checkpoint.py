@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -15,6 +14,7 @@ from accel import console
 from accel.adapter import Architecture
 from accel.artifacts import Artifact, Manifest, folder_files, make_key
 from accel.errors import AccelError, unknown
+from accel.model_class import model_class, obstacle
 from accel.schema import Config, ModelConfig
 from accel.stages import Stage, takes
 
@@ -74,10 +74,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str 
     In FP16, transformers keeps in FP32 what the model's class names in `_keep_in_fp32_modules`.
     """
     config = AutoConfig.from_pretrained(folder)
-    name = (config.architectures or ["none"])[0]
-    if not hasattr(transformers, name):
-        raise AccelError(f"{folder / 'config.json'}: transformers has no model class {name!r} (`architectures`)")
-    kind = getattr(transformers, name)
+    kind = model_class(config)
+    if kind is None:
+        raise AccelError(f"{folder / 'config.json'}: {obstacle(config)}")
     try:
         model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     except SafetensorError as error:
@@ -99,13 +98,9 @@ def pretrained(model: ModelConfig) -> Artifact:
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Random weights: initialise on the CPU from the seed and save."""
     description = model_config(config.model)
-    name = next(iter(description.architectures or []), None)
-    kind = "AutoModelForSeq2SeqLM" if description.is_encoder_decoder else "AutoModelForCausalLM"
     torch.manual_seed(config.model.seed)
     with torch.device("cpu"):
-        model = (
-            getattr(transformers, name)(description) if name else getattr(transformers, kind).from_config(description)
-        )
+        model = model_class(description)(description)
     model.save_pretrained(out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.note(f"random weights: {parameters / 1e6:.1f} M parameters from seed {config.model.seed}")

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from accel import console
 from accel.adapter import Architecture, Role, Signature
 from accel.artifacts import Artifact
-from accel.chain import Chain, Shape, script, signatures, torch_run
+from accel.chain import Chain, Shape, longest, script, signatures, torch_run
 from accel.errors import AccelError
 from accel.graph import files
+from accel.ports import check_ports
 from accel.runtime.session import SessionSettings, plain_run
 from accel.schema import Config
 from accel.stages import Stage, takes
@@ -94,7 +95,7 @@ def by_pytorch(architecture: Architecture, model: PreTrainedModel, seed: int) ->
     ports = signatures(architecture, model.config)
     chain = Chain(ports, torch_run(architecture, model))
     found: dict[Role, list[Known]] = {role: [] for role in ports}
-    for shape in console.track(SHAPES, "PyTorch"):
+    for shape in console.track([shape.within(longest(model.config)) for shape in SHAPES], "PyTorch"):
         given = script(architecture, model.config, shape, generator)
         for role in ports:
             if role is Role.STEP and shape.past == 0:
@@ -143,6 +144,7 @@ def _differences(role: Role, found: Mapping[str, Tensor], known: Known, toleranc
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Writes `<role>.onnx` (with `<role>.onnx.data` when the weights are large) for every role."""
     model = load_model(inputs["checkpoint"].folder)
+    check_ports(architecture, model, (EXAMPLE, SHAPES[2]), config.export.seed)
     generator = torch.Generator().manual_seed(config.export.seed)
     ports = signatures(architecture, model.config)
     given = script(architecture, model.config, EXAMPLE, generator)

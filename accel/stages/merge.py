@@ -84,4 +84,5 @@ STAGE = Stage(
     inputs=takes("checkpoint", "convert"),
     sections=("merge",),
     packages=("onnx", "onnx-ir"),
+    version=2,
 )

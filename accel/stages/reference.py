@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from accel import console, texts
 from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
-from accel.chain import Chain, Shape, script, signatures, torch_run
+from accel.chain import Chain, Shape, longest, script, signatures, torch_run
 from accel.generation import Generates
 from accel.runtime.feeds import decoder_feeds
 from accel.schema import Config, VerifyConfig
@@ -95,7 +95,7 @@ def role_calls(
     """(shape's number, role, what the caller gives) for every role at every one of `SHAPES`, in order."""
     generator = torch.Generator().manual_seed(seed)
     for number, shape in enumerate(SHAPES):
-        for role, given in script(architecture, config, shape, generator).items():
+        for role, given in script(architecture, config, shape.within(longest(config)), generator).items():
             yield number, role, given
 
 

@@ -85,7 +85,7 @@ def compare_outputs(
             views = state.views() if state is not None else {}
             found = {"logits": logits} | {output: views[name] for name, output in cache.items()}
         for name, value in known.items():
-            _measure(verdict, f"{role}.{name}", found[name], value)
+            _measure(verdict, f"{role}.{name}", *_seen(role, given, found[name].cpu(), value))
 
 
 def compare_paths(
@@ -109,6 +109,18 @@ def compare_paths(
             logits, state = model.runtime.prefill({**calls[0], **hidden})
             found = torch.cat([logits, *(model.runtime.step(feeds, state) for feeds in calls[1:])], dim=1)
         _measure(verdict, "path.logits", found, known["logits"])
+
+
+def _seen(role: Role, given: Mapping[str, Tensor], *values: Tensor) -> list[Tensor]:
+    """What the decoder sees of the encoder's outputs: zeros where the source is padding, whatever was computed there.
+
+    An encoder that attends within blocks computes averages over nothing there, which any rounding changes. What is not
+    finite stays so, and the decoder would not survive it.
+    """
+    if role is not Role.ENCODER or "attention_mask" not in given:
+        return list(values)
+    mask = given["attention_mask"]  # [batch, source]
+    return [value * mask.reshape(*mask.shape, *[1] * (value.ndim - 2)).to(value.dtype) for value in values]
 
 
 def _outputs_of(role: Role, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

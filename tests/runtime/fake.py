@@ -3,7 +3,7 @@
 It shows that generation asks nothing of a runtime but `accel/runtime/protocol.py`, so that a static cache fits later.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -85,14 +85,22 @@ class FakeRuntime:
 
     def prefill(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, TableState]:
         outputs = self._run(Role.PREFILL, feeds)
-        grown = {port.name for port in self.signatures[Role.STEP].outputs}
-        caches = {name: outputs[source] for name, source in self.cache.items()}
+        return outputs["logits"], self._state({name: outputs[source] for name, source in self.cache.items()}, feeds)
+
+    def resume(self, caches: Sequence[Tensor], feeds: Mapping[str, Tensor]) -> TableState:
+        names = sorted(self.cache, key=lambda name: not self._grows(name))
+        return self._state(dict(zip(names, caches, strict=True)), feeds)
+
+    def _grows(self, name: str) -> bool:
+        return self.cache[name] in {port.name for port in self.signatures[Role.STEP].outputs}
+
+    def _state(self, caches: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> TableState:
         ports = {port.name: port for port in self.signatures[Role.STEP].inputs}
         fixed = {name: value for name, value in feeds.items() if name in ports and ports[name].source}
-        fixed |= {name: tensor for name, tensor in caches.items() if self.cache[name] not in grown}
+        fixed |= {name: tensor for name, tensor in caches.items() if not self._grows(name)}
         state = TableState(fixed, feeds["input_ids"].shape[0])
-        state.write({name: tensor for name, tensor in caches.items() if self.cache[name] in grown})
-        return outputs["logits"], state
+        state.write({name: tensor for name, tensor in caches.items() if self._grows(name)})
+        return state
 
     def step(self, feeds: Mapping[str, Tensor], state: TableState) -> Tensor:
         outputs = self._run(Role.STEP, {**feeds, **state.fixed, **state.views()})

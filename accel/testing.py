@@ -1,0 +1,392 @@
+"""The conformance suite: whether an architecture takes its models the whole road and loses nothing that `generate` can.
+
+It ships, so that an adapter in another package is held to the same:
+
+    import pytest
+    from accel import testing
+
+    @pytest.fixture(scope="module")
+    def subject(tmp_path_factory):
+        with testing.prepare(TINY_CONFIG, tmp_path_factory.mktemp("mine"), ["architecture=mine"]) as subject:
+            yield subject
+
+    @pytest.mark.parametrize("check", testing.CHECKS, ids=testing.name)
+    def test_conformance(check, subject):
+        check(subject)
+
+Every check raises `AssertionError` where PyTorch and the deployable part ways.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from accel import registry
+from accel.adapter import Architecture, Role
+from accel.api import UP_TO_VERIFY
+from accel.application import compose, execute
+from accel.artifacts import Artifact
+from accel.generation import AcceleratedModel
+from accel.loading import load, verdict_of
+from accel.model_class import model_class
+
+TOKENS = 12
+# Random weights say one token over and over, which would hide a wrong cache: none may come twice.
+UNIQUE = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "no_repeat_ngram_size": 1, "do_sample": False}
+BEAMS = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.3}
+SAMPLE = {"do_sample": True, "top_k": 0, "temperature": 1.3}
+
+
+def random_model(config: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
+    """A model of `config`, a Hugging Face config with `model_type`, in which a mix-up of any two parameters shows.
+
+    Biases and norms differ from each other, and weights are large enough for attention to choose.
+    """
+    values = dict(config)
+    description = AutoConfig.for_model(values.pop("model_type"), **values)
+    torch.manual_seed(seed)
+    model: PreTrainedModel = model_class(description)._from_config(description, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            elif parameter.std() < 0.05:  # as most families begin: attention would see all tokens alike
+                parameter.mul_(3)
+    return model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One architecture on one random model: in PyTorch, as a deployable, and what the stages made on the way."""
+
+    eager: PreTrainedModel
+    model: AcceleratedModel
+    architecture: Architecture
+    artifacts: Mapping[str, Artifact]
+    half: Mapping[str, Artifact]
+
+    @property
+    def encodes(self) -> bool:
+        return Role.ENCODER in self.architecture.roles()
+
+    def inputs(self, rows: int = 1, length: int = 9) -> dict[str, Any]:
+        """Random inputs, padded where there are several."""
+        generator = torch.Generator().manual_seed(rows)
+        return dict(self.architecture.feeds(self.eager.config, rows, length, generator))
+
+    def ids(self, rows: int, length: int, seed: int = 5) -> Tensor:
+        """Random ids, special ones left out."""
+        vocabulary = self.eager.config.get_text_config(decoder=True).vocab_size
+        return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+    def both(self, **options: Any) -> tuple[Any, Any]:
+        """What PyTorch and the deployable generate, from the same seed."""
+        found = []
+        for model in (self.eager, self.model):
+            torch.manual_seed(0)
+            with torch.inference_mode():
+                found.append(model.generate(**UNIQUE | options))  # type: ignore[operator]
+        return found[0], found[1]
+
+    def same(self, distinct: int = TOKENS - 2, **options: Any) -> Tensor:
+        """The tokens of both, which must be equal and of many kinds."""
+        expected, found = self.both(**options)
+        assert torch.equal(found, expected), f"PyTorch says {expected.tolist()}, the deployable {found.tolist()}"
+        kinds = len(set(found[0].tolist()))
+        assert kinds >= distinct, f"only {kinds} kinds of token in {found[0].tolist()}: too few to show a mistake"
+        return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def prepare(
+    config: Mapping[str, Any], folder: Path, overrides: Sequence[str] = (), artifacts: Path | None = None
+) -> Iterator[Subject]:
+    """Take a random model of `config` up to `verify`, in FP32 and FP16, on the CPU.
+
+    `folder` receives the checkpoint and, unless `artifacts` names another, what the stages make. Raises `AccelError`
+    where a stage refuses.
+    """
+    checkpoint = folder / "checkpoint"
+    if not (checkpoint / "config.json").is_file():
+        random_model(config).save_pretrained(checkpoint)
+    common = [
+        "model=auto",
+        f"model.checkpoint={checkpoint}",
+        f"model.name={folder.name}",
+        f"artifacts={artifacts or folder / 'artifacts'}",
+        "runtime=cpu",
+        UP_TO_VERIFY,
+        "verify.unique_tokens=true",
+        *overrides,
+    ]
+    composed = compose(common)
+    made = execute(composed)
+    half = execute(compose([*common, "precision=fp16"]))
+    kind = model_class(AutoConfig.from_pretrained(checkpoint))
+    eager = kind.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    with load(made["verify"].folder, runtime="cpu") as model:
+        yield Subject(eager, model, registry.build(composed.architecture), made, half)
+
+
+def verified(subject: Subject) -> None:
+    """Outputs at unseen shapes, logits along a path and tokens are PyTorch's; in FP16, outputs within rounding."""
+    for made, precision in ((subject.artifacts, "float32"), (subject.half, "float16")):
+        verdict = verdict_of(made["verify"].folder)
+        assert verdict is not None, "verify wrote no verdict"
+        assert verdict["passed"], verdict["failures"]
+        assert verdict["precision"] == precision
+    assert set(subject.artifacts["verify"].summary["identical"].values()) == {1.0}
+
+
+def weights_once(subject: Subject) -> None:
+    """The merged decoder holds each weight once: it is as large as the larger of its two graphs."""
+    for made in (subject.artifacts, subject.half):
+        summary = made["merge"].summary
+        small = 4096 + 0.02 * summary["step_bytes"]  # constants that belong to one branch
+        own = summary["prefill_bytes"] - summary["shared_bytes"]  # what prefill alone computes with
+        assert summary["merged_bytes"] <= summary["step_bytes"] + own + small, summary
+        assert summary["shared_bytes"] >= 0.95 * summary["step_bytes"], summary
+
+
+def mostly_half(subject: Subject) -> None:
+    """The audit leaves most of the graph to FP16."""
+    for role in subject.architecture.roles():
+        share = subject.half["convert"].summary[str(role)]
+        assert share["nodes"] > 0.5, (role, share)
+
+
+def greedy(subject: Subject) -> None:
+    """One input, and a padded batch."""
+    subject.same(**subject.inputs())
+    found = subject.same(**subject.inputs(3))
+    assert len({tuple(row) for row in found.tolist()}) > 1, "all rows of the batch say the same"
+
+
+def padding(subject: Subject) -> None:
+    """A row of a padded batch says what it says alone."""
+    together = subject.inputs(3)
+    if "attention_mask" not in together:
+        return
+    options = UNIQUE | {"suppress_tokens": [subject.eager.config.pad_token_id]}  # else it counts as said where it pads
+    found = subject.model.generate(**together, **options)[:, -TOKENS:]
+    for row in range(3):
+        kept = together["attention_mask"][row].bool()
+        alone = {name: value[row, kept][None] for name, value in together.items()}
+        assert torch.equal(subject.model.generate(**alone, **options)[0, -TOKENS:], found[row]), f"row {row}"
+
+
+def beams(subject: Subject) -> None:
+    """Four beams, several of them returned, with a length penalty; and beams that stop early."""
+    for rows in (1, 3):
+        subject.same(**subject.inputs(rows) | BEAMS)
+    subject.same(
+        distinct=5, **subject.inputs(), num_beams=4, early_stopping=True, min_new_tokens=4, length_penalty=-1.0
+    )
+
+
+def sampling(subject: Subject) -> None:
+    """From a seed: plain, several samples of a top-p set, and beam-sample."""
+    several: tuple[dict[str, Any], ...] = (
+        {},
+        {"num_return_sequences": 3, "top_p": 0.9},
+        {"num_beams": 3, "num_return_sequences": 2},
+    )
+    for options in several:
+        subject.same(**subject.inputs(2), **SAMPLE | options)
+
+
+def without_cache(subject: Subject) -> None:
+    """Every call sees all tokens."""
+    subject.same(**subject.inputs(2), use_cache=False)
+
+
+def lengths(subject: Subject) -> None:
+    """A least and a largest number of tokens, and repetition allowed up to three in a row."""
+    found = subject.same(distinct=1, **subject.inputs(), max_new_tokens=20, min_new_tokens=15, no_repeat_ngram_size=3)
+    assert found.shape[1] >= 15
+
+
+def end_tokens(subject: Subject) -> None:
+    """Any of several end-of-sequence ids ends a sequence, and the others go on."""
+    given = subject.inputs(3)
+    said = subject.same(**given)
+    begin = said.shape[1] - TOKENS
+    ends = [int(said[0, begin + 3]), int(said[1, begin + 5])]
+    found = subject.same(distinct=3, **given, min_new_tokens=None, eos_token_id=ends, pad_token_id=0)[:, begin:]
+    for row in found.tolist()[:2]:
+        first = next(place for place, token in enumerate(row) if token in ends)
+        assert first <= 5, row
+        assert not any(row[first + 1 :]), row
+
+
+def scores(subject: Subject) -> None:
+    """Scores and logits of every token, and of beams, as PyTorch gives them."""
+    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    for options in ({}, {"num_beams": 3}):
+        expected, found = subject.both(**subject.inputs(2), **asked, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        for ours, theirs in zip((*found.scores, *found.logits), (*expected.scores, *expected.logits), strict=True):
+            torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-3, atol=1e-3)
+        if options:
+            torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, rtol=1e-3, atol=1e-3)
+            assert torch.equal(found.beam_indices, expected.beam_indices)
+
+
+class OddOnly(LogitsProcessor):
+    """Forbids even ids."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        changed = scores.clone()
+        changed[:, ::2] = -torch.inf
+        return changed
+
+
+class FiveMore(StoppingCriteria):
+    """Stops after five calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return torch.full((input_ids.shape[0],), self.calls >= 5)
+
+
+def processors(subject: Subject) -> None:
+    """A logits processor and a stopping criterion of the caller's own."""
+    found = subject.same(**subject.inputs(), logits_processor=LogitsProcessorList([OddOnly()]))
+    assert all(token % 2 for token in found[0, -TOKENS:].tolist())
+    # a criterion counts its calls, so each model gets its own
+    results = []
+    for model in (subject.eager, subject.model):
+        torch.manual_seed(0)
+        criteria = StoppingCriteriaList([FiveMore()])
+        results.append(model.generate(**subject.inputs(), **UNIQUE, stopping_criteria=criteria))  # type: ignore[operator]
+    assert torch.equal(results[0], results[1])
+    assert results[0].shape[1] < found.shape[1]
+
+
+class Letters:
+    """As much of a tokenizer as a streamer needs: one letter an id."""
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(chr(0x4E00 + int(i)) for i in ids)
+
+
+class Gathering(TextStreamer):
+    """Keeps the text it is given, piece by piece."""
+
+    def __init__(self) -> None:
+        super().__init__(Letters())  # type: ignore[arg-type]
+        self.pieces: list[str] = []
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.pieces.append(text)
+
+
+def streaming(subject: Subject) -> None:
+    """A text streamer gets every token, one by one."""
+    streamer = Gathering()
+    found = subject.model.generate(**subject.inputs(), **UNIQUE, streamer=streamer)
+    assert "".join(streamer.pieces).endswith(Letters().decode(found[0, -TOKENS:]))
+    assert len(streamer.pieces) >= TOKENS
+
+
+def assisted(subject: Subject) -> None:
+    """A PyTorch model drafts, several ids a step are checked, wrong ones leave the cache."""
+    config = subject.eager.config
+    drafter = type(subject.eager)(config).eval()
+    drafter.load_state_dict(subject.eager.state_dict())
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.01)
+    subject.same(**subject.inputs(), assistant_model=drafter)
+
+
+def encoder_outputs(subject: Subject) -> None:
+    """Hidden states that the caller computed are taken as they are."""
+    if not subject.encodes:
+        return
+    given = subject.inputs(2)
+    with torch.no_grad():
+        hidden = subject.eager.get_encoder()(**given).last_hidden_state
+    mask = {"attention_mask": given["attention_mask"]} if "attention_mask" in given else {}
+    for options in ({}, {"num_beams": 3}):
+        results = [
+            model.generate(  # type: ignore[operator]
+                encoder_outputs=BaseModelOutput(last_hidden_state=hidden.clone()), **mask, **UNIQUE, **options
+            )
+            for model in (subject.eager, subject.model)
+        ]
+        assert torch.equal(*results)
+
+
+def prompts(subject: Subject) -> None:
+    """Several tokens at once: a prompt for the decoder, or a long input."""
+    if not subject.encodes:
+        subject.same(**subject.inputs(2, 40))
+        return
+    prompt = subject.ids(2, 4)
+    found = subject.same(**subject.inputs(2), decoder_input_ids=prompt)
+    if found.shape[1] > TOKENS:  # speech leaves the prompt out of what it returns
+        assert torch.equal(found[:, -TOKENS - 4 : -TOKENS], prompt)
+
+
+def second_turn(subject: Subject) -> None:
+    """A second call goes on from the first one's caches, or sees everything anew."""
+    given = subject.inputs() if subject.encodes else {"input_ids": subject.ids(1, 7)}
+    results = []
+    for model in (subject.eager, subject.model):
+        first = model.generate(**given, **UNIQUE, return_dict_in_generate=True)  # type: ignore[operator]
+        more = torch.cat([first.sequences, subject.ids(1, 3, seed=8)], dim=1)
+        if subject.encodes:
+            again = {**given, "decoder_input_ids": more}
+        else:
+            again = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+        options = UNIQUE | {"no_repeat_ngram_size": 2}
+        for cached in ({"past_key_values": first.past_key_values}, {}):
+            results.append(model.generate(**again, **options, **cached))  # type: ignore[operator]
+    for expected, found in zip(results[:2], results[2:], strict=True):
+        assert torch.equal(found, expected), [result.tolist() for result in results]
+
+
+Check = Callable[[Subject], None]
+CHECKS: tuple[Check, ...] = (
+    verified,
+    weights_once,
+    mostly_half,
+    greedy,
+    padding,
+    beams,
+    sampling,
+    without_cache,
+    lengths,
+    end_tokens,
+    scores,
+    processors,
+    streaming,
+    assisted,
+    encoder_outputs,
+    prompts,
+    second_turn,
+)
+
+
+def name(check: Check) -> str:
+    """A check's name, for pytest's `ids`."""
+    return check.__name__
