@@ -295,7 +295,8 @@ def model_over(
     mixins = [base for base in getattr(known, "__mro__", ()) if issubclass(base, GenerationMixin)]
     own = [base for base in mixins if not issubclass(base, torch.nn.Module) and base is not GenerationMixin]
     members = {"main_input_name": getattr(known, "main_input_name", shape.main_input_name), "structure": known}
-    kind = type(shape.__name__, (shape, *own, *([OwnLoop] if own else [])), members)
+    # Pipelines look a model up by the name of its class.
+    kind = type(getattr(known, "__name__", shape.__name__), (shape, *own, *([OwnLoop] if own else [])), members)
     made: AcceleratedModel = kind(runtime, config, generation_config)
     return made
 

@@ -56,6 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {
         "model_type": "whisper",
         "num_mel_bins": 8,
+        "init_std": 0.15,
         "max_source_positions": 50,
         "max_target_positions": 448,
         "suppress_tokens": None,

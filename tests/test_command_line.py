@@ -154,8 +154,8 @@ def test_checkpoint_of_a_file(refused: Refused, tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"model_type": "bert", "architectures": ["BertModel"]}, ("'bert'", "t5")),
-        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ("'gpt2'", "t5")),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, ("'bert'", "encoder alone", "t5", "docs/")),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, ("'mamba'", "recurrent state", "gpt2")),
         ({"model_type": "nonsense"}, ("nonsense",)),
         ({"hidden_size": 4}, ("model_type",)),
     ],

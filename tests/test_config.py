@@ -74,7 +74,7 @@ def test_architecture_builds(name: str) -> None:
     assert isinstance(config, dict)
     adapter = registry.build(config)
     assert isinstance(adapter, Architecture)
-    assert adapter.model_types
+    assert bool(adapter.model_types) is (name not in ("causal", "seq2seq"))  # those take any of their shape
     assert adapter.roles()
 
 

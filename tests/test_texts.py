@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, T5Config
 
 from accel import texts
 from accel.errors import AccelError
@@ -44,6 +44,7 @@ def test_saved_tokenizer_is_found(tokenizer: PreTrainedTokenizerFast, tmp_path: 
     """A folder's tokenizer is loaded; a folder without one gives None."""
     assert texts.load_tokenizer(tmp_path) is None
     tokenizer.save_pretrained(tmp_path)
+    T5Config().save_pretrained(tmp_path)
     loaded = texts.load_tokenizer(tmp_path)
     assert loaded is not None
     assert loaded("same words")["input_ids"] == [3, 4]

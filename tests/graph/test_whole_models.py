@@ -13,8 +13,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from accel.adapter import Role
-from accel.chain import Chain, signatures, torch_run
+from accel.chain import Chain, script, signatures, torch_run
 from accel.graph import files
 from accel.graph.fuse_attention import fuse_attention
 from accel.graph.weights import initializers, shared_bytes
@@ -62,11 +61,9 @@ def bart(shared: Path) -> Path:
             model = shaken(BartForConditionalGeneration(BartConfig(**BART)))
             adapter = importlib.import_module("accel.architectures.seq2seq").Seq2Seq(["bart"])
             chain = Chain(signatures(adapter, model.config), torch_run(adapter, model))
-            given = adapter.feeds(model.config, 2, 5, torch.Generator().manual_seed(0))
-            ids = torch.randint(100, (2, 7))
+            given = script(adapter, model.config, export.EXAMPLE, torch.Generator().manual_seed(0))
             for role, signature in chain.signatures.items():
-                wrapper, tokens = adapter.wrap(model, role), ids[:, :3] if role is Role.STEP else ids
-                example = export.example(chain, role, given, tokens)
+                wrapper, example = adapter.wrap(model, role), export.example(chain, role, given)
                 graph = export.export_role(wrapper, signature, example, 20)
                 export.name_weights(graph, wrapper, model)
                 files.save(graph, folder / f"{role}.onnx")

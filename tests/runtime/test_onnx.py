@@ -187,9 +187,9 @@ def test_prefill_once_then_one_token_a_step(model: AcceleratedModel, monkeypatch
     prefills: list[int] = []
     step, prefill = model.runtime.step, model.runtime.prefill
 
-    def count(ids: Tensor, state: GrowingState) -> Tensor:
-        steps.append((ids.shape[1], state.length))
-        return step(ids, state)
+    def count(feeds: Mapping[str, Tensor], state: GrowingState) -> Tensor:
+        steps.append((feeds["input_ids"].shape[1], state.length))
+        return step(feeds, state)
 
     monkeypatch.setattr(model.runtime, "step", count)
     monkeypatch.setattr(model.runtime, "prefill", lambda feeds: prefills.append(1) or prefill(feeds))
