@@ -82,7 +82,7 @@ class Pipeline:
             "version": stage.version,
             "config": self._sections(stage),
             "architecture": self.config.architecture,
-            "adapter": source_hash(type(self.architecture)),
+            "adapter": source_hash(self.config.architecture, self.architecture),
             "upstream": {upstream: self.key(upstream) for upstream in stage.inputs(self.config)},
             "files": [file_hash(Path(path)) for path in stage.files(self.config)],
             "packages": versions(stage.packages),

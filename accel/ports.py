@@ -1,7 +1,8 @@
 """Holds an adapter's ports against what the model gives, before anything is traced."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -65,19 +66,24 @@ def check_ports(architecture: Architecture, model: PreTrainedModel, shapes: Sequ
     for role, signature in ports.items():
         _refuse_twins(role, signature)
     checks = {role: PortCheck(role, signature) for role, signature in ports.items()}
-    chain = Chain(ports, torch_run(architecture, model))
+    with _explained(f"export: the wrappers can't be made for {type(model).__name__}"):
+        chain = Chain(ports, torch_run(architecture, model))
     for shape in shapes:
         for role, given in script(architecture, model.config, shape, generator).items():
             inputs = chain.inputs(role, given)
-            try:
+            with _explained(f"export of {role}: its wrapper fails on {type(model).__name__}, {shape}"):
                 outputs = chain(role, given)
-            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-                reason = (str(error).splitlines() or [""])[0]
-                raise AccelError(
-                    f"export of {role}: its wrapper fails on {type(model).__name__}, {shape}: "
-                    f"{type(error).__name__}: {reason}"
-                ) from error
             checks[role](shape, inputs, outputs)
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Raises `AccelError` for what an adapter's code or the model's makes of wrong inputs."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise AccelError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
 def _refuse_twins(role: Role, signature: Signature) -> None:

@@ -1,9 +1,10 @@
 """Finds architectures: built in, installed with another package, or registered by hand. The only instantiate() call."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import hydra
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 
 from accel import plugins
 from accel.adapter import Architecture
-from accel.artifacts import file_hash
+from accel.artifacts import file_hash, make_key
 from accel.errors import AccelError
 
 GROUP = "architecture"
@@ -34,27 +35,28 @@ def register(name: str, target: Callable[..., Architecture], **options: Any) -> 
     ConfigStore.instance().store(name=name, group=GROUP, node={"_target_": path, **options}, provider="accel.register")
 
 
+@contextmanager
+def _loader() -> Iterator[Any]:
+    """Hydra's config loader, which knows every package on the search path."""
+    if GlobalHydra.instance().is_initialized():
+        hydra_now = GlobalHydra.instance().hydra
+        yield hydra_now.config_loader if hydra_now is not None else None
+        return
+    plugins.register()
+    with hydra.initialize_config_module("accel.conf", version_base="1.3"), _loader() as loader:
+        yield loader
+
+
 def names() -> list[str]:
     """Every architecture that can be chosen, `auto` aside."""
-    if not GlobalHydra.instance().is_initialized():
-        plugins.register()
-        with hydra.initialize_config_module("accel.conf", version_base="1.3"):
-            return names()
-    return [name for name in hydra_loader().get_group_options(GROUP, ObjectType.CONFIG) if name != "auto"]
-
-
-def hydra_loader() -> Any:
-    """Hydra's config loader, which knows every package on the search path."""
-    loader = GlobalHydra.instance().hydra
-    if loader is None:
-        raise RuntimeError("Hydra is not initialized")
-    return loader.config_loader
+    with _loader() as loader:
+        return [name for name in loader.get_group_options(GROUP, ObjectType.CONFIG) if name != "auto"]
 
 
 def served() -> dict[str, Sequence[str]]:
     """Architecture -> the model types it serves."""
-    repository = hydra_loader().repository
-    found = {name: repository.load_config(f"{GROUP}/{name}") for name in names()}
+    with _loader() as loader:
+        found = {name: loader.repository.load_config(f"{GROUP}/{name}") for name in names()}
     return {name: tuple(result.config.get("model_types", ())) for name, result in found.items() if result}
 
 
@@ -89,10 +91,48 @@ def build(config: Mapping[str, Any]) -> Architecture:
     return adapter
 
 
-@cache
-def source_hash(kind: type) -> str:
-    """Hash of the module that defines an adapter, and of the modules of the classes it derives from."""
-    sources = [
-        inspect.getsourcefile(base) for base in kind.__mro__ if base not in (object,) and base.__module__ != "typing"
-    ]
-    return "".join(file_hash(Path(source)) for source in sources if source)
+def source_hash(config: Mapping[str, Any], adapter: Architecture) -> str:
+    """Hash of the code that an adapter runs: the packages of its class, of those it derives from, and of every wrapper
+    that its config names; of a class that was typed in, as in a notebook, what it was compiled to."""
+    kinds = [kind for kind in type(adapter).__mro__ if kind.__module__ not in ("builtins", "typing", "abc")]
+    modules = {kind.__module__ for kind in kinds} | {target.rpartition(".")[0] for target in _targets(config)}
+    files = sorted({path for module in modules for path in _files(module)})
+    typed = [line for kind in kinds if kind.__module__ == "__main__" for line in _compiled(kind)]
+    return make_key(files={str(path.name): file_hash(path) for path in files}, typed=typed)
+
+
+def _targets(config: Any) -> Iterator[str]:
+    """Every `_target_` in a config, at any depth."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if key == "_target_":
+                yield str(value)
+            else:
+                yield from _targets(value)
+
+
+def _files(module: str) -> list[Path]:
+    """The module's file, and those beside it if it is in a package."""
+    found = sys.modules.get(module)
+    file = getattr(found, "__file__", None)
+    if file is None:
+        return []
+    return sorted(Path(file).parent.glob("*.py")) if getattr(found, "__package__", "") else [Path(file)]
+
+
+def _compiled(kind: type) -> Iterator[str]:
+    """What the functions of a class were compiled to."""
+    for name, member in vars(kind).items():
+        if isinstance(member, FunctionType):
+            yield f"{kind.__qualname__}.{name}"
+            yield from _code(member.__code__)
+
+
+def _code(code: CodeType) -> Iterator[str]:
+    yield code.co_code.hex()
+    yield repr((code.co_names, code.co_varnames))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code(constant)
+        else:
+            yield repr(constant)

@@ -27,6 +27,11 @@ class Ports:
         present: str = "present.{layer}.{part}",
         axes: Mapping[str, Mapping[int, str]] | None = None,
     ) -> None:
+        for key, template in (("past", past), ("present", present)):
+            try:
+                template.format(layer=0, part="")
+            except (KeyError, IndexError, ValueError) as error:
+                raise AccelError(f"{key}={template!r}: braces may hold {{layer}} and {{part}}, nothing else") from error
         self.layers, self.past, self.present = layers, past, present
         self.axes = dict(axes or {})
 

@@ -64,16 +64,21 @@ class Decoder(nn.Module):
 class Seq2Seq:
     """Adapter of encoder-decoder models.
 
-    `wrapper` makes the decoder from (model, names of its inputs before the caches). Other options: see `Ports`.
+    `encoder` and `wrapper` make encoder and decoder from (model, names of its inputs before the caches). Other options:
+    see `Ports`.
     """
 
     source: ClassVar[Mapping[int, str]] = {0: "batch", 1: "source"}  # axes of the encoder's inputs and output
 
     def __init__(
-        self, model_types: Sequence[str] = (), wrapper: Callable[..., nn.Module] = Decoder, **options: Any
+        self,
+        model_types: Sequence[str] = (),
+        encoder: Callable[..., nn.Module] = Encoder,
+        wrapper: Callable[..., nn.Module] = Decoder,
+        **options: Any,
     ) -> None:
         self.model_types = tuple(model_types)
-        self.wrapper = wrapper
+        self.encoder, self.wrapper = encoder, wrapper
         self.ports = Ports(**options)
 
     def roles(self) -> tuple[Role, ...]:
@@ -81,7 +86,7 @@ class Seq2Seq:
 
     def wrap(self, model: PreTrainedModel, role: Role) -> nn.Module:
         names = [port.name for port in self.signature(model.config, role).inputs if not port.cached]
-        return Encoder(model, names) if role is Role.ENCODER else self.wrapper(model, names)
+        return (self.encoder if role is Role.ENCODER else self.wrapper)(model, names)
 
     def encoder_inputs(self) -> list[Port]:
         return [self.ports.of("input_ids", self.source), self.ports.of("attention_mask", self.source)]

@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mt5": GATED | {"model_type": "mt5", "tie_word_embeddings": False},
     "umt5": GATED | {"model_type": "umt5", "tie_word_embeddings": False},
     "longt5": T5 | {"model_type": "longt5", "local_radius": 7, "encoder_attention_type": "local"},
+    "longt5-tglobal": T5 | {"model_type": "longt5", "local_radius": 7, "encoder_attention_type": "transient-global"},
     "bart": BART | {"model_type": "bart"},
     "mbart": BART | {"model_type": "mbart", "scale_embedding": True},
     "marian": BART | {"model_type": "marian", "scale_embedding": True, "decoder_vocab_size": 120, "init_std": 0.15},

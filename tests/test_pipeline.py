@@ -1,5 +1,6 @@
 """Which stages run, on what they depend, and that a kill costs no more than the stage it hit."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from accel.stages import Stage
 from tests.conftest import Build, overrides_for
 
 BEFORE_GENERATE = (*HIDDEN, *STAGES[: STAGES.index("generate")])
+CAUSAL = "accel.architectures.causal"
 AFTER_MERGE = ("merge", "verify", "generate", "benchmark", "profile")
 
 
@@ -173,12 +175,37 @@ def test_keys_depend_on_the_adapter_and_the_packages(tiny: Path, monkeypatch: py
     """Another adapter source, or another version of a package that a stage uses, is another artefact."""
     before = keys(tiny)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "source_hash", lambda kind: "other source")
+        patch.setattr(module, "source_hash", lambda config, adapter: "other source")
         after = keys(tiny)
     assert {name for name in before if before[name] != after[name]} >= {"export", "merge", "verify"}
     monkeypatch.setattr(module, "versions", lambda names: dict.fromkeys(names, "0") if "onnxscript" in names else {})
     after = keys(tiny)
     assert before["export"] != after["export"]
+
+
+def test_keys_depend_on_the_wrapper_that_a_yaml_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapper's code counts as the adapter's own does, and so does the code of a class that was typed in."""
+    file = tmp_path / "some_wrapper.py"
+    file.write_text("class Decoder: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("some_wrapper")
+    target = {"_target_": "accel.architectures.causal.Causal", "wrapper": {"_target_": "some_wrapper.Decoder"}}
+    adapter = registry.build(target | {"wrapper": {"_target_": "some_wrapper.Decoder", "_partial_": True}})
+    before = registry.source_hash(target, adapter)
+    assert before == registry.source_hash(target, adapter)
+    assert before != registry.source_hash({"_target_": target["_target_"]}, adapter)
+    file.write_text("class Decoder: pass\n")
+    assert before != registry.source_hash(target, adapter)
+
+
+def test_keys_depend_on_code_that_was_typed_in() -> None:
+    """A class of a notebook has no file: what its functions were compiled to counts."""
+    hashes = set()
+    for number in (1, 1, 2):
+        space: dict[str, Any] = {"__name__": "__main__", "Causal": importlib.import_module(CAUSAL).Causal}
+        exec(f"class Mine(Causal):\n    def roles(self):\n        return {number}, [i for i in 'ab']\n", space)
+        hashes.add(registry.source_hash({}, space["Mine"]()))
+    assert len(hashes) == 2
 
 
 # toy stages: the real ones' names, inputs and sections, and next to no work

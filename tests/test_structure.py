@@ -149,6 +149,29 @@ def test_no_model_family_outside_architectures_and_conf() -> None:
     assert hits == []
 
 
+def test_model_types_are_compared_in_adapters_only() -> None:
+    """`if model_type == ...` is how generic code stops being generic: what differs stands in an adapter or a YAML."""
+    compared = re.compile(r"model_type\s*(==|!=|in\s*[\[({])|(==|!=)\s*[\w.]*model_type")
+    hits = [
+        f"{name(path)}:{number}: {line.strip()}"
+        for path in SOURCES
+        if name(path).startswith("accel/")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if compared.search(line)
+    ]
+    assert hits == []
+    for line in ('if config.model_type == "x":', "if model_type in ('x', 'y'):", 'if "x" != model_type:'):
+        assert compared.search(line), line
+
+
+def test_architectures_stay_small() -> None:
+    """A family is a YAML of a few lines; all adapters together are a few hundred."""
+    adapters = list((ROOT / "architectures").glob("*.py"))
+    assert sum(len(path.read_text().splitlines()) for path in adapters) < 500
+    for path in (ROOT / "conf" / "architecture").glob("*.yaml"):
+        assert len(path.read_text().splitlines()) < 15, path.name
+
+
 def test_the_family_check_finds_families() -> None:
     """Names that must be found, and words that merely hold the same letters."""
     for word in ("T5Block", "t5_layers", "bart", "GPT2LMHeadModel", "google/mt5-small", "BertModel", "flan-t5"):

@@ -19,6 +19,11 @@ except ImportError as error:
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 SMALLEST = '<ir_version: 8, opset_import: ["" : 17]> g (float[n] x) => (float[n] y) { y = Identity(x) }'
+RUNTIME_ERRORS = tuple(  # ONNX Runtime's own have no common base
+    value
+    for value in vars(onnxruntime.capi.onnxruntime_pybind11_state).values()
+    if isinstance(value, type) and issubclass(value, Exception)
+)
 LIBRARIES = ("libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so")
 
 
