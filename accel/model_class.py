@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 # Where a config names no class: the mappings from config to class, and whether the class has an encoder.
 AUTO_CLASSES = {AutoModelForSeq2SeqLM: True, AutoModelForSpeechSeq2Seq: True, AutoModelForCausalLM: False}
 
+RECURRENT = {"linear_attention", "hybrid", "conv", "mamba"}  # `layer_types` of layers that keep no keys and values
+
 
 def model_class(config: PretrainedConfig) -> Any:
     """The class that `config.architectures` names, or that generates for such a config; None if there is none."""
@@ -29,6 +31,7 @@ def obstacle(config: PretrainedConfig) -> str | None:
         return f"transformers has no class that generates for {what}"
     if not kind.can_generate():
         return f"{what} doesn't generate text token by token: an encoder alone knows no next token"
-    if kind._is_stateful:
+    layers = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
+    if kind._is_stateful or layers & RECURRENT:
         return f"{what} keeps a recurrent state instead of keys and values, and nothing else can be cached here"
     return None

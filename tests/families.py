@@ -95,6 +95,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2,
         "new_decoder_architecture": True,
     },
+    "falcon-alibi": IDS
+    | {
+        "model_type": "falcon",
+        "vocab_size": 120,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "multi_query": True,
+        "alibi": True,
+    },
     "granite": LLAMA
     | {"model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7},
     "smollm3": LLAMA | {"model_type": "smollm3", "no_rope_layers": [1, 0]},

@@ -19,6 +19,7 @@ from accel.artifacts import Artifact
 from accel.chain import Chain, Shape, longest, script, signatures, torch_run
 from accel.errors import AccelError
 from accel.graph import files
+from accel.graph.widen_bfloat16 import widen_bfloat16
 from accel.ports import check_ports
 from accel.runtime.providers import RUNTIME_ERRORS
 from accel.runtime.session import SessionSettings, plain_run
@@ -67,6 +68,7 @@ def export_role(wrapper: nn.Module, signature: Signature, inputs: Mapping[str, T
     for values, ports in ((model.graph.inputs, signature.inputs), (model.graph.outputs, signature.outputs)):
         for value, port in zip(values, ports, strict=True):
             value.name = port.name
+    widen_bfloat16(model)
     return model
 
 
