@@ -183,7 +183,8 @@ class EncoderDecoderModel(AcceleratedModel):
     ) -> Seq2SeqLMOutput:
         """One call of the decoder: ids [batch, new] -> logits [batch, new, vocabulary].
 
-        Raises `ValueError` when attentions or hidden states are asked for, which an exported graph doesn't return.
+        Raises `ValueError` when attentions or hidden states are asked for, which an exported graph doesn't return, or
+        decoder tokens are masked.
         """
         refuse(output_attentions, output_hidden_states)
         if decoder_input_ids is None:
@@ -191,6 +192,9 @@ class EncoderDecoderModel(AcceleratedModel):
         if isinstance(past_key_values, StateCache):
             logits = self.runtime.step({"input_ids": decoder_input_ids}, past_key_values.state)
             return Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+        shown = kwargs.get("decoder_attention_mask")
+        if shown is not None and not bool(shown.all()):
+            raise ValueError("decoder_attention_mask hides tokens; an exported decoder looks at all that it was given")
         if encoder_outputs is None:
             given = input_ids if self.main_input_name == "input_ids" else kwargs.get(self.main_input_name)
             if given is None:
@@ -231,9 +235,7 @@ class DecoderOnlyModel(AcceleratedModel):
         cache = past_key_values if isinstance(past_key_values, StateCache) else None
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         mask = input_ids.new_ones(batch, seen + new) if attention_mask is None else attention_mask
-        feeds = decoder_feeds(input_ids, mask, logits_to_keep)
-        if position_ids is not None:
-            feeds["position_ids"] = position_ids.expand(batch, -1)
+        feeds = decoder_feeds(input_ids, mask, logits_to_keep, position_ids)
         if cache is not None:
             logits = self.runtime.step(feeds, cache.state)
         else:

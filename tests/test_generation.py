@@ -269,6 +269,15 @@ def test_what_a_graph_does_not_return_is_refused(model: AcceleratedModel, asked:
         model.generate(**batch(), **UNIQUE, return_dict_in_generate=True, **{asked: True})
 
 
+def test_hidden_decoder_tokens_are_refused(model: AcceleratedModel) -> None:
+    """A mask over the decoder's own tokens is not silently left out; one that hides nothing is no matter."""
+    given = batch(2) | {"decoder_input_ids": torch.tensor([[0, 5], [0, 7]])}
+    with pytest.raises(ValueError, match="decoder_attention_mask"):
+        model(**given, decoder_attention_mask=torch.tensor([[0, 1], [1, 1]]))
+    shown = model(**given, decoder_attention_mask=torch.ones(2, 2, dtype=torch.int64)).logits
+    assert torch.equal(shown, model(**given).logits)
+
+
 def test_calls_without_input_say_what_is_missing(model: AcceleratedModel) -> None:
     """Called by hand, a model says which input it lacks."""
     with pytest.raises(ValueError, match="decoder_input_ids"):

@@ -20,7 +20,7 @@ from accel.chain import Chain, Shape, longest, script, signatures, torch_run
 from accel.errors import AccelError
 from accel.graph import files
 from accel.graph.widen_bfloat16 import widen_bfloat16
-from accel.ports import check_ports
+from accel.port_check import check_ports
 from accel.runtime.providers import RUNTIME_ERRORS
 from accel.runtime.session import SessionSettings, plain_run
 from accel.schema import Config

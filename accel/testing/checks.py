@@ -1,146 +1,18 @@
-"""The conformance suite: whether an architecture takes its models the whole road and loses nothing that `generate` can.
+"""One function a check: what PyTorch does, the deployable does. Each raises `AssertionError` where they part ways."""
 
-It ships, so that an adapter in another package is held to the same:
-
-    import pytest
-    from accel import testing
-
-    @pytest.fixture(scope="module")
-    def subject(tmp_path_factory):
-        with testing.prepare(TINY_CONFIG, tmp_path_factory.mktemp("mine"), ["architecture=mine"]) as subject:
-            yield subject
-
-    @pytest.mark.parametrize("check", testing.CHECKS, ids=testing.name)
-    def test_conformance(check, subject):
-        check(subject)
-
-Every check raises `AssertionError` where PyTorch and the deployable part ways.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextStreamer,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
-from accel import registry
-from accel.adapter import Architecture, Role
-from accel.api import UP_TO_VERIFY
-from accel.application import compose, execute
-from accel.artifacts import Artifact
-from accel.generation import AcceleratedModel
-from accel.loading import load, verdict_of
-from accel.model_class import model_class
+from accel.loading import verdict_of
+from accel.testing.subject import TOKENS, UNIQUE, Subject
 
-TOKENS = 12
-# Random weights say one token over and over, which would hide a wrong cache: none may come twice.
-UNIQUE = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "no_repeat_ngram_size": 1, "do_sample": False}
 BEAMS = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.3}
 SAMPLE = {"do_sample": True, "top_k": 0, "temperature": 1.3}
-
-
-def random_model(config: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
-    """A model of `config`, a Hugging Face config with `model_type`, in which a mix-up of any two parameters shows.
-
-    Biases and norms differ from each other, and weights are large enough for attention to choose.
-    """
-    values = dict(config)
-    description = AutoConfig.for_model(values.pop("model_type"), **values)
-    torch.manual_seed(seed)
-    model: PreTrainedModel = model_class(description)._from_config(description, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-            elif parameter.std() < 0.05:  # as most families begin: attention would see all tokens alike
-                parameter.mul_(3)
-    return model
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One architecture on one random model: in PyTorch, as a deployable, and what the stages made on the way."""
-
-    eager: PreTrainedModel
-    model: AcceleratedModel
-    architecture: Architecture
-    artifacts: Mapping[str, Artifact]
-    half: Mapping[str, Artifact]
-
-    @property
-    def encodes(self) -> bool:
-        return Role.ENCODER in self.architecture.roles()
-
-    def inputs(self, rows: int = 1, length: int = 9) -> dict[str, Any]:
-        """Random inputs, padded where there are several."""
-        generator = torch.Generator().manual_seed(rows)
-        return dict(self.architecture.feeds(self.eager.config, rows, length, generator))
-
-    def ids(self, rows: int, length: int, seed: int = 5) -> Tensor:
-        """Random ids, special ones left out."""
-        vocabulary = self.eager.config.get_text_config(decoder=True).vocab_size
-        return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-    def both(self, **options: Any) -> tuple[Any, Any]:
-        """What PyTorch and the deployable generate, from the same seed."""
-        found = []
-        for model in (self.eager, self.model):
-            torch.manual_seed(0)
-            with torch.inference_mode():
-                found.append(model.generate(**UNIQUE | options))  # type: ignore[operator]
-        return found[0], found[1]
-
-    def same(self, distinct: int = TOKENS - 2, **options: Any) -> Tensor:
-        """The tokens of both, which must be equal and of many kinds."""
-        expected, found = self.both(**options)
-        assert torch.equal(found, expected), f"PyTorch says {expected.tolist()}, the deployable {found.tolist()}"
-        kinds = len(set(found[0].tolist()))
-        assert kinds >= distinct, f"only {kinds} kinds of token in {found[0].tolist()}: too few to show a mistake"
-        return found  # type: ignore[no-any-return]
-
-
-@contextmanager
-def prepare(
-    config: Mapping[str, Any], folder: Path, overrides: Sequence[str] = (), artifacts: Path | None = None
-) -> Iterator[Subject]:
-    """Take a random model of `config` up to `verify`, in FP32 and FP16, on the CPU.
-
-    `folder` receives the checkpoint and, unless `artifacts` names another, what the stages make. Raises `AccelError`
-    where a stage refuses.
-    """
-    checkpoint = folder / "checkpoint"
-    if not (checkpoint / "config.json").is_file():
-        random_model(config).save_pretrained(checkpoint)
-    common = [
-        "model=auto",
-        f"model.checkpoint={checkpoint}",
-        f"model.name={folder.name}",
-        f"artifacts={artifacts or folder / 'artifacts'}",
-        "runtime=cpu",
-        UP_TO_VERIFY,
-        "verify.unique_tokens=true",
-        *overrides,
-    ]
-    composed = compose(common)
-    made = execute(composed)
-    half = execute(compose([*common, "precision=fp16"]))
-    kind = model_class(AutoConfig.from_pretrained(checkpoint))
-    eager = kind.from_pretrained(checkpoint, attn_implementation="eager").eval()
-    with load(made["verify"].folder, runtime="cpu") as model:
-        yield Subject(eager, model, registry.build(composed.architecture), made, half)
 
 
 def verified(subject: Subject) -> None:
@@ -309,13 +181,28 @@ def streaming(subject: Subject) -> None:
 
 def assisted(subject: Subject) -> None:
     """A PyTorch model drafts, several ids a step are checked, wrong ones leave the cache."""
-    config = subject.eager.config
-    drafter = type(subject.eager)(config).eval()
-    drafter.load_state_dict(subject.eager.state_dict())
-    with torch.no_grad():
-        for parameter in drafter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.01)
-    subject.same(**subject.inputs(), assistant_model=drafter)
+    drafter = type(subject.eager)(subject.eager.config).eval()
+    calls: list[tuple[int, int]] = []  # ids of a step, tokens seen before it
+    runtime, step = subject.model.runtime, subject.model.runtime.step
+
+    def noted(feeds: Mapping[str, Tensor], state: Any) -> Tensor:
+        calls.append((feeds["input_ids"].shape[1], state.length))
+        return step(feeds, state)
+
+    runtime.step = noted  # type: ignore[method-assign]
+    try:
+        for noise in (0.0, 0.05):  # a drafter that is always right, and one that is not
+            drafter.load_state_dict(subject.eager.state_dict())
+            with torch.no_grad():
+                for parameter in drafter.parameters():
+                    other = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                    parameter.add_(other, alpha=noise)
+            subject.same(**subject.inputs(), assistant_model=drafter)
+    finally:
+        runtime.step = step  # type: ignore[method-assign]
+    assert max(new for new, _ in calls) > 1, "no step checked several drafted ids"
+    ends = [seen + new for new, seen in calls]
+    assert any(seen < end for (_, seen), end in zip(calls[1:], ends, strict=False)), "nothing ever left the cache"
 
 
 def encoder_outputs(subject: Subject) -> None:

@@ -1,0 +1,100 @@
+"""The conformance suite notices: each check fails once what it guards is broken."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from accel import testing
+from accel.runtime.onnx import GrowingState
+from accel.testing import checks
+from tests.families import FAMILIES
+
+pytestmark = pytest.mark.xdist_group("gpt2")  # the family's own tests export the same model
+
+
+@pytest.fixture(scope="module")
+def subject(shared: Path, artifacts: Path) -> Iterator[testing.Subject]:
+    folder = shared / "families" / "gpt2"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(shared / "gpt2.lock"), testing.prepare(FAMILIES["gpt2"], folder, artifacts=artifacts) as made:
+        yield made
+
+
+Break = Callable[[testing.Subject, pytest.MonkeyPatch], None]
+
+
+def changed(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Break:
+    """Every call of the decoder with other inputs."""
+
+    def apply(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+        runtime = subject.model.runtime
+        step, prefill = runtime.step, runtime.prefill
+        patch.setattr(runtime, "step", lambda feeds, state: step(change(dict(feeds)), state))
+        patch.setattr(runtime, "prefill", lambda feeds: prefill(change(dict(feeds))))
+
+    return apply
+
+
+def later(feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+    return feeds | {"position_ids": feeds["position_ids"] + 1}
+
+
+def unmasked(feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+    return feeds | {"attention_mask": torch.ones_like(feeds["attention_mask"])}
+
+
+def forgetful(method: str) -> Break:
+    """The caches are left as they were where they should change."""
+    return lambda subject, patch: patch.setattr(GrowingState, method, lambda self, argument: None)
+
+
+def louder(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """Logits one percent too large: the same words, other scores."""
+    step = subject.model.runtime.step
+    patch.setattr(subject.model.runtime, "step", lambda feeds, state: 1.01 * step(feeds, state))
+
+
+def refused(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """A verdict that isn't one."""
+    patch.setattr(checks, "verdict_of", lambda folder: {"passed": False, "failures": ["logits"]})
+
+
+def twice(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """Every weight stored twice."""
+    summary: Mapping[str, Any] = subject.artifacts["merge"].summary
+    patch.setitem(summary, "merged_bytes", 2 * summary["step_bytes"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("check", "broken"),
+    [
+        (checks.verified, refused),
+        (checks.weights_once, twice),
+        (checks.greedy, changed(later)),
+        (checks.greedy, changed(unmasked)),
+        (checks.padding, changed(unmasked)),
+        (checks.beams, forgetful("reorder")),
+        (checks.sampling, changed(later)),
+        (checks.without_cache, changed(later)),
+        (checks.lengths, changed(later)),
+        (checks.end_tokens, changed(later)),
+        (checks.scores, louder),
+        (checks.processors, changed(later)),
+        (checks.assisted, forgetful("crop")),
+        (checks.prompts, changed(later)),
+        (checks.second_turn, changed(later)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_check_fails_when_what_it_guards_breaks(
+    subject: testing.Subject, monkeypatch: pytest.MonkeyPatch, check: testing.Check, broken: Break
+) -> None:
+    check(subject)
+    broken(subject, monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):  # a graph may also refuse what no longer fits together
+        check(subject)
