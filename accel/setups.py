@@ -151,12 +151,13 @@ def free(device: str) -> None:
 
 def two_files(sources: Sources) -> AcceleratedModel:
     """What other exporters ship: prefill and step in files of their own, which share no weights."""
-    graphs = Path(sources.graphs)
-    encoder, prefill, step = (
-        bound(graphs / f"{role}.onnx", SessionSettings.of(sources.runtime), sources.runtime.device)
-        for role in (Role.ENCODER, Role.PREFILL, Role.STEP)
-    )
-    return as_model(GrowingRuntime(encoder, prefill, step, sources.cache), Path(sources.deployable))
+    sessions = {
+        role: bound(path, SessionSettings.of(sources.runtime), sources.runtime.device)
+        for role in Role
+        if (path := Path(sources.graphs) / f"{role}.onnx").is_file()
+    }
+    runtime = GrowingRuntime(sessions.get(Role.ENCODER), sessions[Role.PREFILL], sessions[Role.STEP], sources.cache)
+    return as_model(runtime, Path(sources.deployable))
 
 
 def bound(path: Path, how: SessionSettings, device: str) -> BoundSession:

@@ -14,6 +14,7 @@ from accel.testing import random_model
 from tests.conftest import overrides_for
 from tests.families import FAMILIES, LLAMA
 
+ROOT = Path(__file__).parents[1]
 CAUSAL = "accel.architectures.causal.Causal"
 SEQ2SEQ = "accel.architectures.seq2seq.Seq2Seq"
 
@@ -37,6 +38,20 @@ def test_every_family_has_a_yaml_of_its_own() -> None:
     named = [kind for types in registry.served().values() for kind in types]
     assert len(named) == len(set(named))
     assert {str(values["model_type"]) for values in FAMILIES.values()} == set(named)
+
+
+def test_the_readme_lists_every_family() -> None:
+    """Each with the lines its YAML has now; the figures come from `scripts/family_table.py`."""
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("<!-- families:")[2].partition("<!-- end of families -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert [row[0] for row in rows] == list(FAMILIES)
+    for family, _, length, equal, *_ in rows:
+        path = ROOT / "conf" / "architecture" / f"{FAMILIES[family]['model_type']}.yaml"
+        assert int(length) == len(path.read_text().splitlines()), family
+        assert equal == "100%", family
 
 
 def test_a_type_that_nobody_names(checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,3 +129,13 @@ def test_inputs_of_another_kind(checkpoint: Path, tmp_path: Path, option: str, n
 def test_chat_without_a_template(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(AccelError, match="chat template"):
         execute(compose(overrides_for(tiny, tmp_path, "stage=generate", "generate.text=w5", "+generate.chat=true")))
+
+
+def test_benchmark_and_profile(build: Build, checkpoint: Path) -> None:
+    """Every setup of the CPU generates, sessions are weighed, and the profile names the decoder's operators."""
+    small = ["benchmark.new_tokens=4", "benchmark.source_length=5", "benchmark.repeats=1", "profile.new_tokens=3"]
+    made = build(checkpoint, "[benchmark,profile]", small)[1]
+    found = made["benchmark"].summary
+    assert set(found["setups"]) == {"torch", "torch+cache", "onnx", "onnx+cache", "onnx+cache, two files"}
+    assert found["memory"]["onnx+cache"]["session"] > 0
+    assert made["profile"].summary["operators"]["MatMul"]["calls"] > 0

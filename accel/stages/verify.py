@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ def compare_outputs(
     model: AcceleratedModel, architecture: Architecture, expected: Path, verdict: Verdict, seed: int
 ) -> None:
     """Run every role at the reference's shapes through the runtime: both branches, every output."""
-    cache = architecture.signature(model.config, Role.STEP).cache
+    step = architecture.signature(model.config, Role.STEP)
+    cache, growing = step.cache, {port.name for port in step.outputs}
     hidden: dict[str, Tensor] = {}
     state = None
     for number, role, given in reference.role_calls(architecture, model.config, seed):
@@ -85,7 +86,8 @@ def compare_outputs(
             views = state.views() if state is not None else {}
             found = {"logits": logits} | {output: views[name] for name, output in cache.items()}
         for name, value in known.items():
-            _measure(verdict, f"{role}.{name}", *_seen(role, given, found[name].cpu(), value))
+            visible = _visible(role, name, given, value, growing)
+            _measure(verdict, f"{role}.{name}", found[name], value, visible)
 
 
 def compare_paths(
@@ -111,16 +113,22 @@ def compare_paths(
         _measure(verdict, "path.logits", found, known["logits"])
 
 
-def _seen(role: Role, given: Mapping[str, Tensor], *values: Tensor) -> list[Tensor]:
-    """What the decoder sees of the encoder's outputs: zeros where the source is padding, whatever was computed there.
+def _visible(
+    role: Role, name: str, given: Mapping[str, Tensor], value: Tensor, growing: Container[str]
+) -> Tensor | None:
+    """A mask that broadcasts with `value`, 0 where it belongs to padding: nothing ever looks there.
 
-    An encoder that attends within blocks computes averages over nothing there, which any rounding changes. What is not
-    finite stays so, and the decoder would not survive it.
+    What attends to padding alone averages over nothing, which any rounding changes. What is not finite there counts
+    all the same, for it would spread.
     """
-    if role is not Role.ENCODER or "attention_mask" not in given:
-        return list(values)
-    mask = given["attention_mask"]  # [batch, source]
-    return [value * mask.reshape(*mask.shape, *[1] * (value.ndim - 2)).to(value.dtype) for value in values]
+    mask = given.get("attention_mask")  # [batch, source], or [batch, past + new] of a decoder
+    if mask is None:
+        return None
+    if role is Role.ENCODER:
+        return mask.reshape(*mask.shape, *[1] * (value.ndim - 2))  # value: [B, S, ...]
+    if name == "logits":
+        return mask[:, -value.shape[1] :, None]  # value: [B, N, V]
+    return mask[:, None, :, None] if name in growing else None  # value: [B, H, P + T, K]
 
 
 def _outputs_of(role: Role, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -140,11 +148,14 @@ def _context(architecture: Architecture, model: AcceleratedModel, pool: Mapping[
     return {port.name: pool[port.source] for port in ports if port.source}
 
 
-def _measure(verdict: Verdict, name: str, found: Tensor, expected: Tensor) -> None:
+def _measure(verdict: Verdict, name: str, found: Tensor, expected: Tensor, visible: Tensor | None = None) -> None:
     if found.shape != expected.shape:
         verdict.failures.append(f"{name} has shape {tuple(found.shape)}, PyTorch gives {tuple(expected.shape)}")
         return
-    absolute = float((found.cpu().float() - expected).abs().max())
+    found = found.cpu().float()
+    if visible is not None:
+        found, expected = found * visible, expected * visible
+    absolute = float((found - expected).abs().max())
     relative = absolute / max(float(expected.abs().max()), 1e-6)
     worst = verdict.outputs.setdefault(name, Difference(0.0, 0.0))
     worst.absolute, worst.relative = max(worst.absolute, absolute), max(worst.relative, relative)

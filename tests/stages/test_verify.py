@@ -1,11 +1,14 @@
 """What verify looks at would change if generation went wrong."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from accel import registry
+from accel.adapter import Role
 from accel.loading import open_model
 from accel.pipeline import Pipeline
 from accel.runtime.onnx import GrowingRuntime, GrowingState
@@ -23,10 +26,10 @@ def test_a_step_that_sees_a_stale_cache_is_found(
     expected = Pipeline(config, architecture).artifact("reference").folder
     real, calls = GrowingRuntime.step, iter(range(10_000))
 
-    def step(self: GrowingRuntime, ids: Tensor, state: GrowingState) -> Tensor:
+    def step(self: GrowingRuntime, feeds: Mapping[str, Tensor], state: GrowingState) -> Tensor:
         if next(calls) == late:
             state.crop(state.length - 1)
-        return real(self, ids, state)
+        return real(self, feeds, state)
 
     monkeypatch.setattr(GrowingRuntime, "step", step)
     verdict = verify.Verdict(threshold=verify.threshold("float32", 2))
@@ -36,3 +39,30 @@ def test_a_step_that_sees_a_stale_cache_is_found(
     assert "path.logits" in verdict.outputs
     assert bool(verdict.failures) is (late is not None)
     assert all(failure.startswith("path.logits") for failure in verdict.failures)
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "shape", "padding"),
+    [
+        (Role.ENCODER, "last_hidden_state", (2, 5, 8), (1, 4)),
+        (Role.PREFILL, "logits", (2, 5, 7), (1, 4)),
+        (Role.STEP, "logits", (2, 2, 7), (1, 1)),  # the last two of five
+        (Role.STEP, "present.0.key", (2, 4, 5, 8), (1, slice(None), 4)),
+    ],
+)
+def test_padding_is_not_compared(
+    role: Role, name: str, shape: tuple[int, ...], padding: tuple[int | slice, ...]
+) -> None:
+    """What lies under the mask may differ, what doesn't may not; what is not finite may stand nowhere."""
+    mask = torch.ones(2, 5, dtype=torch.int64)
+    mask[1, 4] = 0
+    expected = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    visible = verify._visible(role, name, {"attention_mask": mask}, expected, {"present.0.key"})
+    results = []
+    for place, number in ((padding, 9.0), (padding, torch.nan), ((0, *padding[1:]), 9.0)):
+        found = expected.clone()
+        found[place] = number
+        verdict = verify.Verdict(threshold=1e-3)
+        verify._measure(verdict, name, found, expected, visible)
+        results.append(bool(verdict.failures))
+    assert results == [False, True, True]
