@@ -14,7 +14,7 @@ from accel.errors import AccelError, unknown
 from accel.pipeline import Pipeline, chosen
 from accel.schema import Config, RuntimeConfig
 from accel.stages import generate
-from accel.validation import validate
+from accel.validation import check_lengths, validate
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -88,7 +88,9 @@ def execute(config: Config) -> dict[str, Artifact]:
         raise unknown(
             f"model type for architecture {config.architecture['_target_']}", model_type, architecture.model_types
         )
-    if "generate" in (stages := chosen(config.stage)):
+    stages = chosen(config.stage)
+    check_lengths(config, description, stages)
+    if "generate" in stages:
         generate.check(config, description)
     return Pipeline(config, architecture).run(stages)
 

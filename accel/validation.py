@@ -1,11 +1,12 @@
 """Refuses what can't work before any stage runs: one message that names the value and the choices."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
+from accel.chain import longest
 from accel.errors import AccelError, unknown
 from accel.runtime.providers import check_provider
 from accel.schema import Config
@@ -56,6 +57,25 @@ def _positive(config: Config, section: str, keys: Iterable[str]) -> None:
         value = getattr(getattr(config, section), key)
         if not 1 <= value <= LONGEST:
             raise AccelError(f"{section}.{key}={value}: must be from 1 to {LONGEST}")
+
+
+def check_lengths(config: Config, description: PretrainedConfig, stages: Collection[str]) -> None:
+    """Raises `AccelError` where a stage would need more positions than the model knows."""
+    known = longest(description)
+    if known is None:
+        return
+    verify, benchmark, profile = config.verify, config.benchmark, config.profile
+    for stage, source, new, key in (
+        ("verify", verify.source_length, verify.max_new_tokens, "max_new_tokens"),
+        ("benchmark", benchmark.source_length, benchmark.new_tokens, "new_tokens"),
+        ("profile", profile.source_length, profile.new_tokens, "new_tokens"),
+    ):
+        needed = max(source, new + 1) if description.is_encoder_decoder else source + new
+        if stage in stages and needed > known:
+            raise AccelError(
+                f"{stage}.source_length={source} and {stage}.{key}={new} need {needed} positions, and a model of type "
+                f"{description.model_type!r} with these weights knows {known}"
+            )
 
 
 def check_generate(options: dict[str, Any]) -> None:

@@ -13,22 +13,17 @@ from accel.adapter import Role, Signature
 from accel.model_class import model_class
 
 from .experts import in_turn
-from .ports import Ports, named, random_ids, random_lengths
+from .parts import Flat, Ports, random_ids, random_lengths
 
 PARTS = {"key": "past", "value": "past"}  # a layer's caches, in this order
 
 
-class Decoder(nn.Module):
+class Decoder(Flat):
     """The model with flat caches: the logits of the tokens to keep, and two caches a layer."""
-
-    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = names
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         # input_ids, position_ids: [B, T], attention_mask: [B, P + T], logits_to_keep: [N] of T, past: [B, H, P, K]
-        given, past = named(tensors, self.names)
+        given, past = self.split(tensors)
         # Every layer keeps all tokens, also where attention slides: what lies outside its window is masked.
         cache = DynamicCache([tuple(past[i : i + 2]) for i in range(0, len(past), 2)] or None)
         with in_turn(self.model):

@@ -11,38 +11,31 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from accel.adapter import Port, Role, Signature
 
-from .ports import Ports, named, random_ids, random_lengths
+from .parts import Flat, Ports, random_ids, random_lengths
 
 OWN, CROSS = ("decoder.key", "decoder.value"), ("encoder.key", "encoder.value")  # a layer's caches, in this order
 
 
-class Encoder(nn.Module):
+class Encoder(Flat):
     """The inputs `names`, [batch, source, ...] -> [batch, source, width] hidden states."""
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
-        super().__init__()
-        self.encoder = model.get_encoder()
-        self.names = names
+        super().__init__(model.get_encoder(), names)
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        return self.encoder(**named(tensors, self.names)[0]).last_hidden_state
+        return self.model(**self.split(tensors)[0]).last_hidden_state
 
 
-class Decoder(nn.Module):
+class Decoder(Flat):
     """The whole model behind its encoder, so that the head and every scaling of its input and output come along.
 
     Without past it returns the logits and four caches a layer; with past, the logits and the two that grew.
     """
 
-    def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = names
-
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         # input_ids: [B, T], encoder_hidden_states: [B, S, D], encoder_attention_mask: [B, S]
         # past: decoder [B, H, P, K], encoder [B, H, S, K], both twice a layer
-        given, past = named(tensors, self.names)
+        given, past = self.split(tensors)
         layers = [tuple(past[i : i + 4]) for i in range(0, len(past), 4)]
         cache = EncoderDecoderCache(layers) if layers else EncoderDecoderCache(DynamicCache(), DynamicCache())
         mask = {"attention_mask": given["encoder_attention_mask"]} if "encoder_attention_mask" in given else {}

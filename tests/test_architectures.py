@@ -87,6 +87,25 @@ def test_what_can_not_be_accelerated(
     assert not (tmp_path / "art").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("stage=benchmark benchmark.new_tokens=500", ("benchmark.new_tokens=500", "532 positions", "knows 512")),
+        ("stage=profile profile.source_length=500", ("profile.source_length=500", "'gpt2'")),
+        ("stage=verify verify.max_new_tokens=600", ("verify.max_new_tokens=600", "knows 512")),
+    ],
+)
+def test_more_positions_than_a_model_knows(
+    checkpoint: Callable[[str], Path], tmp_path: Path, override: str, named: tuple[str, ...]
+) -> None:
+    """Refused before any stage; a stage that isn't asked for doesn't matter."""
+    with pytest.raises(AccelError) as caught:
+        execute(compose(overrides_for(checkpoint("gpt2"), tmp_path, *override.split())))
+    for part in named:
+        assert part in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
 AXES = "{attention_mask: {0: batch, 1: new}}"
 
 

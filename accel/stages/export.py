@@ -162,10 +162,11 @@ def _cause(error: BaseException) -> str:
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Writes `<role>.onnx` (with `<role>.onnx.data` when the weights are large) for every role."""
     model = load_model(inputs["checkpoint"].folder)
-    check_ports(architecture, model, (EXAMPLE, SHAPES[2]), config.export.seed)
+    shape, other = (one.within(longest(model.config)) for one in (EXAMPLE, SHAPES[2]))
+    check_ports(architecture, model, (shape, other), config.export.seed)
     generator = torch.Generator().manual_seed(config.export.seed)
     ports = signatures(architecture, model.config)
-    given = script(architecture, model.config, EXAMPLE, generator)
+    given = script(architecture, model.config, shape, generator)
     chain = Chain(ports, torch_run(architecture, model))
     nodes: dict[str, int] = {}
     for role, signature in console.track(list(ports.items()), "tracing"):

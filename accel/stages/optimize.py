@@ -21,6 +21,7 @@ from accel.graph.hoist_additions import hoist_additions
 from accel.graph.infer_shapes import infer_shapes
 from accel.graph.join_products import join_products
 from accel.graph.shift_ranges import shift_ranges
+from accel.graph.split_stacks import split_stacks
 from accel.graph.static_reshapes import static_reshapes
 from accel.schema import Config
 from accel.stages import Stage, takes
@@ -36,6 +37,7 @@ PASSES: dict[str, Callable[[Sequence[ir.Model]], None]] = {
     "drop_zeros": drop_zeros,
     "shift_ranges": shift_ranges,
     "merge_duplicates": merge_duplicates,
+    "split_stacks": split_stacks,
     "fold_transposes": fold_transposes,
     "fuse_norms": fuse_norms,
     "fuse_residuals": fuse_residuals,

@@ -275,5 +275,5 @@ STAGE = Stage(
     sections=("model", "precision", "runtime", "verify"),
     packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu"),
     files=reference_files,
-    version=2,
+    version=3,
 )

@@ -1,8 +1,9 @@
-"""The ports of a decoder that keeps keys and values, and what a YAML may say about them."""
+"""What all adapters are made of: ports and what a YAML may say about them, random inputs, modules called flatly."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from accel.adapter import Port, Role
@@ -82,18 +83,26 @@ class Ports:
         return found
 
 
-def random_ids(config: PretrainedConfig, batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+def random_ids(config: PretrainedConfig, batch: int, length: int, generator: torch.Generator) -> Tensor:
     """[batch, length] ids of any kind."""
     return torch.randint(config.get_text_config(decoder=True).vocab_size, (batch, length), generator=generator)
 
 
-def random_lengths(batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+def random_lengths(batch: int, length: int, generator: torch.Generator) -> Tensor:
     """[batch, 1] lengths from half of `length` on, the first of them `length` itself."""
     lengths = torch.randint(max(1, length // 2), length + 1, (batch, 1), generator=generator)
     lengths[0] = length
     return lengths
 
 
-def named(tensors: Sequence[torch.Tensor], names: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """The first tensors by name, and the rest: the caches."""
-    return dict(zip(names, tensors, strict=False)), list(tensors[len(names) :])
+class Flat(nn.Module):
+    """A module called with flat tensors: the inputs `names`, in that order, then the caches."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The inputs by name, and the caches."""
+        return dict(zip(self.names, tensors, strict=False)), list(tensors[len(self.names) :])
