@@ -5,7 +5,7 @@ A package names the folder of its YAML files, a Python package, under the entry-
     [project.entry-points."accel.conf"]
     mine = "my_package.conf"
 
-Nothing of it is imported until one of its files is chosen.
+Of its code only the `__init__.py` on the way to that folder are imported until one of its files is chosen.
 https://hydra.cc/docs/advanced/search_path/ and https://packaging.python.org/en/latest/specifications/entry-points/
 """
 
