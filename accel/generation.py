@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from types import CellType, FunctionType
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +17,8 @@ from accel.runtime.feeds import decoder_feeds
 from accel.runtime.protocol import Runtime, State
 from accel.runtime.room import enough_memory
 from accel.runtime.stream import on_shared_stream
+
+PREPARE = "prepare_inputs_for_generation"
 
 Generates: TypeAlias = Any
 """A model with transformers' `generate`: PyTorch's own or ours. Its mixin hides the method from type checkers."""
@@ -289,8 +292,8 @@ def model_over(
 ) -> AcceleratedModel:
     """The model that `config` describes, over `runtime`.
 
-    What its transformers class does of its own in `generate`, the timestamps of speech for one, comes along where that
-    is written as a mixin without weights.
+    What its transformers class does of its own in `generate` comes along: a mixin without weights, as speech has for
+    its timestamps, and how the inputs of a call are prepared, as where positions are rescaled from some length on.
     """
     shape = EncoderDecoderModel if config.is_encoder_decoder else DecoderOnlyModel
     known = model_class(config)
@@ -299,8 +302,20 @@ def model_over(
     members = {"main_input_name": getattr(known, "main_input_name", shape.main_input_name), "structure": known}
     # Pipelines look a model up by the name of its class.
     kind = type(getattr(known, "__name__", shape.__name__), (shape, *own, *([OwnLoop] if own else [])), members)
+    prepares = next((vars(base)[PREPARE] for base in getattr(known, "__mro__", ()) if PREPARE in vars(base)), None)
+    if prepares is not None and prepares is not vars(GenerationMixin)[PREPARE] and not own:
+        setattr(kind, PREPARE, _moved(prepares, kind))
     made: AcceleratedModel = kind(runtime, config, generation_config)
     return made
+
+
+def _moved(method: FunctionType, kind: type) -> FunctionType:
+    """A method of another class as one of `kind`, so that its `super()` finds what follows `kind`."""
+    cells = zip(method.__code__.co_freevars, method.__closure__ or (), strict=True)
+    closure = tuple(CellType(kind) if name == "__class__" else cell for name, cell in cells)
+    moved = FunctionType(method.__code__, method.__globals__, method.__name__, method.__defaults__, closure)
+    moved.__kwdefaults__ = method.__kwdefaults__
+    return moved
 
 
 @contextmanager

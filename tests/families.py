@@ -85,6 +85,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": GEMMA | {"model_type": "gemma2", "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
     "gemma3_text": GEMMA | {"model_type": "gemma3_text"},
     "phi3": LLAMA | {"model_type": "phi3"},
+    "phi3-longrope": LLAMA
+    | {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 16.0},
+    },
     "falcon": IDS
     | {
         "model_type": "falcon",

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from transformers import GenerationMixin
 
 from accel import testing
+from accel.generation import PREPARE
 from tests.families import FAMILIES
 
 
@@ -31,3 +33,16 @@ def subject(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> It
 )
 def test_conformance(check: testing.Check, subject: testing.Subject) -> None:
     check(subject)
+
+
+@pytest.mark.parametrize(
+    "subject", [pytest.param("phi3-longrope", marks=pytest.mark.xdist_group("phi3-longrope"))], indirect=True
+)
+def test_positions_that_are_rescaled_on_the_way(subject: testing.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From position 64 on, this model turns all keys otherwise: its class drops the caches there, and so do we."""
+    given = {"input_ids": subject.ids(2, 60)}
+    subject.same(**given)
+    kind = type(subject.model)
+    monkeypatch.setattr(kind, PREPARE, vars(GenerationMixin)[PREPARE])
+    with pytest.raises(AssertionError):
+        subject.same(**given)
