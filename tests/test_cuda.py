@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import T5ForConditionalGeneration
 
+from accel import testing
 from accel.errors import AccelError, OutOfMemory
 from accel.generation import AcceleratedModel
 from accel.graph.plan import Plan
@@ -14,11 +15,13 @@ from accel.loading import load, open_model, verdict_of
 from accel.runtime.bridge import by_cupy, by_dlpack
 from accel.stages import audit
 from tests.conftest import Build
+from tests.families import FAMILIES
 from tests.test_precision import WORDS, breaking  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.gpu
 
 CUDA = ("runtime=cuda",)
+KINDS = ("bart", "whisper", "gpt2", "bloom", "llama", "mixtral")  # of inputs, caches, positions and layers
 SAME = dict.fromkeys(("greedy", "beams", "sampling", "padded"), 1.0)
 
 
@@ -159,3 +162,21 @@ def test_the_callers_stream_is_left_alone(model: AcceleratedModel, eager: T5ForC
         found = model.generate(late, attention_mask=given["attention_mask"], max_new_tokens=9, no_repeat_ngram_size=1)
         assert torch.cuda.current_stream() == stream
         assert torch.equal(found, expected)
+
+
+@pytest.fixture(scope="module")
+def family(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> Iterator[testing.Subject]:
+    """The tiny model of one family, verified on the GPU in FP32 and, native, in FP16."""
+    folder = shared / "families" / request.param
+    folder.mkdir(parents=True, exist_ok=True)
+    with testing.prepare(FAMILIES[request.param], folder, artifacts=artifacts, runtime="cuda") as made:
+        yield made
+
+
+@pytest.mark.parametrize("check", testing.CHECKS, ids=testing.name)
+@pytest.mark.parametrize(
+    "family", ["bart", "whisper", "gpt2", "bloom", "llama", "mixtral"], indirect=True, scope="module"
+)
+def test_conformance_on_the_gpu(check: testing.Check, family: testing.Subject) -> None:
+    """One family for each kind of input, cache and position, by the checks that all pass on the CPU."""
+    check(family)

@@ -136,7 +136,7 @@ class FiveMore(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.calls += 1
-        return torch.full((input_ids.shape[0],), self.calls >= 5)
+        return torch.full((input_ids.shape[0],), self.calls >= 5, device=input_ids.device)
 
 
 def processors(subject: Subject) -> None:
@@ -181,7 +181,7 @@ def streaming(subject: Subject) -> None:
 
 def assisted(subject: Subject) -> None:
     """A PyTorch model drafts, several ids a step are checked, wrong ones leave the cache."""
-    drafter = type(subject.eager)(subject.eager.config).eval()
+    drafter = type(subject.eager)(subject.eager.config).eval().to(subject.model.device)
     calls: list[tuple[int, int]] = []  # ids of a step, tokens seen before it
     runtime, step = subject.model.runtime, subject.model.runtime.step
 
@@ -196,7 +196,7 @@ def assisted(subject: Subject) -> None:
             with torch.no_grad():
                 for parameter in drafter.parameters():
                     other = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-                    parameter.add_(other, alpha=noise)
+                    parameter.add_(other.to(parameter.device), alpha=noise)
             subject.same(**subject.inputs(), assistant_model=drafter)
     finally:
         runtime.step = step  # type: ignore[method-assign]

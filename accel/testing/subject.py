@@ -59,12 +59,14 @@ class Subject:
     def inputs(self, rows: int = 1, length: int = 9) -> dict[str, Any]:
         """Random inputs, padded where there are several."""
         generator = torch.Generator().manual_seed(rows)
-        return dict(self.architecture.feeds(self.eager.config, rows, length, generator))
+        given = self.architecture.feeds(self.eager.config, rows, length, generator)
+        return {name: value.to(self.model.device) for name, value in given.items()}
 
     def ids(self, rows: int, length: int, seed: int = 5) -> Tensor:
         """Random ids, special ones left out."""
         vocabulary = self.eager.config.get_text_config(decoder=True).vocab_size
-        return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+        ids = torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+        return ids.to(self.model.device)
 
     def both(self, **options: Any) -> tuple[Any, Any]:
         """What PyTorch and the deployable generate, from the same seed."""
@@ -86,9 +88,13 @@ class Subject:
 
 @contextmanager
 def prepare(
-    config: Mapping[str, Any], folder: Path, overrides: Sequence[str] = (), artifacts: Path | None = None
+    config: Mapping[str, Any],
+    folder: Path,
+    overrides: Sequence[str] = (),
+    artifacts: Path | None = None,
+    runtime: str = "cpu",
 ) -> Iterator[Subject]:
-    """Take a random model of `config` up to `verify`, in FP32 and FP16, on the CPU.
+    """Take a random model of `config` up to `verify`, in FP32 and FP16, on `runtime`, a YAML in `conf/runtime`.
 
     `folder` receives the checkpoint and, unless `artifacts` names another, what the stages make. Raises `AccelError`
     where a stage refuses.
@@ -101,15 +107,15 @@ def prepare(
         f"model.checkpoint={checkpoint}",
         f"model.name={folder.name}",
         f"artifacts={artifacts or folder / 'artifacts'}",
-        "runtime=cpu",
+        f"runtime={runtime}",
         UP_TO_VERIFY,
         "verify.unique_tokens=true",
         *overrides,
     ]
-    composed = compose(common)
+    composed = compose([*common, "precision=fp32"])
     made = execute(composed)
     half = execute(compose([*common, "precision=fp16"]))
     kind = model_class(AutoConfig.from_pretrained(checkpoint))
     eager = kind.from_pretrained(checkpoint, attn_implementation="eager").eval()
-    with load(made["verify"].folder, runtime="cpu") as model:
-        yield Subject(eager, model, registry.build(composed.architecture), made, half)
+    with load(made["verify"].folder, runtime=runtime) as model:
+        yield Subject(eager.to(model.device), model, registry.build(composed.architecture), made, half)
