@@ -60,12 +60,12 @@ class StateCache(Cache):
 
     @property
     def self_attention_cache(self) -> DynamicCache:
-        """The decoder's own keys and values as they are now; not part of the state, which goes on without them."""
+        """In models with an encoder, the decoder's own keys and values as they are now."""
         return self._pairs(0)
 
     @property
     def cross_attention_cache(self) -> DynamicCache:
-        """Keys and values of the encoder's output, for models that have one."""
+        """In models with an encoder, the keys and values of its output."""
         return self._pairs(1)
 
     def _pairs(self, half: int) -> DynamicCache:
