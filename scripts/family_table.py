@@ -2,7 +2,7 @@
 
     python -m scripts.family_table [--artifacts FOLDER] [FAMILY ...]
 
-Prints Markdown. A minute a family on one core; what is in the folder already is reused.
+Prints Markdown. About half a minute a family on one core; what is in the folder already is reused.
 """
 
 import argparse
