@@ -1,4 +1,4 @@
-"""The conformance suite notices: 14 of its 17 checks, each failing once what it guards is broken."""
+"""The conformance suite notices: 16 of its 17 checks, each failing once what it guards is broken."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -70,11 +70,24 @@ def twice(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
     patch.setitem(summary, "merged_bytes", 2 * summary["step_bytes"])  # type: ignore[arg-type]
 
 
+def wide(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """Most of a graph left in FP32."""
+    patch.setitem(subject.half["convert"].summary["step"], "nodes", 0.4)
+
+
+def silent(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """A `generate` that tells its streamer nothing."""
+    generate = subject.model.generate
+    patch.setattr(subject.model, "generate", lambda streamer=None, **given: generate(**given))
+
+
 @pytest.mark.parametrize(
     ("check", "broken"),
     [
         (checks.verified, refused),
         (checks.weights_once, twice),
+        (checks.mostly_half, wide),
+        (checks.streaming, silent),
         (checks.greedy, changed(later)),
         (checks.greedy, changed(unmasked)),
         (checks.padding, changed(unmasked)),
