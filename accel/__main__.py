@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from accel import console, plugins, schema
-from accel.errors import AccelError
+from accel.errors import AccelError, Refused
 from accel.messages import USER_ERRORS, explain
 
 FAILED = 2
@@ -32,13 +32,15 @@ def main() -> None:
     def job(composed: DictConfig) -> None:
         # Errors end here and not in Hydra: in a sweep, one job's failure is a row of the table, and the rest goes on.
         settings = HydraConfig.get()
-        message = summary = None
+        message, summaries = None, dict[str, Mapping[str, Any]]()
         try:
-            summary = run(composed, list(settings.overrides.task))
+            summaries |= run(composed, list(settings.overrides.task))
         except USER_ERRORS as error:
             message = explain(error)
             failures.append(message)
             console.fail(message)
+            if isinstance(error, Refused):
+                summaries["verify"] = error.found
         except Exception as error:  # a defect: in a sweep it is a row too, and Hydra raises it when all jobs are done
             message = f"{type(error).__name__}: {error}"
             raise
@@ -46,7 +48,7 @@ def main() -> None:
             if settings.mode is RunMode.MULTIRUN:
                 from accel import sweeps
 
-                sweeps.record(settings, list(settings.overrides.task), summary, message)
+                sweeps.record(settings, list(settings.overrides.task), summaries, message)
 
     try:
         job()
@@ -57,8 +59,8 @@ def main() -> None:
         sys.exit(FAILED)
 
 
-def run(composed: DictConfig, overrides: list[str]) -> Mapping[str, Any] | None:
-    """Run the stages of one job and print what they found. Returns the benchmark's summary, if it ran."""
+def run(composed: DictConfig, overrides: list[str]) -> dict[str, Mapping[str, Any]]:
+    """Run the stages of one job and print what they found. Returns the summaries of those that were asked for."""
     from accel import application, report
     from accel.quiet import quiet
 
@@ -66,7 +68,7 @@ def run(composed: DictConfig, overrides: list[str]) -> Mapping[str, Any] | None:
     config = application.settle(composed, overrides)
     artifacts = application.execute(config)
     report.finish(config, artifacts)
-    return artifacts["benchmark"].summary if "benchmark" in artifacts else None
+    return {name: artifact.summary for name, artifact in artifacts.items()}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from accel.registry import register
 
 __all__ = ["build", "load", "register"]
 
-UP_TO_VERIFY = "stage=[export,optimize,audit,convert,merge,verify]"
+UP_TO_VERIFY = "stage=[export,optimize,convert,merge,verify]"  # and what these take
 
 
 def build(checkpoint: str | None = None, overrides: Sequence[str] = ()) -> Artifact:

@@ -88,7 +88,7 @@ def execute(config: Config) -> dict[str, Artifact]:
         raise unknown(
             f"model type for architecture {config.architecture['_target_']}", model_type, architecture.model_types
         )
-    stages = chosen(config.stage)
+    stages = chosen(config.stage, mixed=config.precision.dtype != "float32")
     check_lengths(config, description, stages)
     if "generate" in stages:
         generate.check(config, description)

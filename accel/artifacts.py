@@ -100,6 +100,13 @@ def file_hash(path: Path) -> str:
     return _hashes[state]
 
 
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of all files below a folder and their names, as hex."""
+    if not path.is_dir():
+        return file_hash(path)
+    return make_key(**{name: record.sha256 for name, record in folder_files(path).items()})
+
+
 _hashes: dict[tuple[int, int, int, int], str] = {}
 
 

@@ -1,13 +1,22 @@
 """The one exception that means "the user can fix this": printed as a message, never as a traceback."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 MOST = 24  # choices listed in one message
 
 
 class AccelError(Exception):
     """A mistake in the input. The message names the value and, where there are some, the choices."""
+
+
+class Refused(AccelError):
+    """A candidate that `verify` doesn't pass. `found`: the summary it would have had as an artefact, as JSON."""
+
+    def __init__(self, message: str, found: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.found = found
 
 
 class OutOfMemory(AccelError):

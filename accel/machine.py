@@ -1,5 +1,7 @@
 """What a measurement depends on beside the configuration."""
 
+import importlib.metadata
+import json
 import platform
 import shlex
 import shutil
@@ -38,6 +40,21 @@ def _driver() -> str:
     asked = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     lines = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
     return lines[0] if lines else "unknown"
+
+
+@cache
+def commit() -> str | None:
+    """The commit of accel's own source: of its checkout, or as pip notes it for what it installs from a repository."""
+    package = Path(__file__).parent
+    if (package.parent / ".git").exists() and (git := shutil.which("git")) is not None:
+        asked = [git, "-C", str(package.parent), "rev-parse", "HEAD"]
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
+    try:
+        noted = importlib.metadata.distribution("accel").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found: str | None = json.loads(noted or "{}").get("vcs_info", {}).get("commit_id")
+    return found
 
 
 def command(arguments: Sequence[str]) -> str | None:

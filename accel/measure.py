@@ -36,7 +36,8 @@ from accel.runtime.onnx import GrowingRuntime, GrowingState
 from accel.runtime.session import SessionSettings, open_session
 from accel.schema import RuntimeConfig
 
-PEAK, SESSION = "peak", "session"
+PEAK, SESSION, TIMED = "peak", "session", "timed"
+REPEATS = 5  # timed generations, after one that is not
 STEP_ALONE, SEPARATE = "step alone", "onnx+cache, two files"
 PREFILL_FILE, STEP_FILE = "prefill.onnx", "step.onnx"
 STEPS = 4  # decoder calls after which a session holds what it will hold
@@ -44,7 +45,8 @@ STEPS = 4  # decoder calls after which a session holds what it will hold
 
 @dataclass(frozen=True)
 class Task:
-    """What one process measures: the peak of setup `name` over loading and one generation, or what its sessions hold.
+    """What one process measures of setup `name`, by `kind`: the peak over loading and one generation; what its sessions
+    hold; or that peak and the seconds of `REPEATS` generations.
 
     `options` are those of `generate`.
     """
@@ -58,15 +60,15 @@ class Task:
     options: Mapping[str, Any]
 
 
-def measure_all(tasks: Sequence[Task], weight_bytes: int) -> list[int]:
-    """Bytes that each task's process added to what it held after its imports."""
+def measure_all(tasks: Sequence[Task], weight_bytes: int) -> list[Any]:
+    """What each task's process found. Bytes are what it added to what it held after its imports."""
     with ThreadPoolExecutor(at_once(tasks, weight_bytes)) as pool:
         return list(console.track(pool.map(_in_fresh_process, tasks), "memory", total=len(tasks)))
 
 
 def at_once(tasks: Sequence[Task], weight_bytes: int) -> int:
-    """Processes that may run together: as many as memory allows; a GPU's counter allows one."""
-    if any(_device(task).type == "cuda" for task in tasks):
+    """Processes that may run together: as many as memory allows; a clock and a GPU's counter allow one."""
+    if any(task.kind == TIMED or _device(task).type == "cuda" for task in tasks):
         return 1
     room = psutil.virtual_memory().available // (8 * weight_bytes + 2**30)
     return int(max(1, min(os.cpu_count() or 1, room)))
@@ -76,13 +78,13 @@ def _device(task: Task) -> torch.device:
     return torch.device(task.sources["runtime"]["device"])
 
 
-def _in_fresh_process(task: Task) -> int:
+def _in_fresh_process(task: Task) -> Any:
     command = [sys.executable, "-m", "accel.measure", json.dumps(asdict(task))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise AccelError(f"benchmark.memory: the process that measures {task.name!r} failed: {reason}")
-    return int(done.stdout.strip().splitlines()[-1])
+        raise AccelError(f"the process that measures {task.name!r} failed: {reason}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def held(device: torch.device) -> int:
@@ -145,7 +147,18 @@ def _ones(session: BoundSession, names: Collection[str], lengths: Mapping[str, i
 
 def peak_memory(task: Task) -> int:
     """Bytes by which the peak rose above what the imports hold, over loading and one generation."""
+    return _generate(task, 0)[0]
+
+
+def timed(task: Task) -> dict[str, Any]:
+    """The same peak, and the seconds of each of `REPEATS` generations that follow the first."""
+    peak, seconds = _generate(task, REPEATS)
+    return {"peak": peak, "seconds": seconds}
+
+
+def _generate(task: Task, repeats: int) -> tuple[int, list[float]]:
     from accel import setups
+    from accel.clock import time_generation
 
     sources, setup = setups.Sources.parse(task.sources), setups.SETUPS[task.name]
     device = _device(task)
@@ -156,8 +169,9 @@ def peak_memory(task: Task) -> int:
         inputs = {name: tensor.to(device) for name, tensor in load_file(task.inputs).items()}
         with setup.context():
             model.generate(**inputs, **task.options)
+            seconds = [time_generation(model, inputs, task.options).total for _ in range(repeats)]
         after = held(device) if device.type == "cuda" else 0
-    return used.added if device.type == "cpu" else after - before
+    return (used.added if device.type == "cpu" else after - before), seconds
 
 
 def prepare(device: torch.device) -> None:
@@ -181,7 +195,7 @@ def main() -> None:
     onnxruntime.set_default_logger_severity(3)
     if threads := task.sources["runtime"]["threads"]:
         torch.set_num_threads(threads)
-    print((peak_memory if task.kind == PEAK else session_memory)(task))
+    print(json.dumps({PEAK: peak_memory, SESSION: session_memory, TIMED: timed}[task.kind](task)))
 
 
 if __name__ == "__main__":

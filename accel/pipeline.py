@@ -14,25 +14,29 @@ from typing import Any
 
 from accel import console
 from accel.adapter import Architecture
-from accel.artifacts import Artifact, Store, file_hash, make_key, versions
+from accel.artifacts import Artifact, Store, content_hash, make_key, versions
 from accel.errors import AccelError, unknown
 from accel.machine import machine
 from accel.registry import source_hash
 from accel.schema import STAGES, Config
 from accel.stages import Stage
 
-HIDDEN = ("checkpoint", "reference")  # stages that others need and nobody asks for by name
+HIDDEN = ("checkpoint", "reference", "ranges")  # stages that others need and nobody asks for by name
 
 
-def chosen(stage: Any) -> list[str]:
-    """The stages that `stage=...` asks for, in the order in which they run. Raises `AccelError` on an unknown one."""
+def chosen(stage: Any, mixed: bool = True) -> list[str]:
+    """The stages that `stage=...` asks for, in the order in which they run. Raises `AccelError` on an unknown one.
+
+    Without `mixed` precision `all` leaves out the audit, which nothing would use.
+    """
     names = stage if isinstance(stage, list | tuple) else [stage]
     if not names:
         raise AccelError(f"stage=[] names no stage. Choices: {', '.join((*STAGES, 'all'))}")
     for name in names:
         if name not in (*STAGES, "all"):
             raise unknown("stage", name, (*STAGES, "all"))
-    return [name for name in STAGES if name in names or "all" in names]
+    everything = [name for name in STAGES if mixed or name != "audit"] if "all" in names else []
+    return [name for name in STAGES if name in names or name in everything]
 
 
 def load_stage(name: str) -> Stage:
@@ -84,7 +88,7 @@ class Pipeline:
             "architecture": self.config.architecture,
             "adapter": source_hash(self.config.architecture, self.architecture),
             "upstream": {upstream: self.key(upstream) for upstream in stage.inputs(self.config)},
-            "files": [file_hash(Path(path)) for path in stage.files(self.config)],
+            "files": [content_hash(Path(path)) for path in stage.files(self.config)],
             "packages": versions(stage.packages),
         }
         return parts | ({"machine": machine(self.config)} if stage.machine else {})

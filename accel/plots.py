@@ -1,7 +1,9 @@
-"""The plots. Drawn without a display; every function writes one PNG."""
+"""The plots. Drawn without a display; every function writes one PNG, or returns SVG for a page."""
 
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from itertools import accumulate
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ matplotlib.use("Agg")
 import seaborn
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 SIZE = (9.0, 5.0)  # inches
+NARROW = (4.8, 3.2)  # inches; text of 8 points stays legible on a phone
 
 
 def latency(positions: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
@@ -72,6 +76,67 @@ def grid(points: Sequence[Mapping[str, Any]], x: str, y: str, value: str, title:
     axes.set_ylabel(y)
     axes.tick_params(axis="y", rotation=0)
     _save(axes, path)
+
+
+def value_ranges(
+    ranges: Sequence[tuple[float, float]],
+    limits: Mapping[str, float],
+    title: str,
+    x: str = "value, in the graph's order",
+) -> str:
+    """A bar a value from its smallest to its largest magnitude, and lines at `limits`, as SVG. Narrow: for a page.
+
+    What is infinite reaches beyond the top.
+    """
+    top = 100 * max(*limits.values(), *(largest for _, largest in ranges if isfinite(largest)))
+    axes = _narrow(title, x, "magnitude")
+    axes.vlines(
+        range(len(ranges)),
+        [smallest for smallest, _ in ranges],
+        [min(largest, top) for _, largest in ranges],
+        color="steelblue",
+        linewidth=0.6,
+    )
+    axes.set_yscale("log")
+    axes.set_ylim(top=top)
+    for name, limit in limits.items():
+        axes.axhline(limit, color="firebrick", linewidth=1)
+        axes.annotate(
+            name, (0.01, limit), xycoords=("axes fraction", "data"), fontsize=8, color="firebrick", va="bottom"
+        )
+    return _svg(axes)
+
+
+def drift(lines: Mapping[str, Sequence[float]], title: str) -> str:
+    """One line a statistic over the position of the token, as SVG. Narrow: for a page."""
+    axes = _narrow(title, "token", "difference of the logits")
+    for name, series in lines.items():
+        axes.plot(range(1, len(series) + 1), series, label=name, linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return _svg(axes)
+
+
+def _narrow(title: str, x: str, y: str) -> Axes:
+    figure = Figure(figsize=NARROW, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(x, fontsize=8)
+    axes.set_ylabel(y, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    return axes
+
+
+def _svg(axes: Axes) -> str:
+    """The figure as an SVG element; the same for the same data."""
+    figure = axes.get_figure(root=True)
+    if figure is None:
+        raise RuntimeError("axes without a figure")
+    drawn = StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": axes.get_title()}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
 
 
 def _lines(

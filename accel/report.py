@@ -8,6 +8,7 @@ from typing import Any
 from accel import console
 from accel.artifacts import Artifact
 from accel.loading import verdict_of
+from accel.runtime import layout
 from accel.schema import Config
 from accel.stages import benchmark, generate, profile
 
@@ -18,10 +19,12 @@ def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     """Print what the finished stages found, to standard output."""
     if "optimize" in artifacts:
         _nodes(artifacts["optimize"].summary["nodes"])
+    if "audit" in artifacts:
+        _plan(artifacts["audit"].summary)
     if "merge" in artifacts:
         _sharing(artifacts["merge"].summary)
     if (artifact := artifacts.get("verify")) is not None:
-        _verdict(verdict_of(artifact.folder) or {})
+        _verdict(verdict_of(artifact.folder) or {}, artifact.folder / layout.CERTIFICATE_PAGE)
     if (artifact := artifacts.get("generate")) is not None:
         _texts(config, json.loads((artifact.folder / generate.RESULTS).read_text()))
     if (artifact := artifacts.get("benchmark")) is not None:
@@ -41,6 +44,16 @@ def _nodes(counts: Mapping[str, Mapping[str, int]]) -> None:
     )
 
 
+def _plan(summary: Mapping[str, Any]) -> None:
+    rows = [
+        (step, role, f"{mix['fp32_nodes']} ({1 - mix['nodes']:.1%})", mix["casts"], f"{mix['fp32_bytes'] / 1e6:.1f}")
+        for step, mixes in summary["sizes"].items()
+        for role, mix in mixes.items()
+    ]
+    columns = ("plan", "graph", "nodes in FP32", "casts", "MB of weights in FP32")
+    console.table(f"what {summary['format']} leaves in FP32", columns, rows)
+
+
 def _sharing(summary: Mapping[str, Any]) -> None:
     two = summary["step_bytes"] + summary["prefill_bytes"]
     console.out.print(
@@ -49,7 +62,7 @@ def _sharing(summary: Mapping[str, Any]) -> None:
     )
 
 
-def _verdict(verdict: Mapping[str, Any]) -> None:
+def _verdict(verdict: Mapping[str, Any], page: Path) -> None:
     worst = max(verdict["outputs"].items(), key=lambda item: item[1]["relative"])
     rows = [
         ("precision", f"{verdict['precision']}, {verdict['arithmetic']} on {verdict['runtime']}"),
@@ -58,12 +71,11 @@ def _verdict(verdict: Mapping[str, Any]) -> None:
         ("  at", f"{worst[0]}, {worst[1]['absolute']:.1e} absolute"),
     ]
     rows += [(f"same tokens, {name}", f"{share:.0%}") for name, share in verdict["identical"].items()]
-    for kind in ("sequence_error_rate", "token_error_rate"):
-        if verdict["error_rates"]:
-            found = verdict["error_rates"]
-            label = f"{kind.replace('_', ' ')}, {verdict['references']} references"
-            rows.append((label, f"{found['ours'][kind]:.2f}% (PyTorch FP32 {found['pytorch'][kind]:.2f}%)"))
+    for name, theirs in verdict["metrics"].get("pytorch", {}).items():
+        label = f"{name.replace('_', ' ')}, {verdict['references']} references"
+        rows.append((label, f"{verdict['metrics']['ours'][name]:.2f}% (PyTorch FP32 {theirs:.2f}%)"))
     console.table("verdict: passed" if verdict["passed"] else "verdict: refused", ("", "against PyTorch FP32"), rows)
+    console.out.print(f"the certificate, to be opened in a browser: {page}", markup=False)
     if verdict["samples"]:
         samples = [(s["input"], s["pytorch"], s["ours"]) for s in verdict["samples"][:SHOWN]]
         console.table("side by side", ("input", "PyTorch", "ONNX Runtime"), samples)

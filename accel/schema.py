@@ -24,13 +24,21 @@ class ModelConfig:
 
 @dataclass
 class PrecisionConfig:
+    """`plan` says how the nodes that stay in FP32 are chosen: see `accel.stages.audit.RULES`.
+
+    `operators`: those that stay under `plan=operators`.
+    """
+
     name: str = MISSING
     dtype: str = "float32"
+    plan: str = "minimised"
+    operators: list[str] = field(default_factory=list)
 
 
 @dataclass
 class RuntimeConfig:
-    """Where a deployable runs. `session`: ONNX Runtime's configuration keys; `half`: it computes FP16 in FP16.
+    """Where a deployable runs. `session`: ONNX Runtime's configuration keys; `arithmetic`: the precision of a graph ->
+    what it is computed in there; one that is missing has no kernels.
 
     What suits it best: `branches` (see `MergeConfig`) and `fuse_attention` (see `ConvertConfig`).
     """
@@ -41,7 +49,7 @@ class RuntimeConfig:
     session: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
     threads: int = 0
-    half: bool = False
+    arithmetic: dict[str, str] = field(default_factory=dict)
     branches: str = "caches"
     fuse_attention: bool = False
 
@@ -60,12 +68,16 @@ class OptimizeConfig:
 
 @dataclass
 class AuditConfig:
+    random: bool = True
     batches: int = 8
+    max_batches: int = 64
     batch_size: int = 2
     max_length: int = 128
     seed: int = 0
     texts: str | None = None
+    column: str | None = None
     margin: float = 2.0
+    trials: int = 32
 
 
 @dataclass
@@ -85,6 +97,16 @@ class MergeConfig:
 
 @dataclass
 class VerifyConfig:
+    """`texts` and `targets` stand in for `model.references`; the least and the most that are allowed: see `verify`."""
+
+    texts: str | None = None
+    column: str | None = None
+    targets: str | None = None
+    targets_column: str | None = None
+    metrics: list[str] = field(default_factory=lambda: ["exact_match", "word_error_rate"])
+    min_token_agreement: float | None = None
+    max_metric_loss: float = 1.0
+    latency: bool = True
     batch_size: int = 4
     inputs: int = 8
     source_length: int = 24

@@ -16,11 +16,13 @@ LENGTH = "benchmark.new_tokens"
 ABSENT = "-"
 
 
-def record(settings: Any, overrides: Sequence[str], summary: Mapping[str, Any] | None, error: str | None) -> Path:
+def record(
+    settings: Any, overrides: Sequence[str], summaries: Mapping[str, Mapping[str, Any]], error: str | None
+) -> Path:
     """Add a job to its sweep's table, and return the table's path.
 
-    `settings`: Hydra's own configuration (`HydraConfig.get()`). `overrides`: the job's, as `key=value`. `summary`:
-    what `benchmark` returned, None if the job failed with `error` or measured nothing.
+    `settings`: Hydra's own configuration (`HydraConfig.get()`). `overrides`: the job's, as `key=value`. `summaries`:
+    what the stages `benchmark` and `verify` returned, where they were asked for; `verify` also where it refused.
     """
     folder = Path(str(settings.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,7 +31,13 @@ def record(settings: Any, overrides: Sequence[str], summary: Mapping[str, Any] |
         number = int(settings.job.num)
         jobs = [job for job in jobs if job["number"] != number]
         jobs.append(
-            {"number": number, "overrides": dict(_split(item) for item in overrides), "error": error, **_kept(summary)}
+            {
+                "number": number,
+                "overrides": dict(_split(item) for item in overrides),
+                "error": error,
+                "verify": summaries.get("verify"),
+                **_kept(summaries.get("benchmark")),
+            }
         )
         jobs.sort(key=lambda job: int(job["number"]))
         _write(folder / RECORD, json.dumps(jobs, indent=1))
@@ -69,11 +77,13 @@ def varying(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def columns(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table's header: what varies, seconds of every setup that was measured, the ratios, the error if any."""
+    """The table's header: what varies, what verify found, seconds of every setup that was measured, the ratios, the
+    error if any."""
+    found = dict.fromkeys(name for job in jobs for name in _proved(job))
     setups = [name for name in SETUPS if any(name in job["setups"] for job in jobs)]
     ratios = ["x torch+cache", "x two files", "last/first", "session ratio"] if OURS in setups else []
     errors = ["error"] if any(job["error"] for job in jobs) else []
-    return [*varying(jobs), *(f"{name} (s)" for name in setups), *ratios, *errors]
+    return [*varying(jobs), *found, *(f"{name} (s)" for name in setups), *ratios, *errors]
 
 
 def rows(jobs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -93,11 +103,36 @@ def _cell(job: Mapping[str, Any], column: str) -> str:
     if column in ratio:
         value = ratio[column]
         return ABSENT if value is None else f"{value:.2f}"
+    if column in (found := _proved(job)):
+        return found[column]
     if column == "error":
         return " ".join(str(job["error"] or "").split())
     if column.endswith(" (s)") and (name := column.removesuffix(" (s)")) in SETUPS:
         return _time(name, job["setups"][name]) if name in job["setups"] else ABSENT
     return str(job["overrides"].get(column, ABSENT))
+
+
+def _proved(job: Mapping[str, Any]) -> dict[str, str]:
+    """Column -> cell of what verify found, whether it passed the candidate or not."""
+    verify = job["verify"]
+    if verify is None:
+        return {}
+    worst = verify["worst_logits"]
+    cells = {
+        "passed": f"{'yes' if verify['passed'] else 'no'}, {verify['arithmetic']}",
+        **{f"{name} as PyTorch": f"{share:.1%}" for name, share in verify["identical"].items()},
+        "logits off by": "not finite" if worst is None else f"{worst:.1e}",
+    }
+    for name, ours in verify["metrics"].get("ours", {}).items():
+        cells[name.replace("_", " ")] = f"{ours:.2f}% ({verify['metrics']['pytorch'][name]:.2f}%)"
+    cells |= {
+        "nodes in FP32": str(verify["fp32_nodes"]),
+        "casts": str(verify["casts"]),
+        "decoder MB": f"{verify['decoder_bytes'] / 1e6:.1f}",
+    }
+    if (speed := verify["speed"]) is not None:
+        cells |= {"seconds": f"{speed['setups'][OURS]['seconds']['median']:.3f}", "x PyTorch": f"{speed['ratio']:.2f}"}
+    return cells
 
 
 def _time(name: str, values: Mapping[str, Any]) -> str:
@@ -115,6 +150,10 @@ def markdown(jobs: Sequence[Mapping[str, Any]]) -> str:
     lines += [f"On {where}.", ""] if (where := label(jobs)) else []
     for cells in (names, ["---"] * len(names), *rows(jobs)):
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if any(job["verify"] for job in jobs):
+        lines += ["", "Metrics: in brackets PyTorch's in FP32. Logits: the worst difference along what PyTorch said."]
+    if not any(job["setups"] for job in jobs):
+        return "\n".join(lines) + "\n"
     lines += [
         "",
         f"Seconds are medians; ratios are {OURS} against {BASELINE} and against {SEPARATE}, of the same job. "

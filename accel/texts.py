@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from accel import console
 from accel.adapter import Architecture
+from accel.corpus import read_lines
 from accel.errors import AccelError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "source.spm")
@@ -49,55 +50,33 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bool 
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file. Raises `AccelError` if it is missing, empty or not UTF-8."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise AccelError(
-            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
-        ) from error
-    except OSError as error:
-        raise AccelError(f"can't read {path}: {error.strerror}") from error
-    if not any(line.strip() for line in lines):
-        raise AccelError(f"{path} holds no text")
-    return lines
-
-
 @dataclass(frozen=True)
 class References:
-    """Inputs with the outputs that count as right."""
+    """Inputs, and for each the outputs that count as right; none of those where nobody knows."""
 
     texts: Sequence[str]
     accepted: Sequence[Sequence[str]]
 
     @classmethod
-    def read(cls, path: Path, limit: int) -> "References":
-        """The first `limit` lines of `text <tab> accepted <tab> ...`. Raises `AccelError`."""
-        rows = [line.split("\t") for line in read_lines(path)[:limit]]
+    def read(cls, path: Path) -> "References":
+        """Lines of `text <tab> accepted <tab> ...`. Raises `AccelError`."""
+        rows = [line.split("\t") for line in read_lines(path)]
         for number, row in enumerate(rows, 1):
             if len(row) < 2:
                 raise AccelError(f"{path}, line {number}: expected a text, a tab and an accepted output")
         return cls([row[0] for row in rows], [row[1:] for row in rows])
 
-    def error_rates(self, outputs: Sequence[str]) -> dict[str, float]:
-        """Percent of outputs that match no accepted one, and word edits to the nearest over its words."""
-        wrong = sum(output not in accepted for output, accepted in zip(outputs, self.accepted, strict=True))
-        edits = words = 0
-        for output, accepted in zip(outputs, self.accepted, strict=True):
-            distance, length = min((_edits(output.split(), right.split()), len(right.split())) for right in accepted)
-            edits, words = edits + distance, words + length
-        return {"sequence_error_rate": 100 * wrong / len(outputs), "token_error_rate": 100 * edits / max(1, words)}
+    @classmethod
+    def pair(cls, texts: Sequence[str], targets: Sequence[str], names: tuple[str, str]) -> "References":
+        """Texts and their targets, one each. Raises `AccelError` on different numbers of them; `names` says whose."""
+        if len(texts) != len(targets):
+            raise AccelError(
+                f"{names[0]} holds {len(texts)} texts and {names[1]} {len(targets)}: each text needs its target"
+            )
+        return cls(texts, [[target] for target in targets])
 
-
-def _edits(first: Sequence[str], second: Sequence[str]) -> int:
-    """Levenshtein distance."""
-    row = list(range(len(second) + 1))
-    for i, left in enumerate(first, 1):
-        previous, row[0] = row[0], i
-        for j, right in enumerate(second, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (left != right))
-    return row[-1]
+    def first(self, count: int) -> "References":
+        return References(self.texts[:count], self.accepted[:count])
 
 
 def pad(batch: Sequence[Mapping[str, Tensor]], value: int, *, left: bool) -> dict[str, Tensor]:

@@ -6,12 +6,16 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
+from accel import metrics
 from accel.chain import longest
+from accel.corpus import read_lines, read_texts
 from accel.errors import AccelError, unknown
-from accel.runtime.providers import check_provider
-from accel.schema import Config
-from accel.stages import benchmark, checkpoint, merge, optimize
-from accel.texts import read_lines
+from accel.graph.formats import FORMATS
+from accel.pipeline import chosen
+from accel.runtime.providers import check_provider, computes
+from accel.schema import AuditConfig, Config, VerifyConfig
+from accel.stages import audit, benchmark, checkpoint, merge, optimize
+from accel.texts import References
 
 OPSETS = range(18, 24)  # what both the exporter and the graph passes speak
 LONGEST = 1_000_000  # tokens; more is a slip of the keyboard
@@ -33,23 +37,68 @@ def validate(config: Config) -> None:
     optimize.check(config.optimize.passes)
     merge.check(config.merge, config.convert.fuse_attention)
     benchmark.check(config.benchmark, config.runtime.device)
-    _positive(config, "audit", ("batches", "batch_size", "max_length"))
+    _positive(config, "audit", ("batches", "max_batches", "batch_size", "max_length"))
     _positive(config, "verify", ("inputs", "batch_size", "source_length", "max_new_tokens", "num_beams"))
     _positive(config, "benchmark", ("source_length", "new_tokens", "num_beams", "batch_size", "repeats"))
     _positive(config, "profile", ("source_length", "new_tokens", "top"))
-    if config.audit.margin < 1:
-        raise AccelError(f"audit.margin={config.audit.margin}: must be 1 or more (1: only what really overflows)")
-    if config.precision.dtype not in ("float32", "float16"):
-        raise unknown("precision.dtype", config.precision.dtype, ("float32", "float16"))
+    _check_audit(config.audit)
+    _check_verify(config.verify)
+    _check_precision(config)
     if config.runtime.threads < 0:
         raise AccelError(f"runtime.threads={config.runtime.threads}: must be 0 (automatic) or more")
     if config.export.opset not in OPSETS:
         raise AccelError(f"export.opset={config.export.opset}: must be from {OPSETS[0]} to {OPSETS[-1]}")
     if not 0 < config.export.tolerance < 1:
         raise AccelError(f"export.tolerance={config.export.tolerance}: must be above 0 and below 1")
-    if config.audit.texts is not None:
-        read_lines(Path(config.audit.texts))
     check_generate(config.generate)
+
+
+def _check_audit(given: AuditConfig) -> None:
+    if given.margin < 1:
+        raise AccelError(f"audit.margin={given.margin}: must be 1 or more (1: only what really overflows)")
+    if given.max_batches < given.batches:
+        raise AccelError(f"audit.max_batches={given.max_batches}: must be audit.batches={given.batches} or more")
+    if given.trials < 0:
+        raise AccelError(f"audit.trials={given.trials}: must be 0 (none) or more")
+    if given.texts is not None:
+        read_texts(given.texts, given.column)
+    elif not given.random:
+        raise AccelError("audit.random=false needs audit.texts=FILE: there would be nothing to look at")
+
+
+def _check_verify(verify: VerifyConfig) -> None:
+    metrics.check(verify.metrics)
+    least = verify.min_token_agreement
+    if least is not None and not 0 <= least <= 1:
+        raise AccelError(f"verify.min_token_agreement={least}: must be from 0 to 1, a share of sequences")
+    if verify.max_metric_loss < 0:
+        raise AccelError(f"verify.max_metric_loss={verify.max_metric_loss}: must be 0 or more, in points of percent")
+    if verify.targets is not None and verify.texts is None:
+        raise AccelError(f"verify.targets={verify.targets} needs verify.texts: the inputs that they belong to")
+    if verify.texts is not None:
+        lines = read_texts(verify.texts, verify.column)
+        if verify.targets is not None:
+            targets = read_texts(verify.targets, verify.targets_column)
+            References.pair(lines, targets, (f"verify.texts={verify.texts}", f"verify.targets={verify.targets}"))
+
+
+def _check_precision(config: Config) -> None:
+    """Raises `AccelError` on a format or a plan that doesn't exist, or a format that the runtime can't run."""
+    dtype, runtime = config.precision.dtype, config.runtime
+    if dtype not in FORMATS:
+        raise unknown("precision.dtype", dtype, FORMATS)
+    if config.precision.plan not in audit.RULES:
+        raise unknown("precision.plan", config.precision.plan, audit.RULES)
+    if dtype == "float32" or (dtype in runtime.arithmetic and computes(dtype, runtime.device)):
+        return
+    stages = [name for name in chosen(config.stage) if name in ("generate", "benchmark", "profile")]
+    if stages or runtime.device != "cpu":
+        lacks = "has no kernels for" if dtype not in runtime.arithmetic else "is on a GPU that lacks"
+        others = ", ".join(name for name in runtime.arithmetic if name != dtype)
+        raise AccelError(
+            f"precision.dtype={dtype}: {runtime.provider} {lacks} {dtype}, which {', '.join(stages) or 'verify'} "
+            f"would run. Precisions that it runs: {others}. On the CPU, stage=verify proves it by emulation"
+        )
 
 
 def _positive(config: Config, section: str, keys: Iterable[str]) -> None:

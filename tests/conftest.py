@@ -65,6 +65,7 @@ def overrides_for(checkpoint: Path, artifacts: Path, *more: str) -> list[str]:
         f"model.checkpoint={checkpoint}",
         f"artifacts={artifacts}",
         "verify.unique_tokens=true",
+        "verify.latency=false",
         *runtime,
         *more,
     ]

@@ -8,12 +8,10 @@ import torch
 from transformers import T5ForConditionalGeneration
 
 from accel import testing
-from accel.errors import AccelError, OutOfMemory
+from accel.errors import OutOfMemory, Refused
 from accel.generation import AcceleratedModel
-from accel.graph.plan import Plan
 from accel.loading import load, open_model, verdict_of
 from accel.runtime.bridge import by_cupy, by_dlpack
-from accel.stages import audit
 from tests.conftest import Build
 from tests.families import FAMILIES
 from tests.test_precision import WORDS, breaking  # noqa: F401  (a fixture)
@@ -93,19 +91,29 @@ def test_fp16_is_native(build: Build, tiny: Path) -> None:
     assert min(verdict["identical"].values()) > 0.5
 
 
-def test_blind_fp16_is_refused_and_the_audited_mix_passes(
-    build: Build,
-    breaking: Path,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    """The T5 that FP16 breaks says its words natively; blindly converted it does not."""
-    verdict = verdict_of(build(breaking, "verify", (*WORDS, *CUDA))[1]["verify"].folder)
-    assert verdict is not None
-    assert (verdict["arithmetic"], verdict["identical"]) == ("native", SAME)
-    monkeypatch.setattr(audit, "read_plans", lambda folder: {role: Plan() for role in ("encoder", "prefill", "step")})
-    with pytest.raises(AccelError, match=r"verify refuses the candidate \(float16, native\)"):
-        build(breaking, "verify", (*WORDS, *CUDA, f"artifacts={tmp_path}"))
+@pytest.mark.parametrize("plan", ["minimised", "ranges"])
+def test_the_audited_mix_says_the_words_of_fp32(build: Build, breaking: Path, plan: str) -> None:  # noqa: F811
+    """The T5 that FP16 breaks, natively: 200 inputs, greedy and with beams."""
+    given = (*WORDS, *CUDA, "verify.inputs=200", f"precision.plan={plan}")
+    found = build(breaking, "verify", given)[1]["verify"].summary
+    assert found["arithmetic"] == "native"
+    assert found["identical"]["greedy"] == found["identical"]["beams"] == 1.0
+
+
+def test_blanket_fp16_is_refused(build: Build, breaking: Path) -> None:  # noqa: F811
+    with pytest.raises(Refused, match=r"verify refuses the candidate \(float16, native\)"):
+        build(breaking, "verify", (*WORDS, *CUDA, "precision.plan=blanket"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_latency_is_measured_beside_pytorchs(build: Build, precision: str) -> None:
+    """The embedded model in both formats of 16 bits, computed in them, with its words and figures."""
+    given = (*CUDA, f"precision={precision}", "model.references=heldout.tsv", "verify.unique_tokens=false")
+    found = build("accel://t5-g2p", "verify", (*given, "verify.latency=true"))[1]["verify"].summary
+    assert found["arithmetic"] == "native"
+    assert min(found["identical"][name] for name in ("greedy", "beams", "padded")) >= 0.75
+    assert found["speed"]["arithmetic"] == {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    assert all(figures["peak_memory"] > 0 for figures in found["speed"]["setups"].values())
 
 
 def test_no_hidden_traffic(build: Build, tiny: Path) -> None:

@@ -58,6 +58,8 @@ def changed(tiny: Path, *overrides: str) -> set[str]:
 def test_chosen_stages_come_in_their_order() -> None:
     """`all`, one name or a list in any order: the stages run in the order of the pipeline."""
     assert chosen("all") == list(STAGES)
+    assert chosen("all", mixed=False) == [name for name in STAGES if name != "audit"]
+    assert chosen(["all", "audit"], mixed=False) == list(STAGES)
     assert chosen("merge") == ["merge"]
     assert chosen(["verify", "export", "merge", "export"]) == ["export", "merge", "verify"]
     for hidden in HIDDEN:
@@ -146,7 +148,10 @@ def test_lengths_and_beams_are_in_no_key_before_generate(tiny: Path, override: s
         ("verify.seed=9", {"reference", "verify"}, {"checkpoint", "export", "optimize", "convert", "merge"}),
         ("runtime.threads=1", {"verify", "benchmark", "profile"}, {"checkpoint", "export", "optimize", "reference"}),
         ("precision=fp16", {"convert", *AFTER_MERGE}, {"checkpoint", "export", "optimize"}),
-        ("audit.seed=5", {"audit"}, {"checkpoint", "reference", "export", "optimize"}),
+        ("audit.seed=5", {"ranges", "audit"}, {"checkpoint", "reference", "export", "optimize", "convert"}),
+        ("audit.trials=0", {"audit"}, {"ranges", "reference", "convert"}),
+        ("precision.plan=ranges", {"audit", "verify"}, {"ranges", "reference", "convert"}),  # FP32 has no plan
+        ("verify.max_metric_loss=5", {"verify"}, {"reference", "merge"}),
     ],
 )
 def test_a_value_reaches_the_stages_that_use_it(tiny: Path, override: str, made_anew: set[str], kept: set[str]) -> None:
@@ -294,7 +299,7 @@ def test_nothing_is_made_from_deleted_intermediates(
         for folder in tmp_path.glob(f"*/{name}-*"):
             shutil.rmtree(folder, ignore_errors=True)
     second = pipeline(tiny, tmp_path)
-    second.run(chosen("all"))
+    second.run(chosen("all", mixed=False))
     assert second.built == ["generate"]
 
 

@@ -1,4 +1,4 @@
-"""Every command in README.md runs.
+"""Every command in README.md and docs/precision.md runs.
 
 Fenced blocks marked `bash` or `python` are run in order of appearance, in one folder, with the artefacts of this run.
 An HTML comment on the line before a block changes that: `<!-- test: needs hub -->` or `<!-- test: needs gpu -->`
@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "precision.md")
 BLOCK = re.compile(
     r"(?:^<!-- test: (?P<mark>[^>]*?) -->\s*\n)?^```(?P<kind>bash|python)\n(?P<code>.*?)^```$", re.M | re.S
 )
@@ -94,7 +95,10 @@ def command(block: Block) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("readme")
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line {block.line}")
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(block, id=f"{page.name} line {block.line}") for page in PAGES for block in blocks(page.read_text())],
+)
 def test_block_runs(block: Block, folder: Path) -> None:
     """The block ends without an error, on the embedded model and without a network."""
     if block.mark in SKIPPED:

@@ -39,11 +39,11 @@ def test_rows_come_one_by_one(tmp_path: Path) -> None:
     first = [*common, "benchmark.new_tokens=8", "benchmark.num_beams=1"]
     second = [*common, "benchmark.new_tokens=16", "benchmark.num_beams=1"]
     third = [*common, "benchmark.new_tokens=16", "benchmark.num_beams=0"]
-    table = sweeps.record(_settings(tmp_path, 0), first, _summary(8, 0.125), None)
+    table = sweeps.record(_settings(tmp_path, 0), first, {"benchmark": _summary(8, 0.125)}, None)
     assert "| 8 |" in table.read_text()
-    sweeps.record(_settings(tmp_path, 2), third, None, "benchmark.num_beams=0: must be\nfrom 1 | up")
-    sweeps.record(_settings(tmp_path, 1), second, None, "out of memory")
-    sweeps.record(_settings(tmp_path, 1), second, _summary(16, 0.25), None)
+    sweeps.record(_settings(tmp_path, 2), third, {}, "benchmark.num_beams=0: must be\nfrom 1 | up")
+    sweeps.record(_settings(tmp_path, 1), second, {}, "out of memory")
+    sweeps.record(_settings(tmp_path, 1), second, {"benchmark": _summary(16, 0.25)}, None)
     lines = table.read_text().splitlines()
     assert lines[0] == "In all jobs: `model=tiny` `sweep=latency`"
     assert lines[2] == "On a GPU, float16."
@@ -72,8 +72,8 @@ def test_rows_come_one_by_one(tmp_path: Path) -> None:
 
 def test_sweep_without_figures(tmp_path: Path) -> None:
     """A sweep that only fails, or that measures nothing, still leaves its table."""
-    sweeps.record(_settings(tmp_path, 0), ["stage=merge", "model=a"], None, None)
-    table = sweeps.record(_settings(tmp_path, 1), ["stage=merge", "model=b"], None, "unknown model")
+    sweeps.record(_settings(tmp_path, 0), ["stage=merge", "model=a"], {}, None)
+    table = sweeps.record(_settings(tmp_path, 1), ["stage=merge", "model=b"], {}, "unknown model")
     assert [line for line in table.read_text().splitlines() if line.startswith("|")] == [
         "| model | error |",
         "| --- | --- |",
@@ -90,7 +90,7 @@ def test_defect_in_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def run(composed: Any, overrides: list[str]) -> dict[str, Any]:
         if composed.benchmark.new_tokens == 8:
             raise RuntimeError("CUDA error: an illegal memory access")
-        return _summary(composed.benchmark.new_tokens, 0.5)
+        return {"benchmark": _summary(composed.benchmark.new_tokens, 0.5)}
 
     monkeypatch.setattr(application, "run", run)
     monkeypatch.setattr(sys, "argv", ["accel", "-m", "benchmark.new_tokens=4,8,16", f"hydra.sweep.dir={tmp_path}"])
@@ -125,3 +125,27 @@ def test_multirun(build: Build, tiny: Path, shared: Path, tmp_path: Path) -> Non
     assert table.count("benchmark.num_beams=0") == 2
     made = [path.name for path in (shared / "artifacts" / tiny.name).glob("export-*/manifest.json")]
     assert len(made) == 1
+
+
+def test_ways_to_choose_a_precision_side_by_side(tmp_path: Path) -> None:
+    """What verify found is in the row, whether it passed the candidate or refused it."""
+    passed = {
+        **{"passed": True, "arithmetic": "emulated", "identical": {"greedy": 1.0, "beams": 0.875}},
+        "metrics": {"pytorch": {"exact_match": 76.0}, "ours": {"exact_match": 75.5}},
+        **{"worst_logits": 0.0123, "fp32_nodes": 12, "casts": 3, "decoder_bytes": 1.26e6},
+        "speed": {"ratio": 2.5, "setups": {"onnx+cache": {"seconds": {"median": 0.125}}}},
+    }
+    refused = passed | {"passed": False, "identical": {}, "metrics": {}, "worst_logits": None, "speed": None}
+    sweeps.record(_settings(tmp_path, 0), ["precision=fp16"], {"verify": passed}, None)
+    table = sweeps.record(_settings(tmp_path, 1), ["precision=fp16-blanket"], {"verify": refused}, "refused")
+    drawn = [line.strip("| ").split(" | ") for line in table.read_text().splitlines() if line.startswith("|")]
+    assert drawn[0] == [
+        *("precision", "passed", "greedy as PyTorch", "beams as PyTorch", "logits off by", "exact match"),
+        *("nodes in FP32", "casts", "decoder MB", "seconds", "x PyTorch", "error"),
+    ]
+    kept = ["12", "3", "1.3"]
+    assert drawn[2][:11] == [
+        *("fp16", "yes, emulated", "100.0%", "87.5%", "1.2e-02", "75.50% (76.00%)", *kept, "0.125", "2.50")
+    ]
+    assert drawn[3] == ["fp16-blanket", "no, emulated", "-", "-", "not finite", "-", *kept, "-", "-", "refused"]
+    assert not list(tmp_path.glob("*.png"))

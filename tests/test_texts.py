@@ -59,33 +59,15 @@ def test_pad() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
-def test_error_rates() -> None:
-    """Any accepted output counts as right; edits are counted to the nearest, in words."""
-    known = texts.References(["a", "b", "c"], [["X Y", "X Z"], ["P Q R"], ["S"]])
-    assert known.error_rates(["X Z", "P Q R", "S"]) == {"sequence_error_rate": 0.0, "token_error_rate": 0.0}
-    rates = known.error_rates(["X Z Z", "P R", "T"])  # one insertion, one deletion, one substitution
-    assert rates["sequence_error_rate"] == pytest.approx(100)
-    assert rates["token_error_rate"] == pytest.approx(100 * 3 / 6)
-
-
 def test_references_are_read(tmp_path: Path) -> None:
     """Text, tab, accepted outputs; a limit; and a line without a tab is named by its number."""
     path = tmp_path / "heldout.tsv"
     path.write_text("one\tW AH1 N\ntwo\tT UW1\tT OO\nthree\tX\n")
-    known = texts.References.read(path, 2)
+    known = texts.References.read(path).first(2)
     assert (list(known.texts), [list(row) for row in known.accepted]) == (
         ["one", "two"],
         [["W AH1 N"], ["T UW1", "T OO"]],
     )
     path.write_text("one\tW\nbroken\n")
     with pytest.raises(AccelError, match="line 2"):
-        texts.References.read(path, 5)
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n", b"caf\xe9"])
-def test_unusable_files(tmp_path: Path, content: bytes) -> None:
-    """Empty, blank or not UTF-8: the path is in the message."""
-    path = tmp_path / "input.txt"
-    path.write_bytes(content)
-    with pytest.raises(AccelError, match=r"input\.txt"):
-        texts.read_lines(path)
+        texts.References.read(path)

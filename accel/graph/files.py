@@ -32,6 +32,12 @@ def save(model: ir.Model, path: Path) -> None:
         ir.save(model, path)
 
 
+def dump(model: ir.Model) -> bytes:
+    """The graph alone, for a session that is told in which folder its weights lie."""
+    dumped: bytes = ir.to_proto(model).SerializeToString()
+    return dumped
+
+
 def save_graph(model: ir.Model, path: Path) -> None:
     """Write the graph alone: weights that lie in a data file stay there, and a link to it must lie beside `path`."""
     TopologicalSortPass()(model)

@@ -14,10 +14,10 @@ import onnx_ir as ir
 from onnx_ir import convenience
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from accel.graph.formats import FLOAT
 from accel.graph.shapes import dims, is_vector, made_by, scalar
 
 NORM = "SimplifiedLayerNormalization"
-FLOAT = ir.DataType.FLOAT
 
 
 @dataclass

@@ -15,7 +15,8 @@ import onnx_ir as ir
 from onnx_ir import convenience
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from accel.graph.fuse_norms import FLOAT, NORM
+from accel.graph.formats import FLOAT
+from accel.graph.fuse_norms import NORM
 from accel.graph.shapes import Dims, dims, is_vector, made_by, used_once
 
 DOMAIN = "com.microsoft"

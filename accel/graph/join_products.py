@@ -13,9 +13,8 @@ import onnx_ir as ir
 from onnx_ir import convenience
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from accel.graph.formats import FLOAT
 from accel.graph.shapes import HEADS, dims, integers, is_vector, order, used_once
-
-FLOAT = ir.DataType.FLOAT
 
 
 @dataclass

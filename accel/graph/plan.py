@@ -1,7 +1,9 @@
 """Decides which nodes stay in FP32, and why, from what each value was seen to hold.
 
+The rest is lowered to a format of 16 bits, FP16 or bfloat16, whose limits the rules ask for:
+
 - Overflow counts everywhere: a node stays if a value it reads or writes, weights included, comes within the margin of
-  FP16's largest number.
+  the format's largest number.
 - Underflow counts only where zero or a lost digit changes the result: what is divided by, taken the logarithm or the
   root of, and the sums that lead there. Elsewhere an element near zero may well become zero. A fused norm has no such
   values: it computes in FP32 inside (see `fuse_norms` and `fuse_residuals`), and only what goes in and out counts.
@@ -19,15 +21,19 @@ import onnx_ir as ir
 from onnx_ir.analysis import analyze_implicit_usage
 
 from accel.graph.control import has_subgraph
-from accel.graph.probe import FLOAT, Range
-
-LARGEST = 65504.0  # of FP16
-SMALLEST = 2.0**-14  # below it FP16 loses digits, one by one, down to zero at 2**-25
-MASK = -LARGEST / 4  # minus infinity in FP16: as much again can be added, with a margin of 2, and exp of it is 0
+from accel.graph.formats import FLOAT, FP16, Format
+from accel.graph.probe import Range
 
 ANY_TYPE = frozenset({"Cast", "Shape", "Size"})  # read a value of either precision as it is
 ROOTS = frozenset({"Sqrt", "Reciprocal", "Log"})  # zero in, or a digit lost, changes everything that follows
 SUMS = frozenset({"Add", "ReduceMean", "ReduceSum", "Sqrt", "Mean", "Sum"})  # what a norm adds up before its root
+
+
+# Rules that go by what was seen; a trial may find them too careful.
+OVERFLOW, UNDERFLOW, NOT_FINITE = "overflow", "underflow", "not finite in FP32 either"
+# Rules that hold whatever the numbers are.
+INTEGER, NO_OPERATOR, SUBGRAPH = "rounding would change an integer", "no such operator in 16 bits", "subgraph"
+CASTS = "fewer casts"  # added by `borders`
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,15 @@ class Reason:
 
 @dataclass
 class Plan:
-    """What one graph keeps in FP32. Nodes are named by their first output, which is unique in a graph."""
+    """What one graph keeps in FP32. Nodes are named by their first output, which is unique in a graph.
+
+    `dropped`: the nodes that the rules would keep, but that trials showed to be safe in 16 bits.
+    """
 
     nodes: dict[str, Reason] = field(default_factory=dict)
     weights: dict[str, Reason] = field(default_factory=dict)
     ports: dict[str, Reason] = field(default_factory=dict)
+    dropped: dict[str, Reason] = field(default_factory=dict)
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,39 +66,42 @@ class Plan:
         return cls(**{kind: {name: Reason(**why) for name, why in found.items()} for kind, found in values.items()})
 
 
-def is_mask(value: ir.Value) -> bool:
-    """A scalar at or beyond FP16's most negative number: it stands for minus infinity in a mask."""
+def is_mask(value: ir.Value, format: Format) -> bool:
+    """A scalar at or beyond the format's most negative number: it stands for minus infinity in a mask."""
     tensor = value.const_value
     if tensor is None or tensor.size != 1 or tensor.dtype != FLOAT:
         return False
-    return float(tensor.numpy().reshape(())) <= -LARGEST
+    return float(tensor.numpy().reshape(())) <= -format.largest
 
 
-def clamp_masks(model: ir.Model) -> None:
-    """In place: let masks add what FP16 can hold, so that they don't count as overflow."""
+def clamp_masks(model: ir.Model, format: Format = FP16) -> None:
+    """In place: let masks add what the format can hold, so that they don't count as overflow."""
     for value in model.graph.initializers.values():
-        if is_mask(value) and value.const_value is not None:
+        if is_mask(value, format) and value.const_value is not None:
             shape = value.const_value.shape.numpy()
-            value.const_value = ir.tensor(np.full(shape, MASK, np.float32), name=value.name)
+            value.const_value = ir.tensor(np.full(shape, format.mask, np.float32), name=value.name)
 
 
-def make_plan(model: ir.Model, ranges: Mapping[str, Range], margin: float) -> Plan:
+def make_plan(model: ir.Model, ranges: Mapping[str, Range], margin: float, format: Format = FP16) -> Plan:
     """The plan for a graph whose masks are clamped. `ranges`: value name -> what it held; `margin` >= 1, a factor."""
     graph = model.graph
     plan = Plan()
-    beyond = {name: reason for name, held in ranges.items() if (reason := _beyond(name, held, margin)) is not None}
+    beyond = {
+        name: reason for name, held in ranges.items() if (reason := _beyond(name, held, margin, format)) is not None
+    }
     for value in graph.initializers.values():
-        if (reason := _weight(value, margin)) is not None:
+        if (reason := _weight(value, format)) is not None:
             beyond[value.name or ""] = plan.weights[value.name or ""] = reason
-    low = _underflows(graph, ranges, margin)
+    low = _underflows(graph, ranges, margin, format)
     positions = _position_arithmetic(graph)
     for node in graph:
         name = node.outputs[0].name or ""
         touched = [value.name or "" for value in (*node.inputs, *node.outputs) if value is not None]
         if node.op_type not in ANY_TYPE or node.outputs[0].dtype == FLOAT:
-            reason = next((beyond[value] for value in touched if value in beyond), None)
-            reason = reason or low.get(name) or positions.get(name) or _no_kernel(node, model.opset_imports)
-            if reason is not None and _has_float(node):
+            # What is so whatever the numbers are comes first: no trial may drop it.
+            reason = positions.get(name) or _no_kernel(node, model.opset_imports, format)
+            reason = reason or next((beyond[value] for value in touched if value in beyond), None) or low.get(name)
+            if reason is not None and has_float(node):
                 plan.nodes[name] = reason
     for value in (*graph.inputs, *graph.outputs):
         if value.name in beyond:
@@ -97,26 +110,36 @@ def make_plan(model: ir.Model, ranges: Mapping[str, Range], margin: float) -> Pl
     return plan
 
 
+def least_plan(model: ir.Model, format: Format = FP16) -> Plan:
+    """Only what can't be lowered at all: the mix that converters make when they look at no numbers."""
+    plan = Plan()
+    for node in model.graph:
+        if has_float(node) and (reason := _no_kernel(node, model.opset_imports, format)) is not None:
+            plan.nodes[node.outputs[0].name or ""] = reason
+    _keep_captured(model.graph, plan)
+    return plan
+
+
 def _keep_captured(graph: ir.Graph, plan: Plan) -> None:
     """The nodes below a control-flow operator are left alone, so what they read from outside stays in FP32 as well."""
     for value in set().union(*analyze_implicit_usage(graph).values()):
         if value.graph is graph and value.dtype == FLOAT:
-            producer, reason = value.producer(), Reason("subgraph", value.name or "")
+            producer, reason = value.producer(), Reason(SUBGRAPH, value.name or "")
             if producer is not None:
                 plan.nodes.setdefault(producer.outputs[0].name or "", reason)
             else:
                 (plan.weights if value.is_initializer() else plan.ports).setdefault(value.name or "", reason)
 
 
-def _beyond(name: str, held: Range, margin: float) -> Reason | None:
+def _beyond(name: str, held: Range, margin: float, format: Format) -> Reason | None:
     if held.not_finite:
-        return Reason("not finite in FP32 either", name, held.largest, held.smallest)
-    if held.largest * margin > LARGEST:
-        return Reason("overflow", name, held.largest, held.smallest)
+        return Reason(NOT_FINITE, name, held.largest, held.smallest)
+    if held.largest * margin > format.largest:
+        return Reason(OVERFLOW, name, held.largest, held.smallest)
     return None
 
 
-def _weight(value: ir.Value, margin: float) -> Reason | None:
+def _weight(value: ir.Value, format: Format) -> Reason | None:
     tensor = value.const_value
     if tensor is None or tensor.dtype != FLOAT or tensor.size == 0:
         return None
@@ -125,10 +148,10 @@ def _weight(value: ir.Value, margin: float) -> Reason | None:
     if isinstance(tensor, ir.ExternalTensor):
         del content
         tensor.release()  # or the mapped pages of every weight would count as this process's memory
-    return None if largest <= LARGEST else Reason("overflow", value.name or "", largest)
+    return None if largest <= format.largest else Reason(OVERFLOW, value.name or "", largest)
 
 
-def _underflows(graph: ir.Graph, ranges: Mapping[str, Range], margin: float) -> dict[str, Reason]:
+def _underflows(graph: ir.Graph, ranges: Mapping[str, Range], margin: float, format: Format) -> dict[str, Reason]:
     """Nodes around a root or divisor that comes too near zero, back to the elements that are summed up."""
     found: dict[str, Reason] = {}
 
@@ -153,8 +176,8 @@ def _underflows(graph: ir.Graph, ranges: Mapping[str, Range], margin: float) -> 
             watched = [node.inputs[1 if node.op_type == "Div" else 0]] if _divides(node) else []
         for value in watched:
             held = ranges.get(value.name or "") if value is not None else None
-            if value is not None and held is not None and held.smallest < SMALLEST * margin:
-                reason = Reason("underflow", value.name or "", held.largest, held.smallest)
+            if value is not None and held is not None and held.smallest < format.smallest * margin:
+                reason = Reason(UNDERFLOW, value.name or "", held.largest, held.smallest)
                 keep(node, reason)
                 keep(value.producer(), reason)
                 for user in value.consumers():
@@ -192,23 +215,23 @@ def _position_arithmetic(graph: ir.Graph) -> dict[str, Reason]:
         value = frontier.pop()
         producer = value.producer() if value is not None else None
         if value is not None and producer is not None and (value.name or "") not in found:
-            found[value.name or ""] = Reason("rounding would change an integer", value.name or "")
+            found[value.name or ""] = Reason(INTEGER, value.name or "")
             frontier += [other for other in producer.inputs if other in from_integers]
     return found
 
 
-def _no_kernel(node: ir.Node, opsets: Mapping[str, int]) -> Reason | None:
-    """An operator whose specification has no FP16, or one with subgraphs, which are left alone."""
+def _no_kernel(node: ir.Node, opsets: Mapping[str, int], format: Format) -> Reason | None:
+    """An operator whose specification lacks the format, or one with subgraphs, which are left alone."""
     if has_subgraph(node):
-        return Reason("subgraph", node.outputs[0].name or "")
+        return Reason(SUBGRAPH, node.outputs[0].name or "")
     if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
-        return None  # a runtime's own operators publish no schema here; those in FP32 exist in FP16
+        return None  # a runtime's own operators publish no schema here; those in FP32 exist in 16 bits
     schema = onnx.defs.get_schema(node.op_type, opsets.get("", 20))
     allowed = {kind for constraint in schema.type_constraints for kind in constraint.allowed_type_strs}
-    return None if "tensor(float16)" in allowed else Reason("no FP16 operator", node.outputs[0].name or "")
+    return None if f"tensor({format.name})" in allowed else Reason(NO_OPERATOR, node.outputs[0].name or "")
 
 
-def _has_float(node: ir.Node) -> bool:
+def has_float(node: ir.Node) -> bool:
     return any(value is not None and value.dtype == FLOAT for value in (*node.inputs, *node.outputs))
 
 
@@ -231,7 +254,7 @@ def unite(plans: Mapping[Any, Plan], models: Mapping[Any, ir.Model], feeds: Mapp
             for name, why in plans[key].weights.items():
                 value = model.graph.initializers.get(name)
                 for user in value.consumers() if value is not None else ():
-                    if _has_float(user):
+                    if has_float(user):
                         plans[key].nodes.setdefault(user.outputs[0].name or "", why)
         ports = {name: why for plan in plans.values() for name, why in plan.ports.items()}
         for given, made in feeds.items():

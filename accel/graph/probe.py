@@ -1,29 +1,69 @@
 """Measures every float value of a graph while it runs: reductions are appended, so that only scalars leave it."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from accel.graph.formats import FLOAT, FP16, FP32
+
 PREFIX = "probe"
-OUTPUTS = tuple(f"{PREFIX}.{name}" for name in ("largest", "smallest", "not_finite"))
-FLOAT = ir.DataType.FLOAT
+INTEGER = ir.DataType.INT32
+# Elements are counted up to each of these magnitudes; from one to the next, FP16 treats them alike.
+BOUNDS = (
+    0.0,
+    FP16.vanishes,
+    float(np.nextafter(np.float32(FP16.smallest), np.float32(0))),
+    float(np.nextafter(np.float32(FP16.overflows), np.float32(0))),
+    FP32.largest,
+)
+COUNTS = tuple(f"{PREFIX}.count.{number}" for number in range(len(BOUNDS)))
+OUTPUTS = (*(f"{PREFIX}.{name}" for name in ("largest", "smallest", "place", "elements")), *COUNTS)
 
 
 @dataclass
 class Range:
-    """What a value was seen to hold: largest and smallest non-zero magnitude, and how many NaN or infinite elements."""
+    """What a value was seen to hold.
+
+    `largest` and `smallest` non-zero magnitude; how many `elements`, and of those how many are NaN or infinite, how
+    many FP16 would make infinite (`overflow`), give fewer digits (`subnormal`) or make zero (`vanishing`). `source`:
+    the batch that held the largest and, where the first axis is the batch, the row in it. `reached`: largest and
+    smallest after so many batches, at a few numbers of batches, so that growth shows.
+    """
 
     largest: float = 0.0
     smallest: float = float("inf")
     not_finite: int = 0
+    elements: int = 0
+    overflow: int = 0
+    subnormal: int = 0
+    vanishing: int = 0
+    source: tuple[int, int | None] | None = None
+    reached: list[tuple[int, float, float]] = field(default_factory=list)
 
     def widen(self, other: "Range") -> None:
+        """Take in what was seen elsewhere."""
+        if self.source is None or other.largest > self.largest:
+            self.source = other.source
         self.largest = max(self.largest, other.largest)
         self.smallest = min(self.smallest, other.smallest)
-        self.not_finite += other.not_finite
+        for name in ("not_finite", "elements", "overflow", "subnormal", "vanishing"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def mark(self, batches: int) -> None:
+        """Note how far the value reached in the first `batches` batches."""
+        self.reached.append((batches, self.largest, self.smallest))
+
+    def growth(self) -> tuple[float, float]:
+        """By which factor the newest batches raised the largest and lowered the smallest magnitude, 1 or more."""
+        if len(self.reached) < 2:
+            return 1.0, 1.0
+        (_, old_largest, old_smallest), (_, largest, smallest) = self.reached[-2:]
+        up = largest / old_largest if old_largest and np.isfinite(largest) else 1.0
+        down = old_smallest / smallest if smallest and np.isfinite(old_smallest) else 1.0
+        return up, down
 
 
 def infer_types(model: ir.Model) -> None:
@@ -50,9 +90,9 @@ def float_values(graph: ir.Graph) -> list[ir.Value]:
 
 
 def add_probes(model: ir.Model) -> list[str]:
-    """In place: append `OUTPUTS`, three vectors with one element for each returned value name, in that order.
+    """In place: append `OUTPUTS`, vectors with one element for each returned value name, in that order.
 
-    The graph must not be fed empty tensors: a maximum over nothing is not defined.
+    A zero is added to the elements of each value: a maximum over nothing is not defined, and values may be empty.
     """
     infer_types(model)
     graph = model.graph
@@ -60,28 +100,67 @@ def add_probes(model: ir.Model) -> list[str]:
     flat = _constant(graph, "flat", np.array([-1], np.int64))
     axis = _constant(graph, "axis", np.array([0], np.int64))
     zero = _constant(graph, "zero", np.zeros((), np.float32))
+    one_zero = _constant(graph, "one_zero", np.zeros(1, np.float32))
     huge = _constant(graph, "huge", np.array(np.inf, np.float32))
-    columns: tuple[list[ir.Value], list[ir.Value], list[ir.Value]] = ([], [], [])
+    bounds = [_constant(graph, f"bound.{i}", np.array(bound, np.float32)) for i, bound in enumerate(BOUNDS)]
+    columns: dict[str, list[ir.Value]] = {name: [] for name in OUTPUTS}
+    largest, smallest, place, elements = OUTPUTS[:4]
     for value in values:
-        size = _append(graph, "Abs", [_append(graph, "Reshape", [value, flat])])  # [elements]
+        elements_of = _append(graph, "Concat", [_append(graph, "Reshape", [value, flat]), one_zero], axis=0)
+        size = _append(graph, "Abs", [elements_of])  # [elements + 1]
         nonzero = _append(graph, "Where", [_append(graph, "Greater", [size, zero]), size, huge])
-        bad = _append(graph, "Or", [_append(graph, "IsNaN", [size]), _append(graph, "IsInf", [size])])
-        columns[0].append(_append(graph, "ReduceMax", [size, axis]))
-        columns[1].append(_append(graph, "ReduceMin", [nonzero, axis]))
-        columns[2].append(_append(graph, "ReduceSum", [_append(graph, "Cast", [bad], to=FLOAT), axis]))
-    for name, column in zip(OUTPUTS, columns, strict=True):
+        columns[largest].append(_append(graph, "ReduceMax", [size, axis]))
+        columns[smallest].append(_append(graph, "ReduceMin", [nonzero, axis]))
+        columns[place].append(_append(graph, "ArgMax", [size], axis=0))
+        columns[elements].append(_append(graph, "Shape", [size]))
+        for name, bound in zip(COUNTS, bounds, strict=True):  # one after the other: fewer live at a time
+            within = _append(graph, "LessOrEqual", [size, bound])
+            columns[name].append(_append(graph, "ReduceSum", [_append(graph, "Cast", [within], to=INTEGER), axis]))
+    for name, column in columns.items():
         output = _append(graph, "Concat", column, axis=0)
-        output.name, output.type, output.shape = name, ir.TensorType(FLOAT), ir.Shape([len(values)])
+        kind = FLOAT if name in (largest, smallest) else ir.DataType.INT64 if name in (place, elements) else INTEGER
+        output.name, output.type, output.shape = name, ir.TensorType(kind), ir.Shape([len(values)])
         graph.outputs.append(output)
     return [value.name or "" for value in values]
 
 
-def read_probes(names: Sequence[str], columns: Iterable[np.ndarray]) -> dict[str, Range]:
-    """The three vectors of one run -> a range for each value."""
-    rows = zip(*(column.tolist() for column in columns), strict=True)
+def by_row(model: ir.Model) -> set[str]:
+    """The values whose first axis is the batch."""
+    batch = next((value.shape[0] for value in model.graph.inputs if value.shape and value.shape.rank()), None)
     return {
-        name: Range(largest, smallest, int(bad)) for name, (largest, smallest, bad) in zip(names, rows, strict=True)
+        value.name or ""
+        for value in float_values(model.graph)
+        if isinstance(batch, ir.SymbolicDim)
+        and value.shape is not None
+        and value.shape.rank()
+        and value.shape[0] == batch
     }
+
+
+def read_probes(
+    names: Sequence[str], columns: Iterable[np.ndarray], rows: Collection[str] = (), batch: tuple[int, int] = (0, 1)
+) -> dict[str, Range]:
+    """The vectors of one run -> a range for each value. `batch`: its number, and how many rows it has."""
+    found = {}
+    number, height = batch
+    for name, (largest, smallest, place, elements, *counts) in zip(
+        names, zip(*(column.tolist() for column in columns), strict=True), strict=True
+    ):
+        zeros, vanishing, subnormal, fitting, finite = counts
+        largest = float("inf") if largest != largest else largest  # NaN: whatever the reduction made of it
+        real = elements - 1
+        row = place // (real // height) if name in rows and real > 0 and real % height == 0 and place < real else None
+        found[name] = Range(
+            largest,
+            smallest,
+            elements - finite,
+            real,
+            overflow=finite - fitting,
+            subnormal=subnormal - vanishing,
+            vanishing=vanishing - zeros,
+            source=(number, row),
+        )
+    return found
 
 
 def _append(graph: ir.Graph, op: str, inputs: Sequence[ir.Value], **attributes: int | ir.DataType) -> ir.Value:

@@ -7,7 +7,9 @@ what bfloat16 arithmetic gives: FP32 holds the product or sum of two such number
 
 import onnx_ir as ir
 
-FLOAT, BRAIN = ir.DataType.FLOAT, ir.DataType.BFLOAT16
+from accel.graph.formats import BF16, FLOAT
+
+BRAIN = BF16.dtype
 OPERATORS = {"Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Reciprocal"}  # rounded correctly, one by one
 
 

@@ -3,6 +3,7 @@
 ENCODER = "encoder_model.onnx"
 DECODER = "decoder_model_merged.onnx"
 VERDICT = "verdict.json"
+CERTIFICATE, CERTIFICATE_PAGE = "certificate.json", "certificate.html"
 
 FLAG = "accel.flag"  # metadata: name of the boolean input that chooses the branch
 CACHE = "accel.cache"  # metadata: JSON, cache input -> the output that feeds it at the next step

@@ -48,6 +48,11 @@ def check_provider(provider: str) -> None:
         raise unknown("execution provider", provider, available_providers())
 
 
+def computes(dtype: str, device: str) -> bool:
+    """Whether the hardware of `device` computes in `dtype`: bfloat16 came to GPUs with compute capability 8.0."""
+    return dtype != "bfloat16" or not device.startswith("cuda") or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _check_cuda() -> None:
     if CUDA not in available_providers():
         raise AccelError(

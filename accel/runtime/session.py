@@ -47,8 +47,8 @@ class SessionSettings:
         return replace(settings, **changes)
 
 
-def open_session(path: Path, settings: SessionSettings) -> onnxruntime.InferenceSession:
-    """A session over the graph at `path`, on the stream it shares with torch if it is on CUDA.
+def open_session(graph: Path | bytes, settings: SessionSettings) -> onnxruntime.InferenceSession:
+    """A session over the graph at a path or in memory, on the stream it shares with torch if it is on CUDA.
 
     The provider must be there: see `check_provider`. Raises `OutOfMemory` if the weights don't fit, `AccelError` if
     the provider's libraries can't be loaded.
@@ -66,7 +66,9 @@ def open_session(path: Path, settings: SessionSettings) -> onnxruntime.Inference
         options.profile_file_prefix = settings.profile
     chosen = {**settings.provider_options, **stream_options(settings.provider)}
     with enough_memory():
-        session = onnxruntime.InferenceSession(str(path), options, providers=[(settings.provider, chosen)])
+        session = onnxruntime.InferenceSession(
+            graph if isinstance(graph, bytes) else str(graph), options, providers=[(settings.provider, chosen)]
+        )
     if settings.provider not in session.get_providers():  # ONNX Runtime goes on without, on the CPU
         raise AccelError(missing_library())
     return session

@@ -108,9 +108,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 
 
 def reference_files(config: Config) -> tuple[str, ...]:
-    """References outside the checkpoint's folder: their content counts, as the checkpoint's own does."""
+    """Texts and references outside the checkpoint's folder: their content counts, as the checkpoint's own does."""
     path = config.model.references
-    return (path,) if path is not None and Path(path).is_absolute() else ()
+    own = [path] if path is not None and Path(path).is_absolute() else []
+    return (*own, *(given for given in (config.verify.texts, config.verify.targets) if given is not None))
 
 
 def check(model: ModelConfig) -> None:

@@ -10,15 +10,16 @@ from accel.adapter import Architecture
 from accel.artifacts import Artifact
 from accel.graph import files
 from accel.graph.convert import convert_half, half_share
+from accel.graph.formats import FORMATS
 from accel.graph.fuse_attention import fuse_attention
 from accel.schema import Config
-from accel.stages import Stage, audit, takes
+from accel.stages import Stage, audit
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes `<role>.onnx` for every role; in FP16, reports the share of FP16 nodes and weight bytes, and the casts."""
+    """Writes `<role>.onnx` for every role; in 16 bits, reports what the mix is made of."""
     source = inputs["optimize"].folder
-    half = config.precision.dtype == "float16"
+    half = config.precision.dtype != "float32"
     if not half and not config.convert.fuse_attention:
         for path in source.glob("*.onnx*"):
             shutil.copyfile(path, out / path.name)
@@ -28,7 +29,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     for role in console.track(architecture.roles(), "converting"):
         model = files.load(source / f"{role}.onnx")
         if half:
-            convert_half(model, plans[role])
+            convert_half(model, plans[role], FORMATS[config.precision.dtype])
             shares[str(role)] = half_share(model)
         if config.convert.fuse_attention:
             fuse_attention([model])
@@ -40,7 +41,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 STAGE = Stage(
     name="convert",
     run=run,
-    inputs=takes("optimize", "audit"),
-    sections=("precision", "convert"),
+    inputs=lambda config: ("optimize",) if config.precision.dtype == "float32" else ("optimize", "audit"),
+    sections=("precision.dtype", "convert"),
     packages=("onnx", "onnx-ir"),
 )

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from accel import audio, console, texts
 from accel.adapter import Architecture
 from accel.artifacts import Artifact
+from accel.corpus import read_lines
 from accel.errors import AccelError
 from accel.loading import open_model
 from accel.model_class import model_class
@@ -54,9 +55,9 @@ def named_inputs(config: Config, folder: Path) -> list[str]:
         if options.get(key) is not None:
             return listed(options[key])
     if options.get("file") is not None:
-        return texts.read_lines(Path(str(options["file"])))
+        return read_lines(Path(str(options["file"])))
     if config.model.references is not None:
-        return list(texts.References.read(folder / config.model.references, 5).texts)
+        return list(texts.References.read(folder / config.model.references).texts[:5])
     return []
 
 

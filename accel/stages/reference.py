@@ -14,6 +14,8 @@ from accel import console, texts
 from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
 from accel.chain import Chain, Shape, longest, script, signatures, torch_run
+from accel.corpus import read_texts
+from accel.errors import AccelError
 from accel.generation import Generates
 from accel.runtime.feeds import decoder_feeds
 from accel.schema import Config, VerifyConfig
@@ -21,10 +23,13 @@ from accel.stages import Stage, takes
 from accel.stages.checkpoint import load_model, reference_files
 
 TOKENS = "tokens.json"
-INPUTS = "inputs.safetensors"
 OUTPUTS = "outputs-{}.safetensors"
 PATH = "path-{}.safetensors"  # what one greedy generation said, and the logits at each of its tokens
-PATHS = 2
+PATHS = 4
+GIVEN = (  # of the section `verify`: what PyTorch is given, not how what it said is judged
+    *("texts", "column", "targets", "targets_column", "batch_size", "inputs", "source_length"),
+    *("max_new_tokens", "num_beams", "references", "unique_tokens", "seed"),
+)
 SHAPES = (Shape(1, 7, 1, 1), Shape(3, 12, 5, 1), Shape(2, 33, 2, 3))
 
 
@@ -78,14 +83,29 @@ def generate_ids(
     return sequences
 
 
+def references(config: Config, folder: Path) -> texts.References | None:
+    """What `verify.texts` and `verify.targets` name, or else `model.references` in the checkpoint's folder."""
+    verify = config.verify
+    if verify.texts is None:
+        return texts.References.read(folder / config.model.references) if config.model.references else None
+    lines = read_texts(verify.texts, verify.column)
+    if verify.targets is None:
+        return texts.References([line for line in lines if line.strip()], [])
+    targets = read_texts(verify.targets, verify.targets_column)
+    return texts.References.pair(lines, targets, (verify.texts, verify.targets))
+
+
 def fixed_inputs(
-    folder: Path, references: str | None, architecture: Architecture, config: PretrainedConfig, verify: VerifyConfig
+    config: Config, folder: Path, architecture: Architecture, description: PretrainedConfig
 ) -> tuple[list[Mapping[str, Tensor]], list[str]]:
     """The inputs of every case, and their texts: the first references, or random ids without text."""
-    tokenizer = texts.load_tokenizer(folder)
-    if tokenizer is None or references is None:
-        return texts.random_inputs(architecture, config, verify.inputs, verify.source_length, verify.seed), []
-    lines = list(texts.References.read(folder / references, verify.inputs).texts)
+    verify = config.verify
+    tokenizer, known = texts.load_tokenizer(folder), references(config, folder)
+    if tokenizer is None and verify.texts is not None:
+        raise AccelError(f"verify.texts={verify.texts}: the checkpoint has no tokenizer to read text with")
+    if tokenizer is None or known is None:
+        return texts.random_inputs(architecture, description, verify.inputs, verify.source_length, verify.seed), []
+    lines = list(known.texts[: verify.inputs])
     return [texts.encode(tokenizer, [line]) for line in lines], lines
 
 
@@ -112,7 +132,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             outputs.setdefault(number, {})[f"{role}.{name}"] = value.cpu().contiguous().clone()
     for number, tensors in outputs.items():
         save_file(tensors, out / OUTPUTS.format(number))
-    chosen, lines = fixed_inputs(folder, config.model.references, architecture, model.config, settings)
+    chosen, lines = fixed_inputs(config, folder, architecture, model.config)
     compared = cases(config)
     tokens = {
         name: decode_case(model, name, options, chosen, settings)
@@ -135,11 +155,10 @@ def _along(chain: Chain, given: Mapping[str, Tensor], ids: Tensor) -> Tensor:
 
 
 def _references(config: Config, folder: Path, model: Generates) -> list[str]:
-    tokenizer = texts.load_tokenizer(folder)
-    if config.model.references is None or tokenizer is None:
+    tokenizer, known = texts.load_tokenizer(folder), references(config, folder)
+    if tokenizer is None or known is None or not known.accepted:
         return []
-    known = texts.References.read(folder / config.model.references, config.verify.references)
-    return decode_texts(model, tokenizer, known.texts, batch_size=50)
+    return decode_texts(model, tokenizer, known.texts[: config.verify.references], batch_size=50)
 
 
 def decode_texts(model: Generates, tokenizer: Any, lines: Sequence[str], batch_size: int) -> list[str]:
@@ -157,8 +176,8 @@ STAGE = Stage(
     name="reference",
     run=run,
     inputs=takes("checkpoint"),
-    sections=("model", "runtime.device", "verify"),
+    sections=("model", "runtime.device", *(f"verify.{key}" for key in GIVEN)),
     packages=("torch", "transformers"),
     files=reference_files,
-    version=2,
+    version=3,
 )

@@ -3,8 +3,9 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from accel import console, texts
+from accel import certificate, console, metrics, speed, texts
 from accel.adapter import Architecture, Role
 from accel.artifacts import MANIFEST, Artifact
-from accel.errors import AccelError
+from accel.compare import Difference, difference, visible
+from accel.errors import Refused
 from accel.generation import AcceleratedModel
 from accel.graph import files
 from accel.graph.emulate import emulate_half
+from accel.graph.formats import FORMATS, Format
 from accel.loading import open_model
 from accel.runtime import layout
 from accel.runtime.feeds import decoder_feeds
 from accel.runtime.stream import on_shared_stream
 from accel.schema import Config
-from accel.stages import Stage, reference, takes
+from accel.stages import Stage, reference
 from accel.stages.checkpoint import reference_files
 
-STEPS = {"float32": 2.0**-23, "float16": 2.0**-10}  # distance from 1 to the next number of each type
+GATED = ("greedy", "beams", "padded")  # sampling draws another token at the least difference
+LEAST = 0.5  # of the sequences, where `verify.min_token_agreement` is null and the graph in 16 bits
+SHOWN = 20  # differing sequences that a verdict holds
 
 
 def threshold(dtype: str, layers: int) -> float:
@@ -36,15 +41,27 @@ def threshold(dtype: str, layers: int) -> float:
     Rounding errors of independent operations add up like a random walk, so with the square root of the depth; an
     operation of a layer may lose a few units in the last place, which the factors allow for.
     """
-    return float((64 if dtype == "float32" else 16) * STEPS[dtype] * max(1, layers) ** 0.5)
+    return float((64 if dtype == "float32" else 16) * FORMATS[dtype].step * max(1, layers) ** 0.5)
+
+
+def least_agreement(config: Config) -> float:
+    """The share of sequences that must be PyTorch's: all in FP32; random weights decide by rounding in 16 bits."""
+    given = config.verify.min_token_agreement
+    if given is not None:
+        return given
+    if config.precision.dtype == "float32":
+        return 1.0
+    return 0.0 if config.model.weights == "random" else LEAST
 
 
 @dataclass
-class Difference:
-    """One output of one role at one shape: largest absolute difference, and relative to the largest value."""
+class Drift:
+    """Absolute difference of the logits by token of a path: over the vocabulary and all paths that are this long."""
 
-    absolute: float
-    relative: float
+    mean: list[float] = field(default_factory=list)
+    p99: list[float] = field(default_factory=list)
+    worst: list[float] = field(default_factory=list)
+    scale: float = 0.0  # largest logit of PyTorch's
 
 
 @dataclass
@@ -57,9 +74,12 @@ class Verdict:
     runtime: str = "cpu"
     threshold: float = 0.0
     outputs: dict[str, Difference] = field(default_factory=dict)
+    drift: Drift = field(default_factory=Drift)
+    inputs: int = 0
     identical: dict[str, float] = field(default_factory=dict)
     first_difference: dict[str, int] = field(default_factory=dict)
-    error_rates: dict[str, dict[str, float]] = field(default_factory=dict)
+    differing: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     references: int = 0
     samples: list[dict[str, str]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -67,8 +87,12 @@ class Verdict:
 
 def compare_outputs(
     model: AcceleratedModel, architecture: Architecture, expected: Path, verdict: Verdict, seed: int
-) -> None:
-    """Run every role at the reference's shapes through the runtime: both branches, every output."""
+) -> bool:
+    """Run every role at the reference's shapes through the runtime: both branches, every output.
+
+    Whether outputs have the right shapes and are finite, so that it makes sense to generate.
+    """
+    sound = True
     step = architecture.signature(model.config, Role.STEP)
     cache, growing = step.cache, {port.name for port in step.outputs}
     hidden: dict[str, Tensor] = {}
@@ -86,8 +110,9 @@ def compare_outputs(
             views = state.views() if state is not None else {}
             found = {"logits": logits} | {output: views[name] for name, output in cache.items()}
         for name, value in known.items():
-            visible = _visible(role, name, given, value, growing)
-            _measure(verdict, f"{role}.{name}", found[name], value, visible)
+            seen = visible(role, name, given, value, growing)
+            sound = _measure(verdict, f"{role}.{name}", found[name], value, seen) and sound
+    return sound
 
 
 def compare_paths(
@@ -96,11 +121,14 @@ def compare_paths(
     inputs: Sequence[Mapping[str, Tensor]],
     expected: Path,
     verdict: Verdict,
-) -> None:
+) -> bool:
     """Walk along what PyTorch said, token by token over growing caches, and compare the logits at every token.
 
-    Nothing waits for a result in between, so that on a GPU what would overtake something else does.
+    Nothing waits for a result in between, so that on a GPU what would overtake something else does. Whether all are
+    finite.
     """
+    sound = True
+    apart: list[Tensor] = []
     for number, given in enumerate(inputs[: reference.PATHS]):
         known = load_file(expected / reference.PATH.format(number))
         hidden = _encoded(architecture, model, given)
@@ -110,25 +138,15 @@ def compare_paths(
         with on_shared_stream(model.device):  # as `generate` does
             logits, state = model.runtime.prefill({**calls[0], **hidden})
             found = torch.cat([logits, *(model.runtime.step(feeds, state) for feeds in calls[1:])], dim=1)
-        _measure(verdict, "path.logits", found, known["logits"])
-
-
-def _visible(
-    role: Role, name: str, given: Mapping[str, Tensor], value: Tensor, growing: Container[str]
-) -> Tensor | None:
-    """A mask that broadcasts with `value`, 0 where it belongs to padding: nothing ever looks there.
-
-    What attends to padding alone averages over nothing, which any rounding changes. What is not finite there counts
-    all the same, for it would spread.
-    """
-    mask = given.get("attention_mask")  # [batch, source], or [batch, past + new] of a decoder
-    if mask is None:
-        return None
-    if role is Role.ENCODER:
-        return mask.reshape(*mask.shape, *[1] * (value.ndim - 2))  # value: [B, S, ...]
-    if name == "logits":
-        return mask[:, -value.shape[1] :, None]  # value: [B, N, V]
-    return mask[:, None, :, None] if name in growing else None  # value: [B, H, P + T, K]
+        sound = _measure(verdict, "path.logits", found, known["logits"]) and sound
+        apart.append((found.cpu().float() - known["logits"]).abs()[0])  # [tokens, vocabulary]
+        verdict.drift.scale = max(verdict.drift.scale, float(known["logits"].abs().max()))
+    for position in range(max(map(len, apart))):
+        here = torch.cat([path[position] for path in apart if position < len(path)]).sort().values
+        verdict.drift.mean.append(float(here.mean()))
+        verdict.drift.p99.append(float(here[int(0.99 * (len(here) - 1))]))
+        verdict.drift.worst.append(float(here[-1]))
+    return sound
 
 
 def _outputs_of(role: Role, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,21 +166,18 @@ def _context(architecture: Architecture, model: AcceleratedModel, pool: Mapping[
     return {port.name: pool[port.source] for port in ports if port.source}
 
 
-def _measure(verdict: Verdict, name: str, found: Tensor, expected: Tensor, visible: Tensor | None = None) -> None:
+def _measure(verdict: Verdict, name: str, found: Tensor, expected: Tensor, seen: Tensor | None = None) -> bool:
+    """Note how far an output is off. Whether it can be compared at all."""
     if found.shape != expected.shape:
         verdict.failures.append(f"{name} has shape {tuple(found.shape)}, PyTorch gives {tuple(expected.shape)}")
-        return
-    found = found.cpu().float()
-    if visible is not None:
-        found, expected = found * visible, expected * visible
-    absolute = float((found - expected).abs().max())
-    relative = absolute / max(float(expected.abs().max()), 1e-6)
-    worst = verdict.outputs.setdefault(name, Difference(0.0, 0.0))
-    worst.absolute, worst.relative = max(worst.absolute, absolute), max(worst.relative, relative)
-    if not relative <= verdict.threshold:
+        return False
+    apart = difference(found, expected, seen)
+    verdict.outputs.setdefault(name, Difference()).widen(apart)
+    if not apart.relative <= verdict.threshold:
         verdict.failures.append(
-            f"{name} is off by {relative:.1e} of its largest value, allowed {verdict.threshold:.1e}"
+            f"{name} is off by {apart.relative:.1e} of its largest value, allowed {verdict.threshold:.1e}"
         )
+    return isfinite(apart.absolute)
 
 
 def compare_tokens(
@@ -174,49 +189,98 @@ def compare_tokens(
     verdict: Verdict,
 ) -> None:
     """Generate for the reference's inputs under every case, and count the sequences that are the same."""
-    compared = reference.cases(config)
+    compared, verdict.inputs = reference.cases(config), len(inputs)
+    tokenizer = texts.load_tokenizer(folder) if expected["texts"] else None
+
+    def readable(ids: Sequence[int]) -> str:
+        return (
+            " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(list(ids), skip_special_tokens=True))
+        )
+
     for name, options in console.track(list(compared.items()), "tokens"):
-        found = reference.decode_case(model, name, options, inputs, config.verify)
         right = expected["tokens"][name]
+        try:
+            found = reference.decode_case(model, name, options, inputs, config.verify)
+        except RuntimeError as error:  # torch refuses to sample from what is not finite
+            verdict.failures.append(f"{name}: {str(error).splitlines()[0]}")
+            verdict.identical[name] = 0.0
+            continue
         verdict.identical[name] = sum(map(list.__eq__, found, right)) / len(right)
         for number, (ours, theirs) in enumerate(zip(found, right, strict=True)):
-            if ours != theirs:
-                position = next(
-                    (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-                    min(len(ours), len(theirs)),
-                )
-                verdict.first_difference[f"{name}.{number}"] = position
+            if ours == theirs:
+                continue
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            position = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+            verdict.first_difference[f"{name}.{number}"] = position
+            if name in GATED and len(verdict.differing) < SHOWN:
+                given = expected["texts"][number] if expected["texts"] else f"input {number}"
+                said = {"pytorch": readable(theirs), "ours": readable(ours)}
+                verdict.differing.append({"case": name, "input": given, "position": position, **said})
         if name == "greedy" and expected["texts"]:
-            tokenizer = texts.load_tokenizer(folder)
-            if tokenizer is not None:
-                decoded = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (right, found))
-                verdict.samples = [
-                    {"input": line, "pytorch": theirs, "ours": ours}
-                    for line, theirs, ours in zip(expected["texts"], *decoded, strict=True)
-                ]
+            verdict.samples = [
+                {"input": line, "pytorch": readable(theirs), "ours": readable(ours)}
+                for line, theirs, ours in zip(expected["texts"], right, found, strict=True)
+            ]
 
 
 def compare_references(
     model: AcceleratedModel, folder: Path, config: Config, expected: list[str], verdict: Verdict
 ) -> None:
-    """Error rates on the references, PyTorch's beside ours."""
+    """The metrics on the references, PyTorch's beside ours."""
+    known = reference.references(config, folder)
     tokenizer = texts.load_tokenizer(folder)
-    if config.model.references is None or tokenizer is None:
+    if known is None or not known.accepted or tokenizer is None:
         return
-    known = texts.References.read(folder / config.model.references, config.verify.references)
+    known = known.first(config.verify.references)
     found = reference.decode_texts(model, tokenizer, known.texts, batch_size=50)
     verdict.references = len(known.texts)
-    verdict.error_rates = {"pytorch": known.error_rates(expected), "ours": known.error_rates(found)}
+    names = config.verify.metrics
+    verdict.metrics = {
+        side: metrics.scores(names, outputs, known.accepted)
+        for side, outputs in (("pytorch", expected), ("ours", found))
+    }
 
 
-def emulated(candidate: Path, folder: Path) -> Path:
+def judge(config: Config, verdict: Verdict) -> None:
+    """Add what `verify.min_token_agreement` and `verify.max_metric_loss` refuse to the failures."""
+    least = least_agreement(config)
+    below = {name: verdict.identical[name] for name in GATED if verdict.identical[name] < least}
+    if below:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in verdict.identical.items())
+        verdict.failures.append(f"sequences that are PyTorch's: {shares}; at least {least:.1%} must be, sampling aside")
+    for name, theirs in verdict.metrics.get("pytorch", {}).items():
+        ours = verdict.metrics["ours"][name]
+        if metrics.METRICS[name].loss(ours, theirs) > config.verify.max_metric_loss:
+            verdict.failures.append(
+                f"{name} is {ours:.2f}%, PyTorch's {theirs:.2f}%; at most verify.max_metric_loss="
+                f"{config.verify.max_metric_loss} points may be lost"
+            )
+    if verdict.failures:
+        verdict.failures += [
+            f"{each['case']}, {each['input'][:60]!r}: token {each['position']} is the first to differ"
+            for each in verdict.differing[:3]
+        ]
+
+
+def advice(config: Config) -> str:
+    """What to try with a candidate that was refused."""
+    if config.precision.dtype == "float32":
+        return "FP32 must say what PyTorch says: this is a defect of an adapter or of a graph pass"
+    tries = ["audit.texts=FILE with inputs like yours", "a larger audit.margin (more stays in FP32)"]
+    if config.precision.plan != "ranges":
+        tries.append("precision=fp16-ranges" if config.precision.plan == "minimised" else "precision=fp16")
+    tries += [] if config.precision.dtype == "bfloat16" else ["precision=bf16 where the GPU has it"]
+    return f"Try {', '.join(tries)}, or precision=fp32"
+
+
+def emulated(candidate: Path, folder: Path, format: Format) -> Path:
     """The candidate with its graphs emulated (`accel.graph.emulate`), in `folder`, over the same weights."""
     for path in candidate.iterdir():
         if path.suffix != ".onnx":
             shutil.copyfile(path, folder / path.name)
     for path in candidate.glob("*.onnx"):
         model = files.load(path)
-        emulate_half(model)
+        emulate_half(model, format)
         files.save_graph(model, folder / path.name)
     return folder
 
@@ -229,51 +293,63 @@ def examine(
     with open_model(folder, config.runtime) as model:
         layers = len(architecture.signature(model.config, Role.STEP).outputs) // 2
         verdict.threshold = threshold(config.precision.dtype, layers)
-        chosen, _ = reference.fixed_inputs(
-            checkpoint, config.model.references, architecture, model.config, config.verify
-        )
-        compare_outputs(model, architecture, expected, verdict, config.verify.seed)
-        if not verdict.failures:
-            compare_paths(model, architecture, chosen, expected, verdict)
-        if verdict.failures:
-            return  # numbers this far off may not even be finite, and can't be decoded
+        chosen, _ = reference.fixed_inputs(config, checkpoint, architecture, model.config)
+        if not compare_outputs(model, architecture, expected, verdict, config.verify.seed):
+            return  # nothing can be decoded
+        if not compare_paths(model, architecture, chosen, expected, verdict):
+            return
         tokens = json.loads((expected / reference.TOKENS).read_text())
         compare_tokens(model, checkpoint, config, chosen, tokens, verdict)
         compare_references(model, checkpoint, config, tokens["references"], verdict)
-    if config.precision.dtype == "float32" and min(verdict.identical.values()) < 1:
-        cases = ", ".join(f"{name} {share:.0%}" for name, share in verdict.identical.items())
-        verdict.failures.append(f"FP32 tokens must be PyTorch's; identical sequences: {cases}")
+    judge(config, verdict)
     verdict.passed = not verdict.failures
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes the candidate's files and `verdict.json`. Raises `AccelError` if it is refused."""
-    candidate = inputs["merge"].folder
-    native = config.precision.dtype == "float32" or config.runtime.half
-    verdict = Verdict(
-        precision=config.precision.dtype,
-        arithmetic="native" if native else "emulated",
-        runtime=config.runtime.name,
-    )
+    """Writes the candidate's files, `verdict.json` and the certificate. Raises `Refused` if it doesn't pass."""
+    candidate, dtype = inputs["merge"].folder, config.precision.dtype
+    native = config.runtime.arithmetic.get(dtype) == dtype
+    verdict = Verdict(precision=dtype, arithmetic="native" if native else "emulated", runtime=config.runtime.name)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
-        tested = candidate if native else emulated(candidate, Path(scratch))
+        tested = candidate if native else emulated(candidate, Path(scratch), FORMATS[dtype])
         examine(tested, config, inputs, architecture, verdict)
     if not verdict.passed:
-        kept = "\n".join(verdict.failures[:8])
-        raise AccelError(f"verify refuses the candidate ({verdict.precision}, {verdict.arithmetic}):\n{kept}")
+        kept = "\n".join(verdict.failures[:7])
+        message = f"verify refuses the candidate ({dtype}, {verdict.arithmetic}):\n{kept}\n{advice(config)}"
+        raise Refused(message, summarize(verdict, inputs, None))
     for path in candidate.iterdir():  # copied: onnx refuses weights in a file with more than one hard link
         if path.name != MANIFEST:
             shutil.copyfile(path, out / path.name)
     (out / layout.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
-    return {"identical": verdict.identical, "error_rates": verdict.error_rates, "arithmetic": verdict.arithmetic}
+    measured = speed.beside_torch(out, config, inputs, architecture) if config.verify.latency else None
+    certificate.write(out, asdict(verdict), measured, config, inputs)
+    return summarize(verdict, inputs, measured)
+
+
+def summarize(verdict: Verdict, inputs: Mapping[str, Artifact], measured: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the manifest and a sweep's table say of a candidate."""
+    mixes = inputs["convert"].summary.values()
+    return {
+        **{key: getattr(verdict, key) for key in ("passed", "arithmetic", "identical", "metrics")},
+        "worst_logits": max(verdict.drift.worst, default=None),
+        "fp32_nodes": sum(mix["fp32_nodes"] for mix in mixes) if mixes else "all",
+        "casts": sum(mix["casts"] for mix in mixes),
+        "decoder_bytes": inputs["merge"].summary["merged_bytes"],
+        "speed": measured,
+    }
+
+
+def taken(config: Config) -> tuple[str, ...]:
+    mixed = config.precision.dtype != "float32"
+    return ("checkpoint", "convert", "merge", "reference", *(("ranges", "audit") if mixed else ()))
 
 
 STAGE = Stage(
     name="verify",
     run=run,
-    inputs=takes("checkpoint", "merge", "reference"),
+    inputs=taken,
     sections=("model", "precision", "runtime", "verify"),
-    packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu"),
+    packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "sacrebleu"),
     files=reference_files,
-    version=3,
+    version=4,
 )

@@ -4,13 +4,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.graph.convert import HALF, convert_half, half_share
+from accel.graph.convert import convert_half, half_share
 from accel.graph.emulate import emulate_half
-from accel.graph.plan import MASK, Plan, Range, clamp_masks, make_plan, unite
-from accel.graph.probe import OUTPUTS, add_probes, infer_types, read_probes
+from accel.graph.formats import FLOAT, FP16
+from accel.graph.plan import Plan, clamp_masks, make_plan, unite
+from accel.graph.probe import OUTPUTS, Range, add_probes, infer_types, read_probes
 from tests.graph import text
 
-FLOAT = ir.DataType.FLOAT
 NORM = """
 <ir_version: 10, opset_import: ["" : 20]>
 norm (float[batch, 4] x, float[4, 4] w) => (float[batch, 4] y)
@@ -114,7 +114,7 @@ def test_emulation_shows_overflow_that_the_cpu_provider_hides() -> None:
     assert np.isfinite(run(model, x=x)[0]).all()
     emulate_half(model)
     assert not np.isfinite(run(model, x=x)[0]).any()
-    assert model.graph.inputs[0].dtype == model.graph.outputs[0].dtype == HALF
+    assert model.graph.inputs[0].dtype == model.graph.outputs[0].dtype == FP16.dtype
 
 
 def test_casts_stand_only_at_borders() -> None:
@@ -139,7 +139,7 @@ def test_masks_are_clamped_and_other_large_constants_are_not() -> None:
         y = Add (where, score)
     }""")
     clamp_masks(model)
-    assert float(model.graph.initializers["lowest"].const_value.numpy()) == MASK
+    assert float(model.graph.initializers["lowest"].const_value.numpy()) == FP16.mask
     assert model.graph.initializers["weight"].const_value.numpy().min() == -100000
     assert make_plan(model, {}, margin=2.0).weights.keys() == {"weight"}
 
@@ -234,7 +234,7 @@ def test_fused_norms_need_no_care_inside() -> None:
     right = text.run(fused(), FEEDS)
     half = fused()
     convert_half(half, plan)
-    assert half_share(half) == {"nodes": 1.0, "weight_bytes": 1.0, "casts": 0}
+    assert half_share(half) == {"nodes": 1.0, "weight_bytes": 1.0, "fp32_nodes": 0, "fp32_bytes": 0, "casts": 0}
     emulate_half(half)
     found = text.run(half, {name: array.astype(np.float16) for name, array in FEEDS.items()})
     for name, array in right.items():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from accel import registry
 from accel.adapter import Role
+from accel.compare import visible
 from accel.loading import open_model
 from accel.pipeline import Pipeline
 from accel.runtime.onnx import GrowingRuntime, GrowingState
@@ -34,7 +35,7 @@ def test_a_step_that_sees_a_stale_cache_is_found(
     monkeypatch.setattr(GrowingRuntime, "step", step)
     verdict = verify.Verdict(threshold=verify.threshold("float32", 2))
     with open_model(artifacts["verify"].folder, config.runtime) as model:
-        chosen, _ = reference.fixed_inputs(tiny, None, architecture, model.config, config.verify)
+        chosen, _ = reference.fixed_inputs(config, tiny, architecture, model.config)
         verify.compare_paths(model, architecture, chosen, expected, verdict)
     assert "path.logits" in verdict.outputs
     assert bool(verdict.failures) is (late is not None)
@@ -57,12 +58,12 @@ def test_padding_is_not_compared(
     mask = torch.ones(2, 5, dtype=torch.int64)
     mask[1, 4] = 0
     expected = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    visible = verify._visible(role, name, {"attention_mask": mask}, expected, {"present.0.key"})
+    seen = visible(role, name, {"attention_mask": mask}, expected, {"present.0.key"})
     results = []
     for place, number in ((padding, 9.0), (padding, torch.nan), ((0, *padding[1:]), 9.0)):
         found = expected.clone()
         found[place] = number
         verdict = verify.Verdict(threshold=1e-3)
-        verify._measure(verdict, name, found, expected, visible)
+        verify._measure(verdict, name, found, expected, seen)
         results.append(bool(verdict.failures))
     assert results == [False, True, True]

@@ -1,0 +1,193 @@
+"""Runs the FP32 graphs on random ids and the user's text until what their values hold is known."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from accel import console
+from accel.adapter import Architecture, Role
+from accel.artifacts import Artifact
+from accel.batches import Batch, Call, batches, walk
+from accel.chain import signatures
+from accel.errors import AccelError
+from accel.graph import files, plan, probe
+from accel.graph.formats import FP16
+from accel.memory import release
+from accel.runtime.session import SessionSettings, open_session
+from accel.schema import Config, RuntimeConfig
+from accel.stages import Stage, takes
+
+RANGES = "ranges.json"
+Ranges = dict[str, probe.Range]
+
+
+class ProbedGraph:
+    """One role's graph with probes. What every value held widens `ranges`, batch by batch."""
+
+    def __init__(self, source: Path) -> None:
+        model = files.load(source)
+        plan.clamp_masks(model)
+        self.names = probe.add_probes(model)
+        self.rows = probe.by_row(model)
+        self.ranges: Ranges = {name: probe.Range() for name in self.names}
+        self.graph, self.folder = files.dump(model), source.parent
+        del model
+        release()
+
+    def open(self, runtime: RuntimeConfig) -> Call:
+        """A session over it."""
+        session = open_session(self.graph, lean(runtime, self.folder))
+        outputs = [port.name for port in session.get_outputs()]
+        wanted = {port.name for port in session.get_inputs()}
+
+        def call(number: int, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            given = {name: tensor.numpy() for name, tensor in feeds.items() if name in wanted}
+            found = dict(zip(outputs, session.run(None, given), strict=True))
+            height = len(next(iter(given.values())))
+            columns = [found.pop(name) for name in probe.OUTPUTS]
+            for name, seen in probe.read_probes(self.names, columns, self.rows, (number, height)).items():
+                self.ranges[name].widen(seen)
+            return {name: torch.from_numpy(value) for name, value in found.items()}
+
+        return call
+
+
+def lean(runtime: RuntimeConfig, weights: Path) -> SessionSettings:
+    """Settings of a session that runs a few times, where memory counts and speed doesn't.
+
+    Weights stay in the file in folder `weights` that they are mapped from, and what a node frees is gone.
+    """
+    keys = {"session.disable_prepacking": "1", "session.model_external_initializers_file_folder_path": str(weights)}
+    return SessionSettings.of(runtime, session=keys, arena=False, fuse=False)
+
+
+def unsettled(ranges: Mapping[Role, Ranges], margin: float) -> list[tuple[Role, str]]:
+    """The values that another growth like the newest would take into the margin of FP16's limit."""
+    found = []
+    for role, values in ranges.items():
+        for name, held in values.items():
+            counts = held.largest * margin
+            if counts <= FP16.largest < counts * held.growth()[0]:
+                found.append((role, name))
+    return found
+
+
+def observe(
+    config: Config, architecture: Architecture, checkpoint: Path, graphs: Path, scratch: Path
+) -> tuple[dict[Role, Ranges], list[Batch], str]:
+    """What every value of every role's graph held, the batches it was seen with, and why no more were taken.
+
+    The number of batches doubles until the newer half reaches no further than it should: see `unsettled`.
+    """
+    audit = config.audit
+    description = AutoConfig.from_pretrained(checkpoint)
+    ports = signatures(architecture, description)
+    supply = batches(audit, architecture, description, checkpoint)
+    probed = {role: ProbedGraph(graphs / f"{role}.onnx") for role in ports}
+    ranges = {role: graph.ranges for role, graph in probed.items()}
+    seen: list[Batch] = []
+    for count in _rounds(audit.batches, audit.max_batches):
+        work = list(islice(supply, count - len(seen)))
+        if not work:
+            return ranges, seen, f"all {len(seen)} batches there were"
+        walk(ports, work, lambda role: probed[role].open(config.runtime), scratch, len(seen))
+        seen += work
+        for held in (held for values in ranges.values() for held in values.values()):
+            held.mark(len(seen))
+        rising = unsettled(ranges, audit.margin)
+        if len(seen) >= audit.batches and not rising:
+            return ranges, seen, f"settled after {len(seen)} batches"
+    names = ", ".join(f"{role} {name}" for role, name in rising[:5])
+    console.warn(
+        f"the audit saw audit.max_batches={audit.max_batches} batches, and {len(rising)} values still grow towards "
+        f"FP16's limit: {names}{', …' if len(rising) > 5 else ''}. More batches or a larger audit.margin are safer"
+    )
+    return ranges, seen, f"audit.max_batches={audit.max_batches} reached, {len(rising)} values still grow"
+
+
+def _rounds(first: int, most: int) -> list[int]:
+    """Numbers of batches at which to look: half of `first`, `first`, and twice as many each time up to `most`."""
+    counts = [max(1, first // 2), first] if first > 1 else [first]
+    while counts[-1] * 2 <= most:
+        counts.append(counts[-1] * 2)
+    return counts
+
+
+def check_finite(ranges: Mapping[Role, Ranges], load: Callable[[Role], ir.Model]) -> None:
+    """Raises `AccelError` if a model's outputs are NaN or infinite in FP32, and says where that begins."""
+    for role, values in ranges.items():
+        model = load(role)
+        for output in model.graph.outputs:
+            held = values.get(output.name or "")
+            if held is not None and held.not_finite:
+                raise AccelError(
+                    f"the {role}'s {output.name} is not finite in FP32 either: {_beginning(output, values)}. "
+                    "The checkpoint, or what it is fed, is broken before any precision is chosen"
+                )
+
+
+def _beginning(value: ir.Value, values: Ranges) -> str:
+    """The node where numbers stop being finite, on the way that leads to `value`."""
+    while (node := value.producer()) is not None:
+        bad = [given for given in node.inputs if given is not None and _broken(given, values)]
+        if not bad:
+            return f"it begins at the {node.op_type} that makes {value.name}"
+        value = bad[0]
+    return f"it begins with {'the weight' if value.is_initializer() else 'the input'} {value.name}"
+
+
+def _broken(value: ir.Value, values: Ranges) -> bool:
+    if value.const_value is not None:
+        content = value.const_value.numpy()
+        return content.dtype.kind == "f" and not bool(torch.from_numpy(content).isfinite().all())
+    held = values.get(value.name or "")
+    return held is not None and held.not_finite > 0
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
+    """Writes `ranges.json`: what every value held, with which batch, and when the audit had seen enough."""
+    graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        ranges, seen, stopped = observe(config, architecture, checkpoint, graphs, Path(scratch))
+    console.note(f"what values hold: {stopped}")
+    check_finite(ranges, lambda role: files.load(graphs / f"{role}.onnx"))
+    roles = {role: {name: asdict(held) for name, held in values.items()} for role, values in ranges.items()}
+    record = {"stopped": stopped, "batches": [list(batch.rows) for batch in seen], "roles": roles}
+    (out / RANGES).write_text(json.dumps(record))
+    return {"batches": len(seen), "stopped": stopped}
+
+
+def read_ranges(folder: Path) -> tuple[dict[Role, Ranges], list[list[str]]]:
+    """Role -> what its values held, and what each row of each batch was, as `run` wrote them."""
+    record = json.loads((folder / RANGES).read_text())
+    roles = {
+        Role(role): {name: probe.Range(**held) for name, held in values.items()}
+        for role, values in record["roles"].items()
+    }
+    return roles, record["batches"]
+
+
+def text_files(config: Config) -> tuple[str, ...]:
+    return (config.audit.texts,) if config.audit.texts else ()
+
+
+STAGE = Stage(
+    name="ranges",
+    run=run,
+    inputs=takes("checkpoint", "optimize"),
+    sections=(
+        *(f"audit.{key}" for key in ("batches", "max_batches", "batch_size", "max_length", "seed", "random")),
+        *("audit.texts", "audit.column", "audit.margin", "runtime"),
+    ),
+    packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"),
+    files=text_files,
+)

@@ -1,0 +1,115 @@
+"""What `verify` refuses: too few of PyTorch's sequences, too much of a metric lost; and what it says then."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from accel.errors import AccelError, Refused
+from accel.schema import Config, ModelConfig, PrecisionConfig, VerifyConfig
+from accel.stages import verify
+from tests.conftest import Build
+
+ALL = dict.fromkeys(("greedy", "beams", "padded", "sampling"), 1.0)
+
+
+def config(dtype: str, **changes: object) -> Config:
+    weights = str(changes.pop("weights", "pretrained"))
+    return Config(
+        model=ModelConfig(name="m", weights=weights),
+        precision=PrecisionConfig(name="p", dtype=dtype),
+        verify=VerifyConfig(**changes),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "identical", "passes"),
+    [
+        ("float32", {}, {"beams": 0.99}, False),
+        ("float32", {"min_token_agreement": 0.9}, {"beams": 0.99}, True),
+        ("float16", {}, {"beams": 0.5}, True),
+        ("float16", {}, {"beams": 0.49}, False),
+        ("float16", {"weights": "random"}, {"beams": 0.0}, True),
+        ("bfloat16", {"min_token_agreement": 0.95}, {"greedy": 0.94}, False),
+        ("bfloat16", {"min_token_agreement": 0.95}, {"sampling": 0.0}, True),  # sampling draws another token at once
+    ],
+)
+def test_the_least_share_of_sequences(
+    dtype: str, changes: dict[str, object], identical: dict[str, float], passes: bool
+) -> None:
+    verdict = verify.Verdict(identical=ALL | identical)
+    verify.judge(config(dtype, **changes), verdict)
+    assert (not verdict.failures) == passes
+    if not passes:
+        (name, share) = next(iter(identical.items()))
+        assert f"{name} {share:.1%}" in verdict.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "theirs", "ours", "passes"),
+    [
+        ("exact_match", 76.0, 74.9, False),
+        ("exact_match", 76.0, 75.1, True),
+        ("word_error_rate", 6.0, 7.1, False),
+        ("word_error_rate", 6.0, 1.0, True),  # better is no loss
+    ],
+)
+def test_the_most_that_a_metric_may_lose(metric: str, theirs: float, ours: float, passes: bool) -> None:
+    verdict = verify.Verdict(identical=ALL, metrics={"pytorch": {metric: theirs}, "ours": {metric: ours}})
+    verify.judge(config("float16"), verdict)
+    assert (not verdict.failures) == passes
+
+
+def test_a_refusal_names_inputs_and_what_to_try(build: Build, tiny: Path, artifacts: Path) -> None:
+    """The candidate stays, nothing becomes deployable, and what was found can still be read."""
+    given = ["precision=fp16", "verify.inputs=6"]
+    _, made = build(tiny, "[merge,verify]", [*given, "verify.min_token_agreement=0"])
+    agreed = made["verify"].summary["identical"]
+    assert min(agreed[name] for name in verify.GATED) < 1  # random weights decide nearly at random
+    before = set((artifacts / tiny.name).glob("verify-*/manifest.json"))
+    with pytest.raises(Refused) as caught:
+        build(tiny, "verify", [*given, "verify.min_token_agreement=1"])
+    message = str(caught.value)
+    assert "at least 100.0% must be" in message
+    assert "'input " in message
+    assert "precision=bf16" in message
+    assert "audit.margin" in message
+    assert len(message.splitlines()) <= 12  # all of it is shown
+    assert caught.value.found["identical"] == agreed
+    assert caught.value.found["passed"] is False
+    assert set((artifacts / tiny.name).glob("verify-*/manifest.json")) == before
+    assert (made["merge"].folder / "decoder_model_merged.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("verify.metrics=[blue]", "unknown metric: 'blue'"),
+        ("verify.min_token_agreement=2", "verify.min_token_agreement=2.0: must be from 0 to 1"),
+        ("verify.max_metric_loss=-1", "verify.max_metric_loss=-1.0: must be 0 or more"),
+        ("verify.targets=x.txt", "verify.targets=x.txt needs verify.texts"),
+        ("audit.random=false", "audit.random=false needs audit.texts"),
+        ("audit.max_batches=4", "audit.max_batches=4: must be audit.batches=8 or more"),
+        ("audit.trials=-1", "audit.trials=-1: must be 0"),
+        (
+            "precision.plan=mine",
+            "unknown precision.plan: 'mine'. Did you mean minimised? Choices: blanket, minimised, operators, ranges",
+        ),
+        ("precision.dtype=float8", "unknown precision.dtype: 'float8'"),
+        ("precision=bf16", "CPUExecutionProvider has no kernels for bfloat16, which generate would run"),
+    ],
+)
+def test_values_that_make_no_sense(build: Build, tiny: Path, override: str, message: str) -> None:
+    with pytest.raises(AccelError, match=re.escape(message)):
+        build(tiny, "generate", [override])
+
+
+def test_texts_and_targets_go_together(build: Build, tiny: Path, tmp_path: Path) -> None:
+    """Their numbers are named before anything runs; a checkpoint without a tokenizer can't read them."""
+    (tmp_path / "in.txt").write_text("one\ntwo\n")
+    (tmp_path / "out.txt").write_text("W AH1 N\n")
+    given = [f"verify.texts={tmp_path / 'in.txt'}", f"verify.targets={tmp_path / 'out.txt'}"]
+    with pytest.raises(AccelError, match=r"verify.texts=.*in.txt holds 2 texts and verify.targets=.*out.txt 1"):
+        build(tiny, "verify", given)
+    with pytest.raises(AccelError, match="the checkpoint has no tokenizer"):
+        build(tiny, "verify", given[:1])
