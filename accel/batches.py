@@ -15,7 +15,7 @@ from accel.chain import Shape, longest, script
 from accel.corpus import read_texts
 from accel.errors import AccelError
 from accel.runtime.feeds import decoder_feeds
-from accel.schema import AuditConfig
+from accel.schema import AuditConfig, Config
 
 STEPS = {"random": 4, "text": 32}  # tokens decoded greedily after the first
 
@@ -34,13 +34,20 @@ class Batch:
     rows: Sequence[str]
 
 
-def batches(config: AuditConfig, architecture: Architecture, model: PretrainedConfig, folder: Path) -> Iterator[Batch]:
-    """Random ids and the texts of `audit.texts` by turns; random ids have no end, texts have.
+def batches(config: Config, architecture: Architecture, model: PretrainedConfig, folder: Path) -> Iterator[Batch]:
+    """Random ids and texts by turns; random ids have no end, texts have.
 
-    Raises `AccelError` if there are texts and the checkpoint in `folder` has no tokenizer for them.
+    The texts are those of `audit.texts`, or else the model's references, the last first: `verify` takes the first.
+    Raises `AccelError` if texts are named and the checkpoint in `folder` has no tokenizer for them.
     """
-    random = _random(config, architecture, model) if config.random else iter(())
-    written = _written(config, architecture, model, folder) if config.texts is not None else iter(())
+    audit, references = config.audit, config.model.references
+    lines: list[str] = []
+    if audit.texts is not None:
+        lines = [line for line in read_texts(audit.texts, audit.column) if line.strip()]
+    elif references is not None:
+        lines = list(texts.References.read(folder / references).texts)[::-1]
+    random = _random(audit, architecture, model) if audit.random else iter(())
+    written = _written(lines, audit, architecture, model, folder)
     while True:
         found = [batch for source in (random, written) if (batch := next(source, None)) is not None]
         yield from found
@@ -64,11 +71,14 @@ def _random(config: AuditConfig, architecture: Architecture, model: PretrainedCo
         yield Batch("random", given.get(Role.ENCODER, {}), first["input_ids"], first["attention_mask"], rows)
 
 
-def _written(config: AuditConfig, architecture: Architecture, model: PretrainedConfig, folder: Path) -> Iterator[Batch]:
-    tokenizer = texts.load_tokenizer(folder)
+def _written(
+    lines: Sequence[str], config: AuditConfig, architecture: Architecture, model: PretrainedConfig, folder: Path
+) -> Iterator[Batch]:
+    tokenizer = texts.load_tokenizer(folder) if lines else None
     if tokenizer is None:
-        raise AccelError(f"audit.texts={config.texts}: the checkpoint has no tokenizer to read text with")
-    lines = [line for line in read_texts(str(config.texts), config.column) if line.strip()]
+        if config.texts is not None:
+            raise AccelError(f"audit.texts={config.texts}: the checkpoint has no tokenizer to read text with")
+        return
     start = getattr(model, "decoder_start_token_id", None) or 0
     for begin in range(0, len(lines), config.batch_size):
         chosen = lines[begin : begin + config.batch_size]

@@ -30,6 +30,14 @@ def difference(found: Tensor, expected: Tensor, visible: Tensor | None = None) -
     return Difference(absolute, absolute / max(float(expected.abs().max()), 1e-6))
 
 
+def error(found: Tensor, expected: Tensor, visible: Tensor | None = None) -> float:
+    """Root of the mean square of the difference over that of the expected values, where `visible` is not 0."""
+    found = found.cpu().float()
+    if visible is not None:
+        found, expected = found * visible, expected * visible
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
 def visible(
     role: Role, name: str, given: Mapping[str, Tensor], value: Tensor, growing: Container[str]
 ) -> Tensor | None:

@@ -156,14 +156,15 @@ def test_what_the_rule_keeps_too_carefully_is_dropped(build: Build, shared: Path
 
 @pytest.mark.xdist_group("breaking")
 def test_what_must_stay_is_not_dropped(build: Build, shared: Path) -> None:
-    """A residual stream of a fivethousandth: squares vanish, blanket FP16 says other words, trials keep what counts."""
-    folder = saved(shared / "scaled-2e-4-None", 2e-4)
-    plain = (*WORDS, "optimize.passes.fuse_norms=false")
-    _, made = build(folder, "[audit,verify]", plain)
-    assert set(made["verify"].summary["identical"].values()) == {1.0}
-    assert made["audit"].summary["rules"]["step"]["underflow"] > 3
-    with pytest.raises(Refused):
-        build(folder, "verify", (*plain, "precision.plan=blanket"))
+    """A residual stream of a thousandth: most norms may lose digits, some may not, and words are spelled as in FP32."""
+    folder = saved(shared / "scaled-1e-3-None", 1e-3)
+    _, made = build(folder, "[audit,verify]", (*WORDS, "optimize.passes.fuse_norms=false"))
+    for role, plan in audit.read_plans(made["audit"].folder).items():
+        kept = [reason for reason in plan.nodes.values() if reason.rule == "underflow"]
+        assert 0 < len(kept) < len(plan.dropped), role
+    metrics = made["verify"].summary["metrics"]
+    for name, theirs in metrics["pytorch"].items():
+        assert abs(metrics["ours"][name] - theirs) < 0.1
 
 
 def test_bfloat16_passes_by_emulation(build: Build) -> None:

@@ -20,7 +20,7 @@ from accel.graph.convert import convert_half, half_share
 from accel.graph.formats import FORMATS, FP16, Format
 from accel.schema import Config
 from accel.stages import Stage, takes
-from accel.stages.ranges import Ranges, lean, read_ranges
+from accel.stages.ranges import Ranges, lean, read_ranges, text_files
 from accel.trials import Recorder, Trial
 
 PLAN = "plan.json"
@@ -78,8 +78,8 @@ def smaller(
     description = AutoConfig.from_pretrained(checkpoint)
     ports = signatures(architecture, description)
     growing = {port.name for port in ports[Role.STEP].outputs}
-    recorder, settings = Recorder(scratch), lean(config.runtime, graphs)
-    work = list(islice(batches(config.audit, architecture, description, checkpoint), TRIED_ON))
+    work = list(islice(batches(config, architecture, description, checkpoint), TRIED_ON))
+    recorder, settings = Recorder(scratch, [batch.kind for batch in work]), lean(config.runtime, graphs)
     walk(ports, work, lambda role: recorder.open(role, graphs / f"{role}.onnx", settings), scratch)
     found = dict(plans)
     for role, given in console.track(list(plans.items()), "trials"):
@@ -92,9 +92,11 @@ def smaller(
 
 def _minimised(model: ir.Model, given: plan.Plan, groups: list[list[str]], trial: Trial, trials: int) -> plan.Plan:
     known = trial(given)
+    if not known.finite:
+        return given  # not even the rules' plan computes here: nothing to hold a smaller one to
 
     def passes(names: list[str]) -> bool:
-        return trial(minimise.without(model, given, names), lambda result: result.within(known)).within(known)
+        return trial(minimise.without(model, given, names), known.changed).within(known)
 
     return minimise.without(model, given, minimise.droppable(groups, passes, trials))
 
@@ -158,7 +160,8 @@ STAGE = Stage(
     name="audit",
     run=run,
     inputs=takes("checkpoint", "optimize", "ranges"),
-    sections=("audit", "precision", "runtime"),
-    packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"),
+    sections=("audit", "precision", "model.references", "runtime"),
+    packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "networkx"),
+    files=text_files,
     version=2,
 )

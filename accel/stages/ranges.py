@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import islice
+from os.path import isabs
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def observe(
     audit = config.audit
     description = AutoConfig.from_pretrained(checkpoint)
     ports = signatures(architecture, description)
-    supply = batches(audit, architecture, description, checkpoint)
+    supply = batches(config, architecture, description, checkpoint)
     probed = {role: ProbedGraph(graphs / f"{role}.onnx") for role in ports}
     ranges = {role: graph.ranges for role, graph in probed.items()}
     seen: list[Batch] = []
@@ -177,7 +178,9 @@ def read_ranges(folder: Path) -> tuple[dict[Role, Ranges], list[list[str]]]:
 
 
 def text_files(config: Config) -> tuple[str, ...]:
-    return (config.audit.texts,) if config.audit.texts else ()
+    """What lies outside the checkpoint's folder."""
+    own = config.model.references
+    return tuple(path for path in (config.audit.texts, own) if path is not None and (path != own or isabs(path)))
 
 
 STAGE = Stage(
@@ -186,7 +189,7 @@ STAGE = Stage(
     inputs=takes("checkpoint", "optimize"),
     sections=(
         *(f"audit.{key}" for key in ("batches", "max_batches", "batch_size", "max_length", "seed", "random")),
-        *("audit.texts", "audit.column", "audit.margin", "runtime"),
+        *("audit.texts", "audit.column", "audit.margin", "model.references", "runtime"),
     ),
     packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"),
     files=text_files,
