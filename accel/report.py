@@ -52,6 +52,14 @@ def _plan(summary: Mapping[str, Any]) -> None:
     ]
     columns = ("plan", "graph", "nodes in FP32", "casts", "MB of weights in FP32")
     console.table(f"what {summary['format']} leaves in FP32", columns, rows)
+    kept = ", ".join(
+        f"{role} {count} by {rule!r}" for role, rules in summary["rules"].items() for rule, count in rules.items()
+    )
+    console.out.print(f"kept: {kept or 'nothing'}", markup=False)
+    nearest = [
+        (each["role"], each["value"], f"{each['largest']:.3g}", each["seen_with"]) for each in summary["nearest"]
+    ]
+    console.table("largest magnitudes", ("graph", "value", "largest", "seen with"), nearest)
 
 
 def _sharing(summary: Mapping[str, Any]) -> None:

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from accel.adapter import Role
-from accel.errors import Refused
+from accel.errors import AccelError, Refused
 from accel.graph import files
-from accel.loading import verdict_of
+from accel.loading import load, verdict_of
 from accel.stages import audit
 from accel.stages.checkpoint import BUILT_IN
 from tests.conftest import Build
@@ -178,3 +178,5 @@ def test_bfloat16_passes_by_emulation(build: Build) -> None:
     types = {value.dtype.name for value in decoder.graph.inputs if value.dtype}
     assert types == {"INT64", "BOOL", "BFLOAT16"}
     assert min(mix["nodes"] for mix in made["convert"].summary.values()) > 0.9
+    with pytest.raises(AccelError, match=r"CPUExecutionProvider can't run this graph: .*Another precision may do"):
+        load(made["verify"].folder, runtime="cpu")

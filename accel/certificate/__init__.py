@@ -1,17 +1,22 @@
 """The certificate: what was compared with PyTorch, on what, and what came out. It lies beside the model's files."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accel.adapter import Role
 from accel.artifacts import Artifact, versions
 from accel.certificate import page
 from accel.graph.minimise import TRIABLE
+from accel.graph.plan import Plan
+from accel.graph.probe import Range
 from accel.machine import commit, machine
 from accel.runtime import layout
 from accel.schema import Config
 
+MIXED = {"mix": "convert", "plan": "audit", "audited": "ranges"}  # whose summaries are about a mix of precisions
 PACKAGES = ("accel", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "sacrebleu")
 
 
@@ -19,19 +24,24 @@ def write(
     out: Path,
     verdict: Mapping[str, Any],
     speed: Mapping[str, Any] | None,
+    explained: Mapping[str, Any],
     config: Config,
     inputs: Mapping[str, Artifact],
 ) -> None:
-    """Write `certificate.json` and `certificate.html` into `out`, which holds the deployable."""
-    certificate = gather(verdict, speed, config, inputs)
-    (out / layout.CERTIFICATE).write_text(json.dumps(certificate, indent=1))
+    """Write `certificate.json` and `certificate.html` into `out`, which holds the deployable.
+
+    `speed`: what `accel.speed.beside_torch` measured; `explained`: what `explain` says of a mix of precisions.
+    """
+    mixed = {name: inputs[stage].summary for name, stage in MIXED.items()} if explained else {}
+    certificate = gather(verdict, speed, config, inputs) | mixed | dict(explained)
+    (out / layout.CERTIFICATE).write_text(json.dumps(certificate, indent=1, allow_nan=False))
     (out / layout.CERTIFICATE_PAGE).write_text(page.render(certificate), encoding="utf-8")
 
 
 def gather(
     verdict: Mapping[str, Any], speed: Mapping[str, Any] | None, config: Config, inputs: Mapping[str, Artifact]
 ) -> dict[str, Any]:
-    """The content of `certificate.json`. `speed`: what `accel.speed.beside_torch` measured."""
+    """The content of `certificate.json`, but for what is about a mix of precisions."""
     verify, checkpoint = config.verify, inputs["checkpoint"]
     made = {name: artifact.key for name, artifact in inputs.items()}
     return {
@@ -52,7 +62,6 @@ def gather(
         },
         "verdict": dict(verdict),
         "speed": speed,
-        **(_mix(inputs) if "audit" in inputs else {}),
     }
 
 
@@ -61,34 +70,31 @@ def _hub_commit(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def _mix(inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    """What stayed in FP32 and why, and what every value was seen to hold."""
-    from accel.stages.audit import read_plans
-    from accel.stages.ranges import read_ranges
+def explain(
+    plans: Mapping[Role, Plan], ranges: Mapping[Role, Mapping[str, Range]], rows: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """What stayed in FP32 and why, and what every value was seen to hold; None is infinite, which JSON can't say.
 
-    plans = read_plans(inputs["audit"].folder)
-    ranges, rows = read_ranges(inputs["ranges"].folder)
+    `rows`: what each row of each batch was.
+    """
     kept = []
     for role, plan in plans.items():
         for name, reason in plan.nodes.items():
-            held = ranges[role].get(reason.value)
-            source = held.source if held is not None and reason.rule in TRIABLE else None
+            held = ranges[role].get(reason.value, Range(reason.largest or 0.0, reason.smallest or math.inf))
             kept.append(
                 {
                     **{"role": role, "node": name, "rule": reason.rule, "value": reason.value},
-                    "largest": held.largest if held is not None else reason.largest,
-                    "smallest": held.smallest if held is not None else reason.smallest,
-                    "overflow": held.overflow / held.elements if held is not None and held.elements else None,
-                    "source": rows[source[0]][source[1] or 0] if source is not None else None,
+                    **{"largest": _finite(held.largest), "smallest": _finite(held.smallest)},
+                    "overflow": held.overflow / max(1, held.elements),
+                    "source": held.seen_with(rows) if reason.rule in TRIABLE else "",
                 }
             )
-    return {
-        "mix": inputs["convert"].summary,
-        "plan": inputs["audit"].summary,
-        "audited": inputs["ranges"].summary,
-        "kept": kept,
-        "ranges": {
-            role: {name: [held.largest, held.smallest] for name, held in values.items()}
-            for role, values in ranges.items()
-        },
+    seen = {
+        role: {name: [_finite(held.largest), _finite(held.smallest)] for name, held in values.items()}
+        for role, values in ranges.items()
     }
+    return {"kept": kept, "ranges": seen}
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -1,7 +1,7 @@
 """The certificate as a page: one HTML file that needs no other."""
 
 from collections.abc import Mapping
-from math import isfinite
+from math import inf
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -34,8 +34,8 @@ def render(certificate: Mapping[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits, whatever the size."""
-    return "" if value is None else f"{value:.3g}"
+    """Three digits, whatever the size; None is infinite."""
+    return "∞" if value is None else f"{value:.3g}"
 
 
 def share(value: float) -> str:
@@ -65,6 +65,6 @@ def _range_plots(certificate: Mapping[str, Any]) -> dict[str, str]:
         limits |= {"largest float16": FP16.largest}
     drawn = {}
     for role, values in certificate["ranges"].items():
-        held = [(smallest, largest) for largest, smallest in values.values() if largest > 0 and isfinite(smallest)]
+        held = [(low, inf if high is None else high) for high, low in values.values() if low is not None and high != 0]
         drawn[role] = plots.value_ranges(held, limits, role)
     return drawn

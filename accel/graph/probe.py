@@ -56,6 +56,13 @@ class Range:
         """Note how far the value reached in the first `batches` batches."""
         self.reached.append((batches, self.largest, self.smallest))
 
+    def seen_with(self, rows: Sequence[Sequence[str]]) -> str:
+        """What the model was given when the value held its largest. `rows`: what each row of each batch was."""
+        if self.source is None:
+            return ""
+        batch, row = self.source
+        return rows[batch][row] if row is not None else f"batch {batch + 1}"
+
     def growth(self) -> tuple[float, float]:
         """By which factor the newest batches raised the largest and lowered the smallest magnitude, 1 or more."""
         if len(self.reached) < 2:

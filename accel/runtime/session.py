@@ -13,6 +13,8 @@ from accel.runtime.providers import missing_library, onnxruntime
 from accel.runtime.room import enough_memory
 from accel.runtime.stream import stream_options
 
+NoKernel = onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented
+
 
 class Described(Protocol):
     """What a runtime's YAML says about its sessions."""
@@ -51,7 +53,7 @@ def open_session(graph: Path | bytes, settings: SessionSettings) -> onnxruntime.
     """A session over the graph at a path or in memory, on the stream it shares with torch if it is on CUDA.
 
     The provider must be there: see `check_provider`. Raises `OutOfMemory` if the weights don't fit, `AccelError` if
-    the provider's libraries can't be loaded.
+    the provider's libraries can't be loaded or it has no kernel for an operator in the graph's precision.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -65,10 +67,13 @@ def open_session(graph: Path | bytes, settings: SessionSettings) -> onnxruntime.
         options.enable_profiling = True
         options.profile_file_prefix = settings.profile
     chosen = {**settings.provider_options, **stream_options(settings.provider)}
-    with enough_memory():
-        session = onnxruntime.InferenceSession(
-            graph if isinstance(graph, bytes) else str(graph), options, providers=[(settings.provider, chosen)]
-        )
+    source = graph if isinstance(graph, bytes) else str(graph)
+    try:
+        with enough_memory():
+            session = onnxruntime.InferenceSession(source, options, providers=[(settings.provider, chosen)])
+    except NoKernel as error:
+        reason = str(error).split(" : ")[-1].splitlines()[0]
+        raise AccelError(f"{settings.provider} can't run this graph: {reason}. Another precision may do") from error
     if settings.provider not in session.get_providers():  # ONNX Runtime goes on without, on the CPU
         raise AccelError(missing_library())
     return session

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from accel.trials import Recorder, Trial
 
 PLAN = "plan.json"
 TRIED_ON = 4  # batches
+NEAREST = 5  # values named in the report
 MINIMISED, BY_RANGES = "minimised", "ranges"
 RULES: dict[str, str] = {
     MINIMISED: "by what values held, less what trials show to be safe",
@@ -113,7 +114,7 @@ def agree(
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Writes `plan.json`: for each role the nodes, weights and ports kept in FP32, each with its reason and numbers."""
     graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
-    ranges, _ = read_ranges(inputs["ranges"].folder)
+    ranges, rows = read_ranges(inputs["ranges"].folder)
     format = target(config)
     models = {role: load(graphs, role, format) for role in architecture.roles()}
     plans = first_plans(config, models, ranges)
@@ -128,7 +129,24 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             plans[role].nodes.update(minimise.fewest_casts(model, plans[role]))
         sizes["with the fewest casts"] = sizes_of(graphs, plans, format)
     (out / PLAN).write_text(json.dumps({role: found.dump() for role, found in plans.items()}, indent=1))
-    return {"format": format.name, "plan": config.precision.plan, "sizes": sizes, "rules": _rules(plans)}
+    return {
+        "format": format.name,
+        "plan": config.precision.plan,
+        "sizes": sizes,
+        "rules": _rules(plans),
+        "nearest": nearest(ranges, rows),
+    }
+
+
+def nearest(ranges: Mapping[Role, Ranges], rows: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """The values of the largest magnitude that FP32 holds, and the input each was seen with."""
+    finite = [(held, role, name) for role, values in ranges.items() for name, held in values.items()]
+    finite = [found for found in finite if not found[0].not_finite]
+    finite.sort(key=lambda found: -found[0].largest)
+    return [
+        {"role": role, "value": name, "largest": held.largest, "seen_with": held.seen_with(rows)}
+        for held, role, name in finite[:NEAREST]
+    ]
 
 
 def sizes_of(graphs: Path, plans: Mapping[Role, plan.Plan], format: Format) -> dict[str, dict[str, float]]:

@@ -27,7 +27,7 @@ from accel.runtime import layout
 from accel.runtime.feeds import decoder_feeds
 from accel.runtime.stream import on_shared_stream
 from accel.schema import Config
-from accel.stages import Stage, reference
+from accel.stages import Stage, audit, ranges, reference
 from accel.stages.checkpoint import reference_files
 
 GATED = ("greedy", "beams", "padded")  # sampling draws another token at the least difference
@@ -337,7 +337,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             shutil.copyfile(path, out / path.name)
     (out / layout.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
     measured = speed.beside_torch(out, config, inputs, architecture) if config.verify.latency else None
-    certificate.write(out, asdict(verdict), measured, config, inputs)
+    explained = {}
+    if "audit" in inputs:
+        plans, (held, rows) = audit.read_plans(inputs["audit"].folder), ranges.read_ranges(inputs["ranges"].folder)
+        explained = certificate.explain(plans, held, rows)
+    certificate.write(out, asdict(verdict), measured, explained, config, inputs)
     return summarize(verdict, inputs, measured)
 
 
