@@ -45,21 +45,21 @@ def _nodes(counts: Mapping[str, Mapping[str, int]]) -> None:
 
 
 def _plan(summary: Mapping[str, Any]) -> None:
-    rows = [
-        (step, role, f"{mix['fp32_nodes']} ({1 - mix['nodes']:.1%})", mix["casts"], f"{mix['fp32_bytes'] / 1e6:.1f}")
-        for step, mixes in summary["sizes"].items()
-        for role, mix in mixes.items()
-    ]
-    columns = ("plan", "graph", "nodes in FP32", "casts", "MB of weights in FP32")
-    console.table(f"what {summary['format']} leaves in FP32", columns, rows)
-    kept = ", ".join(
-        f"{role} {count} by {rule!r}" for role, rules in summary["rules"].items() for rule, count in rules.items()
-    )
-    console.out.print(f"kept: {kept or 'nothing'}", markup=False)
+    steps = summary["sizes"]
+    rows = [[role, *(_mix(mixes[role]) for mixes in steps.values())] for role in next(iter(steps.values()))]
+    console.table(f"left in FP32 by {summary['format']}: nodes, casts, weights", ("graph", *steps), rows)
+    rules = dict.fromkeys(rule for found in summary["rules"].values() for rule in found)
+    for rule in rules:
+        counts = ", ".join(f"{role} {found[rule]}" for role, found in summary["rules"].items() if rule in found)
+        console.out.print(f"kept because of {rule}: {counts}", markup=False)
     nearest = [
         (each["role"], each["value"], f"{each['largest']:.3g}", each["seen_with"]) for each in summary["nearest"]
     ]
     console.table("largest magnitudes", ("graph", "value", "largest", "seen with"), nearest)
+
+
+def _mix(mix: Mapping[str, float]) -> str:
+    return f"{mix['fp32_nodes']} ({1 - mix['nodes']:.1%}), {mix['casts']}, {mix['fp32_bytes'] / 1e6:.1f} MB"
 
 
 def _sharing(summary: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from filelock import FileLock
@@ -14,6 +15,7 @@ TABLE, RECORD = "table.md", "table.json"
 TOTALS, PER_TOKEN, SPEED_UP = PLOTS = ("sweep.png", "per_token.png", "speed_up.png")
 LENGTH = "benchmark.new_tokens"
 ABSENT = "-"
+LONGEST = 160  # characters of an error in the table; the record holds all
 
 
 def record(
@@ -106,7 +108,7 @@ def _cell(job: Mapping[str, Any], column: str) -> str:
     if column in (found := _proved(job)):
         return found[column]
     if column == "error":
-        return " ".join(str(job["error"] or "").split())
+        return shorten(str(job["error"] or ""), LONGEST, placeholder=" ...")
     if column.endswith(" (s)") and (name := column.removesuffix(" (s)")) in SETUPS:
         return _time(name, job["setups"][name]) if name in job["setups"] else ABSENT
     return str(job["overrides"].get(column, ABSENT))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from accel.graph.formats import FLOAT, FORMATS, FP16, Format
@@ -96,8 +97,13 @@ def _halve(value: ir.Value, half: ir.DataType) -> None:
     tensor = value.const_value
     if tensor is None:
         return
+
+    def lowered() -> ir.TensorProtocol:
+        with np.errstate(over="ignore"):  # a plan that lets a weight overflow means it
+            return ir.tensor(tensor.numpy().astype(half.numpy()))
+
     value.const_value = ir.LazyTensor(
-        lambda: ir.tensor(tensor.numpy().astype(half.numpy())),
+        lowered,
         dtype=half,
         shape=ir.Shape(tensor.shape.numpy()),
         name=value.name,

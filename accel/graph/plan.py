@@ -30,9 +30,10 @@ SUMS = frozenset({"Add", "ReduceMean", "ReduceSum", "Sqrt", "Mean", "Sum"})  # w
 
 
 # Rules that go by what was seen; a trial may find them too careful.
-OVERFLOW, UNDERFLOW, NOT_FINITE = "overflow", "underflow", "not finite in FP32 either"
+OVERFLOW, UNDERFLOW, NOT_FINITE = "overflow", "underflow", "infinity in FP32 as well"
 # Rules that hold whatever the numbers are.
-INTEGER, NO_OPERATOR, SUBGRAPH = "rounding would change an integer", "no such operator in 16 bits", "subgraph"
+INTEGER = "rounding that would change an integer"
+NO_OPERATOR, SUBGRAPH = "no such operator in 16 bits", "a subgraph"
 CASTS = "fewer casts"  # added by `borders`
 
 

@@ -26,6 +26,7 @@ from accel.trials import Recorder, Trial
 PLAN = "plan.json"
 TRIED_ON = 4  # batches
 NEAREST = 5  # values named in the report
+MASKED = 0.05  # as near to the number that masks are clamped to: a mask, and what was added to it
 MINIMISED, BY_RANGES = "minimised", "ranges"
 RULES: dict[str, str] = {
     MINIMISED: "by what values held, less what trials show to be safe",
@@ -139,9 +140,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 
 
 def nearest(ranges: Mapping[Role, Ranges], rows: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """The values of the largest magnitude that FP32 holds, and the input each was seen with."""
-    finite = [(held, role, name) for role, values in ranges.items() for name, held in values.items()]
-    finite = [found for found in finite if not found[0].not_finite]
+    """The values of the largest magnitude that FP32 holds, masks aside, and the input each was seen with."""
+    finite = [
+        (held, role, name)
+        for role, values in ranges.items()
+        for name, held in values.items()
+        if not held.not_finite and abs(held.largest / -FP16.mask - 1) > MASKED
+    ]
     finite.sort(key=lambda found: -found[0].largest)
     return [
         {"role": role, "value": name, "largest": held.largest, "seen_with": held.seen_with(rows)}

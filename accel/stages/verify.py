@@ -329,7 +329,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         tested = candidate if native else emulated(candidate, Path(scratch), FORMATS[dtype])
         examine(tested, config, inputs, architecture, verdict)
     if not verdict.passed:
-        kept = "\n".join(verdict.failures[:7])
+        kept = "\n".join(list(dict.fromkeys(verdict.failures))[:7])
         message = f"verify refuses the candidate ({dtype}, {verdict.arithmetic}):\n{kept}\n{advice(config)}"
         raise Refused(message, summarize(verdict, inputs, None))
     for path in candidate.iterdir():  # copied: onnx refuses weights in a file with more than one hard link

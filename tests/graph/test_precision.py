@@ -157,7 +157,7 @@ def test_arithmetic_on_positions_stays() -> None:
     }""")
     plan = make_plan(model, {}, margin=2.0)
     assert plan.nodes.keys() == {"real", "log", "scaled"}
-    assert {reason.rule for reason in plan.nodes.values()} == {"rounding would change an integer"}
+    assert {reason.rule for reason in plan.nodes.values()} == {"rounding that would change an integer"}
     convert_half(model, plan)
     distance = np.arange(1, 33)
     table = np.arange(32, dtype=np.float16)
