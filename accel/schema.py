@@ -49,7 +49,7 @@ class RuntimeConfig:
     session: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
     threads: int = 0
-    arithmetic: dict[str, str] = field(default_factory=dict)
+    arithmetic: dict[str, str] = field(default_factory=lambda: {"float32": "float32"})
     branches: str = "caches"
     fuse_attention: bool = False
 

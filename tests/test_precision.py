@@ -8,7 +8,6 @@ import torch
 from filelock import FileLock
 from transformers import T5ForConditionalGeneration
 
-from accel.adapter import Role
 from accel.errors import AccelError, Refused
 from accel.graph import files
 from accel.loading import load, verdict_of
@@ -87,38 +86,26 @@ def test_most_of_an_ordinary_model_is_fp16(build: Build, tiny: Path) -> None:
 
 @pytest.mark.xdist_group("breaking")
 def test_what_the_rule_keeps_too_carefully_is_dropped(build: Build, shared: Path) -> None:
-    """A residual stream of a twohundredth: norms come near zero, and only those that must be stay in FP32.
+    """A residual stream of a thousandth: most norms may lose digits, some may not, and words are spelled as in FP32.
 
-    The graph is taken as exported, because a fused norm has nothing to keep. Where trials are not allowed, all stay.
+    The graph is taken as exported, because a fused norm has nothing to keep. Without trials, all stay.
     """
-    folder = saved(shared / "scaled-5e-3-None", 5e-3)
+    folder = saved(shared / "scaled-1e-3-None", 1e-3)
     plain = (*WORDS, "optimize.passes.fuse_norms=false")
     _, made = build(folder, "[audit,verify]", plain)
     sizes = made["audit"].summary["sizes"]
-    for role, size in sizes["with the fewest casts"].items():
-        by_rule = sizes["by the rule"][role]
-        assert size["fp32_nodes"] <= by_rule["fp32_nodes"] / 4
-        assert size["casts"] <= by_rule["casts"] / 4
-    plan = audit.read_plans(made["audit"].folder)[Role.STEP]
-    assert len(plan.dropped) >= 10
-    assert {reason.rule for reason in plan.dropped.values()} == {"underflow"}
-    assert {reason.rule for reason in plan.nodes.values()} == {"rounding that would change an integer"}
-    assert made["verify"].summary["identical"]["greedy"] == 1.0
-    careful = build(folder, "audit", (*plain, "audit.trials=0"))[1]["audit"].summary["sizes"]
-    assert careful["with the fewest casts"] == sizes["by the rule"]
-
-
-@pytest.mark.xdist_group("breaking")
-def test_what_must_stay_is_not_dropped(build: Build, shared: Path) -> None:
-    """A residual stream of a thousandth: most norms may lose digits, some may not, and words are spelled as in FP32."""
-    folder = saved(shared / "scaled-1e-3-None", 1e-3)
-    _, made = build(folder, "[audit,verify]", (*WORDS, "optimize.passes.fuse_norms=false"))
     for role, plan in audit.read_plans(made["audit"].folder).items():
         kept = [reason for reason in plan.nodes.values() if reason.rule == "underflow"]
         assert 0 < len(kept) < len(plan.dropped), role
+        assert {reason.rule for reason in plan.dropped.values()} == {"underflow"}
+        before, after = sizes["by the rule"][role], sizes["with the fewest casts"][role]
+        assert after["fp32_nodes"] <= before["fp32_nodes"] / 2
+        assert after["casts"] <= before["casts"] / 2
     metrics = made["verify"].summary["metrics"]
     for name, theirs in metrics["pytorch"].items():
         assert abs(metrics["ours"][name] - theirs) < 0.1
+    careful = build(folder, "audit", (*plain, "audit.trials=0"))[1]["audit"].summary["sizes"]
+    assert careful["with the fewest casts"] == sizes["by the rule"]
 
 
 def test_bfloat16_passes_by_emulation(build: Build) -> None:
