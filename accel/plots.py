@@ -86,7 +86,7 @@ def value_ranges(
 ) -> str:
     """A bar a value from its smallest to its largest magnitude, and lines at `limits`, as SVG. Narrow: for a page.
 
-    What is infinite reaches beyond the top.
+    What goes beyond the largest limit has another colour; what is infinite reaches the top.
     """
     top = 100 * max(*limits.values(), *(largest for _, largest in ranges if isfinite(largest)))
     axes = _narrow(title, x, "magnitude")
@@ -94,7 +94,7 @@ def value_ranges(
         range(len(ranges)),
         [smallest for smallest, _ in ranges],
         [min(largest, top) for _, largest in ranges],
-        color="steelblue",
+        color=["steelblue" if largest <= max(limits.values()) else "firebrick" for _, largest in ranges],
         linewidth=0.6,
     )
     axes.set_yscale("log")
