@@ -27,7 +27,7 @@ def saved(folder: Path, factor: float, layers: int | None = None) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", params=[(3e3, None), (1e6, None), (1e5, 12)])
+@pytest.fixture(scope="session", params=[(3e3, None), (1e6, 12)])
 def breaking(request: pytest.FixtureRequest, shared: Path) -> Path:
     """The checkpoint of a T5 whose residual stream (3e3), or whose weights too, FP16 can't hold."""
     factor, layers = request.param
