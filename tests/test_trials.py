@@ -1,10 +1,20 @@
 """When a smaller plan is as good as the one that the rules make."""
 
 import math
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from accel.trials import Result
+from accel.adapter import Role
+from accel.graph import files
+from accel.graph.formats import FP16
+from accel.graph.plan import Plan, Reason
+from accel.graph.probe import Range
+from accel.runtime.session import SessionSettings
+from accel.trials import Result, Trial
+from tests.graph import text
 
 KNOWN = Result({"random": [0.03, 0.04], "text": [0.003, 0.004]}, changed=1)
 
@@ -28,3 +38,19 @@ def test_as_good_as_the_rules_plan(errors: dict[str, list[float]], changed: int,
 def test_errors_of_a_kind_are_pooled() -> None:
     """By the root of their mean square, so that one call far off counts more than many a little."""
     assert KNOWN.error("random") == pytest.approx(math.sqrt((9 + 16) / 2) / 100)
+
+
+@pytest.mark.parametrize(("margin", "scale"), [(1.0, 1.0), (2.0, 2.0), (3.0, 4.0)])
+def test_a_trial_keeps_the_margin(tmp_path: Path, margin: float, scale: float) -> None:
+    """What comes within the margin of the limit overflows in a trial: its value is scaled up, by a power of two."""
+    held = {"far": Range(20000.0, 1.0), "near": Range(40000.0, 1.0), "beyond": Range(70000.0, 1.0)}
+    graph = text.parse("g (float[n] x) => (float[n] near) { near = Neg (x) }", {})
+    files.save(graph, tmp_path / "step.onnx")
+    tensors = {"in.x": torch.tensor([40000.0, 1.0]), "out.near": torch.tensor([-40000.0, -1.0])}
+    save_file(tensors, tmp_path / "0.call")
+    calls = [("random", tmp_path / "0.call")]
+    trial = Trial(Role.STEP, tmp_path / "step.onnx", calls, SessionSettings(), FP16, margin, held, ())
+    expected = [name for name, seen in held.items() if seen.largest * margin > 65504]
+    assert trial._headroom() == dict.fromkeys(expected, scale)
+    assert trial(Plan()).finite == (margin == 1)
+    assert trial(Plan({"near": Reason("overflow", "near")}, ports={"near": Reason("overflow", "near")})).finite
