@@ -10,7 +10,6 @@ if any of its readers is of the other precision, however many they are.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 
 import networkx as nx
 import onnx_ir as ir
@@ -32,21 +31,33 @@ def groups(model: ir.Model, plan: Plan) -> list[list[str]]:
     for node in model.graph:
         name = node.outputs[0].name or ""
         reason = plan.nodes.get(name)
-        fixed = any(value is not None and (value.name or "") in plan.weights for value in node.inputs)
+        fixed = any(value is not None and _beyond(plan, value.name or "") for value in node.inputs)
         if reason is not None and reason.rule in TRIABLE and not fixed:
             found.setdefault((TRIABLE.index(reason.rule), reason.value), []).append(name)
     return [found[key] for key in sorted(found, key=lambda key: key[0])]
 
 
 def without(model: ir.Model, plan: Plan, names: Collection[str]) -> Plan:
-    """`plan` with the nodes `names` lowered, and the ports that no other kept node writes or reads."""
+    """`plan` with the nodes `names` lowered, and the weights and ports that no other kept node reads or writes."""
     nodes = {name: why for name, why in plan.nodes.items() if name not in names}
-    ports = {}
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        touching = [node for node in (value.producer(), *value.consumers()) if node is not None]
-        if (value.name or "") in plan.ports and any(_name(node) in nodes for node in touching):
-            ports[value.name or ""] = plan.ports[value.name or ""]
-    return replace(plan, nodes=nodes, ports=ports, dropped={name: plan.nodes[name] for name in names})
+    touched = {
+        value.name or ""
+        for node in model.graph
+        if _name(node) in nodes
+        for value in (*node.inputs, *node.outputs)
+        if value is not None
+    }
+    return Plan(
+        nodes,
+        weights={name: why for name, why in plan.weights.items() if name in touched or _beyond(plan, name)},
+        ports={name: why for name, why in plan.ports.items() if name in touched},
+        dropped={name: plan.nodes[name] for name in names},
+    )
+
+
+def _beyond(plan: Plan, name: str) -> bool:
+    """Whether a weight itself is beyond the format; others stay in FP32 only because a kept node reads them."""
+    return name in plan.weights and plan.weights[name].value == name
 
 
 def droppable(groups: Sequence[Sequence[str]], passes: Callable[[list[str]], bool], trials: int) -> list[str]:

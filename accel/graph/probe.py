@@ -63,14 +63,12 @@ class Range:
         batch, row = self.source
         return rows[batch][row] if row is not None else f"batch {batch + 1}"
 
-    def growth(self) -> tuple[float, float]:
-        """By which factor the newest batches raised the largest and lowered the smallest magnitude, 1 or more."""
+    def growth(self) -> float:
+        """By which factor the newest batches raised the largest magnitude, 1 or more."""
         if len(self.reached) < 2:
-            return 1.0, 1.0
-        (_, old_largest, old_smallest), (_, largest, smallest) = self.reached[-2:]
-        up = largest / old_largest if old_largest and np.isfinite(largest) else 1.0
-        down = old_smallest / smallest if smallest and np.isfinite(old_smallest) else 1.0
-        return up, down
+            return 1.0
+        before, largest = self.reached[-2][1], self.reached[-1][1]
+        return largest / before if before and np.isfinite(largest) else 1.0
 
 
 def infer_types(model: ir.Model) -> None:

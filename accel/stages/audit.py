@@ -186,5 +186,5 @@ STAGE = Stage(
     sections=("audit", "precision", "model.references", "runtime"),
     packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "networkx"),
     files=text_files,
-    version=2,
+    version=3,
 )

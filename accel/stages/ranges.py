@@ -77,7 +77,7 @@ def unsettled(ranges: Mapping[Role, Ranges], margin: float) -> list[tuple[Role, 
     for role, values in ranges.items():
         for name, held in values.items():
             counts = held.largest * margin
-            if counts <= FP16.largest < counts * held.growth()[0]:
+            if counts <= FP16.largest < counts * held.growth():
                 found.append((role, name))
     return found
 

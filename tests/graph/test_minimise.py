@@ -118,6 +118,18 @@ def test_nodes_are_dropped_by_what_keeps_them() -> None:
     assert plan.nodes.keys() > smaller.nodes.keys()
 
 
+def test_a_weight_goes_with_the_nodes_that_read_it() -> None:
+    """A product kept for its values may be dropped, and its weight with it; one whose weight overflows may not."""
+    why, beyond = Reason(OVERFLOW, "e"), Reason(OVERFLOW, "w")
+    plan = Plan({"e": why, "f": why}, weights={"w": why})
+    assert groups(branching(), plan) == [["e", "f"]]
+    assert not without(branching(), plan, ["e", "f"]).weights
+    assert without(branching(), plan, ["f"]).weights == {"w": why}
+    fixed = Plan({"e": beyond, "f": why}, weights={"w": beyond})
+    assert groups(branching(), fixed) == [["f"]]
+    assert without(branching(), fixed, ["f"]).weights == {"w": beyond}
+
+
 @pytest.mark.parametrize("format", [FP16, BF16])
 @pytest.mark.parametrize("kept", [set(), {"b", "e"}, {"a", "y"}, set(NODES)])
 def test_rounded_values_are_those_of_the_mix(kept: set[str], format: Format) -> None:
