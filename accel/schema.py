@@ -37,8 +37,9 @@ class PrecisionConfig:
 
 @dataclass
 class RuntimeConfig:
-    """Where a deployable runs. `session`: ONNX Runtime's configuration keys; `arithmetic`: the precision of a graph ->
-    what it is computed in there; one that is missing has no kernels.
+    """Where a deployable runs. `session`: ONNX Runtime's configuration keys; `environment`: variables it reads when a
+    session opens; `arithmetic`: the precision of a graph -> what it is computed in there; one that is missing has no
+    kernels.
 
     What suits it best: `branches` (see `MergeConfig`) and `fuse_attention` (see `ConvertConfig`).
     """
@@ -47,6 +48,7 @@ class RuntimeConfig:
     provider: str = "CPUExecutionProvider"
     provider_options: dict[str, Any] = field(default_factory=dict)
     session: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
     threads: int = 0
     arithmetic: dict[str, str] = field(default_factory=lambda: {"float32": "float32"})

@@ -24,7 +24,7 @@ def one_after_the_other(self: nn.Module, hidden: Tensor, chosen: Tensor, weights
         inner = _product(self, hidden[tokens], "gate_up_proj" if self.has_gate else "up_proj", expert)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         outer = _product(self, inner, "down_proj", expert)
-        if self.has_post_expert_norm:
+        if getattr(self, "has_post_expert_norm", False):  # transformers 5.20
             outer = self.post_expert_norm(outer)
         result = result.index_add(0, tokens, outer * weights[tokens, places, None])
     return result

@@ -8,7 +8,8 @@ from torch import Tensor
 from accel.runtime.bridge import TYPES, Bridge, bridge
 from accel.runtime.providers import onnxruntime
 from accel.runtime.room import enough_memory
-from accel.runtime.stream import Queued, on_shared_stream, run_options
+from accel.runtime.session import Session
+from accel.runtime.stream import on_shared_stream, run_options
 
 HOST = torch.device("cpu")
 
@@ -19,7 +20,7 @@ class BoundSession:
     On CUDA a call returns before the work is done: it is queued on the stream that sessions share with torch.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, device: torch.device, by: "Bridge | None" = None) -> None:
+    def __init__(self, session: Session, device: torch.device, by: "Bridge | None" = None) -> None:
         self.session = session
         self.device = device if device.type == "cpu" else torch.device(device.type, device.index or 0)
         self.inputs = {port.name: port for port in session.get_inputs()}
@@ -28,7 +29,6 @@ class BoundSession:
         self.place_of_outputs = onnxruntime.OrtDevice.make(device.type, device.index or 0)._get_c_device()
         self.options = run_options(device)
         self.bridge = by or bridge(device)
-        self._queued = Queued(device)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of an input or output."""
@@ -50,11 +50,4 @@ class BoundSession:
         """
         with on_shared_stream(self.device), enough_memory():
             placed = {name: self.place(name, feeds[name]) for name in self.inputs}
-            with self._queued:
-                return self.bridge(self, placed, wanted)
-
-    def __del__(self) -> None:
-        # ONNX Runtime gives host memory back from within the queue; if the session is gone by then, that ends the
-        # process (CUDA error 800, not permitted in a callback). So a session goes when its queue is empty.
-        if hasattr(self, "_queued"):
-            self._queued.wait()
+            return self.bridge(self, placed, wanted)

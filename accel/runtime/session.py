@@ -1,5 +1,6 @@
 """ONNX Runtime sessions."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import AccelError
-from accel.runtime.providers import missing_library, onnxruntime
+from accel.runtime.providers import CUDA, missing_library, onnxruntime
 from accel.runtime.room import enough_memory
 from accel.runtime.stream import stream_options
 
@@ -22,12 +23,14 @@ class Described(Protocol):
     provider: str
     provider_options: dict[str, Any]
     session: dict[str, str]
+    environment: dict[str, str]
     threads: int
 
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """How a session is opened. `session`: ONNX Runtime's configuration keys; `threads`: 0 for its default.
+    """How a session is opened. `session`: ONNX Runtime's configuration keys; `environment`: variables that it reads
+    when a session opens; `threads`: 0 for its default.
 
     `arena`: keep freed memory for the next run, and plan which values share it; without it, a run is slower, the
     process smaller, and a graph of thousands of nodes opens in a second instead of twenty: the plan is quadratic.
@@ -37,6 +40,7 @@ class SessionSettings:
     provider: str = "CPUExecutionProvider"
     provider_options: Mapping[str, Any] = field(default_factory=dict)
     session: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     threads: int = 0
     arena: bool = True
     fuse: bool = True
@@ -45,11 +49,31 @@ class SessionSettings:
     @classmethod
     def of(cls, runtime: Described, **changes: Any) -> "SessionSettings":
         """As a runtime's YAML says, but for `changes`."""
-        settings = cls(runtime.provider, runtime.provider_options, runtime.session, runtime.threads)
+        settings = cls(
+            runtime.provider, runtime.provider_options, runtime.session, runtime.environment, runtime.threads
+        )
         return replace(settings, **changes)
 
 
-def open_session(graph: Path | bytes, settings: SessionSettings) -> onnxruntime.InferenceSession:
+class Session(onnxruntime.InferenceSession):
+    """A session that goes when the device has nothing left to do for it.
+
+    At the end of a run ONNX Runtime queues giving host memory back. If that finds its session gone, the process ends
+    (CUDA error 800, not permitted in a callback).
+    """
+
+    on_cuda = False
+
+    def __init__(self, graph: str | bytes, options: onnxruntime.SessionOptions, provider: tuple[str, Any]) -> None:
+        super().__init__(graph, options, providers=[provider])
+        self.on_cuda = CUDA in self.get_providers()
+
+    def __del__(self) -> None:
+        if self.on_cuda:
+            torch.cuda.synchronize()
+
+
+def open_session(graph: Path | bytes, settings: SessionSettings) -> Session:
     """A session over the graph at a path or in memory, on the stream it shares with torch if it is on CUDA.
 
     The provider must be there: see `check_provider`. Raises `OutOfMemory` if the weights don't fit, `AccelError` if
@@ -68,9 +92,10 @@ def open_session(graph: Path | bytes, settings: SessionSettings) -> onnxruntime.
         options.profile_file_prefix = settings.profile
     chosen = {**settings.provider_options, **stream_options(settings.provider)}
     source = graph if isinstance(graph, bytes) else str(graph)
+    os.environ.update(settings.environment)
     try:
         with enough_memory():
-            session = onnxruntime.InferenceSession(source, options, providers=[(settings.provider, chosen)])
+            session = Session(source, options, (settings.provider, chosen))
     except NoKernel as error:
         reason = str(error).split(" : ")[-1].splitlines()[0]
         raise AccelError(f"{settings.provider} can't run this graph: {reason}. Another precision may do") from error
@@ -86,7 +111,7 @@ def plain_run(
 
     For checks, where memory counts and speed doesn't: outputs are copies.
     """
-    opened: dict[Any, onnxruntime.InferenceSession] = {}
+    opened: dict[Any, Session] = {}
 
     def run(role: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if role not in opened:

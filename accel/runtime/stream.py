@@ -37,25 +37,6 @@ def run_options(device: torch.device) -> Any:
     return options
 
 
-class Queued:
-    """Context of a run of one session: remembers what of it the device has yet to do."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._end = torch.cuda.Event() if device.type == "cuda" else None
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        if self._end is not None:
-            self._end.record(shared_stream())
-
-    def wait(self) -> None:
-        """Return when the device has done all runs."""
-        if self._end is not None:
-            self._end.synchronize()
-
-
 @contextmanager
 def on_shared_stream(device: torch.device) -> Iterator[None]:
     """Context in which torch works on the sessions' stream: after what it was told before, before what comes next.

@@ -11,6 +11,7 @@ from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
 from accel.errors import unknown
 from accel.graph import files
+from accel.graph.direct_lengths import direct_lengths
 from accel.graph.direct_lookups import direct_lookups
 from accel.graph.drop_zeros import drop_zeros
 from accel.graph.fold_constants import fold_constants, merge_duplicates, simplify, strip_metadata
@@ -36,6 +37,7 @@ PASSES: dict[str, Callable[[Sequence[ir.Model]], None]] = {
     "direct_lookups": direct_lookups,
     "drop_zeros": drop_zeros,
     "shift_ranges": shift_ranges,
+    "direct_lengths": direct_lengths,
     "merge_duplicates": merge_duplicates,
     "split_stacks": split_stacks,
     "fold_transposes": fold_transposes,
@@ -73,7 +75,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 
 STAGE = Stage(
     name="optimize",
-    version=2,
+    version=3,
     run=run,
     inputs=takes("export"),
     sections=("optimize",),

@@ -105,6 +105,17 @@ def test_a_session_may_go_while_the_device_works(tmp_path: Path) -> None:
             assert int(y.max()) == number % 7 + 1
 
 
+def test_a_session_may_go_right_after_a_run(tmp_path: Path) -> None:
+    """As the audit's do, which run on arrays of the host and wait for their outputs: something is queued even so."""
+    path = tmp_path / "text.onnx"
+    path.write_bytes(ir.to_proto(parse(FROM_HOST)).SerializeToString())
+    for length in range(1, 101):
+        session = open_session(path, SessionSettings(CUDA))
+        (y,) = session.run(None, {"x": np.ones(16, np.float32), "past": np.ones(length, np.float32)})
+        del session
+        assert y.max() == length + 1
+
+
 NORM = """g (float16[b, n, 1024] x, float16[b, n, 1024] residual) => (float16[b, n, 1024] y)
 { y = com.microsoft.SkipSimplifiedLayerNormalization <epsilon: float = 1e-6> (x, residual, weight) }"""
 
