@@ -11,11 +11,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Role(StrEnum):
-    """Which graph: the encoder, the decoder without past (`prefill`), or the decoder with past (`step`)."""
+    """Which graph: the encoder, the decoder without past (`prefill`), or the decoder with past (`step`).
+
+    `static_step` is made of `step`, and exported by no architecture: its caches have a fixed length.
+    """
 
     ENCODER = "encoder"
     PREFILL = "prefill"
     STEP = "step"
+    STATIC_STEP = "static_step"
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from accel import console
 from accel.errors import AccelError
 from accel.generation import AcceleratedModel, model_over
 from accel.runtime import layout
-from accel.runtime.onnx import open_deployable
+from accel.runtime.onnx import open_growing
 from accel.runtime.protocol import Runtime
 from accel.runtime.providers import check_provider
 from accel.runtime.session import SessionSettings
+from accel.runtime.static import open_static
 from accel.schema import RuntimeConfig
 
 
@@ -21,7 +22,17 @@ def open_model(folder: Path, runtime: RuntimeConfig) -> AcceleratedModel:
     """The model in a deployable's or a candidate's folder. Raises `AccelError` if there is none."""
     if not (folder / layout.DECODER).is_file():
         raise AccelError(f"{str(folder)!r} holds no {layout.DECODER}: not a folder that accel made")
-    return as_model(open_deployable(folder, SessionSettings.of(runtime), runtime.device), folder)
+    return as_model(_open_runtime(folder, runtime), folder)
+
+
+def _open_runtime(folder: Path, runtime: RuntimeConfig) -> Runtime[Any]:
+    settings = SessionSettings.of(runtime)
+    if not runtime.static:
+        return open_growing(folder, settings, runtime.device)
+    if not (folder / layout.STATIC_STEP).is_file():
+        console.warn(f"{folder} holds no {layout.STATIC_STEP}: its caches grow, whatever runtime.static says")
+        return open_growing(folder, settings, runtime.device)
+    return open_static(folder, settings, runtime.device, runtime.buckets)
 
 
 def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:

@@ -41,7 +41,9 @@ class RuntimeConfig:
     session opens; `arithmetic`: the precision of a graph -> what it is computed in there; one that is missing has no
     kernels.
 
-    What suits it best: `branches` (see `MergeConfig`) and `fuse_attention` (see `ConvertConfig`).
+    What suits it best: `branches` (see `MergeConfig`), `fuse_attention` and `static` (see `ConvertConfig`).
+
+    `buckets`: lengths that a static cache may have, in decoder tokens; it moves to a longer one when it is full.
     """
 
     name: str = MISSING
@@ -54,6 +56,8 @@ class RuntimeConfig:
     arithmetic: dict[str, str] = field(default_factory=lambda: {"float32": "float32"})
     branches: str = "caches"
     fuse_attention: bool = False
+    static: bool = False
+    buckets: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -84,9 +88,13 @@ class AuditConfig:
 
 @dataclass
 class ConvertConfig:
-    """`fuse_attention`: what is of one precision becomes ONNX Runtime's `MultiHeadAttention`."""
+    """`fuse_attention`: what is of one precision becomes ONNX Runtime's `MultiHeadAttention`.
+
+    `static_step`: make a step whose caches have a fixed length as well.
+    """
 
     fuse_attention: bool = "${runtime.fuse_attention}"  # type: ignore[assignment]
+    static_step: bool = "${runtime.static}"  # type: ignore[assignment]
 
 
 @dataclass

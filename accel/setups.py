@@ -153,7 +153,7 @@ def two_files(sources: Sources) -> AcceleratedModel:
     """What other exporters ship: prefill and step in files of their own, which share no weights."""
     sessions = {
         role: bound(path, SessionSettings.of(sources.runtime), sources.runtime.device)
-        for role in Role
+        for role in (Role.ENCODER, Role.PREFILL, Role.STEP)
         if (path := Path(sources.graphs) / f"{role}.onnx").is_file()
     }
     runtime = GrowingRuntime(sessions.get(Role.ENCODER), sessions[Role.PREFILL], sessions[Role.STEP], sources.cache)

@@ -46,6 +46,10 @@ def validate(config: Config) -> None:
     _check_precision(config)
     if config.runtime.threads < 0:
         raise AccelError(f"runtime.threads={config.runtime.threads}: must be 0 (automatic) or more")
+    if config.runtime.static and min(config.runtime.buckets, default=0) < 1:
+        raise AccelError(
+            f"runtime.buckets={config.runtime.buckets}: must be lengths of 1 or more, such as [64,256,1024]"
+        )
     if config.export.opset not in OPSETS:
         raise AccelError(f"export.opset={config.export.opset}: must be from {OPSETS[0]} to {OPSETS[-1]}")
     if not 0 < config.export.tolerance < 1:

@@ -241,6 +241,12 @@ def test_value_of_another_type(refused: Refused, override: str) -> None:
     assert_names(refused(override), key, value)
 
 
+@pytest.mark.parametrize("buckets", ["[]", "[0,64]"])
+def test_buckets_without_room(refused: Refused, buckets: str) -> None:
+    """A static cache needs lengths, all of them of one token or more."""
+    assert_names(refused("runtime.static=true", f"runtime.buckets={buckets}"), "runtime.buckets", "[64,256,1024]")
+
+
 def test_conflicting_options(refused: Refused) -> None:
     """What GenerationConfig refuses, and inputs given twice."""
     assert_names(refused("generate.num_beams=2", "generate.num_return_sequences=5"), "num_return_sequences")

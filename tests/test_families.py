@@ -32,6 +32,7 @@ def subject(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> It
     scope="module",
 )
 def test_conformance(check: testing.Check, subject: testing.Subject) -> None:
+    assert subject.static is not None, "no static step"
     check(subject)
 
 

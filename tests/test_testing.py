@@ -1,4 +1,4 @@
-"""The conformance suite notices: 16 of its 17 checks, each failing once what it guards is broken."""
+"""The conformance suite notices: 17 of its 18 checks, each failing once what it guards is broken."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accel import testing
 from accel.runtime.onnx import GrowingState
+from accel.runtime.static import Slot, StaticState
 from accel.testing import checks
 from tests.families import FAMILIES
 
@@ -51,6 +52,18 @@ def unmasked(feeds: dict[str, Tensor]) -> dict[str, Tensor]:
 def forgetful(method: str) -> Break:
     """The caches are left as they were where they should change."""
     return lambda subject, patch: patch.setattr(GrowingState, method, lambda self, argument: None)
+
+
+def in_place(name: str) -> Break:
+    """A slot, or the state over it, that does not do one of the things it should."""
+    kind = StaticState if hasattr(StaticState, name) else Slot
+    return lambda subject, patch: patch.setattr(kind, name, lambda self, *given: None)
+
+
+def displaced(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """New entries one place too far back."""
+    give = Slot.give
+    patch.setattr(Slot, "give", lambda self, feeds, length: give(self, feeds, length - 1))
 
 
 def louder(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
@@ -101,6 +114,9 @@ def silent(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
         (checks.assisted, forgetful("crop")),
         (checks.prompts, changed(later)),
         (checks.second_turn, changed(later)),
+        (checks.static_caches, in_place("reorder")),
+        (checks.static_caches, in_place("write")),
+        (checks.static_caches, displaced),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

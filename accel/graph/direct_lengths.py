@@ -6,10 +6,9 @@ import onnx_ir as ir
 from onnx_ir import convenience
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from accel.graph.shapes import dims, integers, made_by, scalar
+from accel.graph.shapes import dims, integer, integers, made_by, scalar
 
 SUMS = ("Add", "Sub", "Mul")
-FIRST = "first_length"  # place of the one element
 
 
 def direct_lengths(models: Sequence[ir.Model]) -> None:
@@ -77,10 +76,8 @@ def _constant(graph: ir.Graph, value: ir.Value | None) -> ir.Value | None:
 def _pick(graph: ir.Graph, squeeze: ir.Node) -> None:
     """Replace a squeezed length by one that is copied out of the shape."""
     old = squeeze.outputs[0]
-    if FIRST not in graph.initializers:
-        graph.register_initializer(ir.val(FIRST, const_value=ir.tensor(0, ir.DataType.INT64, name=FIRST)))
     picked = ir.Value(name=old.name, type=old.type, shape=ir.Shape([]))
-    inputs = [squeeze.inputs[0], graph.initializers[FIRST]]
+    inputs = [squeeze.inputs[0], integer(graph, 0)]
     graph.insert_before(squeeze, ir.node("Gather", inputs, {"axis": 0}, outputs=[picked], name=squeeze.name))
     convenience.replace_all_uses_with(old, picked, replace_graph_outputs=True)
     graph.remove(squeeze, safe=True)

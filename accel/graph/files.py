@@ -5,6 +5,8 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import TopologicalSortPass
 
+from accel.graph.weights import fingerprint, initializers
+
 EXTERNAL_ABOVE = 1_000_000  # bytes of weights in a graph before they move to a file of their own
 INLINE_BELOW = 1024  # bytes of one tensor; shapes and scalars stay in the graph, where shape inference finds them
 
@@ -42,6 +44,24 @@ def save_graph(model: ir.Model, path: Path) -> None:
     """Write the graph alone: weights that lie in a data file stay there, and a link to it must lie beside `path`."""
     TopologicalSortPass()(model)
     ir.save(model, path)
+
+
+def save_beside(model: ir.Model, path: Path, other: Path) -> None:
+    """Write the graph alone: weights that it has in common with the one at `other`, in the same folder, stay in that
+    one's data file. What is its own goes into the graph."""
+    known = {fingerprint(value): value.const_value for value in initializers(load(other))}
+    for value in initializers(model):
+        value.const_value = known.get(fingerprint(value), value.const_value)
+    _gather(model, other)
+    save_graph(model, path)
+
+
+def _gather(model: ir.Model, other: Path) -> None:
+    """Read what lies in data files other than that of the graph at `other`."""
+    for value in initializers(model):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) != other.parent / data_name(other):
+            value.const_value = ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -51,3 +51,11 @@ def integers(graph: ir.Graph, kind: str, values: Sequence[int]) -> ir.Value:
     if name not in graph.initializers:
         graph.register_initializer(ir.val(name, const_value=ir.tensor(np.array(values, np.int64), name=name)))
     return graph.initializers[name]
+
+
+def integer(graph: ir.Graph, value: int) -> ir.Value:
+    """An initializer that holds one number, as a scalar, of the same name in every graph."""
+    name = f"scalar_{value}"
+    if name not in graph.initializers:
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(value, ir.DataType.INT64, name=name)))
+    return graph.initializers[name]

@@ -51,3 +51,30 @@ class BoundSession:
         with on_shared_stream(self.device), enough_memory():
             placed = {name: self.place(name, feeds[name]) for name in self.inputs}
             return self.bridge(self, placed, wanted)
+
+
+class FixedCall:
+    """Calls of a session whose inputs and outputs stay where they are: bound once, run as often as they change.
+
+    An output may be an input's own memory, where the graph writes in place. Raises `KeyError` if a tensor is missing.
+    """
+
+    def __init__(self, bound: BoundSession, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        self.bound = bound
+        self.tensors = [*inputs.values(), *outputs.values()]  # bound by address: they must live as long
+        self.binding = bound.session.io_binding()
+        for name in bound.inputs:
+            self.binding.bind_input(name, *self._where(name, inputs[name]))
+        for name, tensor in outputs.items():
+            self.binding.bind_output(name, *self._where(name, tensor))
+
+    def _where(self, name: str, tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
+        """Device, type, shape and address, as a binding takes them."""
+        dtype, number = self.bound.types[name]
+        if tensor.dtype is not dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name}: {tensor.dtype}, where a contiguous {dtype} is to be bound")
+        return tensor.device.type, tensor.device.index or 0, number, tuple(tensor.shape), tensor.data_ptr()
+
+    def __call__(self) -> None:
+        with on_shared_stream(self.bound.device), enough_memory():
+            self.bound.session.run_with_iobinding(self.binding, self.bound.options)

@@ -122,7 +122,7 @@ class GrowingRuntime:
         del self._prefill, self._step
 
 
-def open_deployable(folder: Path, settings: SessionSettings, device: str = "cpu") -> GrowingRuntime:
+def open_growing(folder: Path, settings: SessionSettings, device: str = "cpu") -> GrowingRuntime:
     """The runtime over a deployable's (or a candidate's) folder. Raises `FileNotFoundError` if it is none."""
     where = torch.device(device)
     paths = [path for path in (folder / layout.DECODER, folder / layout.ENCODER) if path.is_file()]

@@ -5,22 +5,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+from transformers import AutoConfig
+
 from accel import console
-from accel.adapter import Architecture
+from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
 from accel.graph import files
 from accel.graph.convert import convert_half, half_share
 from accel.graph.formats import FORMATS
 from accel.graph.fuse_attention import fuse_attention
+from accel.graph.static_cache import Names, NotStatic, static_cache
+from accel.runtime.layout import BUCKET, POSITION
 from accel.schema import Config
 from accel.stages import Stage, audit
+
+NAMES = Names(POSITION, BUCKET)
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Writes `<role>.onnx` for every role; in 16 bits, reports what the mix is made of."""
     source = inputs["optimize"].folder
     half = config.precision.dtype != "float32"
-    if not half and not config.convert.fuse_attention:
+    if not half and not config.convert.fuse_attention and not config.convert.static_step:
         for path in source.glob("*.onnx*"):
             shutil.copyfile(path, out / path.name)
         return {}
@@ -31,17 +38,38 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         if half:
             convert_half(model, plans[role], FORMATS[config.precision.dtype])
             shares[str(role)] = half_share(model)
+        static = _static(model, inputs, architecture) if role is Role.STEP and config.convert.static_step else None
         if config.convert.fuse_attention:
             fuse_attention([model])
             console.note(f"{role}: {files.node_count(model)} nodes with attention fused")
         files.save(model, out / f"{role}.onnx")
+        if static is not None:
+            files.save_beside(static, out / f"{Role.STATIC_STEP}.onnx", out / f"{role}.onnx")
     return shares
+
+
+def _static(step: ir.Model, inputs: Mapping[str, Artifact], architecture: Architecture) -> ir.Model | None:
+    """`step` over caches of a fixed length; None, and a warning, where the graph allows none."""
+    description = AutoConfig.from_pretrained(inputs["checkpoint"].folder)
+    static = step.clone()
+    try:
+        static_cache(static, architecture.signature(description, Role.STEP).cache, NAMES)
+    except NotStatic as reason:
+        console.warn(f"no static step, so its caches grow: {reason}")
+        return None
+    return static
+
+
+def _inputs(config: Config) -> tuple[str, ...]:
+    plans = () if config.precision.dtype == "float32" else ("audit",)
+    return ("checkpoint", "optimize", *plans)
 
 
 STAGE = Stage(
     name="convert",
     run=run,
-    inputs=lambda config: ("optimize",) if config.precision.dtype == "float32" else ("optimize", "audit"),
+    inputs=_inputs,
     sections=("precision.dtype", "convert"),
     packages=("onnx", "onnx-ir"),
+    version=2,
 )

@@ -54,7 +54,8 @@ def merge(step: ir.Model, prefill: ir.Model, config: MergeConfig, cache: Mapping
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes `encoder_model.onnx` (if there is an encoder), `decoder_model_merged.onnx`, config and tokenizer files."""
+    """Writes `encoder_model.onnx` (if there is an encoder), `decoder_model_merged.onnx`, config and tokenizer files;
+    and `decoder_static_step.onnx`, over the same weights, where `convert` made a static step."""
     source, checkpoint = inputs["convert"].folder, inputs["checkpoint"].folder
     description = AutoConfig.from_pretrained(checkpoint)
     roles = architecture.roles()
@@ -65,6 +66,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     step_bytes, prefill_bytes = files.weight_bytes(step), files.weight_bytes(prefill)
     merged = merge(step, prefill, config.merge, architecture.signature(description, Role.STEP).cache)
     files.save(merged, out / layout.DECODER)
+    static = source / f"{Role.STATIC_STEP}.onnx"
+    if static.is_file():
+        files.save_beside(files.load(static), out / layout.STATIC_STEP, out / layout.DECODER)
     for pattern in DESCRIPTION:
         for path in checkpoint.glob(pattern):
             if not path.match(WEIGHT_INDEX):

@@ -1,11 +1,13 @@
 """One function a check: what PyTorch does, the deployable does. Each raises `AssertionError` where they part ways."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from accel.loading import verdict_of
@@ -252,6 +254,28 @@ def second_turn(subject: Subject) -> None:
         assert torch.equal(found, expected), [result.tolist() for result in results]
 
 
+def static_caches(subject: Subject) -> None:
+    """Caches of a fixed length, from bucket to bucket: the same tokens, padded and with beams, and the same caches."""
+    if subject.static is None:
+        return
+    subject = replace(subject, model=subject.static)
+    subject.same(**subject.inputs(3), max_new_tokens=20, distinct=18)
+    subject.same(**subject.inputs(2) | BEAMS)
+    expected, found = subject.both(**subject.inputs(), max_new_tokens=20, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, expected.sequences)
+    views = list(found.past_key_values.state.views().values())
+    for tensor, right in zip(views, _tensors(expected.past_key_values), strict=True):
+        kept = right.shape[2]  # a sliding window forgets; ours masks
+        torch.testing.assert_close(tensor[:, :, -kept:], right, rtol=1e-3, atol=1e-4)
+
+
+def _tensors(cache: Any) -> list[Tensor]:
+    """Keys and values of all layers, the decoder's own first."""
+    both = isinstance(cache, EncoderDecoderCache)
+    caches = (cache.self_attention_cache, cache.cross_attention_cache) if both else (cache,)
+    return [tensor for one in caches for layer in one.layers for tensor in (layer.keys, layer.values)]
+
+
 Check = Callable[[Subject], None]
 CHECKS: tuple[Check, ...] = (
     verified,
@@ -271,6 +295,7 @@ CHECKS: tuple[Check, ...] = (
     encoder_outputs,
     prompts,
     second_turn,
+    static_caches,
 )
 
 

@@ -1,8 +1,8 @@
 """What the checks look at: one architecture on one random model, in PyTorch and as a deployable."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ from transformers import AutoConfig, PreTrainedModel
 from accel import registry
 from accel.adapter import Architecture, Role
 from accel.api import UP_TO_VERIFY
-from accel.application import compose, execute
+from accel.application import compose, execute, runtime_named
 from accel.artifacts import Artifact
 from accel.generation import AcceleratedModel
-from accel.loading import load
+from accel.loading import load, open_model
 from accel.model_class import model_class
+from accel.runtime import layout
 
 TOKENS = 12
 # Random weights say one token over and over, which would hide a wrong cache: none may come twice.
+BUCKETS = [8, 16, 24, 40, 64, 512]  # so close that a generation outgrows some
 UNIQUE = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "no_repeat_ngram_size": 1, "do_sample": False}
 
 
@@ -51,6 +53,7 @@ class Subject:
     architecture: Architecture
     artifacts: Mapping[str, Artifact]
     half: Mapping[str, Artifact]
+    static: AcceleratedModel | None = None  # over caches of a fixed length, where the model's step allows them
 
     @property
     def encodes(self) -> bool:
@@ -111,6 +114,7 @@ def prepare(
         UP_TO_VERIFY,
         "verify.unique_tokens=true",
         "verify.latency=false",
+        "convert.static_step=true",
         *overrides,
     ]
     composed = compose([*common, "precision=fp32"])
@@ -119,5 +123,11 @@ def prepare(
     half = execute(compose([*common, "precision=fp16", "verify.min_token_agreement=0"]))
     kind = model_class(AutoConfig.from_pretrained(checkpoint))
     eager = kind.from_pretrained(checkpoint, attn_implementation="eager").eval()
-    with load(made["verify"].folder, runtime=runtime) as model:
-        yield Subject(eager.to(model.device), model, registry.build(composed.architecture), made, half)
+    folder = made["verify"].folder
+    with ExitStack() as opened:
+        model = opened.enter_context(load(folder, runtime=runtime))
+        static = None
+        if (folder / layout.STATIC_STEP).is_file():
+            fixed = replace(runtime_named(runtime), static=True, buckets=BUCKETS)
+            static = opened.enter_context(open_model(folder, fixed))
+        yield Subject(eager.to(model.device), model, registry.build(composed.architecture), made, half, static)

@@ -91,5 +91,5 @@ def test_one_constant_serves_all_graphs() -> None:
     direct_lengths(models)
     for model in models:
         (name,) = (name for name, value in model.graph.initializers.items() if value.const_value is not None)
-        assert name == "first_length"
+        assert name == "scalar_0"
         assert weight(model, name) == 0

@@ -1,0 +1,126 @@
+"""Caches of a fixed length: what a State does to them is what PyTorch's caches do, and they stay where they are."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import T5ForConditionalGeneration
+
+from accel.application import runtime_named
+from accel.errors import AccelError
+from accel.generation import AcceleratedModel
+from accel.loading import open_model
+from accel.runtime.layout import DECODER, STATIC_STEP
+from tests.conftest import Build
+from tests.runtime.test_onnx import BATCH, PAST, Both
+
+STATIC = replace(runtime_named("cpu"), static=True, buckets=[8, 12, 32])
+
+
+@pytest.fixture(scope="module")
+def folder(build: Build, tiny: Path) -> Path:
+    return build(tiny, "verify", ("runtime.static=true",))[1]["verify"].folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[AcceleratedModel]:
+    with open_model(folder, STATIC) as opened:
+        yield opened
+
+
+@pytest.fixture
+def both(model: AcceleratedModel, tiny: Path) -> Both:
+    return Both(model, T5ForConditionalGeneration.from_pretrained(tiny).eval())
+
+
+def step(both: Both, new: int = 1) -> None:
+    ids = torch.arange(3, 3 + both.state.batch * new).view(-1, new) + both.state.length
+    found = both.model.runtime.step({"input_ids": ids}, both.state)
+    torch.testing.assert_close(found, both.pytorch(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_caches_after_twenty_steps(both: Both) -> None:
+    """From bucket to bucket, one source of the batch padded; every step's logits and then every cache is PyTorch's."""
+    seen = [both.state.slot.bucket]
+    for _ in range(20):
+        step(both)
+        seen.append(both.state.slot.bucket)
+    assert both.state.length == PAST + 20
+    assert sorted(set(seen)) == [8, 12, 32]
+    both.assert_same_caches()
+
+
+def test_written_in_place(both: Both) -> None:
+    """Within a bucket nothing moves: keys are read where the last step wrote them, and only one place changes."""
+    held = both.state.slot.own["past_key_values.1.decoder.value"]
+    before, address = held.clone(), held.data_ptr()
+    step(both)
+    assert both.state.slot.own["past_key_values.1.decoder.value"].data_ptr() == address
+    changed = (held != before).any(dim=(0, 1, 3))
+    assert changed.nonzero().flatten().tolist() == [PAST]
+
+
+def test_logits_stay(both: Both) -> None:
+    """What a step returned is not what the next one overwrites."""
+    ids = torch.full((BATCH, 1), 7)
+    first = both.model.runtime.step({"input_ids": ids}, both.state)
+    kept = first.clone()
+    both.model.runtime.step({"input_ids": ids + 1}, both.state)
+    assert torch.equal(first, kept)
+
+
+def test_several_tokens_and_crop(both: Both) -> None:
+    """As assisted decoding does: several at once, some of them forgotten, across a bucket's end."""
+    step(both, 4)
+    both.state.crop(PAST + 1)
+    both.cache.crop(-3)
+    both.assert_same()
+    assert both.state.slot.bucket == 12
+
+
+def test_beams(both: Both) -> None:
+    """Every sequence twice, and then each continues from what another of its input was."""
+    both.state.expand(2)
+    both.cache.batch_repeat_interleave(2)
+    both.hidden, both.mask = both.hidden.repeat_interleave(2, 0), both.mask.repeat_interleave(2, 0)
+    both.assert_same()
+    index = torch.tensor([1, 0, 2, 2, 5, 4])
+    both.state.reorder(index)
+    both.cache.reorder_cache(index)
+    both.assert_same()
+
+
+def test_two_generations_at_once(both: Both, model: AcceleratedModel, tiny: Path) -> None:
+    """Each has caches of its own."""
+    other = Both(model, both.eager)
+    step(both, 1)
+    other.assert_same()
+    both.assert_same()
+
+
+def test_longer_than_the_largest_bucket(both: Both) -> None:
+    """One message with the length and what to do; the tokens before it are still there."""
+    for _ in range(32 - PAST):
+        step(both)
+    with pytest.raises(AccelError, match=r"no room for 33 tokens.*runtime.buckets=\[8, 12, 32\].*runtime.static=false"):
+        step(both)
+    both.assert_same_caches()
+
+
+def test_a_deployable_without_a_static_step(deployable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It runs as it is, and says so."""
+    assert not (deployable / STATIC_STEP).exists()
+    with open_model(deployable, STATIC) as opened:
+        found = opened.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)
+    assert found.shape[1] == 4
+    assert "its caches grow" in capsys.readouterr().err
+
+
+def test_weights_lie_in_the_decoders_file(build: Build) -> None:
+    """The static step stores none of its own where the decoder has a data file."""
+    folder = build("accel://t5-g2p", "merge", ("runtime.static=true",))[1]["merge"].folder
+    assert (folder / f"{DECODER}.data").stat().st_size > 1_000_000
+    assert (folder / STATIC_STEP).stat().st_size < 300_000
+    assert not (folder / f"{STATIC_STEP}.data").exists()
