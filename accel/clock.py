@@ -13,6 +13,9 @@ from torch import Tensor
 
 from accel.generation import AcceleratedModel, Generates
 
+Patch: TypeAlias = "tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]"
+"""Whose method of which name, and what stands in for it meanwhile."""
+
 Stamp: TypeAlias = Any
 """A moment: seconds of the host's clock as a float, or an event on a CUDA stream."""
 
@@ -40,8 +43,9 @@ class Timing:
 class Clock:
     """Context that times the calls of a model's encoder and decoder.
 
-    Decoder calls are not wrapped, because wrapping would end up in the graph that `torch.compile` makes of them.
-    `generate` calls two methods right before and right after each, which it never compiles: those take the stamps.
+    Of a model of ours, the calls of its runtime. PyTorch's decoder calls are not wrapped, because wrapping would end up
+    in the graph that `torch.compile` makes of them: `generate` calls two methods right before and right after each,
+    which it never compiles, and those take the stamps.
     Nothing waits for the device in between: on CUDA a stamp is an event, read when all is done.
     """
 
@@ -50,16 +54,22 @@ class Clock:
         self._device = torch.device(model.device)
         self._calls: list[tuple[Stamp, Stamp]] = []  # start and end of each call of the model
         self._ends: list[Stamp] = []  # of decoder calls
-        self._patches: list[tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = [
+        self._patches = self._of_ours(model) if isinstance(model, AcceleratedModel) else self._of_pytorchs(model)
+
+    def _of_ours(self, model: AcceleratedModel) -> list[Patch]:
+        decoder = [(model.runtime, name, self._ending) for name in ("prefill", "step")]
+        return [(model.runtime, "encode", self._timed), *decoder]
+
+    def _of_pytorchs(self, model: Generates) -> list[Patch]:
+        patches: list[Patch] = [
             (model, "prepare_inputs_for_generation", self._begins_after),
             (model, "_update_model_kwargs_for_generation", self._ended_before),
         ]
-        if isinstance(model, AcceleratedModel):
-            self._patches.append((model.runtime, "encode", self._timed))
-        elif model.config.is_encoder_decoder:
-            self._patches.append((model.get_encoder(), "forward", self._timed))
+        if model.config.is_encoder_decoder:
+            patches.append((model.get_encoder(), "forward", self._timed))
         if hasattr(model, "get_compiled_call"):
-            self._patches.append((model, "get_compiled_call", self._noted))
+            patches.append((model, "get_compiled_call", self._noted))
+        return patches
 
     def __enter__(self) -> Timing:
         for owner, name, patch in self._patches:
@@ -102,6 +112,18 @@ class Clock:
             return result
 
         return timed
+
+    def _ending(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A call that a token comes out of."""
+        timed = self._timed(call)
+
+        @wraps(call)
+        def ended(*args: Any, **kwargs: Any) -> Any:
+            result = timed(*args, **kwargs)
+            self._ends.append(self._calls[-1][1])
+            return result
+
+        return ended
 
     def _begins_after(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(prepare)

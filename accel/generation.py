@@ -1,6 +1,8 @@
 """The model that Hugging Face `generate` drives, over any runtime."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from types import CellType, FunctionType
@@ -8,16 +10,25 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PretrainedConfig,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
+from accel import decoding
 from accel.model_class import model_class
-from accel.runtime.feeds import decoder_feeds
+from accel.runtime.feeds import decoder_feeds, positions
 from accel.runtime.protocol import Runtime, State
 from accel.runtime.room import enough_memory
 from accel.runtime.stream import on_shared_stream
 
+logger = logging.getLogger(__name__)
 PREPARE = "prepare_inputs_for_generation"
 
 Generates: TypeAlias = Any
@@ -113,6 +124,7 @@ class AcceleratedModel(GenerationMixin):
     main_input_name = "input_ids"
     base_model_prefix = ""
     _is_stateful = False
+    followed: frozenset[str] = frozenset()  # what `generate` may carry along for a loop of our own
 
     def __init__(self, runtime: Runtime[Any], config: PretrainedConfig, generation_config: GenerationConfig) -> None:
         self.runtime = runtime
@@ -144,6 +156,91 @@ class AcceleratedModel(GenerationMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling; `generate` calls it with everything prepared."""
+        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if streamer is not None or synced_gpus or not self._decodes(*given[1:], model_kwargs):
+            theirs: Any = super()
+            return theirs._sample(*given, synced_gpus, streamer, **model_kwargs)
+        outputs, follow = self._prefilled(input_ids, stopping_criteria, generation_config, model_kwargs)
+        cache, seen = outputs.past_key_values, outputs.past_key_values.get_seq_length()
+        sequences = decoding.sample(
+            input_ids, outputs.logits, lambda ids: follow(ids), logits_processor, stopping_criteria, generation_config
+        )
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        length = seen + sequences.shape[1] - input_ids.shape[1] - 1  # the last token is said, not yet seen
+        if cache.get_seq_length() > length:
+            cache.state.crop(length)
+        kind: Any = GenerateEncoderDecoderOutput if self.config.is_encoder_decoder else GenerateDecoderOnlyOutput
+        return kind(sequences=sequences, past_key_values=cache)
+
+    def _beam_search(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Beam search and beam-sample; `generate` calls it with everything prepared."""
+        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if synced_gpus or not self._decodes(*given[1:], model_kwargs):
+            theirs: Any = super()
+            return theirs._beam_search(*given, synced_gpus, **model_kwargs)
+        outputs, follow = self._prefilled(input_ids, stopping_criteria, generation_config, model_kwargs)
+        return decoding.beam_search(
+            input_ids, outputs.logits, follow, logits_processor, stopping_criteria, generation_config
+        )
+
+    def _decodes(
+        self,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        model_kwargs: Mapping[str, Any],
+    ) -> bool:
+        """Whether `accel.decoding` does what is asked. A log line says why not."""
+        reason = decoding.reason_against(processors, criteria, config, model_kwargs["use_cache"])
+        unknown = set(model_kwargs) - self.followed
+        if reason is None and unknown:
+            reason = f"{', '.join(sorted(unknown))} given"
+        if reason is None and getattr(type(self), PREPARE) is not vars(GenerationMixin)[PREPARE]:
+            reason = "inputs prepared by the model's own class"
+        logger.info("decoding in %s", "accel" if reason is None else f"transformers: {reason}")
+        return reason is None
+
+    def _prefilled(
+        self, ids: Tensor, criteria: StoppingCriteriaList, config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> tuple[Any, Callable[..., Tensor]]:
+        """What the model says to the prompt, and how to go on: (new ids [batch, 1], rows to continue) -> logits."""
+        mixin: Any = self  # typed for models that are modules
+        outputs = mixin._prefill(ids, config, model_kwargs, is_first_iteration=True)
+        given = mixin._update_model_kwargs_for_generation(outputs, model_kwargs, self.config.is_encoder_decoder)
+        state = outputs.past_key_values.state
+        feeds = self._feeds(given, state, (criteria.max_length or 0) - ids.shape[1])
+
+        def follow(new: Tensor, rows: Tensor | None = None) -> Tensor:
+            if rows is not None:
+                state.reorder(rows)
+            return self.runtime.step(feeds(new), state)
+
+        return outputs, follow
+
+    def _feeds(self, given: Mapping[str, Any], state: State, room: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
+        """A function from new ids [batch, 1] to what the runtime's step takes, called for at most `room` tokens."""
+        raise NotImplementedError
+
     def _begin(self, feeds: Mapping[str, Tensor], cache: Cache | None) -> tuple[Tensor, Any]:
         """Logits and a state, from nothing or from what a transformers cache of tensors holds."""
         if cache is None or cache.get_seq_length() == 0:
@@ -164,6 +261,8 @@ class AcceleratedModel(GenerationMixin):
 
 class EncoderDecoderModel(AcceleratedModel):
     """Encodes once, then decodes token by token."""
+
+    followed = frozenset({"attention_mask", "encoder_outputs", "past_key_values", "use_cache"})
 
     def __init__(self, runtime: Runtime[Any], config: PretrainedConfig, generation_config: GenerationConfig) -> None:
         super().__init__(runtime, config, generation_config)
@@ -211,9 +310,14 @@ class EncoderDecoderModel(AcceleratedModel):
         # transformers types the cache more narrowly than its own `generate` needs
         return Seq2SeqLMOutput(logits=logits, past_key_values=cache, encoder_last_hidden_state=hidden)  # type: ignore[arg-type]
 
+    def _feeds(self, given: Mapping[str, Any], state: State, room: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
+        return lambda ids: {"input_ids": ids}
+
 
 class DecoderOnlyModel(AcceleratedModel):
     """Continues what it is given. Shorter inputs of a batch are padded on the left."""
+
+    followed = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
 
     def forward(
         self,
@@ -245,6 +349,23 @@ class DecoderOnlyModel(AcceleratedModel):
             logits, state = self._begin(feeds, past_key_values)
             cache = StateCache(state) if use_cache is not False else None
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _feeds(self, given: Mapping[str, Any], state: State, room: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
+        """The mask holds the next token already, and grows by one with each; so do the positions."""
+        mask = given.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(state.batch, state.length + 1, dtype=torch.int64, device=self.device)
+        whole = torch.cat([mask, mask.new_ones(len(mask), room)], dim=1)
+        known = given.get("position_ids")
+        lengths = itertools.count(mask.shape[1])
+        places = positions(mask)[:, -1:] - 1 if known is None else known[:, -1:] - 1
+
+        def feeds(ids: Tensor) -> Mapping[str, Tensor]:
+            nonlocal places
+            places = places + 1
+            return decoder_feeds(ids, whole[:, : next(lengths)], 1, places)
+
+        return feeds
 
 
 def refuse(*asked: bool | None) -> None:

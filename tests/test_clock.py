@@ -19,6 +19,7 @@ from tests.conftest import Build
 
 COMPILED, AUTOCAST = "torch static cache, compiled", "torch+cache, autocast"
 PATCHED = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "get_compiled_call", "forward"}
+PATCHED_RUNTIME = {"encode", "prefill", "step"}
 
 
 @pytest.mark.parametrize("engine", ["torch", "merged"])
@@ -37,6 +38,7 @@ def test_clock_leaves_no_trace(build: Build, tiny: Path, engine: str) -> None:
         assert 0 < timing.inside <= timing.total
         assert sum(timing.latencies) <= timing.total
         assert not PATCHED & set(vars(model))
+        assert not PATCHED_RUNTIME & set(vars(getattr(model, "runtime", model)))
         assert "forward" not in vars(model.get_encoder())
 
 
@@ -76,7 +78,7 @@ def test_clock_restores_after_an_error(build: Build, tiny: Path) -> None:
         with pytest.raises(ValueError, match="decoder_input_ids"), Clock(model):
             model.forward()
         assert not PATCHED & set(vars(model))
-        assert "encode" not in vars(model.runtime)
+        assert not PATCHED_RUNTIME & set(vars(model.runtime))
 
 
 def test_other_load() -> None:

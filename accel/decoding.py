@@ -1,0 +1,223 @@
+"""Decoding loops that never ask the device: the next token, the beams and the end are tensors there.
+
+Transformers' `generate` prepares a generation and calls one of these in place of its own loop, which asks after every
+token whether to go on and builds each call of the model anew. Tokens are the same. What these loops don't know (see
+`reason_against`) goes through transformers' own.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import logits_process, stopping_criteria
+
+Process = Callable[..., Tensor]
+"""Ids [batch, length] and scores [batch, vocabulary] -> scores: a list of transformers' logits processors."""
+Follow = Callable[[Tensor], Tensor]
+"""New ids [batch, 1] -> logits [batch, 1, vocabulary]; the caches move on."""
+
+LOOK = 16  # tokens after which the host asks a GPU whether all sequences have ended
+NEVER = -1e9  # score of what can't be chosen
+
+# Processors that say the same whenever they are asked: one that counts its calls would notice the tokens after the end.
+PURE = (
+    *("MinLength", "MinNewTokensLength", "RepetitionPenalty", "EncoderRepetitionPenalty", "NoRepeatNGram"),
+    *("EncoderNoRepeatNGram", "SequenceBias", "NoBadWords", "ForcedBOSToken", "ForcedEOSToken", "InfNanRemove"),
+    *("SuppressTokensAtBegin", "SuppressTokens"),
+)
+WARPERS = ("Temperature", "TopP", "TopK", "TopH", "MinP", "Typical", "Epsilon", "Eta")
+KNOWN_PROCESSORS = {
+    *(getattr(logits_process, f"{name}LogitsProcessor", None) for name in PURE),
+    *(getattr(logits_process, f"{name}LogitsWarper", None) for name in WARPERS),
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.LogitNormalization,
+}
+KNOWN_CRITERIA = {stopping_criteria.MaxLengthCriteria, stopping_criteria.EosTokenCriteria}
+
+
+def reason_against(
+    processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig, use_cache: bool
+) -> str | None:
+    """Why these loops can't do what is asked; None if they can."""
+    for asked in ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "is_assistant"):
+        if getattr(config, asked, False):
+            return asked
+    if not use_cache:
+        return "use_cache=False"
+    if config.return_dict_in_generate and config.num_beams > 1:
+        return "return_dict_in_generate with beams"
+    for part, known in ((processors, KNOWN_PROCESSORS), (criteria, KNOWN_CRITERIA)):
+        for one in part:
+            if type(one) not in known:
+                return type(one).__name__
+    return None if criteria.max_length is not None else "no largest length"
+
+
+def sample(
+    ids: Tensor,
+    logits: Tensor,
+    follow: Follow,
+    processors: Process,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+) -> Tensor:
+    """Greedy search, or sampling. `ids` [batch, prompt], `logits` [batch, new, vocabulary] -> [batch, length].
+
+    What transformers calls `_sample`, as of 5.23:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/generation/utils.py
+    """
+    (batch, begin), limit, ends = ids.shape, _limit(criteria), _ends(criteria)
+    pad = getattr(config, "_pad_token_tensor", None)
+    tokens = ids.new_zeros(batch, limit)
+    tokens[:, :begin] = ids
+    ended = torch.zeros(batch, dtype=torch.bool, device=ids.device)
+    length = torch.full((), begin, device=ids.device)
+    for place in range(begin, limit):
+        scores = processors(tokens[:, :place], logits[:, -1].to(torch.float32, copy=True))
+        chosen = _drawn(scores, 1).squeeze(1) if config.do_sample else scores.argmax(-1)
+        if ends is not None:
+            chosen = torch.where(ended, pad, chosen) if pad is not None else chosen
+            length += ~ended.all()
+            ended |= torch.isin(chosen, ends)
+        tokens[:, place] = chosen
+        if place + 1 == limit or (ends is not None and due(ids.device, place - begin) and bool(ended.all())):
+            break
+        logits = follow(chosen[:, None])
+    return tokens if ends is None else tokens[:, : int(length)]
+
+
+class Beams:
+    """The running sequences of every input, and the best that have ended. [batch, beams, ...]"""
+
+    def __init__(self, ids: Tensor, config: GenerationConfig, limit: int, ends: Tensor | None) -> None:
+        self.config, self.limit, self.ends, self.prompt = config, limit, ends, ids.shape[1]
+        self.beams = config.num_beams or 1
+        self.batch = ids.shape[0] // self.beams
+        self.kept = max(2, 1 + (0 if ends is None else len(ends))) * self.beams  # so many can't all end
+        shape, device = (self.batch, self.beams), ids.device
+        self.running = ids.new_full((*shape, limit), self._filling())
+        self.running[:, :, : self.prompt] = ids.view(*shape, self.prompt)
+        self.running_scores = torch.full(shape, NEVER, dtype=torch.float32, device=device)
+        self.running_scores[:, 0] = 0  # all beams begin alike: only the first goes on
+        self.ended = self.running.clone()
+        self.ended_scores = torch.full(shape, NEVER, dtype=torch.float32, device=device)
+        self.ended_lengths = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.has_ended = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.open = torch.ones(self.batch, 1, dtype=torch.bool, device=device)  # may still improve
+        self.over = torch.zeros((), dtype=torch.bool, device=device)
+        self.first_row = torch.arange(self.batch, device=device)[:, None] * self.beams
+
+    def _filling(self) -> int:
+        """What stands behind the end of a sequence."""
+        pad = getattr(self.config, "_pad_token_tensor", None)
+        if self.ends is None:
+            return -1
+        return int(pad) if pad is not None and pad else int(self.ends[0])
+
+    def advance(self, scores: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """By one token: `scores` [batch * beams, vocabulary], log probabilities of what comes after `length` tokens.
+
+        Returns the new ids [batch * beams, 1] and the rows that they continue [batch * beams].
+        """
+        vocabulary = scores.shape[-1]
+        total = (scores.view(self.batch, self.beams, -1) + self.running_scores[:, :, None]).view(self.batch, -1)
+        if self.config.do_sample:
+            places = _drawn(total, self.kept)
+            best = total.gather(1, places)
+        else:
+            best, places = total.topk(self.kept)
+        parents, chosen = places // vocabulary, places % vocabulary
+        candidates = _rows(self.running, parents)
+        candidates[:, :, length] = chosen
+        ends = torch.full_like(chosen, length + 1 >= self.limit, dtype=torch.bool)
+        if self.ends is not None:
+            ends |= torch.isin(chosen, self.ends)
+        self._end(candidates, best, ends, length + 1 - self.prompt)
+        going = best + ends * NEVER
+        picked = going.topk(self.beams).indices
+        self.running, self.running_scores = _rows(candidates, picked), going.gather(1, picked)
+        self._look_ahead(ends, length + 1 - self.prompt)
+        rows = parents.gather(1, picked) + self.first_row
+        return chosen.gather(1, picked).view(-1, 1), rows.view(-1)
+
+    def _end(self, candidates: Tensor, best: Tensor, ends: Tensor, new: int) -> None:
+        """Let those of the first beams' candidates that end join the best that have ended."""
+        ending = ends.clone()
+        ending[:, self.beams :] = False
+        scores = best / new**self.config.length_penalty
+        closed = ~self.open | (self.has_ended.all(-1, keepdim=True) if self.config.early_stopping is True else False)
+        scores = torch.where(ending, scores + closed * NEVER, scores + NEVER)
+        self.ended_scores, picked = torch.cat([self.ended_scores, scores], 1).topk(self.beams)
+        self.ended = _rows(torch.cat([self.ended, candidates], 1), picked)
+        self.has_ended = torch.cat([self.has_ended, ending], 1).gather(1, picked)
+        lengths = torch.cat(
+            [self.ended_lengths, torch.full_like(self.ended_lengths[:, :1], new).expand(-1, self.kept)], 1
+        )
+        self.ended_lengths = lengths.gather(1, picked)
+
+    def _look_ahead(self, ends: Tensor, new: int) -> None:
+        """Whether a running sequence may still become better than the worst that has ended."""
+        penalty, early = self.config.length_penalty, self.config.early_stopping
+        longest = self.limit - self.prompt if early == "never" and penalty > 0 else new
+        reachable = self.running_scores[:, :1] / longest**penalty
+        worst = torch.where(self.has_ended, self.ended_scores.min(1, keepdim=True).values, NEVER)
+        self.open = self.open & (reachable > worst).any(-1, keepdim=True)
+        self.over = self.over | ~self.open.any() | ends.all()
+        if early is True:
+            self.over = self.over | self.has_ended.all()
+
+    def result(self) -> Tensor:
+        """[batch * num_return_sequences, length], best first."""
+        returned = self.config.num_return_sequences or 1
+        length = self.prompt + int(self.ended_lengths[:, :returned].max())
+        return self.ended[:, :returned, :length].reshape(self.batch * returned, length)
+
+
+def beam_search(
+    ids: Tensor,
+    logits: Tensor,
+    follow: Callable[[Tensor, Tensor], Tensor],
+    processors: Process,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+) -> Tensor:
+    """Beam search, or beam-sample. `ids` [batch * beams, prompt] -> [batch * num_return_sequences, length].
+
+    `follow` takes the rows to continue beside the new ids. What transformers calls `_beam_search`, as of 5.23:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/generation/utils.py
+    """
+    limit = _limit(criteria)
+    beams = Beams(ids, config, limit, _ends(criteria))
+    for length in range(ids.shape[1], limit):
+        seen = beams.running[:, :, :length].reshape(len(ids), length)
+        scores = processors(seen, logits[:, -1].float().log_softmax(-1))
+        chosen, rows = beams.advance(scores, length)
+        if length + 1 == limit or (due(ids.device, length - beams.prompt) and bool(beams.over)):
+            break
+        logits = follow(chosen, rows)
+    return beams.result()
+
+
+def due(device: torch.device, token: int) -> bool:
+    """Whether the host looks at the device after new token number `token`: it waits there for all that is queued."""
+    return device.type != "cuda" or (token + 1) % LOOK == 0
+
+
+def _limit(criteria: StoppingCriteriaList) -> int:
+    return int(criteria.max_length or 0)
+
+
+def _ends(criteria: StoppingCriteriaList) -> Tensor | None:
+    """The ids that end a sequence, if any do."""
+    return next((one.eos_token_id for one in criteria if hasattr(one, "eos_token_id")), None)
+
+
+def _drawn(scores: Tensor, count: int) -> Tensor:
+    """[batch, choices] -> the places of `count` of them, drawn without replacement."""
+    return torch.multinomial(scores.softmax(-1), count)
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """`values` [batch, n, length] at `index` [batch, m] -> [batch, m, length]."""
+    return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
