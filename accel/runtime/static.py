@@ -6,6 +6,7 @@ several new tokens at once) the decoder with a growing cache does, and its new e
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -27,13 +28,22 @@ class Slot:
         """Room for `bucket` tokens of the sequences of `state`, which is copied. `outputs`: cache input -> output."""
         lengths = {"batch": state.batch, "new": 1, "kept": 1, BUCKET: bucket}
 
-        def room(name: str) -> Tensor:
+        def room(name: str, *count: int) -> Tensor:
             port = (step.inputs | step.outputs)[name]
             shape = [lengths[dim] if isinstance(dim, str) else dim for dim in port.shape]
-            return torch.zeros(shape, dtype=step.dtype(name), device=step.device)
+            return torch.zeros((*count, *shape), dtype=step.dtype(name), device=step.device)
+
+        def kind(name: str) -> tuple[object, ...]:
+            return (step.dtype(name), *step.inputs[name].shape)
 
         self.bucket, self.axes = bucket, state.axes
-        self.own = {name: room(name) for name in state.own}
+        self.own: dict[str, Tensor] = {}
+        self.stacks: list[tuple[Tensor, int]] = []  # caches of one shape in one tensor, and the axis of their tokens
+        for _, group in groupby(sorted(state.own, key=lambda name: str(kind(name))), kind):
+            names = list(group)
+            stack = room(names[0], len(names))
+            self.stacks.append((stack, state.axes[names[0]] + 1))
+            self.own |= dict(zip(names, stack, strict=True))
         self.fixed = {name: step.place(name, tensor) for name, tensor in state.fixed.items() if name in step.inputs}
         self.given = {name: room(name) for name in step.inputs if name not in self.own and name not in self.fixed}
         self.logits = room(LOGITS)
@@ -48,7 +58,13 @@ class Slot:
 
     def read(self, length: int) -> dict[str, Tensor]:
         """The first `length` entries, in place."""
-        return {name: tensor.narrow(self.axes[name], 0, length) for name, tensor in self.own.items()}
+        return {name: self.own[name].narrow(axis, 0, length) for name, axis in self.axes.items()}
+
+    def reorder(self, index: Tensor, length: int) -> None:
+        """Let sequence i hold the first `length` entries of what was sequence `index[i]`."""
+        for stack, axis in self.stacks:
+            held = stack.narrow(axis, 0, length)
+            held.copy_(held.index_select(1, index))
 
     def give(self, feeds: Mapping[str, Tensor], length: int) -> None:
         """Put what changes with each token where the session reads it."""
@@ -75,8 +91,7 @@ class StaticState:
         return self.slot.logits.shape[0]
 
     def reorder(self, index: Tensor) -> None:
-        for tensor in self.slot.read(self.length).values():
-            tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
+        self.slot.reorder(index.to(self.slot.logits.device), self.length)
 
     def crop(self, length: int) -> None:
         self.length = length
