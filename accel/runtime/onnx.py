@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,12 +123,20 @@ class GrowingRuntime:
         del self._prefill, self._step
 
 
-def open_growing(folder: Path, settings: SessionSettings, device: str = "cpu") -> GrowingRuntime:
-    """The runtime over a deployable's (or a candidate's) folder. Raises `FileNotFoundError` if it is none."""
+def open_growing(
+    folder: Path, settings: SessionSettings, device: str = "cpu", weights: Mapping[str, Any] | None = None
+) -> GrowingRuntime:
+    """The runtime over a deployable's (or a candidate's) folder. Raises `FileNotFoundError` if it is none.
+
+    `weights`: those of the decoder that are in memory already, by name.
+    """
     where = torch.device(device)
     paths = [path for path in (folder / layout.DECODER, folder / layout.ENCODER) if path.is_file()]
     check_room(paths, where)
-    decoder, *encoder = (BoundSession(open_session(path, settings), where) for path in paths)
+    decoder, *encoder = (
+        BoundSession(open_session(path, settings, weights if path.name == layout.DECODER else None), where)
+        for path in paths
+    )
     metadata = decoder.session.get_modelmeta().custom_metadata_map
     cache, flag = json.loads(metadata[layout.CACHE]), metadata[layout.FLAG]
     return GrowingRuntime(encoder[0] if encoder else None, decoder, decoder, cache, flag)

@@ -64,7 +64,16 @@ class Session(onnxruntime.InferenceSession):
 
     on_cuda = False
 
-    def __init__(self, graph: str | bytes, options: onnxruntime.SessionOptions, provider: tuple[str, Any]) -> None:
+    def __init__(
+        self,
+        graph: str | bytes,
+        options: onnxruntime.SessionOptions,
+        provider: tuple[str, Any],
+        weights: Mapping[str, Any],
+    ) -> None:
+        self.weights = weights  # they hold the memory that the session reads
+        for name, value in weights.items():
+            options.add_initializer(name, value)
         super().__init__(graph, options, providers=[provider])
         self.on_cuda = CUDA in self.get_providers()
 
@@ -73,8 +82,10 @@ class Session(onnxruntime.InferenceSession):
             torch.cuda.synchronize()
 
 
-def open_session(graph: Path | bytes, settings: SessionSettings) -> Session:
+def open_session(graph: Path | bytes, settings: SessionSettings, weights: Mapping[str, Any] | None = None) -> Session:
     """A session over the graph at a path or in memory, on the stream it shares with torch if it is on CUDA.
+
+    `weights`: initializers that it takes as they lie in memory, by name: see `runtime.weights`.
 
     The provider must be there: see `check_provider`. Raises `OutOfMemory` if the weights don't fit, `AccelError` if
     the provider's libraries can't be loaded or it has no kernel for an operator in the graph's precision.
@@ -95,7 +106,7 @@ def open_session(graph: Path | bytes, settings: SessionSettings) -> Session:
     os.environ.update(settings.environment)
     try:
         with enough_memory():
-            session = Session(source, options, (settings.provider, chosen))
+            session = Session(source, options, (settings.provider, chosen), weights or {})
     except NoKernel as error:
         reason = str(error).split(" : ")[-1].splitlines()[0]
         raise AccelError(f"{settings.provider} can't run this graph: {reason}. Another precision may do") from error

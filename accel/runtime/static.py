@@ -14,9 +14,10 @@ from torch import Tensor
 
 from accel.errors import AccelError
 from accel.runtime.binding import BoundSession, FixedCall
-from accel.runtime.layout import BUCKET, POSITION, STATIC_STEP
+from accel.runtime.layout import BUCKET, DECODER, POSITION, STATIC_STEP
 from accel.runtime.onnx import GrowingRuntime, GrowingState, open_growing
 from accel.runtime.session import SessionSettings, open_session
+from accel.runtime.weights import SharedWeights
 
 LOGITS = "logits"
 
@@ -168,7 +169,12 @@ class StaticRuntime:
 
 
 def open_static(folder: Path, settings: SessionSettings, device: str, buckets: Sequence[int]) -> StaticRuntime:
-    """The runtime over a deployable's folder that holds a static step as well: see `layout.STATIC_STEP`."""
-    whole = open_growing(folder, settings, device)
-    step = BoundSession(open_session(folder / STATIC_STEP, settings), torch.device(device))
-    return StaticRuntime(whole, step, buckets)
+    """The runtime over a deployable's folder that holds a static step as well: see `layout.STATIC_STEP`.
+
+    Both decoders read the same weights.
+    """
+    where = torch.device(device)
+    weights = SharedWeights(where)
+    whole = open_growing(folder, settings, device, weights.of(folder / DECODER))
+    step = open_session(folder / STATIC_STEP, settings, weights.of(folder / STATIC_STEP))
+    return StaticRuntime(whole, BoundSession(step, where), buckets)

@@ -275,7 +275,8 @@ def _tensors(cache: Any) -> list[Tensor]:
         return list(cache.state.views().values())
     both = isinstance(cache, EncoderDecoderCache)
     caches = (cache.self_attention_cache, cache.cross_attention_cache) if both else (cache,)
-    return [tensor for one in caches for layer in one.layers for tensor in (layer.keys, layer.values)]
+    layers = [layer for one in caches for layer in one.layers if layer.keys is not None]  # T5 counts its encoder's
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 Check = Callable[[Subject], None]

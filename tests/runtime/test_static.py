@@ -12,7 +12,12 @@ from accel.application import runtime_named
 from accel.errors import AccelError
 from accel.generation import AcceleratedModel
 from accel.loading import open_model
+from accel.runtime.binding import BoundSession
 from accel.runtime.layout import DECODER, STATIC_STEP
+from accel.runtime.onnx import open_growing
+from accel.runtime.session import SessionSettings, open_session
+from accel.runtime.static import StaticRuntime
+from accel.runtime.weights import SharedWeights
 from tests.conftest import Build
 from tests.runtime.test_onnx import BATCH, PAST, Both
 
@@ -124,3 +129,30 @@ def test_weights_lie_in_the_decoders_file(build: Build) -> None:
     assert (folder / f"{DECODER}.data").stat().st_size > 1_000_000
     assert (folder / STATIC_STEP).stat().st_size < 300_000
     assert not (folder / f"{STATIC_STEP}.data").exists()
+
+
+def test_both_decoders_read_the_same_weights(build: Build) -> None:
+    """A number changed in the shared memory changes what each of the two sessions says."""
+    folder = build("accel://t5-g2p", "merge", ("runtime.static=true",))[1]["merge"].folder
+    weights = SharedWeights(torch.device("cpu"))
+    decoder, static = weights.of(folder / DECODER), weights.of(folder / STATIC_STEP)
+    assert len(static) > 10
+    assert set(static) <= set(decoder)
+    assert len({value.data_ptr() for value in (*decoder.values(), *static.values())}) == len(decoder)
+    settings = SessionSettings.of(STATIC, fuse=False)
+    session = BoundSession(open_session(folder / STATIC_STEP, settings, static), torch.device("cpu"))
+    runtime = StaticRuntime(open_growing(folder, settings, "cpu", decoder), session, [8])
+    ids = torch.tensor([[5, 6, 7]])
+    mask = torch.ones_like(ids)
+    hidden = runtime.encode({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
+    context = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+
+    def said() -> tuple[torch.Tensor, torch.Tensor]:
+        first, state = runtime.prefill({"input_ids": ids[:, :1], **context})
+        return first, runtime.step({"input_ids": ids[:, 1:2]}, state)
+
+    before = said()
+    for value in static.values():
+        torch.from_dlpack(value).mul_(2)
+    for old, new in zip(before, said(), strict=True):
+        assert not torch.allclose(old, new)
