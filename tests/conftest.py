@@ -1,7 +1,7 @@
 """Models and artefacts that many tests share. Each is made once per run, whatever the number of workers."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,10 +10,12 @@ import pytest
 import torch
 from filelock import FileLock
 
+from accel import testing
 from accel.application import compose, execute
 from accel.artifacts import Artifact
 from accel.runtime.providers import CUDA, available_providers
 from accel.schema import Config
+from tests.families import FAMILIES
 from tests.models import random_t5
 
 torch.set_num_threads(1)  # two workers share the machine
@@ -93,3 +95,12 @@ def build(artifacts: Path) -> Build:
 def deployable(build: Build, tiny: Path) -> Path:
     """The verified folder of the tiny T5."""
     return build(tiny, "verify")[1]["verify"].folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(shared: Path, artifacts: Path) -> Iterator[testing.Subject]:
+    """A tiny decoder-only model, verified: the one of `test_families`."""
+    folder = shared / "families" / "gpt2"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(shared / "gpt2.lock"), testing.prepare(FAMILIES["gpt2"], folder, artifacts=artifacts) as made:
+        yield made

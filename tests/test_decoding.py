@@ -2,12 +2,10 @@
 
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from transformers import AutoTokenizer, LogitsProcessorList, MaxTimeCriteria, TextStreamer
 
 from accel import decoding, testing
@@ -15,7 +13,6 @@ from accel.generation import AcceleratedModel, StateCache
 from accel.loading import load
 from accel.testing import checks
 from tests.conftest import Build
-from tests.families import FAMILIES
 
 WORDS = ["speculative", "a", "photosynthesis", "immunex"]  # which end at different lengths
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -50,15 +47,6 @@ def model(build: Build) -> Iterator[AcceleratedModel]:
 def words(build: Build) -> dict[str, torch.Tensor]:
     tokenizer = AutoTokenizer.from_pretrained(build("accel://t5-g2p", "merge")[1]["merge"].folder)
     return dict(tokenizer(WORDS, padding=True, return_tensors="pt"))
-
-
-@pytest.fixture(scope="module")
-def subject(shared: Path, artifacts: Path) -> Iterator[testing.Subject]:
-    """A decoder-only model."""
-    folder = shared / "families" / "gpt2"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(shared / "gpt2.lock"), testing.prepare(FAMILIES["gpt2"], folder, artifacts=artifacts) as made:
-        yield made
 
 
 def both(model: AcceleratedModel, patch: pytest.MonkeyPatch, **given: Any) -> tuple[Any, Any]:
@@ -136,31 +124,31 @@ def test_a_state_to_go_on_from(
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 0}], ids=str)
 def test_positions_of_a_decoder_only_model(
-    subject: testing.Subject, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    gpt2: testing.Subject, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     """With a mask, without one, and with positions that the caller counts otherwise."""
-    plain = {"input_ids": subject.ids(2, 7)}
+    plain = {"input_ids": gpt2.ids(2, 7)}
     shifted = plain | {"attention_mask": torch.ones(2, 7, dtype=torch.int64)}
     shifted["position_ids"] = torch.arange(200, 207).repeat(2, 1)
     results = []
-    for given in (subject.inputs(3), plain, shifted):
-        expected, found = both(subject.model, monkeypatch, **given, max_new_tokens=9, no_repeat_ngram_size=1, **options)
+    for given in (gpt2.inputs(3), plain, shifted):
+        expected, found = both(gpt2.model, monkeypatch, **given, max_new_tokens=9, no_repeat_ngram_size=1, **options)
         assert torch.equal(found, expected)
         results.append(found[:, -9:].tolist())
     assert results[1] != results[2]
 
 
-def test_frequencies_of_samples(subject: testing.Subject) -> None:
+def test_frequencies_of_samples(gpt2: testing.Subject) -> None:
     """Temperature and top-k: 4,000 draws fall as often on each token as its probability says."""
     draws, warm, kept = 4000, 1.7, 12
-    ids = subject.ids(1, 7)
+    ids = gpt2.ids(1, 7)
     with torch.no_grad():
-        logits = subject.eager(ids).logits[0, -1] / warm
+        logits = gpt2.eager(ids).logits[0, -1] / warm
     logits[logits < logits.topk(kept).values[-1]] = -torch.inf
     expected = logits.softmax(-1)
     torch.manual_seed(3)
     options = {"do_sample": True, "temperature": warm, "top_k": kept, "max_new_tokens": 1}
-    found = subject.model.generate(ids, num_return_sequences=draws, **options)[:, -1]
+    found = gpt2.model.generate(ids, num_return_sequences=draws, **options)[:, -1]
     shares = found.bincount(minlength=len(expected)) / draws
     assert (expected > 0.01).sum() > 5
     assert bool((shares[expected == 0] == 0).all())

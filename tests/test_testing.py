@@ -1,29 +1,18 @@
 """The conformance suite notices: 17 of its 18 checks, each failing once what it guards is broken."""
 
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from accel import testing
 from accel.runtime.onnx import GrowingState
 from accel.runtime.static import Slot, StaticState
 from accel.testing import checks
-from tests.families import FAMILIES
 
 pytestmark = pytest.mark.xdist_group("gpt2")  # the family's own tests export the same model
-
-
-@pytest.fixture(scope="module")
-def subject(shared: Path, artifacts: Path) -> Iterator[testing.Subject]:
-    folder = shared / "families" / "gpt2"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(shared / "gpt2.lock"), testing.prepare(FAMILIES["gpt2"], folder, artifacts=artifacts) as made:
-        yield made
 
 
 Break = Callable[[testing.Subject, pytest.MonkeyPatch], None]
@@ -121,9 +110,9 @@ def silent(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_check_fails_when_what_it_guards_breaks(
-    subject: testing.Subject, monkeypatch: pytest.MonkeyPatch, check: testing.Check, broken: Break
+    gpt2: testing.Subject, monkeypatch: pytest.MonkeyPatch, check: testing.Check, broken: Break
 ) -> None:
-    check(subject)
-    broken(subject, monkeypatch)
+    check(gpt2)
+    broken(gpt2, monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):  # a graph may also refuse what no longer fits together
-        check(subject)
+        check(gpt2)

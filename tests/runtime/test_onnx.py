@@ -75,6 +75,17 @@ class Both:
             )
         self.assert_same_caches()
 
+    def expand_then_reorder(self) -> None:
+        """What beams do, and the same afterwards."""
+        self.state.expand(2)
+        self.cache.batch_repeat_interleave(2)
+        self.hidden, self.mask = self.hidden.repeat_interleave(2, 0), self.mask.repeat_interleave(2, 0)
+        self.assert_same()
+        index = torch.tensor([1, 0, 2, 2, 5, 4])
+        self.state.reorder(index)
+        self.cache.reorder_cache(index)
+        self.assert_same()
+
     def assert_same_caches(self) -> None:
         views = self.state.views()
         own, cross = self.cache.self_attention_cache.layers, self.cache.cross_attention_cache.layers
@@ -108,15 +119,8 @@ def test_crop(both: Both) -> None:
 
 
 def test_expand_then_reorder(both: Both) -> None:
-    """Beams: every sequence twice, one step, then each continues from what another of its input was."""
-    both.state.expand(2)
-    both.cache.batch_repeat_interleave(2)
-    both.hidden, both.mask = both.hidden.repeat_interleave(2, 0), both.mask.repeat_interleave(2, 0)
-    both.assert_same()
-    index = torch.tensor([1, 0, 2, 2, 5, 4])
-    both.state.reorder(index)
-    both.cache.reorder_cache(index)
-    both.assert_same()
+    """Beams: every sequence twice, some steps, then each continues from what another of its input was."""
+    both.expand_then_reorder()
 
 
 def test_reorder_moves_the_right_rows(both: Both) -> None:

@@ -87,14 +87,7 @@ def test_several_tokens_and_crop(both: Both) -> None:
 
 def test_beams(both: Both) -> None:
     """Every sequence twice, and then each continues from what another of its input was."""
-    both.state.expand(2)
-    both.cache.batch_repeat_interleave(2)
-    both.hidden, both.mask = both.hidden.repeat_interleave(2, 0), both.mask.repeat_interleave(2, 0)
-    both.assert_same()
-    index = torch.tensor([1, 0, 2, 2, 5, 4])
-    both.state.reorder(index)
-    both.cache.reorder_cache(index)
-    both.assert_same()
+    both.expand_then_reorder()
 
 
 def test_two_generations_at_once(both: Both, model: AcceleratedModel, tiny: Path) -> None:
