@@ -1,10 +1,11 @@
-"""Decoding loops that never ask the device: the next token, the beams and the end are tensors there.
+"""Decoding loops for which the device never waits: the next token, the beams and the end are tensors there.
 
-Transformers' `generate` prepares a generation and calls one of these in place of its own loop, which asks after every
-token whether to go on and builds each call of the model anew. Tokens are the same. What these loops don't know (see
-`reason_against`) goes through transformers' own.
+Transformers' `generate` prepares a generation and calls one of these in place of its own loop, which builds each call
+of the model anew and, with beams, waits for every token to know whether to go on. Tokens are the same. What these loops
+don't know (see `reason_against`) goes through transformers' own.
 """
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,7 @@ Process = Callable[..., Tensor]
 Follow = Callable[[Tensor], Tensor]
 """New ids [batch, 1] -> logits [batch, 1, vocabulary]; the caches move on."""
 
-LOOK = 16  # tokens after which the host asks a GPU whether all sequences have ended
+LAG = 3  # tokens that a GPU has queued while the host reads whether an earlier one was the last
 NEVER = -1e9  # score of what can't be chosen
 
 # Processors that say the same whenever they are asked: one that counts its calls would notice the tokens after the end.
@@ -73,6 +74,7 @@ def sample(
     tokens[:, :begin] = ids
     ended = torch.zeros(batch, dtype=torch.bool, device=ids.device)
     length = torch.full((), begin, device=ids.device)
+    watch = Watch(ids.device)
     for place in range(begin, limit):
         scores = processors(tokens[:, :place], logits[:, -1].to(torch.float32, copy=True))
         chosen = _drawn(scores, 1).squeeze(1) if config.do_sample else scores.argmax(-1)
@@ -81,7 +83,7 @@ def sample(
             length += ~ended.all()
             ended |= torch.isin(chosen, ends)
         tokens[:, place] = chosen
-        if place + 1 == limit or (ends is not None and due(ids.device, place - begin) and bool(ended.all())):
+        if place + 1 == limit or (ends is not None and watch(ended.all())):
             break
         logits = follow(chosen[:, None])
     return tokens if ends is None else tokens[:, : int(length)]
@@ -189,19 +191,46 @@ def beam_search(
     """
     limit = _limit(criteria)
     beams = Beams(ids, config, limit, _ends(criteria))
+    watch = Watch(ids.device)
     for length in range(ids.shape[1], limit):
         seen = beams.running[:, :, :length].reshape(len(ids), length)
         scores = processors(seen, logits[:, -1].float().log_softmax(-1))
         chosen, rows = beams.advance(scores, length)
-        if length + 1 == limit or (due(ids.device, length - beams.prompt) and bool(beams.over)):
+        if length + 1 == limit or watch(beams.over):
             break
         logits = follow(chosen, rows)
     return beams.result()
 
 
-def due(device: torch.device, token: int) -> bool:
-    """Whether the host looks at the device after new token number `token`: it waits there for all that is queued."""
-    return device.type != "cuda" or (token + 1) % LOOK == 0
+class Watch:
+    """Says whether a flag on the device was true some calls ago: at once on the CPU, `LAG` calls late on a GPU.
+
+    What comes after the end is computed in vain, and at most so often; but the device always has something to do.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.flags: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.device, self.lag = device, lag(device)
+
+    def __call__(self, flag: Tensor) -> bool:
+        if self.device.type == "cuda":
+            seen = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(self.device))
+            self.flags.append((seen, copied))
+        else:
+            self.flags.append((flag.clone(), None))
+        if len(self.flags) <= self.lag:
+            return False
+        earlier, done = self.flags.popleft()
+        if done is not None:
+            done.synchronize()
+        return bool(earlier)
+
+
+def lag(device: torch.device) -> int:
+    """Calls by which a `Watch` is late."""
+    return LAG if device.type == "cuda" else 0
 
 
 def _limit(criteria: StoppingCriteriaList) -> int:

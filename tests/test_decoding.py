@@ -1,4 +1,4 @@
-"""Our decoding loops say what transformers' own do, and look at the device as rarely as they promise."""
+"""Our decoding loops say what transformers' own do, and go on after the end no longer than they promise."""
 
 import logging
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def both(model: AcceleratedModel, patch: pytest.MonkeyPatch, **given: Any) -> tu
     return expected, model.generate(**given)
 
 
-@pytest.mark.parametrize("rare", [False, True], ids=["every token", "every 16th token"])
+@pytest.mark.parametrize("late", [0, 5], ids=["at once", "late"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_same_words(
     model: AcceleratedModel,
@@ -67,11 +67,10 @@ def test_the_same_words(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     options: dict[str, Any],
-    rare: bool,
+    late: int,
 ) -> None:
     """Tokens and padding are transformers', whether the end is noticed at once, as on a CPU, or later, as on a GPU."""
-    if rare:
-        monkeypatch.setattr(decoding, "due", lambda device, token: (token + 1) % decoding.LOOK == 0)
+    monkeypatch.setattr(decoding, "lag", lambda device: late)
     with caplog.at_level(logging.INFO, "accel.generation"):
         expected, found = both(model, monkeypatch, **words, **({"max_new_tokens": 40} | options))
     assert caplog.messages == ["decoding in accel"]
@@ -87,30 +86,37 @@ def test_lengths_differ(model: AcceleratedModel, words: dict[str, torch.Tensor])
     assert found.shape[1] < 30
 
 
-def test_the_host_looks_rarely(
-    model: AcceleratedModel, words: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_steps_in_vain(
+    model: AcceleratedModel,
+    words: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
 ) -> None:
-    """As many questions to the device as 16 goes into the tokens, and one for the length at the end."""
-    monkeypatch.setattr(decoding, "due", lambda device, token: (token + 1) % decoding.LOOK == 0)
-    asked = []
-    for kind in ("__bool__", "__int__", "__float__", "item", "tolist"):
-        method = getattr(torch.Tensor, kind)
-        monkeypatch.setattr(
-            torch.Tensor, kind, lambda self, method=method, kind=kind: (asked.append(kind), method(self))[1]
-        )
-    counts = []
-    for new in (40, 72):
-        asked.clear()
-        model.generate(**words, max_new_tokens=new, min_new_tokens=new)
-        counts.append(len(asked))
-    assert counts[1] - counts[0] <= 32 // decoding.LOOK
+    """As many steps after the end as the watch is late, and none where it isn't."""
+    step, seen = model.runtime.step, []
+
+    def counted(feeds: Any, state: Any) -> torch.Tensor:
+        seen.append(state.length)
+        return step(feeds, state)
+
+    monkeypatch.setattr(model.runtime, "step", counted)
+    ends = []
+    for late in (None, 0, 5):
+        with monkeypatch.context() as patch:
+            if late is None:
+                patch.setattr(AcceleratedModel, "_decodes", lambda *_: False)
+            patch.setattr(decoding, "lag", lambda device, late=late: late)
+            model.generate(**words, max_new_tokens=60, **options)
+        ends.append(seen[-1])
+    assert ends == [ends[0], ends[0], ends[0] + 5]
 
 
 def test_a_state_to_go_on_from(
     model: AcceleratedModel, words: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caches that `generate` returns hold what was said, and not the tokens computed after the end."""
-    monkeypatch.setattr(decoding, "due", lambda device, token: (token + 1) % decoding.LOOK == 0)
+    monkeypatch.setattr(decoding, "lag", lambda device: 5)
     one = {name: value[:1] for name, value in words.items()}
     expected, found = both(model, monkeypatch, **one, max_new_tokens=60, return_dict_in_generate=True)
     assert torch.equal(found.sequences, expected.sequences)
