@@ -5,13 +5,27 @@ of the model anew and, with beams, waits for every token to know whether to go o
 don't know (see `reason_against`) goes through transformers' own.
 """
 
+import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PretrainedConfig,
+    StoppingCriteriaList,
+)
 from transformers.generation import logits_process, stopping_criteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+
+from accel.runtime.protocol import Runtime, State
+
+logger = logging.getLogger(__name__)
+PREPARE = "prepare_inputs_for_generation"
 
 Process = Callable[..., Tensor]
 """Ids [batch, length] and scores [batch, vocabulary] -> scores: a list of transformers' logits processors."""
@@ -250,3 +264,94 @@ def _drawn(scores: Tensor, count: int) -> Tensor:
 def _rows(values: Tensor, index: Tensor) -> Tensor:
     """`values` [batch, n, length] at `index` [batch, m] -> [batch, m, length]."""
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+class DecodingLoops:
+    """Mixed into a model before transformers' mixin: what `generate` calls to decode."""
+
+    config: PretrainedConfig
+    runtime: Runtime[Any]
+    followed: frozenset[str] = frozenset()  # what `generate` may carry along for a loop of our own
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling; `generate` calls it with everything prepared."""
+        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if streamer is not None or synced_gpus or not self._decodes(*given[1:], model_kwargs):
+            theirs: Any = super()
+            return theirs._sample(*given, synced_gpus, streamer, **model_kwargs)
+        outputs, follow = self._prefilled(input_ids, stopping_criteria, generation_config, model_kwargs)
+        cache, seen = outputs.past_key_values, outputs.past_key_values.get_seq_length()
+        sequences = sample(
+            input_ids, outputs.logits, lambda ids: follow(ids), logits_processor, stopping_criteria, generation_config
+        )
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        length = seen + sequences.shape[1] - input_ids.shape[1] - 1  # the last token is said, not yet seen
+        if cache.get_seq_length() > length:
+            cache.state.crop(length)
+        kind: Any = GenerateEncoderDecoderOutput if self.config.is_encoder_decoder else GenerateDecoderOnlyOutput
+        return kind(sequences=sequences, past_key_values=cache)
+
+    def _beam_search(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Beam search and beam-sample; `generate` calls it with everything prepared."""
+        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if synced_gpus or not self._decodes(*given[1:], model_kwargs):
+            theirs: Any = super()
+            return theirs._beam_search(*given, synced_gpus, **model_kwargs)
+        outputs, follow = self._prefilled(input_ids, stopping_criteria, generation_config, model_kwargs)
+        return beam_search(input_ids, outputs.logits, follow, logits_processor, stopping_criteria, generation_config)
+
+    def _decodes(
+        self,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        model_kwargs: Mapping[str, Any],
+    ) -> bool:
+        """Whether the loops here do what is asked. A log line says why not."""
+        reason = reason_against(processors, criteria, config, model_kwargs["use_cache"])
+        unknown = set(model_kwargs) - self.followed
+        if reason is None and unknown:
+            reason = f"{', '.join(sorted(unknown))} given"
+        if reason is None and getattr(type(self), PREPARE) is not vars(GenerationMixin)[PREPARE]:
+            reason = "inputs prepared by the model's own class"
+        logger.info("decoding in %s", "accel" if reason is None else f"transformers: {reason}")
+        return reason is None
+
+    def _prefilled(
+        self, ids: Tensor, criteria: StoppingCriteriaList, config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> tuple[Any, Callable[..., Tensor]]:
+        """What the model says to the prompt, and how to go on: (new ids [batch, 1], rows to continue) -> logits."""
+        mixin: Any = self  # typed for models that are modules
+        outputs = mixin._prefill(ids, config, model_kwargs, is_first_iteration=True)
+        given = mixin._update_model_kwargs_for_generation(outputs, model_kwargs, self.config.is_encoder_decoder)
+        state = outputs.past_key_values.state
+        feeds = self._feeds(given, state, (criteria.max_length or 0) - ids.shape[1])
+
+        def follow(new: Tensor, rows: Tensor | None = None) -> Tensor:
+            if rows is not None:
+                state.reorder(rows)
+            return self.runtime.step(feeds(new), state)
+
+        return outputs, follow
+
+    def _feeds(self, given: Mapping[str, Any], state: State, room: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
+        """A function from new ids [batch, 1] to what the runtime's step takes, called for at most `room` tokens."""
+        raise NotImplementedError

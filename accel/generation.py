@@ -1,7 +1,6 @@
 """The model that Hugging Face `generate` drives, over any runtime."""
 
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -10,26 +9,16 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PretrainedConfig,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
-from accel import decoding
+from accel.decoding import PREPARE, DecodingLoops
 from accel.model_class import model_class
 from accel.runtime.feeds import decoder_feeds, positions
 from accel.runtime.protocol import Runtime, State
 from accel.runtime.room import enough_memory
 from accel.runtime.stream import on_shared_stream
-
-logger = logging.getLogger(__name__)
-PREPARE = "prepare_inputs_for_generation"
 
 Generates: TypeAlias = Any
 """A model with transformers' `generate`: PyTorch's own or ours. Its mixin hides the method from type checkers."""
@@ -118,13 +107,12 @@ class Encoder:
     __call__ = forward
 
 
-class AcceleratedModel(GenerationMixin):
+class AcceleratedModel(DecodingLoops, GenerationMixin):
     """A model without PyTorch weights. `generate` and all its options come from transformers."""
 
     main_input_name = "input_ids"
     base_model_prefix = ""
     _is_stateful = False
-    followed: frozenset[str] = frozenset()  # what `generate` may carry along for a loop of our own
 
     def __init__(self, runtime: Runtime[Any], config: PretrainedConfig, generation_config: GenerationConfig) -> None:
         self.runtime = runtime
@@ -154,91 +142,6 @@ class AcceleratedModel(GenerationMixin):
         return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Greedy search and sampling; `generate` calls it with everything prepared."""
-        given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if streamer is not None or synced_gpus or not self._decodes(*given[1:], model_kwargs):
-            theirs: Any = super()
-            return theirs._sample(*given, synced_gpus, streamer, **model_kwargs)
-        outputs, follow = self._prefilled(input_ids, stopping_criteria, generation_config, model_kwargs)
-        cache, seen = outputs.past_key_values, outputs.past_key_values.get_seq_length()
-        sequences = decoding.sample(
-            input_ids, outputs.logits, lambda ids: follow(ids), logits_processor, stopping_criteria, generation_config
-        )
-        if not generation_config.return_dict_in_generate:
-            return sequences
-        length = seen + sequences.shape[1] - input_ids.shape[1] - 1  # the last token is said, not yet seen
-        if cache.get_seq_length() > length:
-            cache.state.crop(length)
-        kind: Any = GenerateEncoderDecoderOutput if self.config.is_encoder_decoder else GenerateDecoderOnlyOutput
-        return kind(sequences=sequences, past_key_values=cache)
-
-    def _beam_search(
-        self,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        **model_kwargs: Any,
-    ) -> Any:
-        """Beam search and beam-sample; `generate` calls it with everything prepared."""
-        given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if synced_gpus or not self._decodes(*given[1:], model_kwargs):
-            theirs: Any = super()
-            return theirs._beam_search(*given, synced_gpus, **model_kwargs)
-        outputs, follow = self._prefilled(input_ids, stopping_criteria, generation_config, model_kwargs)
-        return decoding.beam_search(
-            input_ids, outputs.logits, follow, logits_processor, stopping_criteria, generation_config
-        )
-
-    def _decodes(
-        self,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-        model_kwargs: Mapping[str, Any],
-    ) -> bool:
-        """Whether `accel.decoding` does what is asked. A log line says why not."""
-        reason = decoding.reason_against(processors, criteria, config, model_kwargs["use_cache"])
-        unknown = set(model_kwargs) - self.followed
-        if reason is None and unknown:
-            reason = f"{', '.join(sorted(unknown))} given"
-        if reason is None and getattr(type(self), PREPARE) is not vars(GenerationMixin)[PREPARE]:
-            reason = "inputs prepared by the model's own class"
-        logger.info("decoding in %s", "accel" if reason is None else f"transformers: {reason}")
-        return reason is None
-
-    def _prefilled(
-        self, ids: Tensor, criteria: StoppingCriteriaList, config: GenerationConfig, model_kwargs: dict[str, Any]
-    ) -> tuple[Any, Callable[..., Tensor]]:
-        """What the model says to the prompt, and how to go on: (new ids [batch, 1], rows to continue) -> logits."""
-        mixin: Any = self  # typed for models that are modules
-        outputs = mixin._prefill(ids, config, model_kwargs, is_first_iteration=True)
-        given = mixin._update_model_kwargs_for_generation(outputs, model_kwargs, self.config.is_encoder_decoder)
-        state = outputs.past_key_values.state
-        feeds = self._feeds(given, state, (criteria.max_length or 0) - ids.shape[1])
-
-        def follow(new: Tensor, rows: Tensor | None = None) -> Tensor:
-            if rows is not None:
-                state.reorder(rows)
-            return self.runtime.step(feeds(new), state)
-
-        return outputs, follow
-
-    def _feeds(self, given: Mapping[str, Any], state: State, room: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
-        """A function from new ids [batch, 1] to what the runtime's step takes, called for at most `room` tokens."""
         raise NotImplementedError
 
     def _begin(self, feeds: Mapping[str, Tensor], cache: Cache | None) -> tuple[Tensor, Any]:

@@ -71,7 +71,7 @@ def test_the_same_words(
 ) -> None:
     """Tokens and padding are transformers', whether the end is noticed at once, as on a CPU, or later, as on a GPU."""
     monkeypatch.setattr(decoding, "lag", lambda device: late)
-    with caplog.at_level(logging.INFO, "accel.generation"):
+    with caplog.at_level(logging.INFO, "accel.decoding"):
         expected, found = both(model, monkeypatch, **words, **({"max_new_tokens": 40} | options))
     assert caplog.messages == ["decoding in accel"]
     assert torch.equal(found, expected), (found.tolist(), expected.tolist())
@@ -181,7 +181,7 @@ def test_what_is_left_to_transformers(
     reason: str,
 ) -> None:
     """A log line says what our loops don't know; the words come all the same."""
-    with caplog.at_level(logging.INFO, "accel.generation"):
+    with caplog.at_level(logging.INFO, "accel.decoding"):
         found = model.generate(**words, max_new_tokens=6, **options)
     assert caplog.messages == [f"decoding in transformers: {reason}"]
     assert len(getattr(found, "sequences", found)) == len(WORDS)
