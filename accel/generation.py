@@ -13,7 +13,7 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
-from accel.decoding import PREPARE, DecodingLoops
+from accel.decoding.loops import PREPARE, DecodingLoops
 from accel.model_class import model_class
 from accel.runtime.feeds import decoder_feeds, positions
 from accel.runtime.protocol import Runtime, State

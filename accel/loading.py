@@ -32,7 +32,11 @@ def _open_runtime(folder: Path, runtime: RuntimeConfig) -> Runtime[Any]:
     if not (folder / layout.STATIC_STEP).is_file():
         console.warn(f"{folder} holds no {layout.STATIC_STEP}: its caches grow, whatever runtime.static says")
         return open_growing(folder, settings, runtime.device)
-    return open_static(folder, settings, runtime.device, runtime.buckets)
+    opened = open_static(
+        folder, settings, runtime.device, runtime.buckets, capture=runtime.capture, batches=runtime.batches
+    )
+    opened.prepare()
+    return opened
 
 
 def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:

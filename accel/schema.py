@@ -44,6 +44,9 @@ class RuntimeConfig:
     What suits it best: `branches` (see `MergeConfig`), `fuse_attention` and `static` (see `ConvertConfig`).
 
     `buckets`: lengths that a static cache may have, in decoder tokens; it moves to a longer one when it is full.
+
+    `capture`: record a step over static caches as a CUDA graph and replay it. `batches`: the numbers of sequences,
+    beams counted, to capture when a model is opened, and no others after that; empty: any, when it comes.
     """
 
     name: str = MISSING
@@ -58,6 +61,8 @@ class RuntimeConfig:
     fuse_attention: bool = False
     static: bool = False
     buckets: list[int] = field(default_factory=list)
+    capture: bool = False
+    batches: list[int] = field(default_factory=list)
 
 
 @dataclass

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LogitsProcessorList, MaxTimeCriteria, TextStreamer
 
-from accel import decoding, testing
+from accel import testing
+from accel.decoding import watch
 from accel.generation import AcceleratedModel, StateCache
 from accel.loading import load
 from accel.testing import checks
@@ -70,7 +71,7 @@ def test_the_same_words(
     late: int,
 ) -> None:
     """Tokens and padding are transformers', whether the end is noticed at once, as on a CPU, or later, as on a GPU."""
-    monkeypatch.setattr(decoding, "lag", lambda device: late)
+    monkeypatch.setattr(watch, "lag", lambda device: late)
     with caplog.at_level(logging.INFO, "accel.decoding"):
         expected, found = both(model, monkeypatch, **words, **({"max_new_tokens": 40} | options))
     assert caplog.messages == ["decoding in accel"]
@@ -106,7 +107,7 @@ def test_steps_in_vain(
         with monkeypatch.context() as patch:
             if late is None:
                 patch.setattr(AcceleratedModel, "_decodes", lambda *_: False)
-            patch.setattr(decoding, "lag", lambda device, late=late: late)
+            patch.setattr(watch, "lag", lambda device, late=late: late)
             model.generate(**words, max_new_tokens=60, **options)
         ends.append(seen[-1])
     assert ends == [ends[0], ends[0], ends[0] + 5]
@@ -116,7 +117,7 @@ def test_a_state_to_go_on_from(
     model: AcceleratedModel, words: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caches that `generate` returns hold what was said, and not the tokens computed after the end."""
-    monkeypatch.setattr(decoding, "lag", lambda device: 5)
+    monkeypatch.setattr(watch, "lag", lambda device: 5)
     one = {name: value[:1] for name, value in words.items()}
     expected, found = both(model, monkeypatch, **one, max_new_tokens=60, return_dict_in_generate=True)
     assert torch.equal(found.sequences, expected.sequences)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from accel import testing
 from accel.runtime.onnx import GrowingState
-from accel.runtime.static import Slot, StaticState
+from accel.runtime.slot import Slot
+from accel.runtime.static import StaticState
 from accel.testing import checks
 
 pytestmark = pytest.mark.xdist_group("gpt2")  # the family's own tests export the same model

@@ -45,6 +45,20 @@ def order(turn: ir.Node) -> tuple[int, ...]:
     return tuple(turn.attributes.get_ints("perm", ()))
 
 
+def reshape_target(given: ir.Value | None, made: ir.Value) -> tuple[int, ...] | None:
+    """A constant that makes a `Reshape` turn the shape of `given` into that of `made`; None if none can.
+
+    An axis that keeps its place and length is written 0, which copies it.
+    """
+    wanted = dims(made)
+    if wanted is None or 0 in wanted:  # a 0 would copy
+        return None
+    source: Dims = dims(given) or ()
+    kept = [index < len(source) and dim == source[index] for index, dim in enumerate(wanted)]
+    target = tuple(dim if isinstance(dim, int) else 0 if same else -1 for dim, same in zip(wanted, kept, strict=True))
+    return target if -1 not in target or (target.count(-1) == 1 and 0 not in target) else None
+
+
 def integers(graph: ir.Graph, kind: str, values: Sequence[int]) -> ir.Value:
     """An initializer that holds `values`, one for each kind and content, of the same name in every graph."""
     name = "_".join((kind, *map(str, values)))

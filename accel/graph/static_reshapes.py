@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from accel.graph.shapes import Dims, dims, integers
+from accel.graph.shapes import integers, reshape_target
 
 
 def static_reshapes(models: Sequence[ir.Model]) -> None:
@@ -18,18 +18,8 @@ def static_reshapes(models: Sequence[ir.Model]) -> None:
     for model in models:
         for node in list(model.graph):
             if node.op_type == "Reshape" and node.domain == "" and node.inputs[1] is not None:
-                target = _target(node.inputs[0], node.outputs[0])
+                target = reshape_target(node.inputs[0], node.outputs[0])
                 if node.inputs[1].const_value is None and target is not None:
                     node.replace_input_with(1, integers(model.graph, "shape", target))
                     node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
         RemoveUnusedNodesPass()(model)
-
-
-def _target(given: ir.Value | None, made: ir.Value) -> tuple[int, ...] | None:
-    wanted = dims(made)
-    if wanted is None or 0 in wanted:  # a 0 would copy
-        return None
-    source: Dims = dims(given) or ()
-    kept = [index < len(source) and dim == source[index] for index, dim in enumerate(wanted)]
-    target = tuple(dim if isinstance(dim, int) else 0 if same else -1 for dim, same in zip(wanted, kept, strict=True))
-    return target if -1 not in target or (target.count(-1) == 1 and 0 not in target) else None

@@ -132,7 +132,8 @@ def open_growing(
     """
     where = torch.device(device)
     paths = [path for path in (folder / layout.DECODER, folder / layout.ENCODER) if path.is_file()]
-    check_room(paths, where)
+    if weights is None:
+        check_room(paths, where)
     decoder, *encoder = (
         BoundSession(open_session(path, settings, weights if path.name == layout.DECODER else None), where)
         for path in paths

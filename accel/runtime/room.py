@@ -31,6 +31,19 @@ def check_room(graphs: Sequence[Path], device: torch.device) -> None:
         )
 
 
+def check_room_for(size: int, device: torch.device, what: str, setting: str) -> None:
+    """Raises `OutOfMemory` if `size` bytes can't fit into what is free on a GPU; `setting` is what would make it less."""
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's to give
+    if size > free:
+        raise OutOfMemory(
+            f"{what} needs {size / MB:.0f} MB, and {torch.cuda.get_device_name(device)} has {free / MB:.0f} of "
+            f"{total / MB:.0f} MB free. Smaller {setting}, fewer inputs at once or fewer beams need less"
+        )
+
+
 @contextmanager
 def enough_memory() -> Iterator[None]:
     """Turns the many ways in which torch and ONNX Runtime say that a device is full into one `OutOfMemory`.

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import onnx
 import torch
 from torch import Tensor
 
+from accel import console
 from accel.errors import AccelError
-from accel.runtime.providers import CUDA, missing_library, onnxruntime
+from accel.runtime.providers import CUDA, RUNTIME_ERRORS, missing_library, onnxruntime
 from accel.runtime.room import enough_memory
 from accel.runtime.stream import stream_options
 
@@ -63,6 +65,7 @@ class Session(onnxruntime.InferenceSession):
     """
 
     on_cuda = False
+    recordable = False  # opened by `open_recordable`, and nothing was against it
 
     def __init__(
         self,
@@ -113,6 +116,33 @@ def open_session(graph: Path | bytes, settings: SessionSettings, weights: Mappin
     if settings.provider not in session.get_providers():  # ONNX Runtime goes on without, on the CPU
         raise AccelError(missing_library())
     return session
+
+
+def open_recordable(graph: Path, settings: SessionSettings, weights: Mapping[str, Any] | None = None) -> Session:
+    """As `open_session`, for runs that are recorded as a CUDA graph: nothing that they queue calls the host back.
+
+    Where the graph can't be recorded, a warning says why, and the session is an ordinary one.
+    https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html (`enable_cuda_graph`)
+    """
+    options = {**settings.provider_options, "enable_cuda_graph": "1"}
+    try:
+        session = open_session(graph, replace(settings, provider_options=options), weights)
+    except RUNTIME_ERRORS as error:
+        if "graph capture" not in str(error):
+            raise
+        reason = str(error).split(" : ")[-1].splitlines()[0]
+        control = next(
+            (node for node in onnx.load(graph, load_external_data=False).graph.node if _branches(node)), None
+        )
+        node = f"node {control.name} ({control.op_type}): " if control is not None else ""
+        console.warn(f"steps of {graph.name} are not captured: {node}{reason}")
+        return open_session(graph, settings, weights)
+    session.recordable = settings.provider == CUDA
+    return session
+
+
+def _branches(node: onnx.NodeProto) -> bool:
+    return any(attribute.HasField("g") for attribute in node.attribute)
 
 
 def plain_run(

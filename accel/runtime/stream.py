@@ -34,6 +34,7 @@ def run_options(device: torch.device) -> Any:
     options.log_severity_level = 4
     if device.type == "cuda":
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        options.add_run_config_entry("gpu_graph_id", "-1")  # what is captured, torch captures: see `runtime.capture`
     return options
 
 

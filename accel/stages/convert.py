@@ -15,6 +15,7 @@ from accel.graph import files
 from accel.graph.convert import convert_half, half_share
 from accel.graph.formats import FORMATS
 from accel.graph.fuse_attention import fuse_attention
+from accel.graph.one_token import one_token
 from accel.graph.static_cache import Names, NotStatic, static_cache
 from accel.runtime.layout import BUCKET, POSITION
 from accel.schema import Config
@@ -49,11 +50,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 
 
 def _static(step: ir.Model, inputs: Mapping[str, Artifact], architecture: Architecture) -> ir.Model | None:
-    """`step` over caches of a fixed length; None, and a warning, where the graph allows none."""
+    """`step` for one token, over caches of a fixed length; None, and a warning, where the graph allows none."""
     description = AutoConfig.from_pretrained(inputs["checkpoint"].folder)
     static = step.clone()
     try:
         static_cache(static, architecture.signature(description, Role.STEP).cache, NAMES)
+        one_token(static, NAMES.new)
     except NotStatic as reason:
         console.warn(f"no static step, so its caches grow: {reason}")
         return None
@@ -71,5 +73,5 @@ STAGE = Stage(
     inputs=_inputs,
     sections=("precision.dtype", "convert"),
     packages=("onnx", "onnx-ir"),
-    version=2,
+    version=3,
 )

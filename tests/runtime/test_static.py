@@ -59,10 +59,10 @@ def test_caches_after_twenty_steps(both: Both) -> None:
 
 def test_written_in_place(both: Both) -> None:
     """Within a bucket nothing moves: keys are read where the last step wrote them, and only one place changes."""
-    held = both.state.slot.own["past_key_values.1.decoder.value"]
+    held = both.state.slot.side.own["past_key_values.1.decoder.value"]
     before, address = held.clone(), held.data_ptr()
     step(both)
-    assert both.state.slot.own["past_key_values.1.decoder.value"].data_ptr() == address
+    assert both.state.slot.side.own["past_key_values.1.decoder.value"].data_ptr() == address
     changed = (held != before).any(dim=(0, 1, 3))
     assert changed.nonzero().flatten().tolist() == [PAST]
 

@@ -1,0 +1,37 @@
+"""Whether it is over, asked of a device that never waits for the answer."""
+
+import torch
+from torch import Tensor
+
+LAG = 3  # tokens that a GPU has queued while the host reads whether an earlier one was the last
+
+
+class Watch:
+    """Says whether a flag on the device was true some calls ago: at once on the CPU, `LAG` calls late on a GPU.
+
+    What comes after the end is computed in vain, and at most so often; but the device always has something to do.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.lag = device, lag(device)
+        self.calls = 0
+        cuda = device.type == "cuda"
+        self.flags = torch.zeros(self.lag + 1, dtype=torch.bool, pin_memory=cuda)  # the newest calls', in turn
+        self.copied = [torch.cuda.Event() for _ in range(self.lag + 1)] if cuda else []
+
+    def __call__(self, flag: Tensor) -> bool:
+        newest, oldest = self.calls % len(self.flags), (self.calls + 1) % len(self.flags)
+        self.flags[newest].copy_(flag, non_blocking=True)
+        if self.copied:
+            self.copied[newest].record(torch.cuda.current_stream(self.device))
+        self.calls += 1
+        if self.calls <= self.lag:
+            return False
+        if self.copied:
+            self.copied[oldest].synchronize()
+        return bool(self.flags[oldest])
+
+
+def lag(device: torch.device) -> int:
+    """Calls by which a `Watch` is late."""
+    return LAG if device.type == "cuda" else 0
