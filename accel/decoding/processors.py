@@ -42,9 +42,9 @@ def recordable(processors: LogitsProcessorList) -> bool:
 
 def phase(processors: LogitsProcessorList, length: int) -> Hashable:
     """What those that count ids do when there are `length`: equal phases, equal work."""
-    return tuple(
-        length - getattr(one, "prompt_length_to_skip", 0)
-        < getattr(one, "min_new_tokens", getattr(one, "min_length", 0))
-        for one in processors
-        if type(one) in COUNTING
-    )
+
+    def active(one: object) -> bool:
+        least = getattr(one, "min_new_tokens", getattr(one, "min_length", 0))
+        return bool(length - getattr(one, "prompt_length_to_skip", 0) < least)
+
+    return tuple(active(one) for one in processors if type(one) in COUNTING)

@@ -6,6 +6,7 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 import re
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ NODE = re.compile(r"running (\w+) node\. Name:'([^']*)'")
 
 
 @cache
-def _pool() -> tuple[int, int]:
+def _pool() -> Any:
     """Memory for what recorded work makes on the way. None of it is read again later, so that all may share it."""
     return torch.cuda.graph_pool_handle()
 

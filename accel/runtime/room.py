@@ -32,7 +32,7 @@ def check_room(graphs: Sequence[Path], device: torch.device) -> None:
 
 
 def check_room_for(size: int, device: torch.device, what: str, setting: str) -> None:
-    """Raises `OutOfMemory` if `size` bytes can't fit into what is free on a GPU; `setting` is what would make it less."""
+    """Raises `OutOfMemory` if `size` bytes can't fit into what is free on a GPU. `setting`: what would make it less."""
     if device.type != "cuda":
         return
     free, total = torch.cuda.mem_get_info(device)

@@ -124,6 +124,8 @@ def open_recordable(graph: Path, settings: SessionSettings, weights: Mapping[str
     Where the graph can't be recorded, a warning says why, and the session is an ordinary one.
     https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html (`enable_cuda_graph`)
     """
+    if settings.provider != CUDA:
+        return open_session(graph, settings, weights)
     options = {**settings.provider_options, "enable_cuda_graph": "1"}
     try:
         session = open_session(graph, replace(settings, provider_options=options), weights)
@@ -131,13 +133,12 @@ def open_recordable(graph: Path, settings: SessionSettings, weights: Mapping[str
         if "graph capture" not in str(error):
             raise
         reason = str(error).split(" : ")[-1].splitlines()[0]
-        control = next(
-            (node for node in onnx.load(graph, load_external_data=False).graph.node if _branches(node)), None
-        )
+        nodes = onnx.load(graph, load_external_data=False).graph.node
+        control = next((node for node in nodes if _branches(node)), None)
         node = f"node {control.name} ({control.op_type}): " if control is not None else ""
         console.warn(f"steps of {graph.name} are not captured: {node}{reason}")
         return open_session(graph, settings, weights)
-    session.recordable = settings.provider == CUDA
+    session.recordable = True
     return session
 
 

@@ -181,9 +181,8 @@ class StaticRuntime:
             if known == kind:
                 del self._spare[index]
                 return slot
-        check_room_for(
-            self._bytes(batch, bucket), self.device, f"a cache of {batch} x {bucket} tokens", "runtime.buckets"
-        )
+        what = f"a cache for {batch} sequences of {bucket} tokens"
+        check_room_for(self._bytes(batch, bucket), self.device, what, "runtime.buckets")
         return Slot(self._step, batch, bucket, self._whole.axes, self._whole.grown, fixed, self.capture)
 
     def _bytes(self, batch: int, bucket: int) -> int:

@@ -128,6 +128,6 @@ def prepare(
         model = opened.enter_context(load(folder, runtime=runtime))
         static = None
         if (folder / layout.STATIC_STEP).is_file():
-            fixed = replace(runtime_named(runtime), static=True, buckets=BUCKETS)
+            fixed = replace(runtime_named(runtime), static=True, capture=True, buckets=BUCKETS)
             static = opened.enter_context(open_model(folder, fixed))
         yield Subject(eager.to(model.device), model, registry.build(composed.architecture), made, half, static)
