@@ -47,8 +47,6 @@ class Beams(Choice):
         return int(self.pad) if self.pad is not None and self.pad else int(self.ends[0])
 
     def seen(self) -> Tensor:
-        if not self.processors:
-            return self.chosen
         return self.running[:, :, : self.length].reshape(-1, self.length)
 
     def prepared(self, scores: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from accel.decoding.processors import phase, recordable
+from accel.decoding.processors import phase, process, recordable
 from accel.runtime.capture import Captured
 
 
@@ -60,7 +60,7 @@ class Choice(ABC):
     def _work(self) -> None:
         scores = self.scores if self.scores is not None else self.chosen
         if self._inside:
-            scores = self.processors(self.seen(), self.prepared(scores))
+            scores = process(self.processors, self.length, self.prepared(scores))
         self.choose(scores)
         self.place += 1
 

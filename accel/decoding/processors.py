@@ -1,13 +1,12 @@
 """Transformers' logits processors, by what they look at: that decides where a loop of ours may call them."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
-
-Process = Callable[..., Tensor]
-"""Ids [batch, length] and scores [batch, vocabulary] -> scores: a list of transformers' logits processors."""
 
 
 def _classes(suffix: str, *names: str) -> set[type]:
@@ -42,9 +41,23 @@ def recordable(processors: LogitsProcessorList) -> bool:
 
 def phase(processors: LogitsProcessorList, length: int) -> Hashable:
     """What those that count ids do when there are `length`: equal phases, equal work."""
+    return tuple(_forbids_ends(one, length) for one in processors if type(one) in COUNTING)
 
-    def active(one: object) -> bool:
-        least = getattr(one, "min_new_tokens", getattr(one, "min_length", 0))
-        return bool(length - getattr(one, "prompt_length_to_skip", 0) < least)
 
-    return tuple(active(one) for one in processors if type(one) in COUNTING)
+def process(processors: LogitsProcessorList, length: int, scores: Tensor) -> Tensor:
+    """What `recordable` processors say to `scores` [rows, vocabulary] after `length` ids; `scores` may be written to.
+
+    Where ends are forbidden, that is one write here, and five passes over the vocabulary in transformers.
+    """
+    for one in processors:
+        known: Any = one
+        if type(one) not in COUNTING:
+            scores = known(None, scores)
+        elif _forbids_ends(one, length):
+            scores.index_fill_(1, known.eos_token_id, -torch.inf)
+    return scores
+
+
+def _forbids_ends(one: object, length: int) -> bool:
+    least = getattr(one, "min_new_tokens", getattr(one, "min_length", 0))
+    return bool(length - getattr(one, "prompt_length_to_skip", 0) < least)

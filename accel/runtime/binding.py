@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from accel.runtime.bridge import TYPES, Bridge, bridge
+from accel.runtime.bridge import TYPES, Bridge, Held, Value, bridge, by_dlpack, hold
 from accel.runtime.providers import onnxruntime
 from accel.runtime.room import enough_memory
 from accel.runtime.session import Session
@@ -48,9 +48,21 @@ class BoundSession:
 
         Raises `KeyError` if an input is missing, `OutOfMemory` if the device has no room; the session stays usable.
         """
+        return [value if isinstance(value, Tensor) else value.tensor() for value in self.run(feeds, wanted)]
+
+    def run(self, feeds: Mapping[str, Value], wanted: Sequence[str], held: int = 0) -> list[Value]:
+        """As a call, but the last `held` outputs may stay ONNX Runtime's, and so may feeds."""
         with on_shared_stream(self.device), enough_memory():
-            placed = {name: self.place(name, feeds[name]) for name in self.inputs}
-            return self.bridge(self, placed, wanted)
+            given = {name: feeds[name] for name in self.inputs}
+            placed = {
+                name: value if isinstance(value, Held) else self.place(name, value) for name, value in given.items()
+            }
+            return self.bridge(self, placed, wanted, held)
+
+    def hold(self, name: str, tensor: Tensor) -> Value:
+        """`tensor` as input `name` takes it, made ready once for many runs."""
+        placed = self.place(name, tensor)
+        return hold(placed) if self.bridge is by_dlpack and placed.dtype is not torch.bool else placed
 
 
 class FixedCall:

@@ -5,8 +5,6 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
 import re
 from collections.abc import Callable
-from functools import cache
-from typing import Any
 
 import torch
 
@@ -14,12 +12,6 @@ from accel import console
 from accel.errors import OutOfMemory
 
 NODE = re.compile(r"running (\w+) node\. Name:'([^']*)'")
-
-
-@cache
-def _pool() -> Any:
-    """Memory for what recorded work makes on the way. None of it is read again later, so that all may share it."""
-    return torch.cuda.graph_pool_handle()
 
 
 class Captured:
@@ -50,7 +42,7 @@ class Captured:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            graph.capture_begin(_pool(), "thread_local")
+            graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self._work()
             finally:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accel.runtime import layout
 from accel.runtime.binding import BoundSession
+from accel.runtime.bridge import Held, Value
 from accel.runtime.room import check_room
 from accel.runtime.session import SessionSettings, open_session
 
@@ -20,26 +21,37 @@ MOVING = {"new", "kept", "total", PAST}  # axes of what changes with every call
 
 @dataclass
 class GrowingState:
-    """Caches as the graph returned them. `own` grows with every token; `fixed` was given or made once, by prefill."""
+    """Caches as the graph returned them. `grown` grows with every token; `fixed` was given or made once, by prefill."""
 
-    own: dict[str, Tensor]  # cache input -> [batch, heads, length, head size]
+    grown: Mapping[str, Value]  # cache input -> [batch, heads, length, head size]
     fixed: dict[str, Tensor]  # other inputs of a step -> tensor, batch first
     axes: Mapping[str, int]  # cache input that grows -> axis of its length
     made: Collection[str] = ()  # those of `fixed` that are caches
+    ready: Mapping[str, Value] | None = None  # `fixed`, as a step takes it
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The caches that grow, as tensors."""
+        return {name: value.tensor() if isinstance(value, Held) else value for name, value in self.grown.items()}
+
+    @own.setter
+    def own(self, tensors: Mapping[str, Tensor]) -> None:
+        self.grown = tensors
 
     @property
     def length(self) -> int:
-        name, tensor = next(iter(self.own.items()))
-        return tensor.shape[self.axes[name]]
+        name, value = next(iter(self.grown.items()))
+        return value.shape[self.axes[name]]
 
     @property
     def batch(self) -> int:
-        return next(iter(self.own.values())).shape[0]
+        return next(iter(self.grown.values())).shape[0]
 
     def reorder(self, index: Tensor) -> None:
         # The beams of one input share its encoder output: what is fixed stays as it is.
-        index = index.to(next(iter(self.own.values())).device)
-        self.own = {name: tensor.index_select(0, index) for name, tensor in self.own.items()}
+        own = self.own
+        index = index.to(next(iter(own.values())).device)
+        self.own = {name: tensor.index_select(0, index) for name, tensor in own.items()}
 
     def crop(self, length: int) -> None:
         self.own = {name: tensor.narrow(self.axes[name], 0, length).contiguous() for name, tensor in self.own.items()}
@@ -50,6 +62,7 @@ class GrowingState:
     def select(self, index: Tensor) -> None:
         self.reorder(index)
         self.fixed = {name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.fixed.items()}
+        self.ready = None
 
     def views(self) -> Mapping[str, Tensor]:
         return self.own | {name: self.fixed[name] for name in self.made}
@@ -113,10 +126,13 @@ class GrowingRuntime:
         }
 
     def step(self, feeds: Mapping[str, Tensor], state: GrowingState) -> Tensor:
-        given = {**feeds, **state.own, **state.fixed} | ({self.flag: self._on} if self.flag else {})
-        logits, *caches = self._step(given, ["logits", *self.grown.values()])
-        state.own = dict(zip(self.grown, caches, strict=True))
-        return logits
+        if state.ready is None:
+            fixed = {name: tensor for name, tensor in state.fixed.items() if name in self._step.inputs}
+            state.ready = {name: self._step.hold(name, tensor) for name, tensor in fixed.items()}
+        given = {**feeds, **state.grown, **state.ready} | ({self.flag: self._on} if self.flag else {})
+        logits, *caches = self._step.run(given, ["logits", *self.grown.values()], len(self.grown))
+        state.grown = dict(zip(self.grown, caches, strict=True))
+        return logits if isinstance(logits, Tensor) else logits.tensor()
 
     def close(self) -> None:
         self.encoder = None

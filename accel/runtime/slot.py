@@ -81,7 +81,12 @@ class Slot:
         return Captured(call, self.step.device, f"a step of {self.batch} x {self.bucket}") if self.capture else call
 
     def begin(self, fixed: Mapping[str, Tensor]) -> None:
-        """Take what a generation fixes; where there is room for more, the rest is 0, as in the mask over it."""
+        """Take what a generation fixes; where there is room for more, the rest is 0, as in the mask over it.
+
+        So are the caches: what another generation left would be masked, but not if it is no number.
+        """
+        for stack in (stack for side in self.sides for stack in side.stacks.values()):
+            stack.zero_()
         for name, room in self.fixed.items():
             given = fixed[name]
             if given.shape != room.shape:

@@ -159,8 +159,8 @@ class StaticRuntime:
                 "Add the number, or say runtime.batches=[] to capture any when it comes"
             )
         slot = self._slot(grown.batch, bucket, self._rounded(grown.fixed))
-        slot.write(grown.own, 0, grown.length)
         slot.begin(grown.fixed)
+        slot.write(grown.own, 0, grown.length)
         return slot
 
     def _rounded(self, fixed: Mapping[str, Tensor]) -> Shapes:

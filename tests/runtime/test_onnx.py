@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from accel.generation import AcceleratedModel
 from accel.loading import load
 from accel.runtime.binding import BoundSession
+from accel.runtime.bridge import Held, Value
 from accel.runtime.onnx import GrowingState
 
 BATCH, SOURCE, PAST = 3, 9, 5
@@ -220,15 +221,18 @@ def test_caches_never_leave_for_numpy(model: AcceleratedModel, monkeypatch: pyte
 def test_caches_stay_where_onnx_runtime_put_them(model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy: what a step takes as its past lies where the step before it left its present."""
     runs: list[tuple[dict[str, int], dict[str, int]]] = []
-    real = BoundSession.__call__
+    real = BoundSession.run
 
-    def call(self: BoundSession, feeds: Mapping[str, Tensor], wanted: list[str]) -> list[Tensor]:
-        outputs = real(self, feeds, wanted)
-        taken = {name: tensor.data_ptr() for name, tensor in feeds.items()}
-        runs.append((taken, dict(zip(wanted, (output.data_ptr() for output in outputs), strict=True))))
+    def place(value: Value) -> int:
+        return int(value.value.data_ptr() if isinstance(value, Held) else value.data_ptr())
+
+    def run(self: BoundSession, feeds: Mapping[str, Value], wanted: list[str], held: int = 0) -> list[Value]:
+        outputs = real(self, feeds, wanted, held)
+        taken = {name: place(value) for name, value in feeds.items()}
+        runs.append((taken, dict(zip(wanted, map(place, outputs), strict=True))))
         return outputs
 
-    monkeypatch.setattr(BoundSession, "__call__", call)
+    monkeypatch.setattr(BoundSession, "run", run)
     model.generate(**inputs(), min_new_tokens=12)
     decoder = runs[1:]
     assert len(decoder) == 12

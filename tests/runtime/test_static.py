@@ -60,6 +60,7 @@ def test_caches_after_twenty_steps(both: Both) -> None:
 def test_written_in_place(both: Both) -> None:
     """Within a bucket nothing moves: keys are read where the last step wrote them, and only one place changes."""
     held = both.state.slot.side.own["past_key_values.1.decoder.value"]
+    held[:, :, PAST] = 0  # another generation may have been here
     before, address = held.clone(), held.data_ptr()
     step(both)
     assert both.state.slot.side.own["past_key_values.1.decoder.value"].data_ptr() == address
@@ -88,6 +89,17 @@ def test_several_tokens_and_crop(both: Both) -> None:
 def test_beams(both: Both) -> None:
     """Every sequence twice, and then each continues from what another of its input was."""
     both.expand_then_reorder()
+
+
+def test_what_another_generation_left(both: Both, model: AcceleratedModel) -> None:
+    """A slot is used again, and what was computed in it, be it NaN, is gone."""
+    slot = both.state.slot
+    for cache in slot.side.own.values():
+        cache.fill_(torch.nan)
+    del both.state
+    again = Both(model, both.eager)
+    assert again.state.slot is slot
+    again.assert_same()
 
 
 def test_two_generations_at_once(both: Both, model: AcceleratedModel, tiny: Path) -> None:
