@@ -5,6 +5,7 @@ import json
 import platform
 import shlex
 import shutil
+import statistics
 import subprocess
 from collections.abc import Sequence
 from functools import cache
@@ -29,6 +30,21 @@ def machine(config: Config) -> dict[str, Any]:
         facts["cuda"] = torch.version.cuda
         facts["driver"] = _driver()
     return facts
+
+
+def copy_bandwidth(device: torch.device, size: int = 1 << 30, repeats: int = 20) -> float:
+    """Bytes a second that a copy within a GPU's memory reads and writes together; the median of `repeats` copies."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1000)
+    return 2 * size / float(statistics.median(seconds))
 
 
 @cache

@@ -34,11 +34,12 @@ from accel.runtime.binding import BoundSession
 from accel.runtime.feeds import decoder_feeds
 from accel.runtime.onnx import GrowingRuntime, GrowingState
 from accel.runtime.session import SessionSettings, open_session
+from accel.runtime.static import open_static
 from accel.schema import RuntimeConfig
 
 PEAK, SESSION, TIMED = "peak", "session", "timed"
 REPEATS = 5  # timed generations, after one that is not
-STEP_ALONE, SEPARATE = "step alone", "onnx+cache, two files"
+STEP_ALONE, SEPARATE, CAPTURED = "step alone", "onnx+cache, two files", "onnx static, captured"
 PREFILL_FILE, STEP_FILE = "prefill.onnx", "step.onnx"
 STEPS = 4  # decoder calls after which a session holds what it will hold
 
@@ -101,6 +102,8 @@ def session_memory(task: Task) -> int:
     """Bytes held after opening the decoder's sessions, one prefill (where there is one) and a few steps."""
     device = _device(task)
     prepare(device)
+    if task.name == CAPTURED:
+        return _captured_memory(task, device)
     before = held(device)
     runtime, prefill, step = _decoder(task, device)
     rows = task.batch_size * int(task.options["num_beams"])
@@ -115,6 +118,24 @@ def session_memory(task: Task) -> int:
         runtime.step(decoder_feeds(ids, ids.expand(rows, state.length + 1)), state)
     del context, state
     return max(0, held(device) - before)
+
+
+def _captured_memory(task: Task, device: torch.device) -> int:
+    """Bytes held by prefill's session and by steps captured in the two smallest buckets, their caches left out."""
+    config = RuntimeConfig(**task.sources["runtime"])
+    rows, folder = task.batch_size * int(task.options["num_beams"]), Path(task.sources["deployable"])
+    before = held(device)
+    buckets = sorted(config.buckets)[:2]
+    how = SessionSettings.of(config)
+    runtime = open_static(folder, how, config.device, buckets, capture=True, batches=[rows], with_encoder=False)
+    runtime.prepare(task.source_length)
+    lengths = {"batch": rows, "source": task.source_length}
+    ids = torch.ones(rows, 1, dtype=torch.int64, device=device)
+    _, state = runtime.prefill(decoder_feeds(ids, ids) | _ones(runtime.whole.decoder, runtime.whole.fixed, lengths))
+    for _ in range(STEPS):
+        runtime.step(decoder_feeds(ids, ids.expand(rows, state.length + 1)), state)
+    caches = sum(runtime.bytes(rows, bucket) for bucket in buckets)
+    return max(0, held(device) - before - caches)
 
 
 def _decoder(task: Task, device: torch.device) -> tuple[GrowingRuntime, BoundSession, BoundSession]:

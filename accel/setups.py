@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from accel.runtime.session import SessionSettings, open_session
 from accel.schema import RuntimeConfig
 from accel.stages.checkpoint import load_model
 
-TORCH, TORCH_FP32, MERGED, TWO_FILES = "torch", "torch in FP32", "merged", "two files"  # engines
+TORCH, TORCH_FP32, MERGED, TWO_FILES, STATIC = "torch", "torch in FP32", "merged", "two files", "static"  # engines
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,18 @@ class Setup:
     autocast: bool = False  # FP32 weights, FP16 operators, as torch.autocast picks them
     compiled: bool = False  # transformers compiles the decoder where it can
     cuda: bool = False  # of use on CUDA only
+    captured: bool = False  # of use where the runtime captures only
 
-    def fits(self, device: str) -> bool:
-        return device.startswith("cuda") or not self.cuda
+    def fits(self, runtime: RuntimeConfig) -> bool:
+        return (runtime.device.startswith("cuda") or not self.cuda) and (runtime.capture or not self.captured)
 
-    def compiles(self, num_beams: int) -> bool:
-        """Transformers (5.17 to 5.23) compiles the decoder in greedy search; its beam search never does."""
-        return self.compiled and num_beams == 1
+    def prepares(self, num_beams: int) -> bool:
+        """Whether a first generation of the same length makes ready what others use.
+
+        Transformers (5.17 to 5.23) compiles the decoder in greedy search; its beam search never does. Of ours, a step
+        is captured for each bucket.
+        """
+        return self.captured or (self.compiled and num_beams == 1)
 
     def options(self, new_tokens: int, num_beams: int) -> dict[str, Any]:
         """Options of `generate` for exactly `new_tokens` tokens."""
@@ -63,6 +68,7 @@ class Setup:
 BASELINE = "torch+cache"
 OURS = "onnx+cache"
 SEPARATE = "onnx+cache, two files"
+CAPTURED = "onnx static, captured"
 SETUPS: dict[str, Setup] = {
     "torch": Setup(TORCH, False),
     BASELINE: Setup(TORCH, True),
@@ -71,20 +77,22 @@ SETUPS: dict[str, Setup] = {
     "onnx": Setup(MERGED, False),
     OURS: Setup(MERGED, True),
     SEPARATE: Setup(TWO_FILES, True),
+    CAPTURED: Setup(STATIC, True, cuda=True, captured=True),
 }
 
 
-def chosen(names: Sequence[str], device: str) -> list[str]:
-    """The setups that `benchmark.setups` asks for; all that fit `device` if it is empty.
+def chosen(names: Sequence[str], runtime: RuntimeConfig) -> list[str]:
+    """The setups that `benchmark.setups` asks for; all that fit `runtime` if it is empty.
 
     Raises `AccelError` on one that doesn't exist, doesn't fit, or is named twice.
     """
-    fitting = [name for name, setup in SETUPS.items() if setup.fits(device)]
+    fitting = [name for name, setup in SETUPS.items() if setup.fits(runtime)]
     for name in names:
         if name not in SETUPS:
             raise unknown("benchmark.setups", name, fitting)
         if name not in fitting:
-            raise AccelError(f"benchmark.setups: {name!r} needs runtime=cuda. Choices here: {', '.join(fitting)}")
+            needed = "runtime=cuda-graph" if SETUPS[name].captured else "runtime=cuda"
+            raise AccelError(f"benchmark.setups: {name!r} needs {needed}. Choices here: {', '.join(fitting)}")
     if len(set(names)) < len(names):
         raise AccelError(f"benchmark.setups={list(names)} names a setup twice")
     return list(names) or fitting
@@ -115,8 +123,9 @@ def opened(engine: str, sources: Sources) -> Iterator[Generates]:
     if engine in (TORCH, TORCH_FP32):
         yield torch_model(sources, torch.float32 if engine == TORCH_FP32 else None)
     else:
-        separate = engine == TWO_FILES
-        with two_files(sources) if separate else open_model(Path(sources.deployable), sources.runtime) as model:
+        fixed = engine == STATIC
+        runtime = replace(sources.runtime, static=fixed, capture=fixed)
+        with two_files(sources) if engine == TWO_FILES else open_model(Path(sources.deployable), runtime) as model:
             yield model
 
 

@@ -70,7 +70,7 @@ def take_turns(
 
 
 def warmup_tokens(name: str, benchmark: BenchmarkConfig) -> int:
-    """New tokens of a warm-up: few, unless the setup compiles, for what it compiles depends on their number."""
-    if benchmark.warmup_tokens is None or SETUPS[name].compiles(benchmark.num_beams):
+    """New tokens of a warm-up: few, unless the setup makes something ready, which depends on their number."""
+    if benchmark.warmup_tokens is None or SETUPS[name].prepares(benchmark.num_beams):
         return benchmark.new_tokens
     return min(benchmark.warmup_tokens, benchmark.new_tokens)

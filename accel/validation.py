@@ -36,7 +36,7 @@ def validate(config: Config) -> None:
     checkpoint.check(config.model)
     optimize.check(config.optimize.passes)
     merge.check(config.merge, config.convert.fuse_attention)
-    benchmark.check(config.benchmark, config.runtime.device)
+    benchmark.check(config.benchmark, config.runtime)
     _positive(config, "audit", ("batches", "max_batches", "batch_size", "max_length"))
     _positive(config, "verify", ("inputs", "batch_size", "source_length", "max_new_tokens", "num_beams"))
     _positive(config, "benchmark", ("source_length", "new_tokens", "num_beams", "batch_size", "repeats"))

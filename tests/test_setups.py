@@ -1,14 +1,15 @@
 """The setups: which fit the device, what PyTorch's are, and how they take turns."""
 
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from accel.clock import Timing
+from accel.errors import AccelError
 from accel.schema import BenchmarkConfig, RuntimeConfig
-from accel.setups import SETUPS, TORCH, TORCH_FP32, Sources, chosen, kept_in_fp32, opened
+from accel.setups import CAPTURED, SETUPS, TORCH, TORCH_FP32, Sources, chosen, kept_in_fp32, opened
 from accel.stages.checkpoint import load_model
 from accel.turns import take_turns, time_setups, warmup_tokens
 
@@ -17,9 +18,13 @@ COMPILED, AUTOCAST = "torch static cache, compiled", "torch+cache, autocast"
 
 def test_setups_fit_the_device() -> None:
     """Without a choice all that fit run: on CUDA also compiled PyTorch and autocast."""
-    assert chosen([], "cuda:0") == list(SETUPS)
-    assert set(SETUPS) - set(chosen([], "cpu")) == {COMPILED, AUTOCAST}
-    assert chosen([COMPILED], "cuda") == [COMPILED]
+    cpu, cuda = RuntimeConfig(name="cpu"), RuntimeConfig(name="cuda", device="cuda:0")
+    assert chosen([], replace(cuda, capture=True)) == list(SETUPS)
+    assert set(SETUPS) - set(chosen([], cuda)) == {CAPTURED}
+    assert set(SETUPS) - set(chosen([], cpu)) == {COMPILED, AUTOCAST, CAPTURED}
+    assert chosen([COMPILED], cuda) == [COMPILED]
+    with pytest.raises(AccelError, match="'onnx static, captured' needs runtime=cuda-graph"):
+        chosen([CAPTURED], cuda)
 
 
 def test_patience() -> None:
@@ -45,7 +50,7 @@ def test_patience() -> None:
 
 def test_warm_up_of_what_compiles_is_whole() -> None:
     point = BenchmarkConfig(new_tokens=100, warmup_tokens=16)
-    assert [warmup_tokens(name, point) for name in ("torch+cache", COMPILED)] == [16, 100]
+    assert [warmup_tokens(name, point) for name in ("torch+cache", COMPILED, CAPTURED)] == [16, 100, 100]
     point.num_beams = 4  # transformers' beam search doesn't compile
     assert warmup_tokens(COMPILED, point) == 16
     assert warmup_tokens("torch", BenchmarkConfig(new_tokens=100, warmup_tokens=None)) == 100
@@ -54,8 +59,7 @@ def test_warm_up_of_what_compiles_is_whole() -> None:
 
 def test_torch_baseline_is_what_people_run(tiny: Path) -> None:
     """PyTorch runs with transformers' own choice of attention, not with the export's."""
-    runtime = SimpleNamespace(device="cpu")
-    sources = Sources(str(tiny), "", "", {}, runtime)  # type: ignore[arg-type]
+    sources = Sources(str(tiny), "", "", {}, RuntimeConfig(name="cpu"))
     with opened("torch", sources) as model:
         assert model.config._attn_implementation == "sdpa"
         assert model.dtype == torch.float32
@@ -92,5 +96,5 @@ def test_cuda_only_setups(tiny: Path, beams: int) -> None:
     measured = time_setups([COMPILED, AUTOCAST], sources, given, point)
     for name, timings in measured.timings.items():
         assert [len(timing.tokens[0]) for timing in timings] == [1 + 20] * 2
-        assert all(timing.compiled is SETUPS[name].compiles(beams) for timing in timings)
+        assert all(timing.compiled is (SETUPS[name].compiled and beams == 1) for timing in timings)
     assert measured.fp32 == {"wo": 5}

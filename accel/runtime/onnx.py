@@ -134,20 +134,30 @@ class GrowingRuntime:
         state.grown = dict(zip(self.grown, caches, strict=True))
         return logits if isinstance(logits, Tensor) else logits.tensor()
 
+    @property
+    def decoder(self) -> BoundSession:
+        """The session that steps run on."""
+        return self._step
+
     def close(self) -> None:
         self.encoder = None
         del self._prefill, self._step
 
 
 def open_growing(
-    folder: Path, settings: SessionSettings, device: str = "cpu", weights: Mapping[str, Any] | None = None
+    folder: Path,
+    settings: SessionSettings,
+    device: str = "cpu",
+    weights: Mapping[str, Any] | None = None,
+    with_encoder: bool = True,
 ) -> GrowingRuntime:
     """The runtime over a deployable's (or a candidate's) folder. Raises `FileNotFoundError` if it is none.
 
     `weights`: those of the decoder that are in memory already, by name.
     """
     where = torch.device(device)
-    paths = [path for path in (folder / layout.DECODER, folder / layout.ENCODER) if path.is_file()]
+    files = (layout.DECODER, layout.ENCODER) if with_encoder else (layout.DECODER,)
+    paths = [folder / file for file in files if (folder / file).is_file()]
     if weights is None:
         check_room(paths, where)
     decoder, *encoder = (

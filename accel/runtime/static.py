@@ -104,7 +104,7 @@ class StaticRuntime:
         capture: bool = False,
         batches: Sequence[int] = (),
     ) -> None:
-        self._whole, self._step = whole, step
+        self.whole, self._step = whole, step
         self.buckets, self.batches = sorted(buckets), sorted(batches)
         self.device, self.dtype = whole.device, whole.dtype
         self.capture = capture
@@ -119,14 +119,14 @@ class StaticRuntime:
         self.shapes = shapes
 
     def encode(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self._whole.encode(feeds)
+        return self.whole.encode(feeds)
 
     def prefill(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, StaticState]:
-        logits, grown = self._whole.prefill(feeds)
+        logits, grown = self.whole.prefill(feeds)
         return logits, StaticState(self, grown)
 
     def resume(self, caches: Sequence[Tensor], feeds: Mapping[str, Tensor]) -> StaticState:
-        return StaticState(self, self._whole.resume(caches, feeds))
+        return StaticState(self, self.whole.resume(caches, feeds))
 
     def step(self, feeds: Mapping[str, Tensor], state: StaticState) -> Tensor:
         """Raises `AccelError` if the largest bucket has no room for the new tokens."""
@@ -137,7 +137,7 @@ class StaticRuntime:
             logits = state.slot.run().clone()
         else:
             grown = state.grown()
-            logits = self._whole.step(feeds, grown)
+            logits = self.whole.step(feeds, grown)
             state.slot.write(grown.own, state.length, new)
         state.length += new
         return logits
@@ -182,17 +182,17 @@ class StaticRuntime:
                 del self._spare[index]
                 return slot
         what = f"a cache for {batch} sequences of {bucket} tokens"
-        check_room_for(self._bytes(batch, bucket), self.device, what, "runtime.buckets")
-        return Slot(self._step, batch, bucket, self._whole.axes, self._whole.grown, fixed, self.capture)
+        check_room_for(self.bytes(batch, bucket), self.device, what, "runtime.buckets")
+        return Slot(self._step, batch, bucket, self.whole.axes, self.whole.grown, fixed, self.capture)
 
-    def _bytes(self, batch: int, bucket: int) -> int:
-        """What the caches of a slot take."""
+    def bytes(self, batch: int, bucket: int) -> int:
+        """What the caches of a slot take, once."""
         sizes = (
             self._step.dtype(name).itemsize
             * batch
             * bucket
             * torch.Size(dim for dim in self._step.inputs[name].shape if isinstance(dim, int)).numel()
-            for name in self._whole.axes
+            for name in self.whole.axes
         )
         return sum(sizes)
 
@@ -220,7 +220,7 @@ class StaticRuntime:
 
     def close(self) -> None:
         self._spare.clear()
-        self._whole.close()
+        self.whole.close()
         del self._step
 
 
@@ -231,6 +231,7 @@ def open_static(
     buckets: Sequence[int],
     capture: bool = False,
     batches: Sequence[int] = (),
+    with_encoder: bool = True,
 ) -> StaticRuntime:
     """The runtime over a deployable's folder that holds a static step as well: see `layout.STATIC_STEP`.
 
@@ -239,7 +240,7 @@ def open_static(
     where = torch.device(device)
     check_room([path for path in (folder / DECODER, folder / ENCODER) if path.is_file()], where)
     weights = SharedWeights(where)
-    whole = open_growing(folder, settings, device, weights.of(folder / DECODER))
+    whole = open_growing(folder, settings, device, weights.of(folder / DECODER), with_encoder)
     path = folder / STATIC_STEP
     opening = open_recordable if capture else open_session
     session = opening(path, settings, weights.of(path))

@@ -19,9 +19,11 @@ from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact, versions
 from accel.clock import OtherLoad, Timing
 from accel.errors import AccelError
-from accel.machine import command, machine
-from accel.schema import BenchmarkConfig, Config
-from accel.setups import BASELINE, OURS, SEPARATE, SETUPS, Sources, chosen, free
+from accel.graph import files
+from accel.graph.traffic import bytes_read
+from accel.machine import command, copy_bandwidth, machine
+from accel.schema import BenchmarkConfig, Config, RuntimeConfig
+from accel.setups import BASELINE, CAPTURED, OURS, SEPARATE, SETUPS, Sources, chosen, free
 from accel.stages import Stage
 from accel.turns import time_setups
 
@@ -29,17 +31,18 @@ MEASUREMENT = "measurement.json"
 PLOTS = ("latency.png", "accumulated.png")
 COLUMNS = (
     *("setup", "runs", "total s", "model s", "ms a token", "last/first"),
-    *("x torch +cache", "x two files"),
+    *("x torch +cache", "x two files", "x limit"),
 )
+RATIOS = ("last_over_first", "vs_torch_cache", "vs_two_files", "over_limit")
 MEMORY_COLUMNS = ("memory", "peak MB", "session MB")
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu")
 ABSENT = "-"
 BUSY = 0.1  # share of the processor that others may take before the times say little
 
 
-def check(benchmark: BenchmarkConfig, device: str) -> None:
-    """Raises `AccelError` on setups that can't be had on `device`, or a number that makes no sense."""
-    chosen(benchmark.setups, device)
+def check(benchmark: BenchmarkConfig, runtime: RuntimeConfig) -> None:
+    """Raises `AccelError` on setups that can't be had on `runtime`, or a number that makes no sense."""
+    chosen(benchmark.setups, runtime)
     if benchmark.warmup < 0:
         raise AccelError(f"benchmark.warmup={benchmark.warmup}: must be 0 or more")
     if benchmark.warmup_tokens is not None and benchmark.warmup_tokens < 1:
@@ -64,7 +67,7 @@ def measure_memory(
 
     `step alone` is the yardstick for the merged decoder: the step graph by itself, which can't begin a generation.
     """
-    sessions = [name for name in (OURS, SEPARATE) if name in names]
+    sessions = [name for name in (OURS, SEPARATE, CAPTURED) if name in names]
     wanted = [(measure.PEAK, name) for name in names] + [(measure.SESSION, name) for name in sessions]
     if OURS in names:
         wanted.append((measure.SESSION, measure.STEP_ALONE))
@@ -132,6 +135,24 @@ def last_over_first(positions: Sequence[float]) -> float | None:
     return statistics.median(rest[-tenth:]) / statistics.median(rest[:tenth]) if len(rest) > 1 else None
 
 
+def read_limit(sources: Sources, benchmark: BenchmarkConfig) -> dict[str, float] | None:
+    """What a step must read at half of the new tokens, in bytes, and the seconds that takes; none on the CPU.
+
+    `bandwidth`: bytes a second that a copy on the device reads and writes, measured here.
+    """
+    device = torch.device(sources.runtime.device)
+    if device.type != "cuda":
+        return None
+    lengths = {
+        "batch": benchmark.batch_size * benchmark.num_beams,
+        "source": benchmark.source_length,
+        "past": benchmark.new_tokens // 2,
+    }
+    step = files.load(Path(sources.graphs) / f"{Role.STEP}.onnx")
+    size, bandwidth = bytes_read(step, sources.cache, lengths), copy_bandwidth(device)
+    return {"bytes": size, "bandwidth": bandwidth, "seconds": size / bandwidth}
+
+
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Writes `measurement.json`, the plot of latency by position and the plot of accumulated time."""
     benchmark = config.benchmark
@@ -145,7 +166,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         runtime=config.runtime,
         dtype=config.precision.dtype,
     )
-    names = chosen(benchmark.setups, config.runtime.device)
+    names = chosen(benchmark.setups, config.runtime)
     given = random_inputs(architecture, description, benchmark)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.runtime.threads or threads)
@@ -158,13 +179,20 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     free(config.runtime.device)  # on a GPU, what this process holds would take room from those that measure
     timings = measured.timings
     memory = measure_memory(names, sources, given, benchmark) if benchmark.memory else {}
+    setups = summarize(timings, benchmark.new_tokens)
+    limit = read_limit(sources, benchmark)
+    if limit is not None:
+        for name, values in setups.items():
+            over = values["total"]["median"] / benchmark.new_tokens / limit["seconds"]
+            values["over_limit"] = over if SETUPS[name].use_cache else None
     summary = {
+        "limit": limit,
         "point": {key: value for key, value in asdict(benchmark).items() if key not in ("setups", "memory")},
         "precision": config.precision.dtype,
         "machine": facts,
         "packages": versions((*PACKAGES, "accel")),
         "command": command(sys.argv),
-        "setups": summarize(timings, benchmark.new_tokens),
+        "setups": setups,
         "torch_fp32": measured.fp32,
         "memory": memory,
         "session_ratio": _session_ratio(memory),
@@ -216,7 +244,10 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
                 f"{_seconds(total['median'])} [{_seconds(total['min'])}-{_seconds(total['max'])}]",
                 _seconds(values["inside"]["median"]),
                 f"{values['ms_per_token']:.2f}",
-                *(_ratio(values[key]) for key in ("last_over_first", "vs_torch_cache", "vs_two_files")),
+                *(
+                    _ratio(values.get(key))
+                    for key in ("last_over_first", "vs_torch_cache", "vs_two_files", "over_limit")
+                ),
             ]
         )
     return drawn
@@ -258,6 +289,12 @@ def show(summary: Mapping[str, Any]) -> None:
         console.out.print(
             f"session memory of the merged decoder: {summary['session_ratio']:.2f}x that of the step graph alone"
         )
+    if summary["limit"] is not None:
+        limit = summary["limit"]
+        console.out.print(
+            f"x limit: {limit['seconds'] * 1000:.3f} ms a token, which reading {limit['bytes'] / 1e6:.0f} MB of "
+            f"weights and cache takes at the {limit['bandwidth'] / 1e12:.2f} TB/s of a copy measured in this run"
+        )
     if summary["torch_fp32"]:
         kept = ", ".join(f"{count} x {name}" for name, count in summary["torch_fp32"].items())
         console.out.print(f"modules that PyTorch's FP16 model keeps in FP32: {kept}")
@@ -275,5 +312,5 @@ STAGE = Stage(
     sections=("precision", "runtime", "benchmark"),
     packages=PACKAGES,
     machine=True,
-    version=2,
+    version=3,
 )

@@ -32,7 +32,7 @@ def test_figures(build: Build, tiny: Path) -> None:
     artifact = artifacts["benchmark"]
     summary = artifact.summary
     measured = json.loads((artifact.folder / benchmark.MEASUREMENT).read_text())
-    assert set(summary["setups"]) == set(measured["latencies"]) == set(chosen([], "cpu"))
+    assert set(summary["setups"]) == set(measured["latencies"]) == set(chosen([], RuntimeConfig(name="cpu")))
     assert summary["point"] | {"new_tokens": 6, "num_beams": 2, "batch_size": 3} == summary["point"]
     assert set(summary["machine"]) >= {"device", "threads", "processor", "torch_threads", "other_load"}
     assert summary["packages"]["torch"] == torch.__version__
@@ -117,7 +117,7 @@ def test_candidate_only_if_asked(build: Build, tiny: Path) -> None:
 def test_refused(values: dict[str, Any], message: str) -> None:
     """An unknown setup lists the choices, one of another device the ones here; values that make no sense are named."""
     with pytest.raises(AccelError, match=message):
-        benchmark.check(BenchmarkConfig(**values), "cpu")
+        benchmark.check(BenchmarkConfig(**values), RuntimeConfig(name="cpu"))
 
 
 def test_last_over_first() -> None:
@@ -198,10 +198,12 @@ def test_busy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
                 "torch_fp32": {"wo": 48} if share == 0.6 else {},
                 "memory": {},
                 "session_ratio": None,
+                "limit": {"seconds": 3e-4, "bytes": 9e8, "bandwidth": 3e12} if share == 0.6 else None,
             }
         )
         printed = capsys.readouterr()
         assert ("other programs took 60%" in printed.err) is (share == 0.6)
+        assert ("0.300 ms a token, which reading 900 MB" in printed.out) is (share == 0.6)
         assert ("keeps in FP32: 48 x wo" in printed.out) is (share == 0.6)
 
 
