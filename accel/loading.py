@@ -33,7 +33,13 @@ def _open_runtime(folder: Path, runtime: RuntimeConfig) -> Runtime[Any]:
         console.warn(f"{folder} holds no {layout.STATIC_STEP}: its caches grow, whatever runtime.static says")
         return open_growing(folder, settings, runtime.device)
     opened = open_static(
-        folder, settings, runtime.device, runtime.buckets, capture=runtime.capture, batches=runtime.batches
+        folder,
+        settings,
+        runtime.device,
+        runtime.buckets,
+        environment=runtime.static_environment,
+        capture=runtime.capture,
+        batches=runtime.batches,
     )
     opened.prepare()
     return opened

@@ -127,7 +127,16 @@ def _captured_memory(task: Task, device: torch.device) -> int:
     before = held(device)
     buckets = sorted(config.buckets)[:2]
     how = SessionSettings.of(config)
-    runtime = open_static(folder, how, config.device, buckets, capture=True, batches=[rows], with_encoder=False)
+    runtime = open_static(
+        folder,
+        how,
+        config.device,
+        buckets,
+        environment=config.static_environment,
+        capture=True,
+        batches=[rows],
+        with_encoder=False,
+    )
     runtime.prepare(task.source_length)
     lengths = {"batch": rows, "source": task.source_length}
     ids = torch.ones(rows, 1, dtype=torch.int64, device=device)

@@ -45,6 +45,8 @@ class RuntimeConfig:
 
     `buckets`: lengths that a static cache may have, in decoder tokens; it moves to a longer one when it is full.
 
+    `static_environment`: in place of some of `environment`, for the session of a step over static caches.
+
     `capture`: record a step over static caches as a CUDA graph and replay it. `batches`: the numbers of sequences,
     beams counted, to capture when a model is opened, and no others after that; empty: any, when it comes.
     """
@@ -61,6 +63,7 @@ class RuntimeConfig:
     fuse_attention: bool = False
     static: bool = False
     buckets: list[int] = field(default_factory=list)
+    static_environment: dict[str, str] = field(default_factory=dict)
     capture: bool = False
     batches: list[int] = field(default_factory=list)
 

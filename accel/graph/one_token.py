@@ -1,9 +1,11 @@
 """A step of exactly one new token: where an axis has one place, nothing needs to be moved around it."""
 
+from math import prod
+
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from accel.graph.shapes import dims, integers, order, reshape_target
+from accel.graph.shapes import dims, integers, made_by, order, reshape_target
 
 
 def one_token(step: ir.Model, new: str) -> None:
@@ -25,7 +27,50 @@ def one_token(step: ir.Model, new: str) -> None:
             ir.convenience.replace_all_uses_with(old, made.outputs[0], replace_graph_outputs=True)
             graph.remove(node, safe=True)
             made.outputs[0].name = old.name
+    _split_once(graph)
     RemoveUnusedNodesPass()(step)
+
+
+def _split_once(graph: ir.Graph) -> None:
+    """What is cut both side by side and by heads is cut side by side alone: of one token, each part is the same."""
+    for node in list(graph):
+        whole = _source(node.inputs[0]) if node.op_type == "Split" and node.domain == "" else None
+        for flat in list(whole.consumers()) if whole is not None else ():
+            if flat.op_type == "Split" and flat is not node and len(flat.outputs) == len(node.outputs):
+                pairs = list(zip(node.outputs, flat.outputs, strict=True))
+                if all(_size(old) is not None and _size(old) == _size(new) for old, new in pairs):
+                    for old, new in pairs:
+                        _reshaped(graph, node, old, new)
+                break
+
+
+def _reshaped(graph: ir.Graph, before: ir.Node, old: ir.Value, new: ir.Value) -> None:
+    """Let `new` in the shape of `old` stand in for it."""
+    target = reshape_target(new, old)
+    if target is not None and old.uses():
+        made = ir.node("Reshape", [new, integers(graph, "shape", target)])
+        made.outputs[0].type, made.outputs[0].shape = old.type, old.shape
+        made.outputs[0].name = f"{old.name}.reshaped"
+        after = new.producer()
+        if after is not None:
+            graph.insert_after(max(after, before, key=list(graph).index), made)
+            ir.convenience.replace_all_uses_with(old, made.outputs[0], replace_graph_outputs=True)
+
+
+def _source(value: ir.Value | None) -> ir.Value | None:
+    """What `value` is a reshape of."""
+    while (node := made_by(value, "Reshape")) is not None:
+        value = node.inputs[0]
+    return value
+
+
+def _size(value: ir.Value) -> tuple[int, tuple[str, ...]] | None:
+    """Elements: the product of the known lengths, and the symbols of the others."""
+    known = dims(value)
+    if known is None:
+        return None
+    symbols = tuple(sorted(dim for dim in known if isinstance(dim, str)))
+    return prod(dim for dim in known if isinstance(dim, int)), symbols
 
 
 def _is(dim: int | ir.SymbolicDim, symbol: str) -> bool:

@@ -8,6 +8,7 @@ cache does, and its new entries are copied.
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -229,13 +230,16 @@ def open_static(
     settings: SessionSettings,
     device: str,
     buckets: Sequence[int],
+    *,
+    environment: Mapping[str, str] | None = None,
     capture: bool = False,
     batches: Sequence[int] = (),
     with_encoder: bool = True,
 ) -> StaticRuntime:
     """The runtime over a deployable's folder that holds a static step as well: see `layout.STATIC_STEP`.
 
-    Both decoders read the same weights.
+    Both decoders read the same weights. `environment`: variables that the static step's session reads in place of those
+    of `settings`.
     """
     where = torch.device(device)
     check_room([path for path in (folder / DECODER, folder / ENCODER) if path.is_file()], where)
@@ -243,5 +247,6 @@ def open_static(
     whole = open_growing(folder, settings, device, weights.of(folder / DECODER), with_encoder)
     path = folder / STATIC_STEP
     opening = open_recordable if capture else open_session
-    session = opening(path, settings, weights.of(path))
+    how = replace(settings, environment={**settings.environment, **(environment or {})})
+    session = opening(path, how, weights.of(path))
     return StaticRuntime(whole, BoundSession(session, where), buckets, session.recordable, batches)

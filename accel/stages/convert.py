@@ -39,8 +39,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         if half:
             convert_half(model, plans[role], FORMATS[config.precision.dtype])
             shares[str(role)] = half_share(model)
-        static = _static(model, inputs, architecture) if role is Role.STEP and config.convert.static_step else None
-        if config.convert.fuse_attention:
+        fuse = config.convert.fuse_attention
+        wanted = role is Role.STEP and config.convert.static_step
+        static = _static(model, inputs, architecture, fuse) if wanted else None
+        if fuse:
             fuse_attention([model])
             console.note(f"{role}: {files.node_count(model)} nodes with attention fused")
         files.save(model, out / f"{role}.onnx")
@@ -49,12 +51,14 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     return shares
 
 
-def _static(step: ir.Model, inputs: Mapping[str, Artifact], architecture: Architecture) -> ir.Model | None:
+def _static(step: ir.Model, inputs: Mapping[str, Artifact], architecture: Architecture, fuse: bool) -> ir.Model | None:
     """`step` for one token, over caches of a fixed length; None, and a warning, where the graph allows none."""
     description = AutoConfig.from_pretrained(inputs["checkpoint"].folder)
     static = step.clone()
     try:
         static_cache(static, architecture.signature(description, Role.STEP).cache, NAMES)
+        if fuse:
+            fuse_attention([static])
         one_token(static, NAMES.new)
     except NotStatic as reason:
         console.warn(f"no static step, so its caches grow: {reason}")

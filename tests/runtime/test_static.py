@@ -1,9 +1,11 @@
 """Caches of a fixed length: what a State does to them is what PyTorch's caches do, and they stay where they are."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from transformers import T5ForConditionalGeneration
@@ -24,9 +26,12 @@ from tests.runtime.test_onnx import BATCH, PAST, Both
 STATIC = replace(runtime_named("cpu"), static=True, buckets=[8, 12, 32])
 
 
-@pytest.fixture(scope="module")
-def folder(build: Build, tiny: Path) -> Path:
-    return build(tiny, "verify", ("runtime.static=true",))[1]["verify"].folder
+FUSED = ("convert.fuse_attention=true", "merge.branches=decoders")  # as on a GPU
+
+
+@pytest.fixture(scope="module", params=[(), FUSED], ids=["plain", "fused"])
+def folder(request: pytest.FixtureRequest, build: Build, tiny: Path) -> Path:
+    return build(tiny, "verify", ("runtime.static=true", *request.param))[1]["verify"].folder
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,16 @@ def test_longer_than_the_largest_bucket(both: Both) -> None:
     with pytest.raises(AccelError, match=r"no room for 33 tokens.*runtime.buckets=\[8, 12, 32\].*runtime.static=false"):
         step(both)
     both.assert_same_caches()
+
+
+def test_attention_is_one_node_where_it_is_fused(folder: Path) -> None:
+    """Two a layer, nothing turned around them, and the parts of a joined product cut once."""
+    found = Counter(node.op_type for node in onnx.load(folder / STATIC_STEP, load_external_data=False).graph.node)
+    fused = found["MultiHeadAttention"] == 2 * 2
+    assert fused is (found["Softmax"] == 0)
+    assert found["ScatterElements"] == 2 * 2
+    assert found["Split"] == 2
+    assert found["Transpose"] <= (2 if fused else 6)  # of the bias and the head; of keys
 
 
 def test_a_deployable_without_a_static_step(deployable: Path, capsys: pytest.CaptureFixture[str]) -> None:
