@@ -13,7 +13,7 @@ from accel.errors import AccelError, unknown
 from accel.graph.formats import FORMATS
 from accel.pipeline import chosen
 from accel.runtime.providers import check_provider, computes
-from accel.schema import AuditConfig, Config, VerifyConfig
+from accel.schema import AuditConfig, Config, RuntimeConfig, VerifyConfig
 from accel.stages import audit, benchmark, checkpoint, merge, optimize
 from accel.texts import References
 
@@ -46,15 +46,21 @@ def validate(config: Config) -> None:
     _check_precision(config)
     if config.runtime.threads < 0:
         raise AccelError(f"runtime.threads={config.runtime.threads}: must be 0 (automatic) or more")
-    if config.runtime.static and min(config.runtime.buckets, default=0) < 1:
-        raise AccelError(
-            f"runtime.buckets={config.runtime.buckets}: must be lengths of 1 or more, such as [64,256,1024]"
-        )
+    _check_static(config.runtime)
     if config.export.opset not in OPSETS:
         raise AccelError(f"export.opset={config.export.opset}: must be from {OPSETS[0]} to {OPSETS[-1]}")
     if not 0 < config.export.tolerance < 1:
         raise AccelError(f"export.tolerance={config.export.tolerance}: must be above 0 and below 1")
     check_generate(config.generate)
+
+
+def _check_static(runtime: RuntimeConfig) -> None:
+    if runtime.static and min(runtime.buckets, default=0) < 1:
+        raise AccelError(f"runtime.buckets={runtime.buckets}: must be lengths of 1 or more, such as [64,256,1024]")
+    if runtime.capture and not runtime.static:
+        raise AccelError("runtime.capture=true needs runtime.static=true: only what stays where it is can be recorded")
+    if min(runtime.batches, default=1) < 1:
+        raise AccelError(f"runtime.batches={runtime.batches}: must be numbers of sequences, or [] for any")
 
 
 def _check_audit(given: AuditConfig) -> None:

@@ -247,6 +247,15 @@ def test_buckets_without_room(refused: Refused, buckets: str) -> None:
     assert_names(refused("runtime.static=true", f"runtime.buckets={buckets}"), "runtime.buckets", "[64,256,1024]")
 
 
+def test_capture_without_a_static_cache(refused: Refused) -> None:
+    """What moves can't be recorded."""
+    assert_names(refused("runtime.capture=true"), "runtime.capture=true", "runtime.static=true")
+
+
+def test_batches_of_nothing(refused: Refused) -> None:
+    assert_names(refused("runtime.batches=[0,4]"), "runtime.batches=[0, 4]", "[] for any")
+
+
 def test_conflicting_options(refused: Refused) -> None:
     """What GenerationConfig refuses, and inputs given twice."""
     assert_names(refused("generate.num_beams=2", "generate.num_return_sequences=5"), "num_return_sequences")

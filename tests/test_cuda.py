@@ -188,3 +188,52 @@ def family(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> Ite
 def test_conformance_on_the_gpu(check: testing.Check, family: testing.Subject) -> None:
     """One family for each kind of input, cache and position, by the checks that all pass on the CPU."""
     check(family)
+
+
+@pytest.fixture(scope="module")
+def captured(build: Build, tiny: Path) -> Iterator[AcceleratedModel]:
+    """The tiny T5 with static caches and captured steps, verified as such."""
+    folder = build(tiny, "verify", ("runtime=cuda-graph", "precision=fp32"))[1]["verify"].folder
+    with load(folder, runtime="cuda-graph") as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5},
+        {"do_sample": True, "top_k": 0, "temperature": 1.3, "top_p": 0.9},
+        {"do_sample": True, "num_beams": 3},
+        {"prompt_lookup_num_tokens": 2},
+        {"min_new_tokens": 80, "max_new_tokens": 90},
+        {"repetition_penalty": 1.7},
+    ],
+    ids=["greedy", "beams", "sampling", "beam-sample", "prompt lookup", "buckets", "processor"],
+)
+def test_captured_steps_say_the_same(
+    captured: AcceleratedModel, eager: T5ForConditionalGeneration, options: dict[str, object]
+) -> None:
+    """Twice, for the second generation finds slots that the first has used; what is replayed was recorded."""
+    given = inputs()
+    if "prompt_lookup_num_tokens" in options:
+        given = {name: tensor[:1] for name, tensor in given.items()}
+    settings = {"max_new_tokens": 17, "no_repeat_ngram_size": 1, **options}
+    if "top_p" in options or "min_new_tokens" in options:
+        del settings["no_repeat_ngram_size"]  # so that the choice is recorded as well
+    found = []
+    for one in (eager, captured, captured):
+        torch.manual_seed(5)
+        found.append(one.generate(**given, **settings))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    sides = [side for _, slot in captured.runtime._spare for side in slot.sides]
+    assert all(side.run.recorded for side in sides)
+
+
+def test_too_little_room_for_a_bucket_is_foretold(captured: AcceleratedModel) -> None:
+    """Sizes and what to do, and the model goes on."""
+    captured.generate(**inputs(), max_new_tokens=5)
+    with pytest.raises(OutOfMemory, match=r"for 50000000 sequences of 64 tokens needs \d+ MB.*runtime.buckets"):
+        captured.runtime._slot(50_000_000, 64, {})
+    captured.generate(**inputs(), max_new_tokens=5)

@@ -18,7 +18,7 @@ from accel.runtime.binding import BoundSession
 from accel.runtime.layout import DECODER, STATIC_STEP
 from accel.runtime.onnx import open_growing
 from accel.runtime.session import SessionSettings, open_session
-from accel.runtime.static import StaticRuntime
+from accel.runtime.static import SPARE, StaticRuntime
 from accel.runtime.weights import SharedWeights
 from tests.conftest import Build
 from tests.runtime.test_onnx import BATCH, PAST, Both
@@ -122,6 +122,29 @@ def test_longer_than_the_largest_bucket(both: Both) -> None:
     with pytest.raises(AccelError, match=r"no room for 33 tokens.*runtime.buckets=\[8, 12, 32\].*runtime.static=false"):
         step(both)
     both.assert_same_caches()
+
+
+def test_other_batches_than_those_captured(folder: Path) -> None:
+    """Told before anything is decoded, with the batches there are; those are ready from the start."""
+    only = replace(STATIC, batches=[2, 6], buckets=[8, 16])
+    ids = torch.arange(3, 9).view(3, 2)
+    with open_model(folder, only) as opened:
+        assert [(slot.batch, slot.bucket) for _, slot in opened.runtime._spare] == [(2, 8), (2, 16), (6, 8), (6, 16)]
+        with pytest.raises(AccelError, match=r"3 sequences at once.*runtime.batches=\[2, 6\]"):
+            opened.generate(ids, max_new_tokens=3)
+        assert opened.generate(ids[:2], max_new_tokens=3).shape == (2, 4)
+        assert opened.generate(ids, num_beams=2, max_new_tokens=3).shape == (3, 4)
+
+
+def test_slots_are_few(folder: Path) -> None:
+    """Sources of similar lengths share a slot, and no more than a handful are kept."""
+    with open_model(folder, replace(STATIC, buckets=[32])) as opened:
+        for length in range(2, 16):
+            opened.generate(torch.arange(3, 3 + length)[None], max_new_tokens=2)
+        assert len(opened.runtime._spare) == 1
+        for batch in range(2, 12):
+            opened.generate(torch.arange(3, 3 + batch).view(batch, 1), max_new_tokens=2)
+        assert len(opened.runtime._spare) == SPARE
 
 
 def test_attention_is_one_node_where_it_is_fused(folder: Path) -> None:
