@@ -26,7 +26,7 @@ class Attention:
     query: ir.Value  # [B, H, S, K]
     key: ir.Value  # [B, H, T, K]
     value: ir.Value  # [B, H, T, K]
-    bias: ir.Value | None  # [B or 1, H or 1, S, T]
+    bias: ir.Value | None  # [B or 1, H or 1, S or 1, T]
     scale: float
     last: ir.Node
 
@@ -81,10 +81,10 @@ def _scores(value: ir.Value | None, shape: Sequence[int | str]) -> Iterator[tupl
 
 
 def _fits(bias: Sequence[int | str] | None, shape: Sequence[int | str]) -> bool:
-    """Whether the operator broadcasts it: over the batch and the heads, not over the positions."""
-    if bias is None or len(bias) != 4 or tuple(bias[2:]) != tuple(shape[2:]):
+    """Whether it is one number for each key, be it the same for several sequences, heads or queries."""
+    if bias is None or len(bias) != 4 or bias[3] != shape[3]:
         return False
-    return all(own in (1, other) for own, other in zip(bias[:2], shape[:2], strict=True))
+    return all(own in (1, other) for own, other in zip(bias[:3], shape[:3], strict=True))
 
 
 def _agree(query: ir.Value, key: ir.Value, value: ir.Value) -> bool:
@@ -106,13 +106,14 @@ def _fuse(graph: ir.Graph, found: Attention) -> None:
     shape = dims(found.query)
     if query is None or shape is None:
         return
-    inputs: list[ir.Value | None] = [query, found.key, found.value, None, None, found.bias]
+    bias = _for_every_query(graph, found.last, found.bias, query)
+    inputs: list[ir.Value | None] = [query, found.key, found.value, None, None, bias]
     old = found.last.outputs[0]
     outputs = [ir.Value(name=old.name, type=old.type, shape=old.shape)]
     replaced = [old]
     grown = _grown(graph, found)
     if grown is not None:
-        inputs = [query, *grown[:2], None, None, found.bias, *grown[2:]]
+        inputs = [query, *grown[:2], None, None, bias, *grown[2:]]
         replaced += [found.key, found.value]
         outputs += [ir.Value(name=one.name, type=one.type, shape=one.shape) for one in replaced[1:]]
     while inputs[-1] is None:
@@ -122,6 +123,26 @@ def _fuse(graph: ir.Graph, found: Attention) -> None:
     node = ir.node("MultiHeadAttention", inputs, attributes=attributes, domain=DOMAIN, outputs=outputs, name=name)
     graph.insert_before(found.last, node)
     convenience.replace_all_uses_with(replaced, outputs, replace_graph_outputs=True)
+
+
+def _for_every_query(graph: ir.Graph, before: ir.Node, bias: ir.Value | None, query: ir.Value) -> ir.Value | None:
+    """`bias`, [B or 1, H or 1, S, T]: the operator doesn't broadcast it over queries. Made once for all layers."""
+    known, length = dims(bias), (dims(query) or (0, 0))[1]
+    if bias is None or known is None or known[2] == length:
+        return bias
+    made = next((user for user in bias.consumers() if user.op_type == "Expand"), None)
+    if made is not None:
+        return made.outputs[0]
+    one = integers(graph, "lengths", [1])
+    queries = ir.node("Shape", [query], attributes={"start": 1, "end": 2})
+    target = ir.node("Concat", [one, one, queries.outputs[0], one], attributes={"axis": 0})
+    wide = ir.node("Expand", [bias, target.outputs[0]], name=f"{bias.name}.queries")
+    wide.outputs[0].name, wide.outputs[0].type = f"{bias.name}.queries", bias.type
+    wide.outputs[0].shape = ir.Shape([*known[:2], length, known[3]])
+    queries.outputs[0].type = target.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+    for node in (queries, target, wide):
+        graph.insert_before(before, node)
+    return wide.outputs[0]
 
 
 def _grown(graph: ir.Graph, found: Attention) -> list[ir.Value] | None:

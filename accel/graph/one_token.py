@@ -9,14 +9,19 @@ from accel.graph.shapes import dims, integers, made_by, order, reshape_target
 
 
 def one_token(step: ir.Model, new: str) -> None:
-    """In place: the axis `new` gets length 1, and a `Transpose` that only moves such axes becomes a `Reshape`.
-
-    A transposition reads and writes everything, a reshape nothing: heads of one token lie the same both ways.
-    """
+    """In place: the axis `new` has length 1."""
     graph = step.graph
     for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([1 if _is(dim, new) else dim for dim in value.shape])
+
+
+def straighten(step: ir.Model) -> None:
+    """In place: a `Transpose` that only moves axes of length 1 becomes a `Reshape`, and parts are cut once.
+
+    A transposition reads and writes everything, a reshape nothing: heads of one token lie the same both ways.
+    """
+    graph = step.graph
     for node in list(graph):
         target = _untouched(node) if node.op_type == "Transpose" and node.domain == "" else None
         if target is not None:

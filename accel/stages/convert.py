@@ -15,7 +15,7 @@ from accel.graph import files
 from accel.graph.convert import convert_half, half_share
 from accel.graph.formats import FORMATS
 from accel.graph.fuse_attention import fuse_attention
-from accel.graph.one_token import one_token
+from accel.graph.one_token import one_token, straighten
 from accel.graph.static_cache import Names, NotStatic, static_cache
 from accel.runtime.layout import BUCKET, POSITION
 from accel.schema import Config
@@ -57,9 +57,10 @@ def _static(step: ir.Model, inputs: Mapping[str, Artifact], architecture: Archit
     static = step.clone()
     try:
         static_cache(static, architecture.signature(description, Role.STEP).cache, NAMES)
+        one_token(static, NAMES.new)
         if fuse:
             fuse_attention([static])
-        one_token(static, NAMES.new)
+        straighten(static)
     except NotStatic as reason:
         console.warn(f"no static step, so its caches grow: {reason}")
         return None

@@ -21,6 +21,7 @@ from accel.graph.fuse_residuals import fuse_residuals
 from accel.graph.hoist_additions import hoist_additions
 from accel.graph.infer_shapes import infer_shapes
 from accel.graph.join_products import join_products
+from accel.graph.late_broadcasts import late_broadcasts
 from accel.graph.shift_ranges import shift_ranges
 from accel.graph.split_stacks import split_stacks
 from accel.graph.static_reshapes import static_reshapes
@@ -35,6 +36,7 @@ PASSES: dict[str, Callable[[Sequence[ir.Model]], None]] = {
     "infer_shapes": infer_shapes,
     "static_reshapes": static_reshapes,
     "direct_lookups": direct_lookups,
+    "late_broadcasts": late_broadcasts,
     "drop_zeros": drop_zeros,
     "shift_ranges": shift_ranges,
     "direct_lengths": direct_lengths,
@@ -75,7 +77,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 
 STAGE = Stage(
     name="optimize",
-    version=3,
+    version=4,
     run=run,
     inputs=takes("export"),
     sections=("optimize",),

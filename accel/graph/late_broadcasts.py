@@ -1,0 +1,120 @@
+"""A mask is made no wider than it is: what it is added to, or compared with, does that on the way.
+
+Exporters expand masks to every sequence and every new token, and combine them with others that are true everywhere.
+Left narrow, a mask is less to compute and to read, and ONNX Runtime adds one that all heads and tokens share within
+its softmax.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from accel.graph.shapes import Dims, dims, made_by, scalar
+
+# They broadcast their inputs, element by element.
+ELEMENTWISE = {
+    *("Add", "Sub", "Mul", "Div", "Min", "Max", "Neg", "Abs", "Cast", "Where", "And", "Or", "Xor", "Not"),
+    *("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"),
+}
+SAME_PLACES = ("Unsqueeze", "Expand", "Identity", "Cast")  # true everywhere before, true everywhere after
+
+
+def late_broadcasts(models: Sequence[ir.Model]) -> None:
+    """In place: an `Expand` goes, and an `And` with what is true everywhere, where those that read them broadcast.
+
+    What any reader further down is left with has the shape it had.
+    """
+    for model in models:
+        for node in list(model.graph):
+            narrow = _narrower(node)
+            if narrow is not None:
+                _replace(node.outputs[0], narrow)
+        RemoveUnusedNodesPass()(model)
+
+
+def _narrower(node: ir.Node) -> ir.Value | None:
+    """What may stand in for what `node` makes."""
+    if node.domain != "" or node.outputs[0].is_graph_output():
+        return None
+    candidates: list[ir.Value | None] = []
+    if node.op_type == "Expand":
+        candidates = [node.inputs[0]]
+    elif node.op_type == "And":
+        first, second = node.inputs
+        candidates = [second if _all_true(first) else None, first if _all_true(second) else None]
+    for candidate in candidates:
+        known = dims(candidate)
+        if candidate is not None and known is not None and _may_narrow(node.outputs[0], known):
+            return candidate
+    return None
+
+
+def _may_narrow(value: ir.Value, narrow: Dims) -> bool:
+    """Whether everything that reads `value` may find it of the shape `narrow`, and what comes out be what it was."""
+    if value.is_graph_output():
+        return False
+    for node, index in value.uses():
+        if node.domain != "" or node.op_type not in ELEMENTWISE:
+            return False
+        made = node.outputs[0]
+        left = _broadcast([narrow if place == index else dims(one) for place, one in enumerate(node.inputs)])
+        if left is None or (left != dims(made) and not _may_narrow(made, left)):
+            return False
+    return True
+
+
+def _broadcast(shapes: Sequence[Dims | None]) -> Dims | None:
+    """The shape that all of `shapes` broadcast to; None if that is not known."""
+    rank = max((len(shape) for shape in shapes if shape is not None), default=0)
+    found: list[int | str] = []
+    for axis in range(-rank, 0):
+        lengths = set()
+        for shape in shapes:
+            if shape is None:
+                return None
+            lengths.add(shape[axis] if len(shape) >= -axis else 1)
+        wide = lengths - {1}
+        if len(wide) > 1:
+            return None
+        found.append(wide.pop() if wide else 1)
+    return tuple(found)
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    """Let `new` be read in place of `old`, and tell those that read it their shapes."""
+    ir.convenience.replace_all_uses_with(old, new)
+    waiting = [node for node, _ in new.uses()]
+    while waiting:
+        node = waiting.pop()
+        made = node.outputs[0]
+        left = _broadcast([dims(one) for one in node.inputs]) if node.op_type in ELEMENTWISE else None
+        if left is not None and left != dims(made):
+            made.shape = ir.Shape(left)
+            waiting += [user for user, _ in made.uses()]
+
+
+def _all_true(value: ir.Value | None) -> bool:
+    """Whether every element is true, whatever the input."""
+    if value is None:
+        return False
+    constant = ir.convenience.get_const_tensor(value)
+    if constant is not None:
+        return constant.dtype is ir.DataType.BOOL and bool(np.all(constant.numpy()))
+    node = value.producer()
+    if node is None or node.domain != "":
+        return False
+    if node.op_type in SAME_PLACES:
+        return _all_true(node.inputs[0])
+    if node.op_type == "And":
+        return all(_all_true(one) for one in node.inputs)
+    return node.op_type == "GreaterOrEqual" and scalar(node.inputs[1]) == 0 and _counts(node.inputs[0])
+
+
+def _counts(value: ir.Value | None) -> bool:
+    """Whether `value` counts upwards from zero."""
+    while (node := made_by(value, "Unsqueeze")) is not None:
+        value = node.inputs[0]
+    count = made_by(value, "Range")
+    return count is not None and scalar(count.inputs[0]) == 0 and (scalar(count.inputs[2]) or 0) > 0
