@@ -60,7 +60,7 @@ class RuntimeConfig:
     threads: int = 0
     arithmetic: dict[str, str] = field(default_factory=lambda: {"float32": "float32"})
     branches: str = "caches"
-    fuse_attention: bool = False
+    fuse_attention: list[str] = field(default_factory=list)
     static: bool = False
     buckets: list[int] = field(default_factory=list)
     static_environment: dict[str, str] = field(default_factory=dict)
@@ -96,12 +96,12 @@ class AuditConfig:
 
 @dataclass
 class ConvertConfig:
-    """`fuse_attention`: what is of one precision becomes ONNX Runtime's `MultiHeadAttention`.
+    """`fuse_attention`: roles in whose graphs attention of one precision becomes ONNX Runtime's `MultiHeadAttention`.
 
     `static_step`: make a step whose caches have a fixed length as well.
     """
 
-    fuse_attention: bool = "${runtime.fuse_attention}"  # type: ignore[assignment]
+    fuse_attention: list[str] = "${runtime.fuse_attention}"  # type: ignore[assignment]
     static_step: bool = "${runtime.static}"  # type: ignore[assignment]
 
 

@@ -256,6 +256,18 @@ def test_batches_of_nothing(refused: Refused) -> None:
     assert_names(refused("runtime.batches=[0,4]"), "runtime.batches=[0, 4]", "[] for any")
 
 
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("convert.fuse_attention=[encoders]", ("'encoders'", "encoder, prefill", "static_step")),
+        ("convert.fuse_attention=[step]", ("convert.fuse_attention=[step]", "merge.branches=decoders")),
+    ],
+)
+def test_attention_fused_where_it_cannot_be(refused: Refused, override: str, named: tuple[str, ...]) -> None:
+    """In a graph that doesn't exist; in one whose caches are looked for one by one."""
+    assert_names(refused(override), *named)
+
+
 def test_conflicting_options(refused: Refused) -> None:
     """What GenerationConfig refuses, and inputs given twice."""
     assert_names(refused("generate.num_beams=2", "generate.num_return_sequences=5"), "num_return_sequences")

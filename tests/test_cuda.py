@@ -126,7 +126,7 @@ def test_no_hidden_traffic(build: Build, tiny: Path) -> None:
 
 def test_a_length_that_is_copied_to_the_device(build: Build, tiny: Path) -> None:
     """A graph that does copy a value at every step, as others' may, says the same words."""
-    plain = (*CUDA, "precision=fp32", "optimize.passes.shift_ranges=false", "convert.fuse_attention=false")
+    plain = (*CUDA, "precision=fp32", "optimize.passes.shift_ranges=false", "convert.fuse_attention=[]")
     _, artifacts = build(tiny, "[verify,profile]", plain)
     assert artifacts["profile"].summary["copies"]["MemcpyFromHost"] > 0
     verdict = verdict_of(artifacts["verify"].folder)

@@ -57,6 +57,12 @@ class Choice(ABC):
         self.length += 1
         return self.chosen
 
+    def __enter__(self) -> "Choice":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._by_phase.clear()  # what was recorded holds memory of the device
+
     def _work(self) -> None:
         scores = self.scores if self.scores is not None else self.chosen
         if self._inside:

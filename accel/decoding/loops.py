@@ -57,12 +57,13 @@ def decode(choice: Choice, logits: Tensor, follow: Callable[[Tensor], Tensor]) -
     `follow`: the ids chosen [rows, 1] -> the logits of what comes after them.
     """
     watch = Watch(choice.device)
-    while not choice.last:
-        ids = choice(logits)
-        if choice.last or watch(choice.over):
-            break
-        logits = follow(ids)
-    return choice.result()
+    with choice:
+        while not choice.last:
+            ids = choice(logits)
+            if choice.last or watch(choice.over):
+                break
+            logits = follow(ids)
+        return choice.result()
 
 
 class DecodingLoops:

@@ -3,8 +3,10 @@
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
+import gc
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -42,11 +44,12 @@ class Captured:
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._work()
-            finally:
-                graph.capture_end()
+            with _nothing_collected():
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._work()
+                finally:
+                    graph.capture_end()
         except OutOfMemory:
             raise
         except Exception as error:  # torch's and ONNX Runtime's errors have no other class in common
@@ -56,6 +59,18 @@ class Captured:
         else:
             self._graph = graph
             graph.replay()
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Context without Python's collector: a session or a graph that goes meanwhile would spoil the recording."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def _reason(error: BaseException) -> str:

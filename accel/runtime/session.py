@@ -16,6 +16,8 @@ from accel.runtime.providers import CUDA, RUNTIME_ERRORS, missing_library, onnxr
 from accel.runtime.room import enough_memory
 from accel.runtime.stream import stream_options
 
+# Operators whose outputs' shapes depend on their inputs' values. https://onnx.ai/onnx/operators/
+VALUES_DECIDE = ("NonZero", "Compress", "Unique", "NonMaxSuppression", "Loop", "Scan", "If")
 NoKernel = onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented
 
 
@@ -126,24 +128,29 @@ def open_recordable(graph: Path, settings: SessionSettings, weights: Mapping[str
     """
     if settings.provider != CUDA:
         return open_session(graph, settings, weights)
+    if reason := obstacle(graph):
+        console.warn(f"{graph.name}: steps are not captured: {reason}")
+        return open_session(graph, settings, weights)
     options = {**settings.provider_options, "enable_cuda_graph": "1"}
     try:
         session = open_session(graph, replace(settings, provider_options=options), weights)
     except RUNTIME_ERRORS as error:
         if "graph capture" not in str(error):
             raise
-        reason = str(error).split(" : ")[-1].splitlines()[0]
-        nodes = onnx.load(graph, load_external_data=False).graph.node
-        control = next((node for node in nodes if _branches(node)), None)
-        node = f"node {control.name} ({control.op_type}): " if control is not None else ""
-        console.warn(f"steps of {graph.name} are not captured: {node}{reason}")
+        console.warn(f"{graph.name}: steps are not captured: {str(error).split(' : ')[-1].splitlines()[0]}")
         return open_session(graph, settings, weights)
     session.recordable = True
     return session
 
 
-def _branches(node: onnx.NodeProto) -> bool:
-    return any(attribute.HasField("g") for attribute in node.attribute)
+def obstacle(graph: Path) -> str | None:
+    """What keeps the runs of a graph from being recorded: the first node whose work depends on what it is given."""
+    for node in onnx.load(graph, load_external_data=False).graph.node:
+        if any(attribute.HasField("g") for attribute in node.attribute):
+            return f"node {node.name} ({node.op_type}) chooses what to run"
+        if node.op_type in VALUES_DECIDE:
+            return f"node {node.name} ({node.op_type}) makes as much as its input's values say"
+    return None
 
 
 def plain_run(

@@ -32,6 +32,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         for path in source.glob("*.onnx*"):
             shutil.copyfile(path, out / path.name)
         return {}
+    fused = {Role(name) for name in config.convert.fuse_attention}
     plans = audit.read_plans(inputs["audit"].folder) if half else {}
     shares = {}
     for role in console.track(architecture.roles(), "converting"):
@@ -39,10 +40,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         if half:
             convert_half(model, plans[role], FORMATS[config.precision.dtype])
             shares[str(role)] = half_share(model)
-        fuse = config.convert.fuse_attention
         wanted = role is Role.STEP and config.convert.static_step
-        static = _static(model, inputs, architecture, fuse) if wanted else None
-        if fuse:
+        static = _static(model, inputs, architecture, Role.STATIC_STEP in fused) if wanted else None
+        if role in fused:
             fuse_attention([model])
             console.note(f"{role}: {files.node_count(model)} nodes with attention fused")
         files.save(model, out / f"{role}.onnx")

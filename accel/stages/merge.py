@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,18 @@ DESCRIPTION = ("*.json", "*.model", "*.txt", "*.jinja")
 WEIGHT_INDEX = "*.index.json"
 
 
-def check(merge: MergeConfig, fuse_attention: bool) -> None:
+def check(merge: MergeConfig, fuse_attention: Collection[str]) -> None:
     """Raises `AccelError` on a style that doesn't exist or doesn't go with fused attention, or an empty flag."""
+    for name in fuse_attention:
+        if name not in list(Role):
+            raise unknown("convert.fuse_attention", name, list(Role))
     if merge.branches not in BRANCHES:
         raise unknown("merge.branches", merge.branches, BRANCHES)
-    if merge.branches == "caches" and fuse_attention:
+    fused = {Role.PREFILL, Role.STEP} & set(fuse_attention)
+    if merge.branches == "caches" and fused:
         raise AccelError(
-            "convert.fuse_attention=true puts keys and values into one node, where merge.branches=caches "
-            "looks for them one by one: use merge.branches=decoders"
+            f"convert.fuse_attention=[{','.join(sorted(fused))}] puts keys and values into one node, where "
+            "merge.branches=caches looks for them one by one: use merge.branches=decoders"
         )
     if not merge.flag.isidentifier():
         raise AccelError(f"merge.flag={merge.flag!r} is not a name, such as enable_cache or use_cache_branch")

@@ -1,6 +1,8 @@
 """How sessions are opened."""
 
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -8,7 +10,7 @@ import pytest
 
 from accel.application import runtime_named
 from accel.runtime import session
-from accel.runtime.session import SessionSettings, open_session
+from accel.runtime.session import SessionSettings, obstacle, open_session
 from tests.graph.text import parse
 
 DOUBLE = "g (float[n] x) => (float[n] y) { y = Add(x, x) }"
@@ -33,3 +35,21 @@ def test_environment_stands_before_a_session_opens(monkeypatch: pytest.MonkeyPat
 def test_no_plan_for_every_length_on_cuda() -> None:
     """The runtime's YAML switches off the attention that makes one."""
     assert SessionSettings.of(runtime_named("cuda")).environment == {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0"}
+
+
+IF = """g (float[n] x, bool c) => (float[n] y) {
+    y = If (c) <then_branch = t () => (float[n] z) { z = Neg(x) }, else_branch = e () => (float[n] z) { z = Abs(x) }>
+}"""
+ROUTED = "g (float[n] x) => (int64[1, m] y) { d = Add (x, x)\n y = NonZero (d) }"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(DOUBLE, None), (IF, r"node .*\(If\) chooses what to run"), (ROUTED, r"node .*\(NonZero\) makes as much as")],
+)
+def test_what_keeps_a_graph_from_being_recorded(tmp_path: Path, text: str, reason: str | None) -> None:
+    """Named before a session opens: recorded all the same, it would replay the shapes of another input."""
+    path = tmp_path / "text.onnx"
+    path.write_bytes(ir.to_proto(parse(text)).SerializeToString())
+    found = obstacle(path)
+    assert found is None if reason is None else re.search(reason, found or "")
