@@ -64,7 +64,7 @@ def test_clock_and_compiled_calls(tiny: Path, beams: int) -> None:
             first = time_generation(model, inputs, options)
             made = len(graphs)
             second = time_generation(model, inputs, options)
-        assert first.compiled is second.compiled is (beams == 1) is SETUPS[COMPILED].compiles(beams)
+        assert first.compiled is second.compiled is (beams == 1) is SETUPS[COMPILED].prepares(beams)
         assert (made > 0) is (beams == 1)
         assert len(graphs) == made
         assert first.tokens == second.tokens == plain.tolist()

@@ -1,14 +1,17 @@
 """Every family takes the whole road, and `generate` loses nothing on it."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import pytest
 from filelock import FileLock
 from transformers import GenerationMixin
 
 from accel import testing
 from accel.generation import PREPARE
+from accel.runtime.layout import STATIC_STEP
 from tests.families import FAMILIES
 
 
@@ -34,6 +37,19 @@ def subject(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> It
 def test_conformance(check: testing.Check, subject: testing.Subject) -> None:
     assert subject.static is not None, "no static step"
     check(subject)
+
+
+@pytest.mark.parametrize("subject", [pytest.param("llama", marks=pytest.mark.xdist_group("llama"))], indirect=True)
+def test_nodes_of_a_static_step(subject: testing.Subject) -> None:
+    """Each rotation is one node, keys and values are not repeated, and nothing is turned around one token."""
+    graph = onnx.load(subject.artifacts["verify"].folder / STATIC_STEP, load_external_data=False).graph
+    found, layers = Counter(node.op_type for node in graph.node), subject.eager.config.num_hidden_layers
+    assert found["RotaryEmbedding"] == 2 * layers
+    assert found["ScatterElements"] == 2 * layers
+    assert found["Neg"] == 0
+    assert found["Transpose"] <= layers + 1  # of keys, and of the logits
+    masks = [node for node in graph.node if node.op_type == "Expand" and "past_key_values" in "".join(node.input)]
+    assert not masks
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,11 @@ from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
 from accel.graph import files
 from accel.graph.convert import convert_half, half_share
+from accel.graph.drop_casts import drop_casts
 from accel.graph.formats import FORMATS
 from accel.graph.fuse_attention import fuse_attention
+from accel.graph.fuse_rotary import fuse_rotary
+from accel.graph.group_queries import group_queries
 from accel.graph.one_token import one_token, straighten
 from accel.graph.static_cache import Names, NotStatic, static_cache
 from accel.runtime.layout import BUCKET, POSITION
@@ -39,6 +42,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         model = files.load(source / f"{role}.onnx")
         if half:
             convert_half(model, plans[role], FORMATS[config.precision.dtype])
+            drop_casts([model])
             shares[str(role)] = half_share(model)
         wanted = role is Role.STEP and config.convert.static_step
         static = _static(model, inputs, architecture, Role.STATIC_STEP in fused) if wanted else None
@@ -58,6 +62,8 @@ def _static(step: ir.Model, inputs: Mapping[str, Artifact], architecture: Archit
     try:
         static_cache(static, architecture.signature(description, Role.STEP).cache, NAMES)
         one_token(static, NAMES.new)
+        fuse_rotary(static)
+        group_queries(static)
         if fuse:
             fuse_attention([static])
         straighten(static)
@@ -78,5 +84,5 @@ STAGE = Stage(
     inputs=_inputs,
     sections=("precision.dtype", "convert"),
     packages=("onnx", "onnx-ir"),
-    version=3,
+    version=4,
 )
