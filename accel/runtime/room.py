@@ -1,5 +1,6 @@
 """Whether a device has room: foretold before weights are loaded, and explained when it runs out all the same."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,13 +32,19 @@ def check_room(graphs: Sequence[Path], device: torch.device) -> None:
         )
 
 
+def room_left(device: torch.device) -> float:
+    """Bytes that torch could still take on a GPU; without end elsewhere."""
+    if device.type != "cuda":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's to give
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def check_room_for(size: int, device: torch.device, what: str, setting: str) -> None:
     """Raises `OutOfMemory` if `size` bytes can't fit into what is free on a GPU. `setting`: what would make it less."""
-    if device.type != "cuda":
-        return
-    free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's to give
+    free = room_left(device)
     if size > free:
+        total = torch.cuda.mem_get_info(device)[1]
         raise OutOfMemory(
             f"{what} needs {size / MB:.0f} MB, and {torch.cuda.get_device_name(device)} has {free / MB:.0f} of "
             f"{total / MB:.0f} MB free. Smaller {setting}, fewer inputs at once or fewer beams need less"

@@ -19,7 +19,7 @@ from accel.errors import AccelError
 from accel.runtime.binding import BoundSession
 from accel.runtime.layout import DECODER, ENCODER, STATIC_STEP
 from accel.runtime.onnx import GrowingRuntime, GrowingState, open_growing
-from accel.runtime.room import check_room, check_room_for
+from accel.runtime.room import check_room, check_room_for, room_left
 from accel.runtime.session import SessionSettings, open_recordable, open_session
 from accel.runtime.slot import Shapes, Slot
 from accel.runtime.stream import on_shared_stream
@@ -182,8 +182,11 @@ class StaticRuntime:
             if known == kind:
                 del self._spare[index]
                 return slot
+        needed = self.bytes(batch, bucket)
+        if needed > room_left(self.device):
+            self._spare.clear()
         what = f"a cache for {batch} sequences of {bucket} tokens"
-        check_room_for(self.bytes(batch, bucket), self.device, what, "runtime.buckets")
+        check_room_for(needed, self.device, what, "runtime.buckets")
         return Slot(self._step, batch, bucket, self.whole.axes, self.whole.grown, fixed, self.capture)
 
     def bytes(self, batch: int, bucket: int) -> int:

@@ -147,6 +147,16 @@ def test_slots_are_few(folder: Path) -> None:
         assert len(opened.runtime._spare) == SPARE
 
 
+def test_spare_slots_make_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a cache is refused, or a device runs full, those that nobody uses go."""
+    with open_model(folder, replace(STATIC, buckets=[8, 16])) as opened:
+        ids = torch.arange(3, 7)[None]
+        opened.generate(ids, max_new_tokens=2)
+        monkeypatch.setattr("accel.runtime.static.room_left", lambda device: 0)
+        opened.generate(ids.repeat(2, 1), max_new_tokens=2)
+        assert [slot.batch for _, slot in opened.runtime._spare] == [2]
+
+
 def test_attention_is_one_node_where_it_is_fused(folder: Path) -> None:
     """Two a layer, nothing turned around them, and the parts of a joined product cut once."""
     found = Counter(node.op_type for node in onnx.load(folder / STATIC_STEP, load_external_data=False).graph.node)
