@@ -81,6 +81,11 @@ SETUPS: dict[str, Setup] = {
 }
 
 
+def ours(runtime: RuntimeConfig) -> str:
+    """The setup that `generate` has on `runtime`."""
+    return CAPTURED if runtime.capture else OURS
+
+
 def chosen(names: Sequence[str], runtime: RuntimeConfig) -> list[str]:
     """The setups that `benchmark.setups` asks for; all that fit `runtime` if it is empty.
 
@@ -123,8 +128,9 @@ def opened(engine: str, sources: Sources) -> Iterator[Generates]:
     if engine in (TORCH, TORCH_FP32):
         yield torch_model(sources, torch.float32 if engine == TORCH_FP32 else None)
     else:
-        fixed = engine == STATIC
-        runtime = replace(sources.runtime, static=fixed, capture=fixed)
+        runtime = sources.runtime
+        if runtime.capture and engine != STATIC:  # the setup beside the one that is captured
+            runtime = replace(runtime, static=False, capture=False)
         with two_files(sources) if engine == TWO_FILES else open_model(Path(sources.deployable), runtime) as model:
             yield model
 

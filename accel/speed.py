@@ -13,7 +13,7 @@ from accel import measure, texts
 from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
 from accel.schema import Config
-from accel.setups import BASELINE, OURS, SETUPS, Sources
+from accel.setups import BASELINE, SETUPS, Sources, ours
 
 
 def beside_torch(
@@ -33,6 +33,7 @@ def beside_torch(
         runtime=config.runtime,
         dtype=dtype,
     )
+    compared = (BASELINE, ours(config.runtime))
     given = texts.random_inputs(architecture, description, 1, verify.source_length, verify.seed)[0]
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "inputs.safetensors"
@@ -42,7 +43,7 @@ def beside_torch(
                 *(measure.TIMED, name, sources.dump(), 1, verify.source_length, str(path)),
                 SETUPS[name].options(verify.max_new_tokens, 1),
             )
-            for name in (BASELINE, OURS)
+            for name in compared
         ]
         found = measure.measure_all(tasks, 0)
     figures = {
@@ -54,9 +55,9 @@ def beside_torch(
             },
             "peak_memory": figure["peak"],
         }
-        for name, figure in zip((BASELINE, OURS), found, strict=True)
+        for name, figure in zip(compared, found, strict=True)
     }
-    ratio = figures[BASELINE]["seconds"]["median"] / figures[OURS]["seconds"]["median"]
+    ratio = figures[BASELINE]["seconds"]["median"] / figures[compared[1]]["seconds"]["median"]
     return {
         "source_length": verify.source_length,
         "new_tokens": verify.max_new_tokens,

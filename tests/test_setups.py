@@ -1,5 +1,6 @@
 """The setups: which fit the device, what PyTorch's are, and how they take turns."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from accel.clock import Timing
 from accel.errors import AccelError
 from accel.schema import BenchmarkConfig, RuntimeConfig
-from accel.setups import CAPTURED, SETUPS, TORCH, TORCH_FP32, Sources, chosen, kept_in_fp32, opened
+from accel.setups import CAPTURED, OURS, SETUPS, TORCH, TORCH_FP32, Sources, chosen, kept_in_fp32, opened, ours
 from accel.stages.checkpoint import load_model
 from accel.turns import take_turns, time_setups, warmup_tokens
 
@@ -25,6 +26,24 @@ def test_setups_fit_the_device() -> None:
     assert chosen([COMPILED], cuda) == [COMPILED]
     with pytest.raises(AccelError, match="'onnx static, captured' needs runtime=cuda-graph"):
         chosen([CAPTURED], cuda)
+
+
+def test_what_captures_is_compared_with_what_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the runtime captures, the merged decoder beside it grows its caches; elsewhere it is as it says."""
+    asked: list[tuple[bool, bool]] = []
+
+    def noted(folder: Path, runtime: RuntimeConfig) -> nullcontext[None]:
+        asked.append((runtime.static, runtime.capture))
+        return nullcontext()
+
+    monkeypatch.setattr("accel.setups.open_model", noted)
+    graph, plain = RuntimeConfig(name="g", static=True, capture=True), RuntimeConfig(name="p", static=True)
+    for runtime in (graph, plain):
+        for name in (CAPTURED, OURS):
+            with opened(SETUPS[name].engine, Sources("", "", "", {}, runtime)):
+                pass
+    assert asked == [(True, True), (False, False), (True, False), (True, False)]
+    assert (ours(graph), ours(plain)) == (CAPTURED, OURS)
 
 
 def test_patience() -> None:

@@ -37,7 +37,6 @@ TYPES = {
 class Held:
     """An output that stays ONNX Runtime's, to be an input of the next run. torch looks at it only where it must.
 
-    For the 48 caches of a large decoder that saves 0.4 ms a token on a slow host, when measured.
     """
 
     __slots__ = ("owner", "value")

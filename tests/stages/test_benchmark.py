@@ -207,10 +207,10 @@ def test_busy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         assert ("keeps in FP32: 48 x wo" in printed.out) is (share == 0.6)
 
 
-def on_gpu(tiny: Path, shared: Path, *more: str) -> list[str]:
+def on_gpu(tiny: Path, shared: Path, *more: str, runtime: str = "cuda") -> list[str]:
     """The command line of a benchmark of the tiny T5 on CUDA, in FP16 and not verified: random weights tie."""
     given = overrides_for(tiny, shared / "artifacts", *more)
-    return [*(item for item in given if item != "runtime=cpu"), "runtime=cuda", "benchmark.unverified=true"]
+    return [*(item for item in given if item != "runtime=cpu"), f"runtime={runtime}", "benchmark.unverified=true"]
 
 
 def alone_on_gpu(test: Any) -> Any:
@@ -221,15 +221,17 @@ def alone_on_gpu(test: Any) -> Any:
 @alone_on_gpu
 def test_benchmark_on_cuda(tiny: Path, shared: Path) -> None:
     """Every setup takes part, memory is what processes took of the device, and the machine is named."""
-    config = compose(on_gpu(tiny, shared, *POINT, "stage=benchmark", "benchmark.new_tokens=20"))
-    summary = execute(config)["benchmark"].summary
+    asked = on_gpu(tiny, shared, *POINT, "stage=benchmark", "benchmark.new_tokens=20", runtime="cuda-graph")
+    summary = execute(compose(asked))["benchmark"].summary
     assert set(summary["setups"]) == set(SETUPS)
+    assert summary["limit"]["bandwidth"] > 1e11
+    assert summary["setups"]["onnx static, captured"]["over_limit"] > 1
     assert summary["machine"]["device"] == torch.cuda.get_device_name()
     assert summary["machine"]["driver"]
     assert summary["torch_fp32"] == {"wo": 5}
     for name in SETUPS:
         assert summary["memory"][name][measure.PEAK] > 0
-    for name in ("onnx+cache", measure.STEP_ALONE):
+    for name in ("onnx+cache", measure.STEP_ALONE, measure.CAPTURED):
         assert summary["memory"][name][measure.SESSION] > 0
     assert summary["session_ratio"] > 0
 
