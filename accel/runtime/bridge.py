@@ -35,9 +35,7 @@ TYPES = {
 
 
 class Held:
-    """An output that stays ONNX Runtime's, to be an input of the next run. torch looks at it only where it must.
-
-    """
+    """An output that stays ONNX Runtime's, to be an input of the next run. torch looks at it only where it must."""
 
     __slots__ = ("owner", "value")
 
