@@ -98,11 +98,12 @@ class AuditConfig:
 class ConvertConfig:
     """`fuse_attention`: roles in whose graphs attention of one precision becomes ONNX Runtime's `MultiHeadAttention`.
 
-    `static_step`: make a step whose caches have a fixed length as well.
+    `static_step`: make a step whose caches have a fixed length as well; `static_passes`: over that.
     """
 
     fuse_attention: list[str] = "${runtime.fuse_attention}"  # type: ignore[assignment]
     static_step: bool = "${runtime.static}"  # type: ignore[assignment]
+    static_passes: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from accel.graph.formats import FORMATS
 from accel.pipeline import chosen
 from accel.runtime.providers import check_provider, computes
 from accel.schema import AuditConfig, Config, RuntimeConfig, VerifyConfig
-from accel.stages import audit, benchmark, checkpoint, merge, optimize
+from accel.stages import audit, benchmark, checkpoint, convert, merge, optimize
 from accel.texts import References
 
 OPSETS = range(18, 24)  # what both the exporter and the graph passes speak
@@ -35,6 +35,7 @@ def validate(config: Config) -> None:
     check_provider(config.runtime.provider)
     checkpoint.check(config.model)
     optimize.check(config.optimize.passes)
+    convert.check(config.convert.static_passes)
     merge.check(config.merge, config.convert.fuse_attention)
     benchmark.check(config.benchmark, config.runtime)
     _positive(config, "audit", ("batches", "max_batches", "batch_size", "max_length"))

@@ -260,6 +260,7 @@ def test_batches_of_nothing(refused: Refused) -> None:
     ("override", "named"),
     [
         ("convert.fuse_attention=[encoders]", ("'encoders'", "encoder, prefill", "static_step")),
+        ("+convert.static_passes.fuse_rotation=false", ("'fuse_rotation'", "fuse_rotary")),
         ("convert.fuse_attention=[step]", ("convert.fuse_attention=[step]", "merge.branches=decoders")),
     ],
 )

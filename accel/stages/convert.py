@@ -1,7 +1,7 @@
 """Mixed precision: the graphs with the plan carried out; and what would hide values from the audit: attention fused."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from accel import console
 from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
+from accel.errors import unknown
 from accel.graph import files
 from accel.graph.convert import convert_half, half_share
 from accel.graph.drop_casts import drop_casts
@@ -21,10 +22,24 @@ from accel.graph.group_queries import group_queries
 from accel.graph.one_token import one_token, straighten
 from accel.graph.static_cache import Names, NotStatic, static_cache
 from accel.runtime.layout import BUCKET, POSITION
-from accel.schema import Config
+from accel.schema import Config, ConvertConfig
 from accel.stages import Stage, audit
 
 NAMES = Names(POSITION, BUCKET)
+# In the order in which they run over a static step, which is of one token.
+STATIC_PASSES: dict[str, Callable[[ir.Model], None]] = {
+    "fuse_rotary": fuse_rotary,
+    "group_queries": group_queries,
+    "fuse_attention": lambda step: fuse_attention([step]),  # where `fuse_attention` names the role
+    "straighten": straighten,
+}
+
+
+def check(passes: Mapping[str, bool]) -> None:
+    """Raises `AccelError` on a pass over static steps that doesn't exist."""
+    for name in passes:
+        if name not in STATIC_PASSES:
+            raise unknown("convert.static_passes", name, STATIC_PASSES)
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
@@ -45,7 +60,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             drop_casts([model])
             shares[str(role)] = half_share(model)
         wanted = role is Role.STEP and config.convert.static_step
-        static = _static(model, inputs, architecture, Role.STATIC_STEP in fused) if wanted else None
+        static = _static(model, config.convert, inputs, architecture) if wanted else None
         if role in fused:
             fuse_attention([model])
             console.note(f"{role}: {files.node_count(model)} nodes with attention fused")
@@ -55,18 +70,19 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     return shares
 
 
-def _static(step: ir.Model, inputs: Mapping[str, Artifact], architecture: Architecture, fuse: bool) -> ir.Model | None:
+def _static(
+    step: ir.Model, convert: ConvertConfig, inputs: Mapping[str, Artifact], architecture: Architecture
+) -> ir.Model | None:
     """`step` for one token, over caches of a fixed length; None, and a warning, where the graph allows none."""
     description = AutoConfig.from_pretrained(inputs["checkpoint"].folder)
     static = step.clone()
+    wanted = {"fuse_attention": str(Role.STATIC_STEP) in convert.fuse_attention} | convert.static_passes
     try:
         static_cache(static, architecture.signature(description, Role.STEP).cache, NAMES)
         one_token(static, NAMES.new)
-        fuse_rotary(static)
-        group_queries(static)
-        if fuse:
-            fuse_attention([static])
-        straighten(static)
+        for name, transform in STATIC_PASSES.items():
+            if wanted.get(name, True):
+                transform(static)
     except NotStatic as reason:
         console.warn(f"no static step, so its caches grow: {reason}")
         return None
