@@ -24,45 +24,57 @@ SAME_PLACES = ("Unsqueeze", "Expand", "Identity", "Cast")  # true everywhere bef
 def late_broadcasts(models: Sequence[ir.Model]) -> None:
     """In place: an `Expand` goes, and an `And` with what is true everywhere, where those that read them broadcast.
 
-    What any reader further down is left with has the shape it had.
+    What any other reader further down is left with has the shape it had.
     """
     for model in models:
         for node in list(model.graph):
-            narrow = _narrower(node)
-            if narrow is not None:
-                _replace(node.outputs[0], narrow)
+            for narrow in _candidates(node):
+                shapes = _narrowed(node.outputs[0], narrow)
+                if shapes is not None:
+                    ir.convenience.replace_all_uses_with(node.outputs[0], narrow)
+                    for value, shape in shapes.items():
+                        value.shape = ir.Shape(shape)
+                    break
         RemoveUnusedNodesPass()(model)
 
 
-def _narrower(node: ir.Node) -> ir.Value | None:
-    """What may stand in for what `node` makes."""
-    if node.domain != "" or node.outputs[0].is_graph_output():
-        return None
-    candidates: list[ir.Value | None] = []
-    if node.op_type == "Expand":
-        candidates = [node.inputs[0]]
-    elif node.op_type == "And":
+def _candidates(node: ir.Node) -> list[ir.Value]:
+    """What may stand in for what `node` makes, if a narrower shape will do."""
+    found: list[ir.Value | None] = []
+    if node.domain == "" and node.op_type == "Expand":
+        found = [node.inputs[0]]
+    elif node.domain == "" and node.op_type == "And":
         first, second = node.inputs
-        candidates = [second if _all_true(first) else None, first if _all_true(second) else None]
-    for candidate in candidates:
-        known = dims(candidate)
-        if candidate is not None and known is not None and _may_narrow(node.outputs[0], known):
-            return candidate
-    return None
+        found = [second if _all_true(first) else None, first if _all_true(second) else None]
+    return [value for value in found if value is not None]
 
 
-def _may_narrow(value: ir.Value, narrow: Dims) -> bool:
-    """Whether everything that reads `value` may find it of the shape `narrow`, and what comes out be what it was."""
-    if value.is_graph_output():
-        return False
-    for node, index in value.uses():
-        if node.domain != "" or node.op_type not in ELEMENTWISE:
-            return False
-        made = node.outputs[0]
-        left = _broadcast([narrow if place == index else dims(one) for place, one in enumerate(node.inputs)])
-        if left is None or (left != dims(made) and not _may_narrow(made, left)):
-            return False
-    return True
+def _narrowed(value: ir.Value, narrow: ir.Value) -> dict[ir.Value, Dims] | None:
+    """The values, and their shapes, that become narrower if `narrow` is read in place of `value`.
+
+    None if that is not known, or if one of them is the caller's or read by something that doesn't broadcast.
+    """
+    known = dims(narrow)
+    if known is None:
+        return None
+    found = {value: known}
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if one.is_graph_output():
+            return None
+        for node, _ in one.uses():
+            if node.domain != "" or node.op_type not in ELEMENTWISE:
+                return None
+            made = node.outputs[0]
+            left = _broadcast([found.get(given, dims(given)) if given is not None else () for given in node.inputs])
+            if left is None:
+                return None
+            if left != found.get(made, dims(made)):
+                found[made] = left
+                waiting.append(made)
+    del found[value]
+    return found
 
 
 def _broadcast(shapes: Sequence[Dims | None]) -> Dims | None:
@@ -80,19 +92,6 @@ def _broadcast(shapes: Sequence[Dims | None]) -> Dims | None:
             return None
         found.append(wide.pop() if wide else 1)
     return tuple(found)
-
-
-def _replace(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` be read in place of `old`, and tell those that read it their shapes."""
-    ir.convenience.replace_all_uses_with(old, new)
-    waiting = [node for node, _ in new.uses()]
-    while waiting:
-        node = waiting.pop()
-        made = node.outputs[0]
-        left = _broadcast([dims(one) for one in node.inputs]) if node.op_type in ELEMENTWISE else None
-        if left is not None and left != dims(made):
-            made.shape = ir.Shape(left)
-            waiting += [user for user, _ in made.uses()]
 
 
 def _all_true(value: ir.Value | None) -> bool:

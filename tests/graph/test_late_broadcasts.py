@@ -72,11 +72,20 @@ def test_expanded_for_nothing() -> None:
         ("wide = Expand (bias, lengths)\n y = Softmax (wide)", "float[batch, 4, new, source] y"),
         ("wide = Expand (bias, lengths)\n y = Neg (wide)", "float[batch, 4, new, source] y"),
         ("wide = Expand (bias, lengths)\n y = Neg (wide)\n z = Add (y, scores)", "float[batch, 4, new, source] y"),
+        ("wide = Expand (bias, lengths)\n y = Mul (wide, wide)", "float[batch, 4, new, source] y"),
+        (
+            "wide = Expand (bias, lengths)\n a = Neg (wide)\n b = Abs (wide)\n y = Add (a, b)",
+            "float[batch, 4, new, source] y",
+        ),
     ],
-    ids=["the caller's", "not element by element", "alone", "a caller's beside a sum"],
+    ids=["the caller's", "not element by element", "alone", "a caller's beside a sum", "twice", "by two ways"],
 )
 def test_what_must_be_wide(last: str, outputs: str) -> None:
     """Where a reader, or the caller, would get another shape, it is expanded as before."""
-    body = MASK.replace("y = Add (scores, bias)", last)
-    (left,) = rewritten(late_broadcasts, [parse(graph(body, "one", outputs))], feeds())
+    body = MASK.replace("y = Add (scores, bias)", last).replace("Where (visible", "Where (row")
+    model = parse(graph(body, "one", outputs))
+    for node in model.graph:  # as the exporter notes what inference doesn't follow
+        if node.outputs[0].name in ("wide", "a", "b", "y"):
+            node.outputs[0].shape = model.graph.inputs[1].shape
+    (left,) = rewritten(late_broadcasts, [model], feeds())
     assert "Expand" in left
