@@ -39,14 +39,23 @@ def straighten(step: ir.Model) -> None:
 def _split_once(graph: ir.Graph) -> None:
     """What is cut both side by side and by heads is cut side by side alone: of one token, each part is the same."""
     for node in list(graph):
-        whole = _source(node.inputs[0]) if node.op_type == "Split" and node.domain == "" else None
+        whole = _source(node.inputs[0]) if _cuts_rows(node) else None
         for flat in list(whole.consumers()) if whole is not None else ():
-            if flat.op_type == "Split" and flat is not node and len(flat.outputs) == len(node.outputs):
+            if flat is not node and _cuts_rows(flat) and len(flat.outputs) == len(node.outputs):
                 pairs = list(zip(node.outputs, flat.outputs, strict=True))
                 if all(_size(old) is not None and _size(old) == _size(new) for old, new in pairs):
                     for old, new in pairs:
                         _reshaped(graph, node, old, new)
                 break
+
+
+def _cuts_rows(node: ir.Node) -> bool:
+    """Whether a `Split` cuts what each sequence has from its beginning to its end: nothing lies across its parts."""
+    known = dims(node.inputs[0]) if node.op_type == "Split" and node.domain == "" else None
+    if known is None:
+        return False
+    axis = node.attributes.get_int("axis", 0) % len(known)
+    return axis > 0 and all(dim == 1 for dim in known[1:axis])
 
 
 def _reshaped(graph: ir.Graph, before: ir.Node, old: ir.Value, new: ir.Value) -> None:

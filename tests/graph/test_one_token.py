@@ -61,6 +61,22 @@ def test_parts_are_cut_once() -> None:
     assert "Transpose" not in left
 
 
+def test_parts_of_every_head_stay() -> None:
+    """As large as the parts side by side, but cut out of each head: other numbers."""
+    body = (
+        HEADS
+        + """
+    two = Constant <value = int64[2] {2, 2}> ()
+    wide = Constant <value = int64[2] {12, 12}> ()
+    left, right = Split <axis: int = 3> (heads, two)
+    flat_left, flat_right = Split <axis: int = -1> (x, wide)
+    a = Relu (flat_left)
+    b = Abs (right)"""
+    )
+    outputs = "float[batch, new, 12] a, float[batch, 6, new, 2] b"
+    assert checked(body, "float[batch, new, 24] x", outputs, 1, 24).count("Split") == 2
+
+
 def test_parts_of_other_sizes_stay() -> None:
     """As many parts, cut elsewhere: both are needed."""
     body = (
