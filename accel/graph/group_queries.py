@@ -36,6 +36,8 @@ def group_queries(step: ir.Model) -> None:
 
 
 def _grouped(softmax: ir.Node) -> Grouped | None:
+    if softmax.attributes.get_int("axis", -1) not in (-1, 3):
+        return None
     between: list[ir.Node] = [softmax]
     value = softmax.outputs[0]
     while used_once(value) and (cast := next(iter(value.consumers()))).op_type == "Cast":
@@ -103,7 +105,6 @@ def _rewrite(graph: ir.Graph, found: Grouped) -> None:
         return
     groups = int(held[1])
     rows = int(before[1]) // groups
-
     width = int(before[3])
     grouped = integers(graph, "shape", [0, groups, rows, width])
     rows_of_groups = ir.node("Reshape", [query, grouped])

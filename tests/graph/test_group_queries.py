@@ -71,8 +71,9 @@ def test_nothing_is_repeated() -> None:
             "batch, 1, 1, t",
             1,
         ),
+        (BODY.replace("axis: int = -1", "axis: int = 1"), "batch, 1, 1, t", 1),
     ],
-    ids=["a bias for each head", "something else between", "shares that are read twice"],
+    ids=["a bias for each head", "something else between", "shares that are read twice", "shares among heads"],
 )
 def test_what_needs_all_heads(body: str, bias: str, heads: int) -> None:
     assert left(body, bias, heads).count("Expand") == 2
