@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ class Choice(ABC):
             self.scores.copy_(self.processors(self.seen(), self.prepared(self.scores)))
         key = phase(self.processors, self.length) if self._inside else None
         if key not in self._by_phase:
-            self._by_phase[key] = Captured(self._work, self.device, "the choice of a token")
+            work = partial(self._work, self.scores)
+            self._by_phase[key] = Captured(work, self.device, "the choice of a token")
         self._by_phase[key]()
         self.length += 1
         return self.chosen
@@ -63,8 +65,7 @@ class Choice(ABC):
     def __exit__(self, *_: object) -> None:
         self._by_phase.clear()  # what was recorded holds memory of the device
 
-    def _work(self) -> None:
-        scores = self.scores if self.scores is not None else self.chosen
+    def _work(self, scores: Tensor) -> None:
         if self._inside:
             scores = process(self.processors, self.length, self.prepared(scores))
         self.choose(scores)
