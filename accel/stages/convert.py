@@ -20,6 +20,7 @@ from accel.graph.fuse_attention import fuse_attention
 from accel.graph.fuse_rotary import fuse_rotary
 from accel.graph.group_queries import group_queries
 from accel.graph.one_token import one_token, straighten
+from accel.graph.slice_uneven import slice_uneven
 from accel.graph.static_cache import Names, NotStatic, static_cache
 from accel.runtime.layout import BUCKET, POSITION
 from accel.schema import Config, ConvertConfig
@@ -32,6 +33,7 @@ STATIC_PASSES: dict[str, Callable[[ir.Model], None]] = {
     "group_queries": group_queries,
     "fuse_attention": lambda step: fuse_attention([step]),  # where `fuse_attention` names the role
     "straighten": straighten,
+    "slice_uneven": slice_uneven,
 }
 
 
@@ -100,5 +102,5 @@ STAGE = Stage(
     inputs=_inputs,
     sections=("precision.dtype", "convert"),
     packages=("onnx", "onnx-ir"),
-    version=5,
+    version=6,
 )

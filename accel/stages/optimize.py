@@ -77,7 +77,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 
 STAGE = Stage(
     name="optimize",
-    version=5,
+    version=6,
     run=run,
     inputs=takes("export"),
     sections=("optimize",),

@@ -60,11 +60,14 @@ def test_queries_keys_and_values() -> None:
 
 
 def test_fewer_heads_for_keys_and_values() -> None:
-    """Grouped queries: heads of one width, but more of them in the queries."""
-    heads = {"q": 4, "k": 1, "v": 2}
-    lines = [*(product(name) for name in NAMES), "a = Add (qt, kt)", "y = Concat <axis: int = 1> (a, vt)"]
-    model = graph(*lines, out="=> (float[b, 6, t, 2] y)", heads=heads)
-    assert rewritten(join_products, [model], FEEDS)[0] == [*JOINED, "Add", "Concat"]
+    """Grouped queries: keys and values are joined, and cut into equal parts; the queries' wider product stays."""
+    heads = {"q": 4, "k": 2, "v": 2}
+    lines = [*(product(name) for name in NAMES), "a = Concat <axis: int = 1> (kt, vt)", "y = Add (qt, a)"]
+    model = graph(*lines, heads=heads)
+    left = rewritten(join_products, [model], FEEDS)[0]
+    assert sorted(left) == sorted([*JOINED, *JOINED[:-1], "Concat", "Add"])
+    assert "layer_q_weight" in model.graph.initializers
+    assert "layer_k+v_weight" in model.graph.initializers
 
 
 def test_keys_turned_for_the_scores() -> None:
