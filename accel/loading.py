@@ -37,6 +37,7 @@ def _open_runtime(folder: Path, runtime: RuntimeConfig) -> Runtime[Any]:
         settings,
         runtime.device,
         runtime.buckets,
+        session=runtime.static_session,
         environment=runtime.static_environment,
         capture=runtime.capture,
         batches=runtime.batches,

@@ -132,6 +132,7 @@ def _captured_memory(task: Task, device: torch.device) -> int:
         how,
         config.device,
         buckets,
+        session=config.static_session,
         environment=config.static_environment,
         capture=True,
         batches=[rows],

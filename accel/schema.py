@@ -45,7 +45,8 @@ class RuntimeConfig:
 
     `buckets`: lengths that a static cache may have, in decoder tokens; it moves to a longer one when it is full.
 
-    `static_environment`: in place of some of `environment`, for the session of a step over static caches.
+    `static_session`, `static_environment`: in place of some of `session` and `environment`, for the session of a step
+    over static caches.
 
     `capture`: record a step over static caches as a CUDA graph and replay it. `batches`: the numbers of sequences,
     beams counted, to capture when a model is opened, and no others after that; empty: any, when it comes.
@@ -63,6 +64,7 @@ class RuntimeConfig:
     fuse_attention: list[str] = field(default_factory=list)
     static: bool = False
     buckets: list[int] = field(default_factory=list)
+    static_session: dict[str, str] = field(default_factory=dict)
     static_environment: dict[str, str] = field(default_factory=dict)
     capture: bool = False
     batches: list[int] = field(default_factory=list)
@@ -98,17 +100,20 @@ class AuditConfig:
 class ConvertConfig:
     """`fuse_attention`: roles in whose graphs attention of one precision becomes ONNX Runtime's `MultiHeadAttention`.
 
-    `static_step`: make a step whose caches have a fixed length as well; `static_passes`: over that.
+    `static_step`: make a step whose caches have a fixed length as well; `one_token_passes`: over that, and over the
+    branch of one token that `merge.branches=tokens` makes.
     """
 
     fuse_attention: list[str] = "${runtime.fuse_attention}"  # type: ignore[assignment]
     static_step: bool = "${runtime.static}"  # type: ignore[assignment]
-    static_passes: dict[str, bool] = field(default_factory=dict)
+    one_token_passes: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass
 class MergeConfig:
-    """`branches` says what the `If` holds: `caches` (what only prefill makes) or `decoders` (each graph whole)."""
+    """`branches` says what the `If` holds: `caches` (what only prefill makes), `decoders` (each graph
+    whole) or `tokens` (each whole, and a step of one token in a branch of its own).
+    """
 
     flag: str = "enable_cache"
     branches: str = "${runtime.branches}"

@@ -35,7 +35,7 @@ def validate(config: Config) -> None:
     check_provider(config.runtime.provider)
     checkpoint.check(config.model)
     optimize.check(config.optimize.passes)
-    convert.check(config.convert.static_passes)
+    convert.check(config.convert.one_token_passes)
     merge.check(config.merge, config.convert.fuse_attention)
     benchmark.check(config.benchmark, config.runtime)
     _positive(config, "audit", ("batches", "max_batches", "batch_size", "max_length"))

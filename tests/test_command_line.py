@@ -81,7 +81,7 @@ def assert_names(message: str, *words: str) -> None:
         ("precision=fp8", ("fp8", "fp16", "fp32", "auto")),
         ("precision.dtype=int8", ("int8", "float16", "float32")),
         ("runtime=gpu", ("gpu", "cuda", "cpu")),
-        ("merge.branches=other", ("other", "caches", "decoders")),
+        ("merge.branches=other", ("other", "caches", "decoders", "tokens")),
         ("merge.flag='two words'", ("two words", "enable_cache")),
         ("+optimize.passes.nothing=false", ("nothing", "fold_constants")),
         ("benchmark.setups=[fastest]", ("fastest", "onnx+cache")),
@@ -260,7 +260,7 @@ def test_batches_of_nothing(refused: Refused) -> None:
     ("override", "named"),
     [
         ("convert.fuse_attention=[encoders]", ("'encoders'", "encoder, prefill", "static_step")),
-        ("+convert.static_passes.fuse_rotation=false", ("'fuse_rotation'", "fuse_rotary")),
+        ("+convert.one_token_passes.fuse_rotation=false", ("'fuse_rotation'", "fuse_rotary")),
         ("convert.fuse_attention=[step]", ("convert.fuse_attention=[step]", "merge.branches=decoders")),
     ],
 )

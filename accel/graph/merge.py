@@ -1,8 +1,8 @@
 """Two graphs with the same outputs become the branches of one ONNX `If`, with every weight stored once.
 
-The condition is a boolean input. Each weight is an initializer of the outer graph, which both branches see. Lengths,
-axes and scalars stay in the branch that reads them: ONNX Runtime keeps the outer graph's initializers on the device,
-and copies one that an operator wants on the host at every run.
+The condition is a boolean input, or whether there is one new token. Each weight is an initializer of the outer graph,
+which both branches see. Lengths, axes and scalars stay in the branch that reads them: ONNX Runtime keeps the outer
+graph's initializers on the device, and copies one that an operator wants on the host at every run.
 ONNX specification: https://onnx.ai/onnx/operators/onnx__If.html
 """
 
@@ -25,6 +25,43 @@ def merge_if(when_true: ir.Model, when_false: ir.Model, flag: str) -> ir.Model:
     Raises `ValueError` if an input, output or opset of one contradicts the other's, or `flag` is taken.
     """
     inputs = join_inputs(when_false.graph.inputs, when_true.graph.inputs, flag)
+    return _choose(when_true, when_false, inputs, [], inputs[flag], ("with_past", "without_past"))
+
+
+def fork_if(single: ir.Model, several: ir.Model, symbol: str) -> ir.Model:
+    """One model that runs `single` where the axis `symbol` has length 1, else `several`; both are taken apart.
+
+    `single` is made of `several`: it has the same outputs, and no other inputs. Raises `ValueError` if no input of
+    `several` has the axis.
+    """
+    inputs = _union(several.graph.inputs)
+    places = (
+        (inputs[value.name or ""], axis)
+        for value in several.graph.inputs
+        for axis, dim in enumerate(value.shape or ())
+        if not isinstance(dim, int) and dim.value == symbol
+    )
+    counted, axis = next(places, (None, 0))
+    if counted is None:
+        raise ValueError(f"no input has an axis {symbol!r}")
+    length = ir.node("Shape", [counted], {"start": axis, "end": axis + 1}, name="length")
+    one = ir.node("Constant", [], {"value": ir.tensor(np.ones(1, np.int64))}, name="one")
+    is_one = ir.node("Equal", [length.outputs[0], one.outputs[0]], name="is_one")
+    nodes = [length, one, is_one]
+    for node in nodes:
+        node.outputs[0].name = node.name
+    return _choose(single, several, inputs, nodes, is_one.outputs[0], ("one_token", "tokens"))
+
+
+def _choose(
+    when_true: ir.Model,
+    when_false: ir.Model,
+    inputs: dict[str, ir.Value],
+    before: Sequence[ir.Node],
+    condition: ir.Value,
+    names: tuple[str, str],
+) -> ir.Model:
+    """An `If` on `condition`, which the nodes `before` make of `inputs`; `names` of its branches."""
     made = {output.name or "": output for output in when_true.graph.outputs}
     types = {output.name or "": output for output in when_false.graph.outputs}
     for name in (*made, *types):
@@ -36,16 +73,15 @@ def merge_if(when_true: ir.Model, when_false: ir.Model, flag: str) -> ir.Model:
     # This may rename: from here on, outputs are known by position.
     initial = share_weights((when_false, when_true), smallest=SMALL + 1)
     branches = {
-        "then_branch": _branch(when_true, "with_past", list(made), types, inputs),
-        "else_branch": _branch(when_false, "without_past", list(types), types, inputs),
+        "then_branch": _branch(when_true, names[0], list(made), types, inputs),
+        "else_branch": _branch(when_false, names[1], list(types), types, inputs),
     }
-    condition = inputs[flag]
     hoisted = _hoist(branches.values())
     node = ir.node("If", [condition], attributes=branches, outputs=results, name="decoder")
     graph = ir.Graph(
         list(inputs.values()),
         node.outputs,
-        nodes=[*hoisted, node],
+        nodes=[*before, *hoisted, node],
         initializers=initial,
         opset_imports=join_opsets(when_true, when_false),
         name="merged",
@@ -55,8 +91,15 @@ def merge_if(when_true: ir.Model, when_false: ir.Model, flag: str) -> ir.Model:
 
 def join_inputs(first: Iterable[ir.Value], second: Iterable[ir.Value], flag: str) -> dict[str, ir.Value]:
     """The union by name, as fresh values, and the flag last. Dynamic axes go by their names in `second`."""
+    joined = _union([*first, *second])
+    if flag in joined:
+        raise ValueError(f"flag {flag!r} is already an input; choices: any name but {', '.join(sorted(joined))}")
+    return joined | {flag: ir.Value(name=flag, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))}
+
+
+def _union(values: Iterable[ir.Value]) -> dict[str, ir.Value]:
     joined: dict[str, ir.Value] = {}
-    for value in (*first, *second):
+    for value in values:
         name = value.name or ""
         known = joined.get(name, value)
         if known.dtype != value.dtype or _fixed(known) != _fixed(value):
@@ -64,9 +107,7 @@ def join_inputs(first: Iterable[ir.Value], second: Iterable[ir.Value], flag: str
                 f"input {name!r} is {known.dtype}{known.shape} in one graph and {value.dtype}{value.shape} in the other"
             )
         joined[name] = ir.Value(name=name, type=value.type, shape=value.shape)
-    if flag in joined:
-        raise ValueError(f"flag {flag!r} is already an input; choices: any name but {', '.join(sorted(joined))}")
-    return joined | {flag: ir.Value(name=flag, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))}
+    return joined
 
 
 def _fixed(value: ir.Value) -> list[int | None] | None:

@@ -234,6 +234,7 @@ def open_static(
     device: str,
     buckets: Sequence[int],
     *,
+    session: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
     capture: bool = False,
     batches: Sequence[int] = (),
@@ -241,8 +242,8 @@ def open_static(
 ) -> StaticRuntime:
     """The runtime over a deployable's folder that holds a static step as well: see `layout.STATIC_STEP`.
 
-    Both decoders read the same weights. `environment`: variables that the static step's session reads in place of those
-    of `settings`.
+    Both decoders read the same weights. `session`, `environment`: of the static step's session, in place of those of
+    `settings`.
     """
     where = torch.device(device)
     check_room([path for path in (folder / DECODER, folder / ENCODER) if path.is_file()], where)
@@ -250,6 +251,10 @@ def open_static(
     whole = open_growing(folder, settings, device, weights.of(folder / DECODER), with_encoder)
     path = folder / STATIC_STEP
     opening = open_recordable if capture else open_session
-    how = replace(settings, environment={**settings.environment, **(environment or {})})
-    session = opening(path, how, weights.of(path))
-    return StaticRuntime(whole, BoundSession(session, where), buckets, session.recordable, batches)
+    how = replace(
+        settings,
+        session={**settings.session, **(session or {})},
+        environment={**settings.environment, **(environment or {})},
+    )
+    step = opening(path, how, weights.of(path))
+    return StaticRuntime(whole, BoundSession(step, where), buckets, step.recordable, batches)

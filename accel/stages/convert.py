@@ -27,21 +27,29 @@ from accel.schema import Config, ConvertConfig
 from accel.stages import Stage, audit
 
 NAMES = Names(POSITION, BUCKET)
-# In the order in which they run over a static step, which is of one token.
-STATIC_PASSES: dict[str, Callable[[ir.Model], None]] = {
+# In the order in which they run over a step of one token.
+ONE_TOKEN_PASSES: dict[str, Callable[[ir.Model], None]] = {
     "fuse_rotary": fuse_rotary,
     "group_queries": group_queries,
-    "fuse_attention": lambda step: fuse_attention([step]),  # where `fuse_attention` names the role
+    "fuse_attention": lambda step: fuse_attention([step]),  # of a static step, where `fuse_attention` names the role
     "straighten": straighten,
     "slice_uneven": slice_uneven,
 }
 
 
 def check(passes: Mapping[str, bool]) -> None:
-    """Raises `AccelError` on a pass over static steps that doesn't exist."""
+    """Raises `AccelError` on a pass over steps of one token that doesn't exist."""
     for name in passes:
-        if name not in STATIC_PASSES:
-            raise unknown("convert.static_passes", name, STATIC_PASSES)
+        if name not in ONE_TOKEN_PASSES:
+            raise unknown("convert.one_token_passes", name, ONE_TOKEN_PASSES)
+
+
+def for_one_token(step: ir.Model, wanted: Mapping[str, bool]) -> None:
+    """In place: `step` for exactly one new token. `wanted`: pass -> whether it runs."""
+    one_token(step, NAMES.new)
+    for name, transform in ONE_TOKEN_PASSES.items():
+        if wanted.get(name, True):
+            transform(step)
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
@@ -78,13 +86,10 @@ def _static(
     """`step` for one token, over caches of a fixed length; None, and a warning, where the graph allows none."""
     description = AutoConfig.from_pretrained(inputs["checkpoint"].folder)
     static = step.clone()
-    wanted = {"fuse_attention": str(Role.STATIC_STEP) in convert.fuse_attention} | convert.static_passes
+    wanted = {"fuse_attention": str(Role.STATIC_STEP) in convert.fuse_attention} | convert.one_token_passes
     try:
         static_cache(static, architecture.signature(description, Role.STEP).cache, NAMES)
-        one_token(static, NAMES.new)
-        for name, transform in STATIC_PASSES.items():
-            if wanted.get(name, True):
-                transform(static)
+        for_one_token(static, wanted)
     except NotStatic as reason:
         console.warn(f"no static step, so its caches grow: {reason}")
         return None

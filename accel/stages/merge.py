@@ -13,14 +13,14 @@ from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
 from accel.errors import AccelError, unknown
 from accel.graph import files
-from accel.graph.merge import merge_if
+from accel.graph.merge import fork_if, merge_if
 from accel.graph.merge_caches import merge_caches
 from accel.graph.weights import initializers, shared_bytes
 from accel.runtime import layout
 from accel.schema import Config, MergeConfig
-from accel.stages import Stage, takes
+from accel.stages import Stage, convert, takes
 
-BRANCHES = ("caches", "decoders")
+BRANCHES = ("caches", "decoders", "tokens")
 # Of the checkpoint: the description, the tokenizer and the processor. Not its weights, not its documentation.
 DESCRIPTION = ("*.json", "*.model", "*.txt", "*.jinja")
 WEIGHT_INDEX = "*.index.json"
@@ -37,18 +37,27 @@ def check(merge: MergeConfig, fuse_attention: Collection[str]) -> None:
     if merge.branches == "caches" and fused:
         raise AccelError(
             f"convert.fuse_attention=[{','.join(sorted(fused))}] puts keys and values into one node, where "
-            "merge.branches=caches looks for them one by one: use merge.branches=decoders"
+            "merge.branches=caches looks for them one by one: use merge.branches=decoders or tokens"
         )
     if not merge.flag.isidentifier():
         raise AccelError(f"merge.flag={merge.flag!r} is not a name, such as enable_cache or use_cache_branch")
 
 
-def merge(step: ir.Model, prefill: ir.Model, config: MergeConfig, cache: Mapping[str, str]) -> ir.Model:
-    """Both graphs in one, marked with what a runtime must know: the flag, and which output feeds which input."""
+def merge(
+    step: ir.Model, prefill: ir.Model, config: MergeConfig, cache: Mapping[str, str], passes: Mapping[str, bool]
+) -> ir.Model:
+    """Both graphs in one, marked with what a runtime must know: the flag, and which output feeds which input.
+
+    `passes`: over a step of one token, where it has a branch of its own.
+    """
     try:
         if config.branches == "caches":
             merged = merge_caches(step, prefill, config.flag, cache)
         else:
+            if config.branches == "tokens":
+                single = step.clone()
+                convert.for_one_token(single, {**passes, "fuse_attention": False})
+                step = fork_if(single, step, convert.NAMES.new)
             merged = merge_if(step, prefill, config.flag)
     except ValueError as error:
         raise AccelError(f"merge: {error} (merge.branches={config.branches}, merge.flag={config.flag})") from error
@@ -68,7 +77,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     step, prefill = (files.load(source / f"{role}.onnx") for role in (Role.STEP, Role.PREFILL))
     shared = shared_bytes(initializers(prefill), initializers(step))
     step_bytes, prefill_bytes = files.weight_bytes(step), files.weight_bytes(prefill)
-    merged = merge(step, prefill, config.merge, architecture.signature(description, Role.STEP).cache)
+    cache = architecture.signature(description, Role.STEP).cache
+    merged = merge(step, prefill, config.merge, cache, config.convert.one_token_passes)
     files.save(merged, out / layout.DECODER)
     static = source / f"{Role.STATIC_STEP}.onnx"
     if static.is_file():
@@ -90,7 +100,7 @@ STAGE = Stage(
     name="merge",
     run=run,
     inputs=takes("checkpoint", "convert"),
-    sections=("merge",),
+    sections=("merge", "convert.one_token_passes"),
     packages=("onnx", "onnx-ir"),
-    version=2,
+    version=3,
 )

@@ -8,7 +8,8 @@ import onnx_ir as ir
 import pytest
 
 from accel.graph.files import weight_bytes
-from accel.graph.merge import merge_if
+from accel.graph.merge import fork_if, merge_if
+from accel.graph.one_token import one_token
 from tests.graph.text import Arrays, flag, numbers, parse, run
 
 FLAG = "enable_cache"
@@ -46,9 +47,12 @@ def prefill() -> ir.Model:
     return parse(PREFILL, {"w_own": OWN, "w_cross": CROSS, "head": HEAD, "axis": AXIS})
 
 
+STEP_WEIGHTS = {"weight": OWN, "output": HEAD, "axis": AXIS}
+
+
 def step() -> ir.Model:
     """The same weights as prefill's under other names."""
-    return parse(STEP, {"weight": OWN, "output": HEAD, "axis": AXIS})
+    return parse(STEP, STEP_WEIGHTS)
 
 
 def assert_branches(when_true: ir.Model, when_false: ir.Model, feeds: Arrays, name: str = FLAG) -> ir.Model:
@@ -276,3 +280,36 @@ def test_names_do_not_clash() -> None:
     values = [value.name for node in merged.graph.all_nodes() for value in node.outputs if value.name]
     assert len(nodes) == len(set(nodes))
     assert len(values) == len(set(values))
+
+
+def forked() -> ir.Model:
+    """`step`, and for one token a graph that says something else, so that it shows which of them ran."""
+    single = parse(STEP.replace("mixed = Add(key, summed)", "mixed = Sub(key, summed)"), STEP_WEIGHTS)
+    one_token(single, "new")
+    return fork_if(single, step(), "new")
+
+
+def one(feeds: Arrays) -> Arrays:
+    return {**feeds, "x": feeds["x"][:, :1]}
+
+
+def test_one_token_has_a_branch_of_its_own() -> None:
+    """By the length of what it is given; inside the other `If` as well, where each weight is still there once."""
+    single = run(parse(STEP.replace("mixed = Add(key, summed)", "mixed = Sub(key, summed)"), STEP_WEIGHTS), one(FEEDS))
+    alone = {1: single, 3: run(step(), FEEDS)}
+    merged = merge_if(forked(), prefill(), FLAG)
+    for model, given in ((forked(), {}), (merged, flag(True))):
+        onnx.checker.check_model(ir.to_proto(model), full_check=True)
+        for feeds, new in ((one(FEEDS), 1), (FEEDS, 3)):
+            found = run(model, {**feeds, **given})
+            for name, array in alone[new].items():
+                np.testing.assert_array_equal(found[name], array, err_msg=f"{name}, {new} new")
+    assert run(merged, FEEDS | flag(False))["cross"].shape == (2, 5, 4)
+    assert weight_bytes(merged) == OWN.nbytes + CROSS.nbytes + HEAD.nbytes + 3 * AXIS.nbytes
+    nodes = [node.name for node in merged.graph.all_nodes()]
+    assert len(nodes) == len(set(nodes))
+
+
+def test_an_axis_that_no_input_has() -> None:
+    with pytest.raises(ValueError, match="'fresh'"):
+        fork_if(step(), step(), "fresh")

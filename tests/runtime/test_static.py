@@ -26,7 +26,7 @@ from tests.runtime.test_onnx import BATCH, PAST, Both
 STATIC = replace(runtime_named("cpu"), static=True, buckets=[8, 12, 32])
 
 
-FUSED = ("convert.fuse_attention=[encoder,static_step]", "merge.branches=decoders")  # as on a GPU
+FUSED = ("convert.fuse_attention=[encoder,static_step]", "merge.branches=tokens")  # as on a GPU
 
 
 @pytest.fixture(scope="module", params=[(), FUSED], ids=["plain", "fused"])
