@@ -45,7 +45,7 @@ def test_nodes_of_a_static_step(subject: testing.Subject) -> None:
     graph = onnx.load(subject.artifacts["verify"].folder / STATIC_STEP, load_external_data=False).graph
     found, layers = Counter(node.op_type for node in graph.node), subject.eager.config.num_hidden_layers
     assert found["RotaryEmbedding"] == 2 * layers
-    assert found["ScatterElements"] == 2 * layers
+    assert found["TensorScatter"] == 2 * layers
     assert found["Neg"] == 0
     assert found["Transpose"] <= layers + 1  # of keys, and of the logits
     masks = [node for node in graph.node if node.op_type == "Expand" and "past_key_values" in "".join(node.input)]

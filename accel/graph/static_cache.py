@@ -7,8 +7,9 @@ import onnx_ir as ir
 from onnx_ir import convenience
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from accel.graph.shapes import integer, integers, made_by, scalar
+from accel.graph.shapes import integer, made_by, scalar
 
+OPSET = 24  # the first with TensorScatter; other operators take more types from version 20 to it, and mean the same
 SUMS = ("Add", "Sub", "Mul")
 # What arithmetic on data may do with the number of past tokens: it is then the place of the first new one.
 ON_DATA = (*SUMS, "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "Where", "Max", "Min", "Cast")
@@ -37,11 +38,11 @@ def static_cache(step: ir.Model, cache: Mapping[str, str], names: Names) -> None
     """In place: a decoder with past becomes one with caches of a fixed length, a bucket's, as input and as output.
 
     `cache`: cache input -> the output that feeds it. Those with an axis of past tokens grow: where the graph appends to
-    one, it writes the new entries at `position` instead, a new input, by `ScatterElements`, which ONNX Runtime does in
+    one, it writes the new entries at `position` instead, a new input, by `TensorScatter`, which ONNX Runtime does in
     place if input and output share their address. The mask's axis is the bucket's as well: what is not yet written is
     masked there by 0, and by the model's own causal mask, which sees the new tokens at `position`.
     Raises `NotStatic` where the graph uses the number of past tokens in another way.
-    ONNX specification: https://onnx.ai/onnx/operators/onnx__ScatterElements.html
+    ONNX specification, from opset 24 on: https://onnx.ai/onnx/operators/onnx__TensorScatter.html
     """
     graph = step.graph
     grown = {
@@ -54,6 +55,7 @@ def static_cache(step: ir.Model, cache: Mapping[str, str], names: Names) -> None
     writes = Writes(graph, position)
     for value, axis in grown.items():
         writes.append(value, outputs[cache[value.name or ""]], axis)
+    step.opset_imports[""] = max(OPSET, step.opset_imports[""])
     _rename(graph, names)
     RemoveUnusedNodesPass()(step)
     TopologicalSortPass()(step)
@@ -196,7 +198,7 @@ class Writes:
 
     def __init__(self, graph: ir.Graph, position: ir.Value) -> None:
         self.graph, self.position = graph, position
-        self.places: dict[tuple[object, ...], ir.Value] = {}
+        self.places: ir.Value | None = None  # `position` for every sequence
 
     def append(self, cache: ir.Value, grown: ir.Value, axis: int) -> None:
         """`grown` = `Concat(cache, entries)` along `axis` becomes `cache` with `entries` from `position` on."""
@@ -205,24 +207,12 @@ class Writes:
         entries = node.inputs[1] if node is not None and node.op_type == "Concat" and len(node.inputs) == 2 else None
         if node is None or entries is None or node.inputs[0] is not cache:
             raise NotStatic(node, f"{grown.name} is not {cache.name} with new entries behind it")
-        if node.attributes.get_int("axis", 0) % rank != axis:
+        if node.attributes.get_int("axis", 0) % rank != axis or axis == 0:
             raise NotStatic(node, f"{cache.name} grows along another axis than its tokens'")
-        places = self._places(node, entries, axis, rank)
-        _replace(self.graph, node, ir.node("ScatterElements", [cache, places, entries], {"axis": axis}))
-
-    def _places(self, before: ir.Node, entries: ir.Value, axis: int, rank: int) -> ir.Value:
-        """For each element of `entries` its place along `axis`: shared by all entries of the same shape."""
-        shape = tuple(dim if isinstance(dim, int) else dim.value for dim in entries.shape or ())
-        if None not in shape and shape in self.places:
-            return self.places[shape]
-        graph = self.graph
-        like = _insert(graph, before, "Shape", [entries])
-        new = _insert(graph, before, "Gather", [like, integer(graph, axis)], axis=0)
-        counted = _insert(graph, before, "Range", [integer(graph, 0), new, integer(graph, 1)])
-        column = integers(graph, "column", [-1 if index == axis else 1 for index in range(rank)])
-        placed = _insert(graph, before, "Add", [_insert(graph, before, "Reshape", [counted, column]), self.position])
-        self.places[shape] = _insert(graph, before, "Expand", [placed, like])
-        return self.places[shape]
+        if self.places is None:
+            sequences = _insert(self.graph, node, "Shape", [cache], start=0, end=1)
+            self.places = _insert(self.graph, node, "Expand", [self.position, sequences])
+        _replace(self.graph, node, ir.node("TensorScatter", [cache, entries, self.places], {"axis": axis}))
 
 
 def _insert(

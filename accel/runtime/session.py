@@ -18,6 +18,7 @@ from accel.runtime.stream import stream_options
 
 # Operators whose outputs' shapes depend on their inputs' values. https://onnx.ai/onnx/operators/
 VALUES_DECIDE = ("NonZero", "Compress", "Unique", "NonMaxSuppression", "Loop", "Scan", "If")
+TOO_NEW = "Current official support for domain"  # how ONNX Runtime's message on a newer opset ends
 NoKernel = onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented
 
 
@@ -93,7 +94,8 @@ def open_session(graph: Path | bytes, settings: SessionSettings, weights: Mappin
     `weights`: initializers that it takes as they lie in memory, by name: see `runtime.weights`.
 
     The provider must be there: see `check_provider`. Raises `OutOfMemory` if the weights don't fit, `AccelError` if
-    the provider's libraries can't be loaded or it has no kernel for an operator in the graph's precision.
+    the provider's libraries can't be loaded, it has no kernel for an operator in the graph's precision, or ONNX Runtime
+    is older than the graph's operators.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -115,6 +117,11 @@ def open_session(graph: Path | bytes, settings: SessionSettings, weights: Mappin
     except NoKernel as error:
         reason = str(error).split(" : ")[-1].splitlines()[0]
         raise AccelError(f"{settings.provider} can't run this graph: {reason}. Another precision may do") from error
+    except RUNTIME_ERRORS as error:
+        if TOO_NEW not in str(error):
+            raise
+        name, limit = getattr(graph, "name", "this graph"), str(error)[str(error).index(TOO_NEW) :].splitlines()[0]
+        raise AccelError(f"onnxruntime {onnxruntime.__version__} is too old for {name}: {limit}") from error
     if settings.provider not in session.get_providers():  # ONNX Runtime goes on without, on the CPU
         raise AccelError(missing_library())
     return session
@@ -143,13 +150,18 @@ def open_recordable(graph: Path, settings: SessionSettings, weights: Mapping[str
     return session
 
 
-def obstacle(graph: Path) -> str | None:
-    """What keeps the runs of a graph from being recorded: the first node whose work depends on what it is given."""
-    for node in onnx.load(graph, load_external_data=False).graph.node:
+def obstacle(path: Path) -> str | None:
+    """What keeps the runs of a graph from being recorded: the first node that looks at values or at host memory."""
+    graph = onnx.load(path, load_external_data=False).graph
+    lengths = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT64}
+    for node in graph.node:
         if any(attribute.HasField("g") for attribute in node.attribute):
             return f"node {node.name} ({node.op_type}) chooses what to run"
         if node.op_type in VALUES_DECIDE:
             return f"node {node.name} ({node.op_type}) makes as much as its input's values say"
+        sizes = lengths.get(node.input[1]) if node.op_type == "Split" and len(node.input) > 1 else None
+        if sizes is not None and len(set(onnx.numpy_helper.to_array(sizes).tolist())) > 1:
+            return f"node {node.name} (Split) reads the sizes of uneven parts from the host"
     return None
 
 

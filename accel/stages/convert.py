@@ -107,5 +107,5 @@ STAGE = Stage(
     inputs=_inputs,
     sections=("precision.dtype", "convert"),
     packages=("onnx", "onnx-ir"),
-    version=6,
+    version=7,
 )

@@ -80,7 +80,7 @@ def operators(model: ir.Model) -> list[str]:
 def test_attention() -> None:
     """Keys are written in place; a token sees those before it and nothing behind."""
     static = checked(ATTENTION, "float[batch, new, 4] attended")
-    assert operators(static).count("ScatterElements") == 1
+    assert operators(static).count("TensorScatter") == 1
     assert [str(dim) for dim in static.graph.inputs[1].shape or ()] == ["batch", "bucket"]
     assert [value.name for value in static.graph.inputs][-1] == "position"
 

@@ -162,7 +162,7 @@ def test_attention_is_one_node_where_it_is_fused(folder: Path) -> None:
     found = Counter(node.op_type for node in onnx.load(folder / STATIC_STEP, load_external_data=False).graph.node)
     fused = found["MultiHeadAttention"] == 2 * 2
     assert fused is (found["Softmax"] == 0)
-    assert found["ScatterElements"] == 2 * 2
+    assert found["TensorScatter"] == 2 * 2
     assert found["Split"] == 2
     assert found["Transpose"] <= (2 if fused else 6)  # of the bias and the head; of keys
 
