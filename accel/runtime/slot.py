@@ -52,6 +52,7 @@ class Slot:
         self.logits = self._room(LOGITS, self._shape(LOGITS))
         self.sides = [self._side()]
         self.now = 0
+        self.rows: dict[tuple[str, ...], Tensor] = {}  # of each stack, numbered: [caches, batch, rows of one]
 
     @property
     def side(self) -> Side:
@@ -108,14 +109,20 @@ class Slot:
         They are copied from one side to the other, which costs half of what copying there and back does.
         """
         if len(self.sides) == 1:
-            self.sides.append(self._side())
+            self._make_room_for_beams()
         here, there = self.side, self.sides[1 - self.now]
         for names, stack in here.stacks.items():
             axis = self.axes[names[0]] + 1
             held, room = (_rows(one, axis, length) for one in (stack, there.stacks[names]))
-            places = torch.arange(len(held), device=index.device).view(len(names), self.batch, -1)
-            torch.index_select(held, 0, places.index_select(1, index).flatten(), out=room)
+            torch.index_select(held, 0, self.rows[names].index_select(1, index).flatten(), out=room)
         self.now = 1 - self.now
+
+    def _make_room_for_beams(self) -> None:
+        """A second side, and the numbers of the rows that go from one to the other."""
+        self.sides.append(self._side())
+        for names, stack in self.side.stacks.items():
+            count = stack.shape[: self.axes[names[0]] + 1].numel()
+            self.rows[names] = torch.arange(count, device=stack.device).view(len(names), self.batch, -1)
 
     def give(self, feeds: Mapping[str, Tensor], length: int) -> None:
         """Put what changes with each token where the session reads it."""

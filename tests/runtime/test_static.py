@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from transformers import T5ForConditionalGeneration
@@ -14,6 +16,8 @@ from accel.application import runtime_named
 from accel.errors import AccelError
 from accel.generation import AcceleratedModel
 from accel.loading import open_model
+from accel.runtime import onnx as onnx_runtime
+from accel.runtime import static
 from accel.runtime.binding import BoundSession
 from accel.runtime.layout import DECODER, STATIC_STEP
 from accel.runtime.onnx import open_growing
@@ -165,6 +169,35 @@ def test_attention_is_one_node_where_it_is_fused(folder: Path) -> None:
     assert found["TensorScatter"] == 2 * 2
     assert found["Split"] == 2
     assert found["Transpose"] <= (2 if fused else 6)  # of the bias and the head; of keys
+
+
+def test_a_step_of_one_token_turns_less(build: Build, tiny: Path) -> None:
+    """Where it has a branch of its own: what is left are the bias's, the logits' and, in each attention, the keys'."""
+    _, made = build(tiny, "merge", ("merge.branches=tokens",))
+    merged = ir.load(made["merge"].folder / DECODER)
+    turns = {graph.name: sum(node.op_type == "Transpose" for node in graph) for graph in merged.graphs()}
+    assert turns["one_token"] <= 2 * 2 + 2
+    assert turns["tokens"] >= turns["one_token"] + 2 * 4  # of queries and results, in each
+
+
+def test_what_a_static_step_is_opened_with(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own keys and variables beside the others', and nothing of them for the merged decoder."""
+    seen: dict[str, SessionSettings] = {}
+
+    def noted(path: Path, settings: SessionSettings, *given: Any) -> Any:
+        seen[path.name] = settings
+        return open_session(path, settings, *given)
+
+    for module in (onnx_runtime, static):
+        monkeypatch.setattr(module, "open_session", noted)
+    key, name = "session.set_denormal_as_zero", "ACCEL_TEST_OF_A_STATIC_STEP"
+    own = replace(STATIC, session={"session.inter_op": "1"}, static_session={key: "1"}, static_environment={name: "1"})
+    monkeypatch.setenv(name, "0")
+    open_model(folder, own).close()
+    assert seen[STATIC_STEP].session == {"session.inter_op": "1", key: "1"}
+    assert seen[STATIC_STEP].environment[name] == "1"
+    assert key not in seen[DECODER].session
+    assert name not in seen[DECODER].environment
 
 
 def test_a_deployable_without_a_static_step(deployable: Path, capsys: pytest.CaptureFixture[str]) -> None:
