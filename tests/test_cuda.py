@@ -197,10 +197,10 @@ def test_a_replayed_step_reads_nothing_of_the_hosts(family: testing.Subject, mon
     runtime: Any = family.static.runtime
     monkeypatch.setattr(runtime, "batches", [2])
     runtime.prepare()
-    side = runtime._spare[-1][1].side
-    assert side.run.recorded
+    slot = runtime._spare[-1][1]
+    assert slot.run_step.recorded
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        side.run()
+        slot.run()
         torch.cuda.synchronize()
     names = [event.name for event in profiler.events()]
     assert len(names) > 20, names
@@ -244,8 +244,7 @@ def test_captured_steps_say_the_same(
         found.append(one.generate(**given, **settings))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
-    sides = [side for _, slot in captured.runtime._spare for side in slot.sides]
-    assert all(side.run.recorded for side in sides)
+    assert all(slot.run_step.recorded for _, slot in captured.runtime._spare)
 
 
 def test_too_little_room_for_a_bucket_is_foretold(captured: AcceleratedModel) -> None:

@@ -1,6 +1,7 @@
 """Sessions called with torch tensors."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,5 +89,17 @@ class FixedCall:
         return tensor.device.type, tensor.device.index or 0, number, tuple(tensor.shape), tensor.data_ptr()
 
     def __call__(self) -> None:
+        self._run(self.bound.options)
+
+    def warm_up(self) -> None:
+        """The session's first run, after which it gives back the memory that only a first one needs, to tune products.
+
+        Later ones may not: what was recorded reads and writes memory that the session takes for free.
+        """
+        if not self.bound.session.warm:
+            self.bound.session.warm = True
+            self._run(run_options(self.bound.device, shrink=True))
+
+    def _run(self, options: Any) -> None:
         with on_shared_stream(self.bound.device), enough_memory():
-            self.bound.session.run_with_iobinding(self.binding, self.bound.options)
+            self.bound.session.run_with_iobinding(self.binding, options)

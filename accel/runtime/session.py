@@ -69,6 +69,7 @@ class Session(onnxruntime.InferenceSession):
 
     on_cuda = False
     recordable = False  # opened by `open_recordable`, and nothing was against it
+    warm = False  # `FixedCall.warm_up` has run it
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from accel.runtime.binding import BoundSession, FixedCall
 from accel.runtime.capture import Captured
+from accel.runtime.histories import Histories
 from accel.runtime.layout import BUCKET, POSITION
 
 LOGITS = "logits"
@@ -15,15 +16,6 @@ ONE_TOKEN = {"new": 1, "kept": 1}
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Input -> shape, of what a generation fixes at its beginning."""
-
-
-class Side:
-    """One copy of the caches, and the step over it. `stacks`: caches of one shape lie in one tensor."""
-
-    def __init__(self, stacks: dict[tuple[str, ...], Tensor], run: Callable[["Side"], Callable[[], None]]) -> None:
-        self.stacks = stacks  # names of caches -> [caches, *shape of one]
-        self.own = {name: cache for names, stack in stacks.items() for name, cache in zip(names, stack, strict=True)}
-        self.run = run(self)
 
 
 class Slot:
@@ -50,13 +42,12 @@ class Slot:
             name: self._room(name, self._shape(name)) for name in step.inputs if name not in axes and name not in fixed
         }
         self.logits = self._room(LOGITS, self._shape(LOGITS))
-        self.sides = [self._side()]
-        self.now = 0
-        self.rows: dict[tuple[str, ...], Tensor] = {}  # of each stack, numbered: [caches, batch, rows of one]
-
-    @property
-    def side(self) -> Side:
-        return self.sides[self.now]
+        self.stacks = self._stacks()
+        self.own = {
+            name: cache for names, stack in self.stacks.items() for name, cache in zip(names, stack, strict=True)
+        }
+        self.histories = Histories(batch, bucket, step.device)
+        self.run_step = self._step_over()
 
     def _shape(self, name: str) -> tuple[int, ...]:
         lengths = {**ONE_TOKEN, "batch": self.batch, BUCKET: self.bucket}
@@ -66,7 +57,9 @@ class Slot:
     def _room(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape, dtype=self.step.dtype(name), device=self.step.device)
 
-    def _side(self) -> Side:
+    def _stacks(self) -> dict[tuple[str, ...], Tensor]:
+        """Names of caches -> [caches, *shape of one]: those of one shape lie in one tensor."""
+
         def kind(name: str) -> tuple[object, ...]:
             return (str(self.step.dtype(name)), self._shape(name), self.axes[name])
 
@@ -74,19 +67,22 @@ class Slot:
         for (_, shape, _), group in groupby(sorted(self.axes, key=kind), kind):
             names = tuple(group)
             stacks[names] = self._room(names[0], (len(names), *shape))  # type: ignore[misc]
-        return Side(stacks, self._step_over)
+        return stacks
 
-    def _step_over(self, side: Side) -> Callable[[], None]:
-        written = {self.outputs[name]: tensor for name, tensor in side.own.items()}
-        call = FixedCall(self.step, side.own | self.fixed | self.given, written | {LOGITS: self.logits})
-        return Captured(call, self.step.device, f"a step of {self.batch} x {self.bucket}") if self.capture else call
+    def _step_over(self) -> Callable[[], None]:
+        written = {self.outputs[name]: tensor for name, tensor in self.own.items()}
+        call = FixedCall(self.step, self.own | self.fixed | self.given, written | {LOGITS: self.logits})
+        if not self.capture:
+            return call
+        call.warm_up()
+        return Captured(call, self.step.device, f"a step of {self.batch} x {self.bucket}")
 
     def begin(self, fixed: Mapping[str, Tensor]) -> None:
         """Take what a generation fixes; where there is room for more, the rest is 0, as in the mask over it.
 
         So are the caches: what another generation left would be masked, but not if it is no number.
         """
-        for stack in (stack for side in self.sides for stack in side.stacks.values()):
+        for stack in self.stacks.values():
             stack.zero_()
         for name, room in self.fixed.items():
             given = fixed[name]
@@ -97,32 +93,17 @@ class Slot:
     def write(self, caches: Mapping[str, Tensor], start: int, length: int) -> None:
         """Copy the entries `start` to `start + length` of `caches`."""
         for name, axis in self.axes.items():
-            self.side.own[name].narrow(axis, start, length).copy_(caches[name].narrow(axis, start, length))
+            self.own[name].narrow(axis, start, length).copy_(caches[name].narrow(axis, start, length))
+        self.histories.begin(start)
 
     def read(self, length: int) -> dict[str, Tensor]:
         """The first `length` entries, in place."""
-        return {name: self.side.own[name].narrow(axis, 0, length) for name, axis in self.axes.items()}
+        return {name: self.own[name].narrow(axis, 0, length) for name, axis in self.axes.items()}
 
     def reorder(self, index: Tensor, length: int) -> None:
-        """Let sequence i hold the first `length` entries of what was sequence `index[i]`.
-
-        They are copied from one side to the other, which costs half of what copying there and back does.
-        """
-        if len(self.sides) == 1:
-            self._make_room_for_beams()
-        here, there = self.side, self.sides[1 - self.now]
-        for names, stack in here.stacks.items():
-            axis = self.axes[names[0]] + 1
-            held, room = (_rows(one, axis, length) for one in (stack, there.stacks[names]))
-            torch.index_select(held, 0, self.rows[names].index_select(1, index).flatten(), out=room)
-        self.now = 1 - self.now
-
-    def _make_room_for_beams(self) -> None:
-        """A second side, and the numbers of the rows that go from one to the other."""
-        self.sides.append(self._side())
-        for names, stack in self.side.stacks.items():
-            count = stack.shape[: self.axes[names[0]] + 1].numel()
-            self.rows[names] = torch.arange(count, device=stack.device).view(len(names), self.batch, -1)
+        """Let sequence i hold the first `length` entries of what was sequence `index[i]`."""
+        stacks = [(stack, self.axes[names[0]] + 1) for names, stack in self.stacks.items()]
+        self.histories.reorder(index, length, stacks)
 
     def give(self, feeds: Mapping[str, Tensor], length: int) -> None:
         """Put what changes with each token where the session reads it."""
@@ -137,11 +118,5 @@ class Slot:
 
     def run(self) -> Tensor:
         """The step. Returns the logits [batch, 1, vocabulary], valid until the next one."""
-        self.side.run()
+        self.run_step()
         return self.logits
-
-
-def _rows(stack: Tensor, axis: int, length: int) -> Tensor:
-    """The first `length` tokens along `axis`: a row for each head, as torch copies them fastest."""
-    rows, row = stack.shape[:axis].numel(), stack.shape[axis:].numel()
-    return stack.view(rows, row)[:, : row // stack.shape[axis] * length]

@@ -61,6 +61,7 @@ class StaticState:
 
     def crop(self, length: int) -> None:
         self.length = length
+        self.slot.histories.begin(length)
 
     def expand(self, times: int) -> None:
         self.select(torch.arange(self.batch).repeat_interleave(times))
@@ -88,7 +89,9 @@ class StaticState:
         """Move to a larger bucket if `length` tokens don't fit into this one."""
         if length > self.slot.bucket:
             held = GrowingState(self.slot.read(self.length), self._fixed(), self.slot.axes, self.made)
+            histories = self.slot.histories
             self._hold(held, length)
+            self.slot.histories.take(histories, self.length)
 
 
 class StaticRuntime:

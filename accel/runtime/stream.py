@@ -28,13 +28,18 @@ def stream_options(provider: str) -> dict[str, str]:
     return {"has_user_compute_stream": "1", "user_compute_stream": str(shared_stream().cuda_stream)}
 
 
-def run_options(device: torch.device) -> Any:
-    """Options of a run on `device`. Errors are raised, so ONNX Runtime need not print them too."""
+def run_options(device: torch.device, shrink: bool = False) -> Any:
+    """Options of a run on `device`. Errors are raised, so ONNX Runtime need not print them too.
+
+    `shrink`: the session gives back memory that it doesn't need after the run.
+    """
     options = onnxruntime.RunOptions()
     options.log_severity_level = 4
     if device.type == "cuda":
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         options.add_run_config_entry("gpu_graph_id", "-1")  # what is captured, torch captures: see `runtime.capture`
+        if shrink:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{device.index or 0}")
     return options
 
 

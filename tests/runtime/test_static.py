@@ -68,11 +68,11 @@ def test_caches_after_twenty_steps(both: Both) -> None:
 
 def test_written_in_place(both: Both) -> None:
     """Within a bucket nothing moves: keys are read where the last step wrote them, and only one place changes."""
-    held = both.state.slot.side.own["past_key_values.1.decoder.value"]
+    held = both.state.slot.own["past_key_values.1.decoder.value"]
     held[:, :, PAST] = 0  # another generation may have been here
     before, address = held.clone(), held.data_ptr()
     step(both)
-    assert both.state.slot.side.own["past_key_values.1.decoder.value"].data_ptr() == address
+    assert both.state.slot.own["past_key_values.1.decoder.value"].data_ptr() == address
     changed = (held != before).any(dim=(0, 1, 3))
     assert changed.nonzero().flatten().tolist() == [PAST]
 
@@ -103,7 +103,7 @@ def test_beams(both: Both) -> None:
 def test_what_another_generation_left(both: Both, model: AcceleratedModel) -> None:
     """A slot is used again, and what was computed in it, be it NaN, is gone."""
     slot = both.state.slot
-    for cache in slot.side.own.values():
+    for cache in slot.own.values():
         cache.fill_(torch.nan)
     del both.state
     again = Both(model, both.eager)
