@@ -38,6 +38,7 @@ from accel.runtime.static import open_static
 from accel.schema import RuntimeConfig
 
 PEAK, SESSION, TIMED = "peak", "session", "timed"
+AT_THE_END = "at the end"  # what sessions hold after all tokens of the setting
 REPEATS = 5  # timed generations, after one that is not
 STEP_ALONE, SEPARATE, CAPTURED = "step alone", "onnx+cache, two files", "onnx static, captured"
 PREFILL_FILE, STEP_FILE = "prefill.onnx", "step.onnx"
@@ -47,7 +48,7 @@ STEPS = 4  # decoder calls after which a session holds what it will hold
 @dataclass(frozen=True)
 class Task:
     """What one process measures of setup `name`, by `kind`: the peak over loading and one generation; what its sessions
-    hold; or that peak and the seconds of `REPEATS` generations.
+    hold, by when; or that peak and the seconds of `REPEATS` generations.
 
     `options` are those of `generate`.
     """
@@ -98,26 +99,32 @@ def held(device: torch.device) -> int:
     return resident()
 
 
-def session_memory(task: Task) -> int:
-    """Bytes held after opening the decoder's sessions, one prefill (where there is one) and a few steps."""
+def session_memory(task: Task) -> dict[str, int]:
+    """Bytes held after opening the decoder's sessions, one prefill (where there is one) and a few steps, and after
+    `max_new_tokens` of them: the memory that caches passed through stays a session's.
+    """
     device = _device(task)
     prepare(device)
     if task.name == CAPTURED:
-        return _captured_memory(task, device)
+        return {SESSION: _captured_memory(task, device)}
     before = held(device)
     runtime, prefill, step = _decoder(task, device)
     rows = task.batch_size * int(task.options["num_beams"])
     lengths = {"batch": rows, "source": task.source_length, "past": 1}
     ids = torch.ones(rows, 1, dtype=torch.int64, device=device)
-    context = _ones(prefill, runtime.fixed, lengths) | _ones(step, runtime.fixed, lengths)
-    if task.name == STEP_ALONE:
-        state = GrowingState(_ones(step, runtime.grown, lengths), context, runtime.axes)
-    else:
-        _, state = runtime.prefill(decoder_feeds(ids, ids) | context)
-    for _ in range(STEPS):
-        runtime.step(decoder_feeds(ids, ids.expand(rows, state.length + 1)), state)
-    del context, state
-    return max(0, held(device) - before)
+
+    def decode(length: int) -> int:
+        context = _ones(prefill, runtime.fixed, lengths) | _ones(step, runtime.fixed, lengths)
+        if task.name == STEP_ALONE:
+            state = GrowingState(_ones(step, runtime.grown, lengths), context, runtime.axes)
+        else:
+            _, state = runtime.prefill(decoder_feeds(ids, ids) | context)
+        while state.length < length:
+            runtime.step(decoder_feeds(ids, ids.expand(rows, state.length + 1)), state)
+        del context, state
+        return max(0, held(device) - before)
+
+    return {SESSION: decode(1 + STEPS), AT_THE_END: decode(int(task.options["max_new_tokens"]))}
 
 
 def _captured_memory(task: Task, device: torch.device) -> int:

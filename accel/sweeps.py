@@ -9,6 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from accel import measure
 from accel.setups import BASELINE, OURS, SEPARATE, SETUPS
 
 TABLE, RECORD = "table.md", "table.json"
@@ -56,8 +57,8 @@ def _split(override: str) -> tuple[str, str]:
 
 def _kept(summary: Mapping[str, Any] | None) -> dict[str, Any]:
     if summary is None:
-        return {"point": {}, "setups": {}, "session_ratio": None, "device": None, "precision": None}
-    kept = {key: summary[key] for key in ("point", "setups", "session_ratio", "precision")}
+        return {"point": {}, "setups": {}, "session_ratios": {}, "device": None, "precision": None}
+    kept = {key: summary[key] for key in ("point", "setups", "session_ratios", "precision")}
     return {**kept, "device": summary["machine"]["device"]}
 
 
@@ -100,7 +101,7 @@ def _cell(job: Mapping[str, Any], column: str) -> str:
         "x torch+cache": ours.get("vs_torch_cache"),
         "x two files": ours.get("vs_two_files"),
         "last/first": ours.get("last_over_first"),
-        "session ratio": job["session_ratio"],
+        "session ratio": job["session_ratios"].get(measure.SESSION),
     }
     if column in ratio:
         value = ratio[column]

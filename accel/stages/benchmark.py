@@ -34,7 +34,7 @@ COLUMNS = (
     *("x torch +cache", "x two files", "x limit"),
 )
 RATIOS = ("last_over_first", "vs_torch_cache", "vs_two_files", "over_limit")
-MEMORY_COLUMNS = ("memory", "peak MB", "session MB")
+MEMORY_COLUMNS = ("memory", "peak MB", "session MB", "at the end MB")
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu")
 ABSENT = "-"
 BUSY = 0.1  # share of the processor that others may take before the times say little
@@ -63,7 +63,8 @@ def random_inputs(
 def measure_memory(
     names: Sequence[str], sources: Sources, given: Mapping[str, Tensor], benchmark: BenchmarkConfig
 ) -> dict[str, dict[str, int]]:
-    """Setup -> bytes: `peak` of loading and one generation, and `session`, what its decoder's sessions hold.
+    """Setup -> bytes: `peak` of loading and one generation, and what its decoder's sessions hold: `session` after a few
+    tokens, `at the end` after all, with what the caches took on the way.
 
     `step alone` is the yardstick for the merged decoder: the step graph by itself, which can't begin a generation.
     """
@@ -87,7 +88,7 @@ def measure_memory(
         figures = measure.measure_all(tasks, weights)
     memory: dict[str, dict[str, int]] = {}
     for (kind, name), figure in zip(wanted, figures, strict=True):
-        memory.setdefault(name, {})[kind] = figure
+        memory.setdefault(name, {}).update(figure if kind == measure.SESSION else {kind: figure})
     return memory
 
 
@@ -195,7 +196,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         "setups": setups,
         "torch_fp32": measured.fp32,
         "memory": memory,
-        "session_ratio": _session_ratio(memory),
+        "session_ratios": _session_ratios(memory),
     }
     positions = latencies(timings)
     _plot(positions, summary, out)
@@ -208,9 +209,10 @@ def _measured(config: Config) -> str:
     return "merge" if config.benchmark.unverified else "verify"
 
 
-def _session_ratio(memory: Mapping[str, Mapping[str, int]]) -> float | None:
-    alone = memory.get(measure.STEP_ALONE, {}).get(measure.SESSION)
-    return memory[OURS][measure.SESSION] / alone if alone else None
+def _session_ratios(memory: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """When -> memory of the merged decoder's session over that of the step graph alone."""
+    alone = memory.get(measure.STEP_ALONE, {})
+    return {when: memory[OURS][when] / size for when, size in alone.items() if size}
 
 
 def _plot(positions: Mapping[str, Sequence[float]], summary: Mapping[str, Any], out: Path) -> None:
@@ -257,7 +259,8 @@ def memory_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """One row a setup whose memory was measured, and one for the step graph alone, in the order of `MEMORY_COLUMNS`."""
     memory = summary["memory"]
     names = [name for name in (*SETUPS, measure.STEP_ALONE) if name in memory]
-    return [[name, *(_megabytes(memory[name].get(kind)) for kind in (measure.PEAK, measure.SESSION))] for name in names]
+    kinds = (measure.PEAK, measure.SESSION, measure.AT_THE_END)
+    return [[name, *(_megabytes(memory[name].get(kind)) for kind in kinds)] for name in names]
 
 
 def _named(name: str, values: Mapping[str, Any]) -> str:
@@ -285,9 +288,10 @@ def show(summary: Mapping[str, Any]) -> None:
     console.table(f"Benchmark: {describe(summary)}", COLUMNS, rows(summary))
     if summary["memory"]:
         console.table("", MEMORY_COLUMNS, memory_rows(summary))
-    if summary["session_ratio"] is not None:
+    if ratios := summary["session_ratios"]:
         console.out.print(
-            f"session memory of the merged decoder: {summary['session_ratio']:.2f}x that of the step graph alone"
+            f"session memory of the merged decoder over that of the step graph alone: {ratios[measure.SESSION]:.2f}x, "
+            f"{ratios[measure.AT_THE_END]:.2f}x after {summary['point']['new_tokens']} tokens"
         )
     if summary["limit"] is not None:
         limit = summary["limit"]
@@ -312,5 +316,5 @@ STAGE = Stage(
     sections=("precision", "runtime", "benchmark"),
     packages=PACKAGES,
     machine=True,
-    version=3,
+    version=4,
 )
