@@ -73,6 +73,7 @@ class Histories:
 
     def reorder(self, index: Tensor, length: int, stacks: Sequence[Stack]) -> None:
         """Let row i of all `stacks` hold the first `length` tokens of what was row `index[i]`. In place."""
+        index = index.long()  # transformers' beam search counts in 32 bits
         wanted = self._computed_by.index_select(0, index)
         changes = wanted != self._computed_by
         for stack, axis in stacks:
