@@ -41,7 +41,8 @@ class RuntimeConfig:
     session opens; `arithmetic`: the precision of a graph -> what it is computed in there; one that is missing has no
     kernels.
 
-    What suits it best: `branches` (see `MergeConfig`), `fuse_attention` and `static` (see `ConvertConfig`).
+    What suits it best: `branches` (see `MergeConfig`), `fuse_attention`, `transposed_products` and `static` (see
+    `ConvertConfig`).
 
     `buckets`: lengths that a static cache may have, in decoder tokens; it moves to a longer one when it is full.
 
@@ -62,6 +63,7 @@ class RuntimeConfig:
     arithmetic: dict[str, str] = field(default_factory=lambda: {"float32": "float32"})
     branches: str = "caches"
     fuse_attention: list[str] = field(default_factory=list)
+    transposed_products: bool = False
     static: bool = False
     buckets: list[int] = field(default_factory=list)
     static_session: dict[str, str] = field(default_factory=dict)
@@ -100,11 +102,14 @@ class AuditConfig:
 class ConvertConfig:
     """`fuse_attention`: roles in whose graphs attention of one precision becomes ONNX Runtime's `MultiHeadAttention`.
 
+    `transposed_products`: products with a weight that is looked up as well, as a tied embedding is, read it as it lies.
+
     `static_step`: make a step whose caches have a fixed length as well; `one_token_passes`: over that, and over the
     branch of one token that `merge.branches=tokens` makes.
     """
 
     fuse_attention: list[str] = "${runtime.fuse_attention}"  # type: ignore[assignment]
+    transposed_products: bool = "${runtime.transposed_products}"  # type: ignore[assignment]
     static_step: bool = "${runtime.static}"  # type: ignore[assignment]
     one_token_passes: dict[str, bool] = field(default_factory=dict)
 

@@ -1,4 +1,5 @@
-"""Mixed precision: the graphs with the plan carried out; and what would hide values from the audit: attention fused."""
+"""Mixed precision: the graphs with the plan carried out; and what would hide values from the audit, or suits only one
+runtime: attention fused, products with a tied embedding."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from accel.graph.group_queries import group_queries
 from accel.graph.one_token import one_token, straighten
 from accel.graph.slice_uneven import slice_uneven
 from accel.graph.static_cache import Names, NotStatic, static_cache
+from accel.graph.transposed_products import transposed_products
 from accel.runtime.layout import BUCKET, POSITION
 from accel.schema import Config, ConvertConfig
 from accel.stages import Stage, audit
@@ -56,11 +58,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     """Writes `<role>.onnx` for every role; in 16 bits, reports what the mix is made of."""
     source = inputs["optimize"].folder
     half = config.precision.dtype != "float32"
-    if not half and not config.convert.fuse_attention and not config.convert.static_step:
+    asked = config.convert
+    if not half and not (asked.fuse_attention or asked.transposed_products or asked.static_step):
         for path in source.glob("*.onnx*"):
             shutil.copyfile(path, out / path.name)
         return {}
-    fused = {Role(name) for name in config.convert.fuse_attention}
+    fused = {Role(name) for name in asked.fuse_attention}
     plans = audit.read_plans(inputs["audit"].folder) if half else {}
     shares = {}
     for role in console.track(architecture.roles(), "converting"):
@@ -69,8 +72,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             convert_half(model, plans[role], FORMATS[config.precision.dtype])
             drop_casts([model])
             shares[str(role)] = half_share(model)
-        wanted = role is Role.STEP and config.convert.static_step
-        static = _static(model, config.convert, inputs, architecture) if wanted else None
+        if asked.transposed_products:
+            transposed_products(model)
+        wanted = role is Role.STEP and asked.static_step
+        static = _static(model, asked, inputs, architecture) if wanted else None
         if role in fused:
             fuse_attention([model])
             console.note(f"{role}: {files.node_count(model)} nodes with attention fused")
@@ -107,5 +112,5 @@ STAGE = Stage(
     inputs=_inputs,
     sections=("precision.dtype", "convert"),
     packages=("onnx", "onnx-ir"),
-    version=7,
+    version=8,
 )

@@ -25,7 +25,6 @@ from accel.graph.late_broadcasts import late_broadcasts
 from accel.graph.shift_ranges import shift_ranges
 from accel.graph.split_stacks import split_stacks
 from accel.graph.static_reshapes import static_reshapes
-from accel.graph.transposed_products import transposed_products
 from accel.schema import Config
 from accel.stages import Stage, takes
 
@@ -44,7 +43,6 @@ PASSES: dict[str, Callable[[Sequence[ir.Model]], None]] = {
     "merge_duplicates": merge_duplicates,
     "split_stacks": split_stacks,
     "fold_transposes": fold_transposes,
-    "transposed_products": transposed_products,
     "fuse_norms": fuse_norms,
     "fuse_residuals": fuse_residuals,
     "join_products": join_products,
@@ -79,7 +77,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 
 STAGE = Stage(
     name="optimize",
-    version=7,
+    version=6,
     run=run,
     inputs=takes("export"),
     sections=("optimize",),

@@ -115,6 +115,7 @@ def prepare(
         "verify.unique_tokens=true",
         "verify.latency=false",
         "convert.static_step=true",
+        "convert.transposed_products=true",
         *(["convert.fuse_attention=[static_step]"] if runtime == "cpu" else []),  # as it is on a GPU
         *overrides,
     ]

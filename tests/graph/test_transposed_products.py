@@ -26,7 +26,7 @@ def fused(text: str, **weights: np.ndarray) -> tuple[ir.Model, Counter[str]]:
     wanted = [value.name for value in model.graph.inputs]
     feeds = [{name: feed[name] for name in wanted if name in feed} for feed in feeds]
     before = [run(model, feed) for feed in feeds]
-    transposed_products([model])
+    transposed_products(model)
     for feed, expected in zip(feeds, before, strict=True):
         found = run(model, feed)
         for name, array in expected.items():

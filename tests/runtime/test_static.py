@@ -30,7 +30,11 @@ from tests.runtime.test_onnx import BATCH, PAST, Both
 STATIC = replace(runtime_named("cpu"), static=True, buckets=[8, 12, 32])
 
 
-FUSED = ("convert.fuse_attention=[encoder,static_step]", "merge.branches=tokens")  # as on a GPU
+FUSED = (  # as on a GPU
+    "convert.fuse_attention=[encoder,static_step]",
+    "convert.transposed_products=true",
+    "merge.branches=tokens",
+)
 
 
 @pytest.fixture(scope="module", params=[(), FUSED], ids=["plain", "fused"])
@@ -166,6 +170,7 @@ def test_attention_is_one_node_where_it_is_fused(folder: Path) -> None:
     found = Counter(node.op_type for node in onnx.load(folder / STATIC_STEP, load_external_data=False).graph.node)
     fused = found["MultiHeadAttention"] == 2 * 2
     assert fused is (found["Softmax"] == 0)
+    assert found["FusedMatMul"] == (1 if fused else 0)  # with the tied embedding
     assert found["TensorScatter"] == 2 * 2
     assert found["Split"] == 2
     assert found["Transpose"] <= (2 if fused else 6)  # of the bias and the head; of keys
