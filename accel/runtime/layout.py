@@ -3,6 +3,7 @@
 ENCODER = "encoder_model.onnx"
 DECODER = "decoder_model_merged.onnx"
 STATIC_STEP = "decoder_static_step.onnx"
+CROSS_CACHE = "decoder_cross_cache.onnx"
 VERDICT = "verdict.json"
 CERTIFICATE, CERTIFICATE_PAGE = "certificate.json", "certificate.html"
 

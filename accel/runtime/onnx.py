@@ -110,8 +110,11 @@ class GrowingRuntime:
     def _state(self, present: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> GrowingState:
         own = {name: tensor for name, tensor in present.items() if name in self.grown}
         made = {name: tensor for name, tensor in present.items() if name not in self.grown}
-        context = {name: self._step.place(name, feeds[name]) for name in self.fixed if name in feeds}
-        return GrowingState(own, context | made, self.axes, made)
+        return GrowingState(own, self.context(feeds) | made, self.axes, made)
+
+    def context(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `feeds` fix for a whole generation."""
+        return {name: self._step.place(name, feeds[name]) for name in self.fixed if name in feeds}
 
     def _no_past(self, batch: int) -> dict[str, Tensor]:
         """Caches of length 0, which a merged decoder takes in place of a past; they hold no memory."""

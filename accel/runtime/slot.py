@@ -1,6 +1,7 @@
 """A slot: all that a static step reads and writes for one batch, at addresses that stay."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -14,47 +15,56 @@ from accel.runtime.layout import BUCKET, POSITION
 LOGITS = "logits"
 ONE_TOKEN = {"new": 1, "kept": 1}
 
-Shapes = Mapping[str, tuple[int, ...]]
-"""Input -> shape, of what a generation fixes at its beginning."""
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What computes in a slot: the step, and what makes the caches that a generation fixes, where any does."""
+
+    step: BoundSession
+    cross: BoundSession | None = None
 
 
 class Slot:
     """Room for the caches of `batch` sequences of up to `bucket` tokens, and a step over them.
 
-    `axes`: cache that grows -> axis of its tokens; `outputs`: cache -> output that holds it after a step; `fixed`: what
-    a generation fixes at its beginning, and the shape it has here. With `capture`, the step is recorded and replayed.
+    `axes`: cache that grows -> axis of its tokens; `outputs`: cache -> output that holds it; `fixed`: what a generation
+    fixes at its beginning, its type and the shape it has here. What a session was opened for (`open_recordable`) is
+    recorded and replayed.
     """
 
     def __init__(
         self,
-        step: BoundSession,
+        graphs: Graphs,
         batch: int,
         bucket: int,
         axes: Mapping[str, int],
         outputs: Mapping[str, str],
-        fixed: Shapes,
-        capture: bool,
+        fixed: Mapping[str, tuple[torch.dtype, Shape]],
     ) -> None:
-        self.step, self.batch, self.bucket = step, batch, bucket
-        self.axes, self.outputs, self.capture = axes, outputs, capture
-        self.fixed = {name: self._room(name, shape) for name, shape in fixed.items()}
-        self.given = {
-            name: self._room(name, self._shape(name)) for name in step.inputs if name not in axes and name not in fixed
-        }
+        self.step, self.batch, self.bucket = graphs.step, batch, bucket
+        self.axes, self.outputs = axes, outputs
+        device = graphs.step.device
+        self.fixed = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, shape) in fixed.items()}
+        changing = [name for name in self.step.inputs if name not in axes and name not in fixed]
+        self.given = {name: self._room(name, self._shape(name)) for name in changing}
         self.logits = self._room(LOGITS, self._shape(LOGITS))
         self.stacks = self._stacks()
         self.own = {
             name: cache for names, stack in self.stacks.items() for name, cache in zip(names, stack, strict=True)
         }
-        self.histories = Histories(batch, bucket, step.device)
-        self.run_step = self._step_over()
+        self.histories = Histories(batch, bucket, device)
+        written = {outputs[name]: cache for name, cache in (self.own | self.fixed).items() if name in outputs}
+        self.run_step = self._calls(graphs.step, written | {LOGITS: self.logits}, "step")
+        self.run_cross = self._calls(graphs.cross, written, "cross-attention cache") if graphs.cross else None
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def _shape(self, name: str) -> Shape:
         lengths = {**ONE_TOKEN, "batch": self.batch, BUCKET: self.bucket}
         port = (self.step.inputs | self.step.outputs)[name]
         return tuple(lengths[dim] if isinstance(dim, str) else dim for dim in port.shape)
 
-    def _room(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _room(self, name: str, shape: Shape) -> Tensor:
         return torch.zeros(shape, dtype=self.step.dtype(name), device=self.step.device)
 
     def _stacks(self) -> dict[tuple[str, ...], Tensor]:
@@ -69,13 +79,14 @@ class Slot:
             stacks[names] = self._room(names[0], (len(names), *shape))  # type: ignore[misc]
         return stacks
 
-    def _step_over(self) -> Callable[[], None]:
-        written = {self.outputs[name]: tensor for name, tensor in self.own.items()}
-        call = FixedCall(self.step, self.own | self.fixed | self.given, written | {LOGITS: self.logits})
-        if not self.capture:
+    def _calls(self, session: BoundSession, outputs: Mapping[str, Tensor], what: str) -> Callable[[], None]:
+        """Runs of `session` over this slot; of `outputs` it writes those that it has."""
+        written = {name: outputs[name] for name in session.outputs}
+        call = FixedCall(session, self.own | self.fixed | self.given, written)
+        if not session.session.recordable:
             return call
         call.warm_up()
-        return Captured(call, self.step.device, f"a step of {self.batch} x {self.bucket}")
+        return Captured(call, session.device, f"a {what} of {self.batch} x {self.bucket}")
 
     def begin(self, fixed: Mapping[str, Tensor]) -> None:
         """Take what a generation fixes; where there is room for more, the rest is 0, as in the mask over it.
@@ -84,11 +95,12 @@ class Slot:
         """
         for stack in self.stacks.values():
             stack.zero_()
-        for name, room in self.fixed.items():
-            given = fixed[name]
+        for name, given in fixed.items():
+            room = self.fixed[name]
             if given.shape != room.shape:
                 room.zero_()
             room[tuple(slice(length) for length in given.shape)].copy_(given)
+        self.histories.begin(0)
 
     def write(self, caches: Mapping[str, Tensor], start: int, length: int) -> None:
         """Copy the entries `start` to `start + length` of `caches`."""
@@ -115,6 +127,11 @@ class Slot:
             else:  # a mask over the tokens there are: 0 for the room behind them
                 tensor.zero_()
                 tensor[:, : feeds[name].shape[1]].copy_(feeds[name])
+
+    def make_fixed(self) -> None:
+        """Those of the fixed caches that are computed, from what `begin` took."""
+        if self.run_cross is not None:
+            self.run_cross()
 
     def run(self) -> Tensor:
         """The step. Returns the logits [batch, 1, vocabulary], valid until the next one."""

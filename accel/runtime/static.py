@@ -17,11 +17,11 @@ from torch import Tensor
 from accel import console
 from accel.errors import AccelError
 from accel.runtime.binding import BoundSession
-from accel.runtime.layout import DECODER, ENCODER, STATIC_STEP
+from accel.runtime.layout import CROSS_CACHE, DECODER, ENCODER, STATIC_STEP
 from accel.runtime.onnx import GrowingRuntime, GrowingState, open_growing
 from accel.runtime.room import check_room, check_room_for, room_left
 from accel.runtime.session import SessionSettings, open_recordable, open_session
-from accel.runtime.slot import Shapes, Slot
+from accel.runtime.slot import Graphs, Shape, Slot
 from accel.runtime.stream import on_shared_stream
 from accel.runtime.weights import SharedWeights
 
@@ -30,27 +30,18 @@ logger = logging.getLogger(__name__)
 SOURCES = 16  # source lengths are rounded up to a multiple of it where a mask hides the rest
 SPARE = 4  # slots kept for the next generation of the same shape
 
-Kind = tuple[int, int, tuple[tuple[str, tuple[int, ...]], ...]]  # batch, bucket, shapes of what is fixed
+Kind = tuple[int, int, tuple[tuple[str, Shape], ...]]  # batch, bucket, shapes of what is fixed
 
 
 class StaticState:
     """Caches in a slot, and how many tokens they hold. What is forgotten stays, masked, until it is written over."""
 
-    def __init__(self, runtime: "StaticRuntime", grown: GrowingState) -> None:
-        self.runtime, self.length, self.made = runtime, grown.length, grown.made
-        self._hold(grown, grown.length)
-
-    def _hold(self, grown: GrowingState, length: int) -> None:
-        """Keep what `grown` holds in a slot with room for `length` tokens."""
-        before, self.slot = getattr(self, "slot", None), self.runtime.take(grown, length)
-        self._shapes = {name: tensor.shape for name, tensor in grown.fixed.items() if name in self.slot.fixed}
-        self._beside = {name: tensor for name, tensor in grown.fixed.items() if name not in self.slot.fixed}
-        if before is not None:
-            self.runtime.give_back(before)
+    def __init__(self, runtime: "StaticRuntime", slot: Slot, fixed: Mapping[str, Shape], length: int) -> None:
+        """`fixed`: what the generation fixed at its beginning, and its shape, which the slot may have rounded up."""
+        self.runtime, self.slot, self._shapes, self.length = runtime, slot, dict(fixed), length
 
     def __del__(self) -> None:
-        if hasattr(self, "slot"):
-            self.runtime.give_back(self.slot)
+        self.runtime.give_back(self.slot)
 
     @property
     def batch(self) -> int:
@@ -69,29 +60,37 @@ class StaticState:
     def select(self, index: Tensor) -> None:
         grown = self.grown()
         grown.select(index)
-        self._hold(grown, self.length)
+        self._move_to(grown, self.length)
+
+    def _move_to(self, grown: GrowingState, length: int) -> None:
+        """Keep what `grown` holds in a slot with room for `length` tokens, in place of this one."""
+        before, self.slot = self.slot, self.runtime.take(grown, length)
+        self._shapes = shapes(grown.fixed)
+        self.runtime.give_back(before)
 
     def views(self) -> Mapping[str, Tensor]:
         fixed = self._fixed()
-        return self.slot.read(self.length) | {name: fixed[name] for name in self.made}
+        return self.slot.read(self.length) | {name: fixed[name] for name in self.runtime.made}
 
     def _fixed(self) -> dict[str, Tensor]:
-        """What the generation fixed at its beginning, without what the slot added to its lengths."""
-        held = {name: self.slot.fixed[name][tuple(map(slice, shape))] for name, shape in self._shapes.items()}
-        return held | self._beside
+        return {name: self.slot.fixed[name][tuple(map(slice, shape))] for name, shape in self._shapes.items()}
 
     def grown(self) -> GrowingState:
         """The same caches, each a tensor of its own length."""
         own = {name: tensor.contiguous() for name, tensor in self.slot.read(self.length).items()}
-        return GrowingState(own, self._fixed(), self.slot.axes, self.made)
+        return GrowingState(own, self._fixed(), self.slot.axes, self.runtime.made)
 
     def make_room(self, length: int) -> None:
         """Move to a larger bucket if `length` tokens don't fit into this one."""
         if length > self.slot.bucket:
-            held = GrowingState(self.slot.read(self.length), self._fixed(), self.slot.axes, self.made)
+            held = GrowingState(self.slot.read(self.length), self._fixed(), self.slot.axes, self.runtime.made)
             histories = self.slot.histories
-            self._hold(held, length)
+            self._move_to(held, length)
             self.slot.histories.take(histories, self.length)
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 class StaticRuntime:
@@ -101,36 +100,53 @@ class StaticRuntime:
     """
 
     def __init__(
-        self,
-        whole: GrowingRuntime,
-        step: BoundSession,
-        buckets: Sequence[int],
-        capture: bool = False,
-        batches: Sequence[int] = (),
+        self, whole: GrowingRuntime, graphs: Graphs, buckets: Sequence[int], batches: Sequence[int] = ()
     ) -> None:
-        self.whole, self._step = whole, step
+        self.whole, self._graphs = whole, graphs
         self.buckets, self.batches = sorted(buckets), sorted(batches)
         self.device, self.dtype = whole.device, whole.dtype
-        self.capture = capture
         self._spare: list[tuple[Kind, Slot]] = []  # the one given back last comes last
         self._kept = max(SPARE, len(batches) * len(buckets))
-        fixed = [name for name in whole.fixed if name in step.inputs]
-        shapes = {name: step.inputs[name].shape for name in fixed}
+        self.made = [name for name in whole.cache if name not in whole.grown]  # caches that a generation fixes
+        self.shapes = {name: whole.decoder.inputs[name].shape for name in whole.fixed}
         # axes of what is fixed that a mask over them lets grow
         self.masked = {
-            shape[1] for name, shape in shapes.items() if len(shape) == 2 and step.dtype(name) is torch.int64
+            shape[1]
+            for name, shape in self.shapes.items()
+            if len(shape) == 2 and whole.decoder.dtype(name) is torch.int64
         }
-        self.shapes = shapes
 
     def encode(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return self.whole.encode(feeds)
 
     def prefill(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, StaticState]:
+        """The first token alone is a step like any other, at place 0, once the caches that it only reads are made."""
+        if feeds["input_ids"].shape[1] == 1 and (self._graphs.cross is not None or not self.made):
+            state = self._begin(feeds)
+            return self.step(feeds, state), state
         logits, grown = self.whole.prefill(feeds)
-        return logits, StaticState(self, grown)
+        return logits, self._over(grown)
+
+    def _begin(self, feeds: Mapping[str, Tensor]) -> StaticState:
+        """No token yet."""
+        given = self.whole.context(feeds)
+        lengths = {
+            dim: length
+            for name, tensor in given.items()
+            for dim, length in zip(self.shapes[name], tensor.shape, strict=True)
+        }
+        made = {name: tuple(lengths.get(dim, dim) for dim in self.shapes[name]) for name in self.made}
+        fixed = shapes(given) | made
+        slot = self._slot(len(feeds["input_ids"]), 1, fixed)
+        slot.begin(given)
+        slot.make_fixed()
+        return StaticState(self, slot, fixed, 0)
+
+    def _over(self, grown: GrowingState) -> StaticState:
+        return StaticState(self, self.take(grown, grown.length), shapes(grown.fixed), grown.length)
 
     def resume(self, caches: Sequence[Tensor], feeds: Mapping[str, Tensor]) -> StaticState:
-        return StaticState(self, self.whole.resume(caches, feeds))
+        return self._over(self.whole.resume(caches, feeds))
 
     def step(self, feeds: Mapping[str, Tensor], state: StaticState) -> Tensor:
         """Raises `AccelError` if the largest bucket has no room for the new tokens."""
@@ -147,7 +163,14 @@ class StaticRuntime:
         return logits
 
     def take(self, grown: GrowingState, length: int) -> Slot:
-        """The caches of `grown` in a slot of the smallest bucket that `length` tokens fit into.
+        """The caches of `grown` in a slot with room for `length` tokens. Raises as `_slot` does."""
+        slot = self._slot(grown.batch, length, shapes(grown.fixed))
+        slot.begin(grown.fixed)
+        slot.write(grown.own, 0, grown.length)
+        return slot
+
+    def _slot(self, batch: int, length: int, fixed: Mapping[str, Shape]) -> Slot:
+        """A slot of the smallest bucket that `length` tokens fit into: a spare one of that kind, or a new one.
 
         Raises `AccelError` if none is large enough, `OutOfMemory` if the device has no room for it.
         """
@@ -157,30 +180,13 @@ class StaticRuntime:
                 f"no room for {length} tokens in the decoder's cache: the largest of "
                 f"runtime.buckets={self.buckets} is too small. Add a larger one, or say runtime.static=false"
             )
-        if self.batches and grown.batch not in self.batches:
+        if self.batches and batch not in self.batches:
             raise AccelError(
-                f"{grown.batch} sequences at once, beams counted, are none of runtime.batches={self.batches}. "
+                f"{batch} sequences at once, beams counted, are none of runtime.batches={self.batches}. "
                 "Add the number, or say runtime.batches=[] to capture any when it comes"
             )
-        slot = self._slot(grown.batch, bucket, self._rounded(grown.fixed))
-        slot.begin(grown.fixed)
-        slot.write(grown.own, 0, grown.length)
-        return slot
-
-    def _rounded(self, fixed: Mapping[str, Tensor]) -> Shapes:
-        """The shapes that a slot has for what is fixed: somewhat longer, so that few differ, where a mask hides it."""
-
-        def length(dim: int | str, given: int) -> int:
-            return -(-given // SOURCES) * SOURCES if dim in self.masked else given
-
-        return {
-            name: tuple(length(dim, given) for dim, given in zip(shape, fixed[name].shape, strict=True))
-            for name, shape in self.shapes.items()
-        }
-
-    def _slot(self, batch: int, bucket: int, fixed: Shapes) -> Slot:
-        """A spare one of that kind, or a new one."""
-        kind = (batch, bucket, tuple(fixed.items()))
+        rounded = {name: self._rounded(name, shape) for name, shape in fixed.items()}
+        kind = (batch, bucket, tuple(rounded.items()))
         for index, (known, slot) in enumerate(self._spare):
             if known == kind:
                 del self._spare[index]
@@ -190,15 +196,24 @@ class StaticRuntime:
             self._spare.clear()
         what = f"a cache for {batch} sequences of {bucket} tokens"
         check_room_for(needed, self.device, what, "runtime.buckets")
-        return Slot(self._step, batch, bucket, self.whole.axes, self.whole.grown, fixed, self.capture)
+        typed = {name: (self.whole.decoder.dtype(name), shape) for name, shape in rounded.items()}
+        return Slot(self._graphs, batch, bucket, self.whole.axes, self.whole.cache, typed)
+
+    def _rounded(self, name: str, shape: Shape) -> Shape:
+        """The shape that a slot has for what is fixed: somewhat longer, so that few differ, where a mask hides it."""
+        return tuple(
+            -(-length // SOURCES) * SOURCES if dim in self.masked else length
+            for dim, length in zip(self.shapes[name], shape, strict=True)
+        )
 
     def bytes(self, batch: int, bucket: int) -> int:
         """What the caches of a slot take, once."""
+        step = self._graphs.step
         sizes = (
-            self._step.dtype(name).itemsize
+            step.dtype(name).itemsize
             * batch
             * bucket
-            * torch.Size(dim for dim in self._step.inputs[name].shape if isinstance(dim, int)).numel()
+            * torch.Size(dim for dim in step.inputs[name].shape if isinstance(dim, int)).numel()
             for name in self.whole.axes
         )
         return sum(sizes)
@@ -220,15 +235,16 @@ class StaticRuntime:
             }
             with on_shared_stream(self.device):
                 slot = self._slot(batch, bucket, fixed)
-                slot.run()
-                slot.run()
+                for _ in range(2):
+                    slot.make_fixed()
+                    slot.run()
             self.give_back(slot)
             logger.info("captured %d x %d in %.3f s", batch, bucket, time.perf_counter() - start)
 
     def close(self) -> None:
         self._spare.clear()
         self.whole.close()
-        del self._step
+        del self._graphs
 
 
 def open_static(
@@ -252,12 +268,15 @@ def open_static(
     check_room([path for path in (folder / DECODER, folder / ENCODER) if path.is_file()], where)
     weights = SharedWeights(where)
     whole = open_growing(folder, settings, device, weights.of(folder / DECODER), with_encoder)
-    path = folder / STATIC_STEP
     opening = open_recordable if capture else open_session
     how = replace(
         settings,
         session={**settings.session, **(session or {})},
         environment={**settings.environment, **(environment or {})},
     )
-    step = opening(path, how, weights.of(path))
-    return StaticRuntime(whole, BoundSession(step, where), buckets, step.recordable, batches)
+    step, *cross = (
+        BoundSession(opening(path, how, weights.of(path)), where)
+        for path in (folder / STATIC_STEP, folder / CROSS_CACHE)
+        if path.is_file()
+    )
+    return StaticRuntime(whole, Graphs(step, *cross), buckets, batches)

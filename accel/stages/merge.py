@@ -13,6 +13,7 @@ from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
 from accel.errors import AccelError, unknown
 from accel.graph import files
+from accel.graph.cross_cache import cross_cache
 from accel.graph.merge import fork_if, merge_if
 from accel.graph.merge_caches import merge_caches
 from accel.graph.weights import initializers, shared_bytes
@@ -68,7 +69,7 @@ def merge(
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Writes `encoder_model.onnx` (if there is an encoder), `decoder_model_merged.onnx`, config and tokenizer files;
-    and `decoder_static_step.onnx`, over the same weights, where `convert` made a static step."""
+    and where `convert` made a static step that, and what makes the caches it only reads, over the same weights."""
     source, checkpoint = inputs["convert"].folder, inputs["checkpoint"].folder
     description = AutoConfig.from_pretrained(checkpoint)
     roles = architecture.roles()
@@ -78,11 +79,17 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     shared = shared_bytes(initializers(prefill), initializers(step))
     step_bytes, prefill_bytes = files.weight_bytes(step), files.weight_bytes(prefill)
     cache = architecture.signature(description, Role.STEP).cache
+    static = source / f"{Role.STATIC_STEP}.onnx"
+    beside = (
+        {layout.STATIC_STEP: files.load(static), layout.CROSS_CACHE: cross_cache(prefill, step, cache)}
+        if static.is_file()
+        else {}
+    )
     merged = merge(step, prefill, config.merge, cache, config.convert.one_token_passes)
     files.save(merged, out / layout.DECODER)
-    static = source / f"{Role.STATIC_STEP}.onnx"
-    if static.is_file():
-        files.save_beside(files.load(static), out / layout.STATIC_STEP, out / layout.DECODER)
+    for name, model in beside.items():
+        if model is not None:
+            files.save_beside(model, out / name, out / layout.DECODER)
     for pattern in DESCRIPTION:
         for path in checkpoint.glob(pattern):
             if not path.match(WEIGHT_INDEX):
@@ -102,5 +109,5 @@ STAGE = Stage(
     inputs=takes("checkpoint", "convert"),
     sections=("merge", "convert.one_token_passes"),
     packages=("onnx", "onnx-ir"),
-    version=3,
+    version=4,
 )

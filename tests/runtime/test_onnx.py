@@ -36,7 +36,7 @@ def eager(tiny: Path) -> T5ForConditionalGeneration:
 class Both:
     """The same decoder twice, after the same prefill: PyTorch's with its own cache, ours with its State."""
 
-    def __init__(self, model: AcceleratedModel, eager: T5ForConditionalGeneration) -> None:
+    def __init__(self, model: AcceleratedModel, eager: T5ForConditionalGeneration, past: int = PAST) -> None:
         generator = torch.Generator().manual_seed(3)
         ids = torch.randint(3, 120, (BATCH, SOURCE), generator=generator)
         mask = torch.ones_like(ids)
@@ -46,7 +46,7 @@ class Both:
             self.hidden = eager.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         encoded = model.runtime.encode({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
         torch.testing.assert_close(encoded, self.hidden, rtol=1e-4, atol=1e-5)
-        start = torch.randint(3, 120, (BATCH, PAST), generator=generator)
+        start = torch.randint(3, 120, (BATCH, past), generator=generator)
         self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         expected = self.pytorch(start)
         logits, self.state = model.runtime.prefill(

@@ -1,5 +1,6 @@
 """Caches of a fixed length: what a State does to them is what PyTorch's caches do, and they stay where they are."""
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,9 +20,10 @@ from accel.loading import open_model
 from accel.runtime import onnx as onnx_runtime
 from accel.runtime import static
 from accel.runtime.binding import BoundSession
-from accel.runtime.layout import DECODER, STATIC_STEP
+from accel.runtime.layout import CROSS_CACHE, DECODER, STATIC_STEP
 from accel.runtime.onnx import open_growing
 from accel.runtime.session import SessionSettings, open_session
+from accel.runtime.slot import Graphs
 from accel.runtime.static import SPARE, StaticRuntime
 from accel.runtime.weights import SharedWeights
 from tests.conftest import Build
@@ -113,6 +115,30 @@ def test_what_another_generation_left(both: Both, model: AcceleratedModel) -> No
     again = Both(model, both.eager)
     assert again.state.slot is slot
     again.assert_same()
+
+
+def test_the_first_token_is_a_step(both: Both, model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merged decoder isn't called for it, and all caches are PyTorch's, though another generation was there."""
+    slot = both.state.slot
+    for room in (*slot.own.values(), *slot.fixed.values()):
+        room.fill_(torch.nan if room.is_floating_point() else 1)
+    del both.state
+    monkeypatch.setattr(model.runtime.whole, "prefill", pytest.fail)
+    first = Both(model, both.eager, past=1)
+    assert first.state.slot is slot
+    for _ in range(9):
+        step(first)
+    monkeypatch.undo()
+    first.assert_same()
+    first.expand_then_reorder()
+
+
+def test_the_first_token_without_its_graph(folder: Path, tiny: Path, tmp_path: Path) -> None:
+    """A folder that doesn't hold what makes the caches of the encoder's output begins with the merged decoder."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / CROSS_CACHE).unlink()
+    with open_model(tmp_path, STATIC) as opened:
+        Both(opened, T5ForConditionalGeneration.from_pretrained(tiny).eval(), past=1).assert_same()
 
 
 def test_two_generations_at_once(both: Both, model: AcceleratedModel, tiny: Path) -> None:
@@ -218,8 +244,9 @@ def test_weights_lie_in_the_decoders_file(build: Build) -> None:
     """The static step stores none of its own where the decoder has a data file."""
     folder = build("accel://t5-g2p", "merge", ("runtime.static=true",))[1]["merge"].folder
     assert (folder / f"{DECODER}.data").stat().st_size > 1_000_000
-    assert (folder / STATIC_STEP).stat().st_size < 300_000
-    assert not (folder / f"{STATIC_STEP}.data").exists()
+    for name in (STATIC_STEP, CROSS_CACHE):
+        assert (folder / name).stat().st_size < 300_000
+        assert not (folder / f"{name}.data").exists()
 
 
 def test_both_decoders_read_the_same_weights(build: Build) -> None:
@@ -232,7 +259,7 @@ def test_both_decoders_read_the_same_weights(build: Build) -> None:
     assert len({value.data_ptr() for value in (*decoder.values(), *static.values())}) == len(decoder)
     settings = SessionSettings.of(STATIC, fuse=False)
     session = BoundSession(open_session(folder / STATIC_STEP, settings, static), torch.device("cpu"))
-    runtime = StaticRuntime(open_growing(folder, settings, "cpu", decoder), session, [8])
+    runtime = StaticRuntime(open_growing(folder, settings, "cpu", decoder), Graphs(session), [8])
     ids = torch.tensor([[5, 6, 7]])
     mask = torch.ones_like(ids)
     hidden = runtime.encode({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
