@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
 from types import TracebackType
@@ -159,7 +160,7 @@ def _seconds(start: Stamp, end: Stamp) -> float:
 
 
 class OtherLoad:
-    """Context that measures how busy everything but this process kept the processor: `share`, from 0 to 1.
+    """Context that measures how busy everything but this process and its children kept the processor: `share`, 0 to 1.
 
     Threads that wait by spinning, as PyTorch's and ONNX Runtime's do, take many times longer when they lack a core.
     """
@@ -177,10 +178,13 @@ class OtherLoad:
 
     @staticmethod
     def _read() -> tuple[float, float]:
-        """Seconds of all cores since the start of the system, and those not idle and not this process's."""
-        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        """Seconds of all cores since the start of the system, and those not idle and not ours."""
+        times, own = psutil.cpu_times(), 0.0
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            with suppress(psutil.Error):  # it has ended meanwhile
+                own += sum(process.cpu_times()[:4])  # its own, and those of children that ended
         total = sum(times[:8])  # user to steal; what follows is counted in user already
-        return total, total - times.idle - getattr(times, "iowait", 0.0) - own.user - own.system
+        return total, total - times.idle - getattr(times, "iowait", 0.0) - own
 
 
 def forced(new_tokens: int, num_beams: int, *, use_cache: bool) -> dict[str, Any]:

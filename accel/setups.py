@@ -156,9 +156,7 @@ def kept_in_fp32(model: torch.nn.Module) -> dict[str, int]:
 
 
 def free(device: str) -> None:
-    """Give back what closed models leave behind: on CUDA, what PyTorch's allocator and its graphs keep."""
-    if device.startswith("cuda"):
-        torch.compiler.reset()
+    """Give back what closed models leave behind: on CUDA, what PyTorch's allocator keeps."""
     memory.release()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()

@@ -4,16 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from accel import console
-from accel.clock import Timing, time_generation
+from accel.clock import Timing
+from accel.elsewhere import Elsewhere
 from accel.errors import AccelError
-from accel.generation import Generates
-from accel.runtime.room import enough_memory
 from accel.schema import BenchmarkConfig
-from accel.setups import SETUPS, TORCH, Sources, kept_in_fp32, opened
+from accel.setups import SETUPS, TORCH, Sources
 
 LONG = 10.0  # seconds: a generation that is worth a line of its own, should the run be cut short
 
@@ -29,22 +27,21 @@ class Measured:
 def time_setups(
     names: Sequence[str], sources: Sources, given: Mapping[str, Tensor], benchmark: BenchmarkConfig
 ) -> Measured:
-    """Time `names` on inputs `given` [batch, source]. All engines are open at once, each a single time."""
-    inputs = {name: tensor.to(sources.runtime.device) for name, tensor in given.items()}
-    with ExitStack() as stack, enough_memory():
-        engines = dict.fromkeys(SETUPS[name].engine for name in names)
-        models: dict[str, Generates] = {engine: stack.enter_context(opened(engine, sources)) for engine in engines}
+    """Time `names` on inputs `given` [batch, source]. All engines are open at once, each in a process of its own."""
+    engines = dict.fromkeys(SETUPS[name].engine for name in names)
+    with ExitStack() as stack:
+        processes = {engine: stack.enter_context(Elsewhere(engine, sources)) for engine in engines}
+        for process in processes.values():
+            process.open(given)
 
         def generate(name: str, new_tokens: int) -> Timing:
             setup = SETUPS[name]
-            with setup.context():
-                timing = time_generation(models[setup.engine], inputs, setup.options(new_tokens, benchmark.num_beams))
+            timing = processes[setup.engine].generate(name, setup.options(new_tokens, benchmark.num_beams))
             if len(timing.latencies) != new_tokens:
                 raise AccelError(f"{name} generated {len(timing.latencies)} tokens instead of {new_tokens}")
             return timing
 
-        half = models.get(TORCH)
-        fp32 = kept_in_fp32(half) if half is not None and half.dtype == torch.float16 else {}
+        fp32 = processes[TORCH].kept_in_fp32() if TORCH in processes else {}
         return Measured(take_turns(names, benchmark, generate), fp32)
 
 

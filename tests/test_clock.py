@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import CompileConfig
@@ -81,17 +82,36 @@ def test_clock_restores_after_an_error(build: Build, tiny: Path) -> None:
         assert not PATCHED_RUNTIME & set(vars(model.runtime))
 
 
+SPIN = "import time; end = time.time() + 60\nwhile time.time() < end: pass"
+
+
+def spinning(orphan: bool) -> int:
+    """The number of a new process that keeps a core busy: a child of this one, or of nobody here."""
+    if not orphan:
+        return subprocess.Popen([sys.executable, "-c", SPIN]).pid
+    command = f"subprocess.Popen({[sys.executable, '-c', SPIN]}, stdout=subprocess.DEVNULL)"
+    start = [sys.executable, "-c", f"import subprocess; print({command}.pid)"]
+    return int(subprocess.run(start, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
 def test_other_load() -> None:
-    """Another process that keeps a core busy is seen; this one's own work is not."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+    """Another process that keeps a core busy is seen; this one's own work and its children's is not."""
+    shares = {}
+    for orphan in (False, True):
+        process = psutil.Process(spinning(orphan))
         try:
             time.sleep(0.2)
             with OtherLoad() as load:
                 time.sleep(1.0)
+                taken = process.cpu_times()
         finally:
-            other.kill()
-    assert load.share > 0.5 / (os.cpu_count() or 1)
-    assert load.share <= 1
+            process.kill()
+            process.wait()
+        shares[orphan] = load.share
+        assert taken.user > 0.1
+    core = 1 / (os.cpu_count() or 1)
+    assert 0.5 * core < shares[True] <= 1
+    assert shares[True] > shares[False] + 0.3 * core
 
 
 @pytest.mark.gpu

@@ -18,21 +18,24 @@ class Sample(Choice):
         super().__init__(ids, processors, criteria, config)
         self.tokens = ids.new_zeros(len(ids), self.limit)
         self.tokens[:, : self.prompt] = ids
-        self.ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        self.longest = torch.full((), self.prompt, device=ids.device)  # until all have ended
+        self.ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
 
     def seen(self) -> Tensor:
         return self.tokens[:, : self.length]
 
     def choose(self, scores: Tensor) -> None:
-        chosen = drawn(scores, 1).squeeze(1) if self.config.do_sample else scores.argmax(-1)
+        chosen = drawn(scores, 1) if self.config.do_sample else scores.argmax(-1, keepdim=True)
         if self.ends is not None:
             chosen = torch.where(self.ended, self.pad, chosen) if self.pad is not None else chosen
-            self.longest += ~self.over
-            self.ended |= torch.isin(chosen, self.ends)
-            self.over.copy_(self.ended.all())
-        self.chosen.copy_(chosen[:, None])
-        self.tokens.index_copy_(1, self.place, self.chosen)
+            self.ended |= (chosen == self.ends).any(-1, keepdim=True)
+            torch.all(self.ended, out=self.over)
+        self.chosen.copy_(chosen)
+        self.tokens.index_copy_(1, self.place, chosen)
 
     def result(self) -> Tensor:
-        return self.tokens if self.ends is None else self.tokens[:, : int(self.longest)]
+        """Up to the token that ended the last sequence; a GPU has gone on for some."""
+        if self.ends is None:
+            return self.tokens
+        ends = torch.isin(self.tokens[:, self.prompt : self.length], self.ends)
+        going = ends.cumsum(1) == ends  # no end before it
+        return self.tokens[:, : self.prompt + int(going.sum(1).max())]

@@ -123,7 +123,7 @@ class StaticRuntime:
         """The first token alone is a step like any other, at place 0, once the caches that it only reads are made."""
         if feeds["input_ids"].shape[1] == 1 and (self._graphs.cross is not None or not self.made):
             state = self._begin(feeds)
-            return self.step(feeds, state), state
+            return self._one_more(feeds, state), state
         logits, grown = self.whole.prefill(feeds)
         return logits, self._over(grown)
 
@@ -153,14 +153,17 @@ class StaticRuntime:
         new = feeds["input_ids"].shape[1]
         state.make_room(state.length + new)
         if new == 1:
-            state.slot.give(feeds, state.length)
-            logits = state.slot.run().clone()
-        else:
-            grown = state.grown()
-            logits = self.whole.step(feeds, grown)
-            state.slot.write(grown.own, state.length, new)
+            return self._one_more(feeds, state)
+        grown = state.grown()
+        logits = self.whole.step(feeds, grown)
+        state.slot.write(grown.own, state.length, new)
         state.length += new
         return logits
+
+    def _one_more(self, feeds: Mapping[str, Tensor], state: StaticState) -> Tensor:
+        state.slot.give(feeds, state.length)
+        state.length += 1
+        return state.slot.run().clone()
 
     def take(self, grown: GrowingState, length: int) -> Slot:
         """The caches of `grown` in a slot with room for `length` tokens. Raises as `_slot` does."""
