@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from accel.decoding.loops import PREPARE, DecodingLoops
@@ -22,6 +23,13 @@ from accel.runtime.stream import on_shared_stream
 
 Generates: TypeAlias = Any
 """A model with transformers' `generate`: PyTorch's own or ours. Its mixin hides the method from type checkers."""
+
+CACHE_LATER = {
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+}
 
 
 class StateCache(Cache):
@@ -128,6 +136,22 @@ class AcceleratedModel(DecodingLoops, GenerationMixin):
         """
         with _cores_for_the_runtime(self.device), on_shared_stream(self.device), enough_memory():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """Transformers makes empty caches of tensors, which takes it milliseconds. Ours is what the first call returns;
+        only decoding methods that ask a cache something before that, and options about caches, need theirs."""
+        about_caches = (generation_config.cache_implementation, generation_config.prefill_chunk_size)
+        if model_kwargs.get("past_key_values") is not None or any(about_caches) or generation_mode not in CACHE_LATER:
+            theirs: Any = super()
+            given = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            theirs._prepare_cache_for_generation(*given)
 
     def can_generate(self) -> bool:
         return True

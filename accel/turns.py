@@ -11,7 +11,7 @@ from accel.clock import Timing
 from accel.elsewhere import Elsewhere
 from accel.errors import AccelError
 from accel.schema import BenchmarkConfig
-from accel.setups import SETUPS, TORCH, Sources
+from accel.setups import SETUPS, TORCH, Sources, free
 
 LONG = 10.0  # seconds: a generation that is worth a line of its own, should the run be cut short
 
@@ -29,6 +29,7 @@ def time_setups(
 ) -> Measured:
     """Time `names` on inputs `given` [batch, source]. All engines are open at once, each in a process of its own."""
     engines = dict.fromkeys(SETUPS[name].engine for name in names)
+    free(sources.runtime.device)  # what this process holds would take room from those that measure
     with ExitStack() as stack:
         processes = {engine: stack.enter_context(Elsewhere(engine, sources)) for engine in engines}
         for process in processes.values():

@@ -9,7 +9,8 @@ LAG = 3  # tokens that a GPU has queued while the host reads whether an earlier 
 class Watch:
     """Says whether a flag on the device was true some calls ago: at once on the CPU, `LAG` calls late on a GPU.
 
-    What comes after the end is computed in vain, and at most so often; but the device always has something to do.
+    What comes after the end is computed in vain, and at most so often; but the device always has something to do. It
+    copies the flag on a stream of its own, for which the next token doesn't wait: once true, a flag stays true.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -18,12 +19,16 @@ class Watch:
         cuda = device.type == "cuda"
         self.flags = torch.zeros(self.lag + 1, dtype=torch.bool, pin_memory=cuda)  # the newest calls', in turn
         self.copied = [torch.cuda.Event() for _ in range(self.lag + 1)] if cuda else []
+        self.stream = torch.cuda.Stream(device) if cuda else None
 
     def __call__(self, flag: Tensor) -> bool:
         newest, oldest = self.calls % len(self.flags), (self.calls + 1) % len(self.flags)
-        self.flags[newest].copy_(flag, non_blocking=True)
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):  # of no stream on the CPU, where this does nothing
+            self.flags[newest].copy_(flag, non_blocking=True)
         if self.copied:
-            self.copied[newest].record(torch.cuda.current_stream(self.device))
+            self.copied[newest].record(self.stream)
         self.calls += 1
         if self.calls <= self.lag:
             return False

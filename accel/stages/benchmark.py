@@ -24,7 +24,7 @@ from accel.graph import files
 from accel.graph.traffic import bytes_read
 from accel.machine import command, copy_bandwidth, machine
 from accel.schema import BenchmarkConfig, Config, RuntimeConfig
-from accel.setups import BASELINE, CAPTURED, OURS, SEPARATE, SETUPS, Sources, chosen, free
+from accel.setups import BASELINE, CAPTURED, OURS, SEPARATE, SETUPS, Sources, chosen
 from accel.stages import Stage
 from accel.turns import time_setups
 
@@ -170,7 +170,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     )
     names = chosen(benchmark.setups, config.runtime)
     given = random_inputs(architecture, description, benchmark)
-    free(config.runtime.device)  # what this process holds would take room from those that measure
     with OtherLoad() as others:
         measured = time_setups(names, sources, given, benchmark)
     threads = config.runtime.threads or torch.get_num_threads()
