@@ -137,7 +137,7 @@ def open_recordable(graph: Path, settings: SessionSettings, weights: Mapping[str
     if settings.provider != CUDA:
         return open_session(graph, settings, weights)
     if reason := obstacle(graph):
-        console.warn(f"{graph.name}: steps are not captured: {reason}")
+        console.warn(f"{graph.name} is not captured: {reason}")
         return open_session(graph, settings, weights)
     options = {**settings.provider_options, "enable_cuda_graph": "1"}
     try:
@@ -145,7 +145,7 @@ def open_recordable(graph: Path, settings: SessionSettings, weights: Mapping[str
     except RUNTIME_ERRORS as error:
         if "graph capture" not in str(error):
             raise
-        console.warn(f"{graph.name}: steps are not captured: {str(error).split(' : ')[-1].splitlines()[0]}")
+        console.warn(f"{graph.name} is not captured: {str(error).split(' : ')[-1].splitlines()[0]}")
         return open_session(graph, settings, weights)
     session.recordable = True
     return session

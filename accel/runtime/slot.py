@@ -11,11 +11,10 @@ from accel.runtime.binding import BoundSession, FixedCall
 from accel.runtime.capture import Captured
 from accel.runtime.histories import Histories
 from accel.runtime.layout import BUCKET, POSITION
+from accel.runtime.padding import Shape, fill
 
 LOGITS = "logits"
 ONE_TOKEN = {"new": 1, "kept": 1}
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,7 @@ class Slot:
         for stack in self.stacks.values():
             stack.zero_()
         for name, given in fixed.items():
-            room = self.fixed[name]
-            if given.shape != room.shape:
-                room.zero_()
-            room[tuple(slice(length) for length in given.shape)].copy_(given)
+            fill(self.fixed[name], given)
         self.histories.begin(0)
 
     def write(self, caches: Mapping[str, Tensor], start: int, length: int) -> None:

@@ -7,7 +7,7 @@ cache does, and its new entries are copied.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,20 +17,23 @@ from torch import Tensor
 from accel import console
 from accel.errors import AccelError
 from accel.runtime.binding import BoundSession
+from accel.runtime.encoder import CapturedEncoder
 from accel.runtime.layout import CROSS_CACHE, DECODER, ENCODER, STATIC_STEP
 from accel.runtime.onnx import GrowingRuntime, GrowingState, open_growing
+from accel.runtime.padding import STEP, Padding, Shape, begin, shapes
 from accel.runtime.room import check_room, check_room_for, room_left
 from accel.runtime.session import SessionSettings, open_recordable, open_session
-from accel.runtime.slot import Graphs, Shape, Slot
+from accel.runtime.slot import Graphs, Slot
 from accel.runtime.stream import on_shared_stream
 from accel.runtime.weights import SharedWeights
 
 logger = logging.getLogger(__name__)
 
-SOURCES = 16  # source lengths are rounded up to a multiple of it where a mask hides the rest
 SPARE = 4  # slots kept for the next generation of the same shape
 
 Kind = tuple[int, int, tuple[tuple[str, Shape], ...]]  # batch, bucket, shapes of what is fixed
+
+Encode = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 class StaticState:
@@ -73,7 +76,7 @@ class StaticState:
         return self.slot.read(self.length) | {name: fixed[name] for name in self.runtime.made}
 
     def _fixed(self) -> dict[str, Tensor]:
-        return {name: self.slot.fixed[name][tuple(map(slice, shape))] for name, shape in self._shapes.items()}
+        return {name: begin(self.slot.fixed[name], shape) for name, shape in self._shapes.items()}
 
     def grown(self) -> GrowingState:
         """The same caches, each a tensor of its own length."""
@@ -87,10 +90,6 @@ class StaticState:
             histories = self.slot.histories
             self._move_to(held, length)
             self.slot.histories.take(histories, self.length)
-
-
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 class StaticRuntime:
@@ -108,20 +107,25 @@ class StaticRuntime:
         self._spare: list[tuple[Kind, Slot]] = []  # the one given back last comes last
         self._kept = max(SPARE, len(batches) * len(buckets))
         self.made = [name for name in whole.cache if name not in whole.grown]  # caches that a generation fixes
-        self.shapes = {name: whole.decoder.inputs[name].shape for name in whole.fixed}
-        # axes of what is fixed that a mask over them lets grow
-        self.masked = {
-            shape[1]
-            for name, shape in self.shapes.items()
-            if len(shape) == 2 and whole.decoder.dtype(name) is torch.int64
-        }
+        self._padding = Padding(whole.decoder, whole.fixed)
+        self._begins = self._can_begin()
+        encoder = whole.encoder
+        fits = encoder is not None and CapturedEncoder.fits(encoder)
+        self._encode: Encode = CapturedEncoder(encoder) if encoder is not None and fits else whole.encode
+
+    def _can_begin(self) -> bool:
+        """Whether a generation may begin with a step: caches that it only reads are made here, as long as its input."""
+        axes = self._padding.axes
+        given = {axis for name in axes if name not in self.made for axis in axes[name]}
+        own = {axis for name in self.made for axis in axes[name] if isinstance(axis, str)}
+        return (self._graphs.cross is not None or not self.made) and own <= given
 
     def encode(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self.whole.encode(feeds)
+        return self._encode(feeds)
 
     def prefill(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, StaticState]:
         """The first token alone is a step like any other, at place 0, once the caches that it only reads are made."""
-        if feeds["input_ids"].shape[1] == 1 and (self._graphs.cross is not None or not self.made):
+        if feeds["input_ids"].shape[1] == 1 and self._begins:
             state = self._begin(feeds)
             return self._one_more(feeds, state), state
         logits, grown = self.whole.prefill(feeds)
@@ -130,12 +134,8 @@ class StaticRuntime:
     def _begin(self, feeds: Mapping[str, Tensor]) -> StaticState:
         """No token yet."""
         given = self.whole.context(feeds)
-        lengths = {
-            dim: length
-            for name, tensor in given.items()
-            for dim, length in zip(self.shapes[name], tensor.shape, strict=True)
-        }
-        made = {name: tuple(lengths.get(dim, dim) for dim in self.shapes[name]) for name in self.made}
+        lengths = self._padding.lengths(shapes(given))
+        made = {name: tuple(lengths.get(axis, axis) for axis in self._padding.axes[name]) for name in self.made}
         fixed = shapes(given) | made
         slot = self._slot(len(feeds["input_ids"]), 1, fixed)
         slot.begin(given)
@@ -188,8 +188,8 @@ class StaticRuntime:
                 f"{batch} sequences at once, beams counted, are none of runtime.batches={self.batches}. "
                 "Add the number, or say runtime.batches=[] to capture any when it comes"
             )
-        rounded = {name: self._rounded(name, shape) for name, shape in fixed.items()}
-        kind = (batch, bucket, tuple(rounded.items()))
+        padded = {name: self._padding.padded(name, shape) for name, shape in fixed.items()}
+        kind = (batch, bucket, tuple(padded.items()))
         for index, (known, slot) in enumerate(self._spare):
             if known == kind:
                 del self._spare[index]
@@ -199,15 +199,8 @@ class StaticRuntime:
             self._spare.clear()
         what = f"a cache for {batch} sequences of {bucket} tokens"
         check_room_for(needed, self.device, what, "runtime.buckets")
-        typed = {name: (self.whole.decoder.dtype(name), shape) for name, shape in rounded.items()}
+        typed = {name: (self.whole.decoder.dtype(name), shape) for name, shape in padded.items()}
         return Slot(self._graphs, batch, bucket, self.whole.axes, self.whole.cache, typed)
-
-    def _rounded(self, name: str, shape: Shape) -> Shape:
-        """The shape that a slot has for what is fixed: somewhat longer, so that few differ, where a mask hides it."""
-        return tuple(
-            -(-length // SOURCES) * SOURCES if dim in self.masked else length
-            for dim, length in zip(self.shapes[name], shape, strict=True)
-        )
 
     def bytes(self, batch: int, bucket: int) -> int:
         """What the caches of a slot take, once."""
@@ -226,15 +219,14 @@ class StaticRuntime:
         kind = (slot.batch, slot.bucket, tuple((name, tuple(room.shape)) for name, room in slot.fixed.items()))
         self._spare = [*self._spare, (kind, slot)][-self._kept :]
 
-    def prepare(self, source: int = SOURCES) -> None:
+    def prepare(self, source: int = STEP) -> None:
         """Capture a step for each of `batches` and every bucket. `source`: length of what is fixed."""
         pairs = [(batch, bucket) for batch in self.batches for bucket in self.buckets]
         for batch, bucket in console.track(pairs, "capturing"):
             start = time.perf_counter()
-            lengths = {"batch": batch} | dict.fromkeys(self.masked, source)
             fixed = {
-                name: tuple(lengths.get(dim, source) if isinstance(dim, str) else dim for dim in shape)
-                for name, shape in self.shapes.items()
+                name: tuple(batch if axis == "batch" else source if isinstance(axis, str) else axis for axis in axes)
+                for name, axes in self._padding.axes.items()
             }
             with on_shared_stream(self.device):
                 slot = self._slot(batch, bucket, fixed)
@@ -246,6 +238,7 @@ class StaticRuntime:
 
     def close(self) -> None:
         self._spare.clear()
+        self._encode = self.whole.encode
         self.whole.close()
         del self._graphs
 
@@ -270,8 +263,10 @@ def open_static(
     where = torch.device(device)
     check_room([path for path in (folder / DECODER, folder / ENCODER) if path.is_file()], where)
     weights = SharedWeights(where)
-    whole = open_growing(folder, settings, device, weights.of(folder / DECODER), with_encoder)
+    whole = open_growing(folder, settings, device, weights.of(folder / DECODER), with_encoder=False)
     opening = open_recordable if capture else open_session
+    if with_encoder and (folder / ENCODER).is_file():
+        whole.encoder = BoundSession(opening(folder / ENCODER, settings), where)
     how = replace(
         settings,
         session={**settings.session, **(session or {})},
