@@ -1,8 +1,7 @@
 """An engine in a process of its own, which generates there when it is told to.
 
-Engines in one process slow each other. Above all on a GPU: once a process has run a kernel that fills one, as PyTorch's
-models do while they load, every later kernel of that process begins later (docs/cuda.md), and a captured step is little
-else than kernels.
+Engines in one process slow each other. Above all on a GPU: once PyTorch's model has run, kernels of ours in the same
+process take longer to begin (docs/cuda.md), and a captured step is little else than kernels.
 """
 
 import signal

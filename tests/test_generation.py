@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -228,6 +229,26 @@ def test_decoder_prompt(model: AcceleratedModel, eager: T5ForConditionalGenerati
     prompt = torch.tensor([[0, 17, 33, 5], [0, 8, 64, 101]])
     found = same(model, eager, decoder_input_ids=prompt, num_beams=beams, **batch(2))
     assert torch.equal(found[:, :4], prompt)
+
+
+def test_transformers_makes_caches_only_where_it_needs_them(
+    model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for what asks them nothing before the first call."""
+    real = GenerationMixin._prepare_cache_for_generation
+    made = []
+
+    def noted(self: Any, *given: Any) -> Any:
+        made.append(given[2].value)
+        return real(self, *given)
+
+    monkeypatch.setattr(GenerationMixin, "_prepare_cache_for_generation", noted)
+    for options in ({}, SAMPLE, {"num_beams": 3}, SAMPLE | {"num_beams": 2}, {"use_cache": False}):
+        model.generate(**batch(), max_new_tokens=3, **options)
+    assert not made
+    model.generate(**batch(), max_new_tokens=3, cache_implementation="dynamic")
+    model.generate(**batch(), max_new_tokens=3, prompt_lookup_num_tokens=2)
+    assert made == ["greedy_search", "assisted_generation"]
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLE], ids=["greedy", "sampling"])

@@ -13,33 +13,32 @@ from accel.runtime.room import enough_memory
 from accel.runtime.stream import on_shared_stream
 
 KEPT = 4  # shapes
+LARGEST = (
+    16 * 2**20
+)  # bytes of outputs; above, computing takes longer than launching, and memory would be held for nothing
 
 
 class Desk:
     """An encoder's inputs and outputs of one shape, at addresses that stay, and a call over them."""
 
-    def __init__(self, session: BoundSession, shapes: Mapping[str, Shape], lengths: Mapping[int | str, int]) -> None:
-        """`lengths`: those of all axes."""
-        self.inputs = {name: self._room(session, name, shape) for name, shape in shapes.items()}
-        self.outputs = {
-            name: self._room(session, name, tuple(lengths.get(axis, axis) for axis in port.shape))
-            for name, port in session.outputs.items()
-        }
+    def __init__(self, session: BoundSession, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> None:
+        self.inputs, self.outputs = (
+            {
+                name: torch.zeros(shape, dtype=session.dtype(name), device=session.device)
+                for name, shape in rooms.items()
+            }
+            for rooms in (inputs, outputs)
+        )
         call = FixedCall(session, self.inputs, self.outputs)
         call.warm_up()
-        self.run = Captured(
-            call, session.device, f"an encoder over {' x '.join(map(str, next(iter(shapes.values()))))}"
-        )
-
-    @staticmethod
-    def _room(session: BoundSession, name: str, shape: Shape) -> Tensor:
-        return torch.zeros(shape, dtype=session.dtype(name), device=session.device)
+        shape = " x ".join(map(str, next(iter(inputs.values()))))
+        self.run = Captured(call, session.device, f"an encoder over {shape}")
 
 
 class CapturedEncoder:
     """Calls of an encoder's session. What comes in a shape for the second time is recorded, and from then on replayed.
 
-    Only where outputs are as long as inputs: see `fits`.
+    Only where outputs are as long as inputs (see `fits`), and small.
     """
 
     def __init__(self, session: BoundSession) -> None:
@@ -58,19 +57,31 @@ class CapturedEncoder:
         """Inputs by name -> outputs by name. What the encoder doesn't take is left out."""
         with on_shared_stream(self.session.device), enough_memory():
             given = {name: self.session.place(name, feeds[name]) for name in self.session.inputs}
-            lengths = self._padding.lengths(shapes(given))
-            desk = self._desk({name: self._padding.padded(name, shape) for name, shape in shapes(given).items()})
+            padded = {name: self._padding.padded(name, shape) for name, shape in shapes(given).items()}
+            outputs = self._outputs(padded)
+            if self._bytes(outputs) > LARGEST:
+                return dict(zip(outputs, self.session(given, list(outputs)), strict=True))
+            desk = self._desk(padded, outputs)
             for name, room in desk.inputs.items():
                 fill(room, given[name])
             desk.run()
-            ports = self.session.outputs
-            wanted = {name: tuple(lengths.get(axis, axis) for axis in ports[name].shape) for name in desk.outputs}
-            return {name: begin(room, wanted[name]).clone() for name, room in desk.outputs.items()}
+            return {
+                name: begin(desk.outputs[name], shape).clone() for name, shape in self._outputs(shapes(given)).items()
+            }
 
-    def _desk(self, shapes: Mapping[str, Shape]) -> Desk:
-        kind = tuple(shapes.items())
+    def _outputs(self, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
+        lengths = self._padding.lengths(inputs)
+        ports = self.session.outputs
+        return {name: tuple(lengths.get(axis, axis) for axis in port.shape) for name, port in ports.items()}
+
+    def _bytes(self, outputs: Mapping[str, Shape]) -> int:
+        sizes = (torch.Size(shape).numel() * self.session.dtype(name).itemsize for name, shape in outputs.items())
+        return sum(sizes)
+
+    def _desk(self, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> Desk:
+        kind = tuple(inputs.items())
         if kind not in self._desks:
-            self._desks[kind] = Desk(self.session, shapes, self._padding.lengths(shapes))
+            self._desks[kind] = Desk(self.session, inputs, outputs)
         self._desks.move_to_end(kind)
         while len(self._desks) > KEPT:
             self._desks.popitem(last=False)

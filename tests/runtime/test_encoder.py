@@ -56,6 +56,18 @@ def test_few_shapes_are_kept(session: BoundSession) -> None:
     assert len(encoder._desks) == KEPT
 
 
+def test_large_outputs_are_not_kept(session: BoundSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from an ordinary call, as long as they are."""
+    size = 2 * 16 * session.outputs["last_hidden_state"].shape[2] * 4
+    given = inputs(2, 11)
+    (expected,) = session(given, ["last_hidden_state"])
+    for largest, kept in ((size - 1, 0), (size, 1)):
+        monkeypatch.setattr("accel.runtime.encoder.LARGEST", largest)
+        encoder = CapturedEncoder(session)
+        torch.testing.assert_close(encoder(given)["last_hidden_state"][0], expected[0], rtol=1e-4, atol=1e-5)
+        assert len(encoder._desks) == kept
+
+
 def test_only_where_it_is_recorded(session: BoundSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """And where no output has a length of its own."""
     assert not CapturedEncoder.fits(session)
