@@ -25,6 +25,7 @@ from accel.graph.late_broadcasts import late_broadcasts
 from accel.graph.shift_ranges import shift_ranges
 from accel.graph.split_stacks import split_stacks
 from accel.graph.static_reshapes import static_reshapes
+from accel.graph.tabulate import tabulate
 from accel.schema import Config
 from accel.stages import Stage, takes
 
@@ -41,6 +42,7 @@ PASSES: dict[str, Callable[[Sequence[ir.Model]], None]] = {
     "shift_ranges": shift_ranges,
     "direct_lengths": direct_lengths,
     "merge_duplicates": merge_duplicates,
+    "tabulate": tabulate,
     "split_stacks": split_stacks,
     "fold_transposes": fold_transposes,
     "fuse_norms": fuse_norms,
@@ -77,7 +79,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 
 STAGE = Stage(
     name="optimize",
-    version=6,
+    version=7,
     run=run,
     inputs=takes("export"),
     sections=("optimize",),
