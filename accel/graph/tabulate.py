@@ -23,7 +23,7 @@ LONGEST = 2**11  # entries of a table
 
 def tabulate(models: Sequence[ir.Model]) -> None:
     """In place: `Gather(weight, f(x))`, x integers and f elementwise, becomes `Gather(table, x)`, x limited to the
-    distances beyond which f no longer changes. Left alone where f goes on changing."""
+    distances beyond which f no longer changes. Left alone where f goes on changing, or leads out of the weight."""
     for model in models:
         for node in list(model.graph):
             if node.op_type == "Gather" and node.domain == "" and node.attributes.get_int("axis", 0) == 0:
@@ -45,7 +45,10 @@ def _write_out(graph: ir.Graph, lookup: ir.Node) -> None:
     if most - least >= LONGEST:
         return
     distances = np.array([*range(most + 1), *range(least, 0)])  # negative entries count from a table's end
-    table = rows.numpy()[places[distances + REACH]]
+    wanted = places[distances + REACH]
+    if not -len(rows.numpy()) <= wanted.min() <= wanted.max() < len(rows.numpy()):
+        return
+    table = rows.numpy()[wanted]
     name = f"{weight.name}.by_distance"
     if name not in graph.initializers:
         graph.register_initializer(ir.val(name, const_value=ir.tensor(table, dtype=rows.dtype, name=name)))

@@ -78,11 +78,12 @@ def test_only_one_way() -> None:
     [
         "a = Abs (x)\n b = Mod (a, sixteen)\n c = Add (b, two)\n i = Add (c, eight)",  # never settles
         "a = Min (x, top)\n i = Max (a, zero)",  # as few nodes as a table's
+        "a = Min (x, top)\n b = Max (a, zero)\n c = Mul (b, eight)\n d = Add (c, two)\n i = Sub (d, two)",  # up to 120
         "n = ReduceMax <keepdims = 0> (x)\n a = Sub (x, n)\n b = Max (a, zero)\n c = Min (b, top)\n i = Sub (c, n)",
     ],
 )
 def test_others_stay(body: str) -> None:
-    """A function that goes on changing, a short one, one of several values."""
+    """A function that goes on changing, a short one, one that leads out of the weight, one of several values."""
     model = graph(body)
     before = operators(model)
     tabulate([model])
