@@ -244,7 +244,10 @@ def test_captured_steps_say_the_same(
         found.append(one.generate(**given, **settings))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
-    assert all(slot.run_step.recorded for _, slot in captured.runtime._spare)
+    runtime: Any = captured.runtime
+    assert all(slot.run_step.recorded for _, slot in runtime._spare)
+    assert any(slot.run_cross.recorded for _, slot in runtime._spare)
+    assert any(desk.run.recorded for desk in runtime._encode._desks.values())
 
 
 def test_too_little_room_for_a_bucket_is_foretold(captured: AcceleratedModel) -> None:
