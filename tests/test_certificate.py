@@ -26,6 +26,8 @@ def made(request: pytest.FixtureRequest, build: Build) -> dict[str, Artifact]:
     """The embedded model, so that there are texts and metrics."""
     given = [f"precision={request.param}", "model.references=heldout.tsv", "verify.references=50"]
     given += ["verify.unique_tokens=false", f"verify.latency={request.param == 'fp32'}"]
+    if request.param == "fp16":
+        given.append("optimize.passes.tabulate=false")  # else nothing of it must stay in FP32, and no reason is shown
     return build("accel://t5-g2p", "[convert,verify]", given)[1]
 
 
@@ -103,6 +105,14 @@ def test_what_a_model_says_is_text(made: dict[str, Artifact]) -> None:
     assert "<script>" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "a &amp; b" in html
+
+
+def test_nothing_stays_in_fp32(made: dict[str, Artifact]) -> None:
+    """Then that is said, in place of a table without rows."""
+    certificate = json.loads((made["verify"].folder / "certificate.json").read_text())
+    said = "No node must stay in FP32."
+    assert said not in page.render(certificate)
+    assert (said in page.render(certificate | {"kept": []})) == ("mix" in certificate)
 
 
 def test_shares_are_not_rounded_to_all() -> None:
