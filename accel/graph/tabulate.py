@@ -34,9 +34,9 @@ def tabulate(models: Sequence[ir.Model]) -> None:
 
 def _write_out(graph: ir.Graph, lookup: ir.Node) -> None:
     weight, index = lookup.inputs
-    rows = convenience.get_const_tensor(weight) if weight is not None else None
-    given = _argument(index) if index is not None else None
-    if rows is None or given is None or weight is None or index is None:
+    constant = convenience.get_const_tensor(weight) if weight is not None else None
+    given = _argument(index) if index is not None and constant is not None else None
+    if constant is None or given is None or weight is None or index is None:
         return
     value, function = given
     if len(function) < FEWEST or dims(value) is None or dims(value) != dims(index):
@@ -47,12 +47,13 @@ def _write_out(graph: ir.Graph, lookup: ir.Node) -> None:
         return
     distances = np.array([*range(most + 1), *range(least, 0)])  # negative entries count from a table's end
     wanted = places[distances + REACH]
-    if not -len(rows.numpy()) <= wanted.min() <= wanted.max() < len(rows.numpy()):
+    rows = constant.numpy()
+    if not -len(rows) <= wanted.min() <= wanted.max() < len(rows):
         return
-    table = rows.numpy()[wanted]
+    table = rows[wanted]
     name = f"{weight.name}.by_distance"
     if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(table, dtype=rows.dtype, name=name)))
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(table, dtype=constant.dtype, name=name)))
     known = graph.initializers[name].const_value
     if known is None or not np.array_equal(known.numpy(), table):
         return

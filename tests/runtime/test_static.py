@@ -14,6 +14,7 @@ import torch
 from transformers import T5ForConditionalGeneration
 
 from accel.application import runtime_named
+from accel.clock import forced, time_generation
 from accel.errors import AccelError
 from accel.generation import AcceleratedModel
 from accel.loading import open_model
@@ -131,6 +132,12 @@ def test_the_first_token_is_a_step(both: Both, model: AcceleratedModel, monkeypa
     monkeypatch.undo()
     first.assert_same()
     first.expand_then_reorder()
+
+
+def test_one_latency_a_token(model: AcceleratedModel) -> None:
+    """The clock sees one call a token, the first one's too."""
+    timing = time_generation(model, {"input_ids": torch.tensor([[5, 9, 7]])}, forced(5, 1, use_cache=True))
+    assert len(timing.latencies) == 5
 
 
 def test_the_first_token_without_its_graph(folder: Path, tiny: Path, tmp_path: Path) -> None:
