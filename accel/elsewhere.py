@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from accel.clock import Timing, time_generation
-from accel.errors import AccelError
+from accel.errors import AccelError, OutOfMemory
 from accel.quiet import quiet
 from accel.runtime.room import enough_memory
 from accel.setups import SETUPS, Sources, kept_in_fp32, opened
 
 T = TypeVar("T")
+
+TOGETHER = "A benchmark holds all that it compares at once: fewer benchmark.setups need less"
 
 
 class Elsewhere:
@@ -55,8 +57,11 @@ class Elsewhere:
     def _call(self, function: Callable[..., T], *arguments: Any) -> T:
         try:
             return self._pool.submit(function, *arguments).result()
+        except OutOfMemory as error:
+            raise OutOfMemory(f"{self.engine!r}: {error}. {TOGETHER}") from error
         except BrokenProcessPool as error:
-            raise AccelError(f"the process that runs {self.engine!r} ended: was it killed for its memory?") from error
+            said = f"the process that runs {self.engine!r} ended: was it killed for its memory? {TOGETHER}"
+            raise AccelError(said) from error
 
     def __enter__(self) -> "Elsewhere":
         return self

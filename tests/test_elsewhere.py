@@ -12,7 +12,7 @@ from accel import registry
 from accel.adapter import Role
 from accel.clock import forced
 from accel.elsewhere import Elsewhere
-from accel.errors import AccelError
+from accel.errors import AccelError, OutOfMemory
 from accel.setups import MERGED, TORCH, Sources, opened
 from tests.conftest import Build
 
@@ -63,3 +63,13 @@ def test_a_process_that_ends_is_named(sources: Sources) -> None:
         psutil.Process(process._process.result()).kill()
         with pytest.raises(AccelError, match=f"the process that runs '{MERGED}' ended"):
             process.open(INPUTS)
+
+
+def test_no_room_for_all(sources: Sources) -> None:
+    """The engine that had none left is named, and what would need less; it can still be asked for less itself."""
+    with Elsewhere(MERGED, sources) as process:
+        process.open(INPUTS)
+        said = r"'merged': the device has no room for \d+ MB more.*fewer benchmark.setups"
+        with pytest.raises(OutOfMemory, match=said):
+            process.generate("onnx+cache", forced(10**13, 1, use_cache=True))
+        assert len(process.generate("onnx+cache", OPTIONS).latencies) == 6

@@ -12,8 +12,8 @@ from accel.errors import OutOfMemory
 
 GROWTH = 1.05  # what a session holds beside its weights before the first run, as a factor
 MB = 1e6
-FULL = re.compile(r"failed to allocate memory|out of memory|smaller than requested bytes", re.IGNORECASE)
-SIZE = re.compile(r"requested (?:buffer of size|bytes of) (\d+)")
+FULL = re.compile(r"(failed to|can't) allocate memory|out of memory|smaller than requested bytes", re.IGNORECASE)
+SIZE = re.compile(r"(?:requested (?:buffer of size|bytes of)|tried to allocate) (\d+)")
 
 
 def check_room(graphs: Sequence[Path], device: torch.device) -> None:
