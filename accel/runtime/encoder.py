@@ -13,9 +13,7 @@ from accel.runtime.room import enough_memory
 from accel.runtime.stream import on_shared_stream
 
 KEPT = 4  # shapes
-LARGEST = (
-    16 * 2**20
-)  # bytes of outputs; above, computing takes longer than launching, and memory would be held for nothing
+LARGEST = 16 * 2**20  # bytes of outputs; above, computing takes longer than launching
 
 
 class Desk:
