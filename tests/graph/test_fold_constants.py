@@ -43,6 +43,27 @@ def test_chain_of_constants_becomes_one() -> None:
         np.testing.assert_allclose(run(model, feed)["y"], expected, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_a_where_leaves_out_is_no_warning() -> None:
+    """As in relative positions, where a logarithm stands for what is far, and is taken of 0 as well."""
+    model = parse(
+        """g (float[n, 3] x) => (float[n, 3] y) {
+            far = Constant <value = float[3] {0.0, 1.0, 1.0}> ()
+            one = Constant <value = float {1.0}> ()
+            near = Less(far, one)
+            log = Log(far)
+            whole = Cast <to = 7> (log)
+            real = Cast <to = 1> (whole)
+            most = Where(near, far, real)
+            y = Add(x, most)
+        }"""
+    )
+    fold_constants([model])
+    assert ops(model) == ["Add"]
+    x = numbers(2, 3)
+    np.testing.assert_array_equal(run(model, {"x": x})["y"], x)
+
+
 def test_weights_are_left_alone() -> None:
     """A weight's `Transpose` is not folded here: it would become a second copy beside a tied embedding."""
     model = parse(
