@@ -71,5 +71,5 @@ def test_no_room_for_all(sources: Sources) -> None:
         process.open(INPUTS)
         said = r"'merged': the device has no room for \d+ MB more.*fewer benchmark.setups"
         with pytest.raises(OutOfMemory, match=said):
-            process.generate("onnx+cache", forced(10**13, 1, use_cache=True))
+            process.generate("onnx+cache", forced(10**15, 1, use_cache=True))  # petabytes
         assert len(process.generate("onnx+cache", OPTIONS).latencies) == 6
