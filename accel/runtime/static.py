@@ -109,9 +109,9 @@ class StaticRuntime:
         self.made = [name for name in whole.cache if name not in whole.grown]  # caches that a generation fixes
         self._padding = Padding(whole.decoder, whole.fixed)
         self._begins = self._can_begin()
-        encoder = whole.encoder
-        fits = encoder is not None and CapturedEncoder.fits(encoder)
-        self._encode: Encode = CapturedEncoder(encoder) if encoder is not None and fits else whole.encode
+        self._encode: Encode = whole.encode
+        if whole.encoder is not None and CapturedEncoder.fits(whole.encoder):
+            self._encode = CapturedEncoder(whole.encoder)
 
     def _can_begin(self) -> bool:
         """Whether a generation may begin with a step: caches that it only reads are made here, as long as its input."""
