@@ -1,6 +1,6 @@
 """From a composed configuration to finished stages: what the command line and `accel.build` share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from accel.errors import AccelError, unknown
 from accel.pipeline import Pipeline, chosen
 from accel.schema import Config, RuntimeConfig
 from accel.stages import generate
-from accel.validation import check_lengths, validate
+from accel.validation import check_lengths, check_texts, validate
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,6 +33,9 @@ def settle(composed: DictConfig, overrides: Sequence[str]) -> Config:
     chosen(OmegaConf.to_container(composed.stage) if OmegaConf.is_config(composed.stage) else composed.stage)
     config = typed(composed)
     choices: dict[str, str] = {}
+    keys = {given.split("=")[0].lstrip("+") for given in overrides}
+    if "model.checkpoint" in keys and "model" not in keys:  # of the default model nothing but its name was meant
+        return settle(_again(overrides, {"model": AUTO}), [*overrides, f"model={AUTO}"])
     if config.model.name == AUTO and not config.model.checkpoint:
         raise AccelError("model=auto needs model.checkpoint=FOLDER_OR_HUB_ID")
     if config.runtime.name == AUTO:
@@ -43,13 +46,19 @@ def settle(composed: DictConfig, overrides: Sequence[str]) -> Config:
     if config.architecture.get("_target_") is None:
         choices["architecture"] = _architecture(config)
     if choices:
-        kept = [given for given in overrides if given.split("=")[0].lstrip("+") not in choices]
-        composed = hydra.compose("config", [*kept, *(f"{group}={name}" for group, name in choices.items())])
-        config = typed(composed)
+        config = typed(_again(overrides, choices))
+    if config.model.weights == "random":
+        config.model.references = None  # nothing that random weights write is right
     if config.model.name == AUTO:
         config.model.name = Path(str(config.model.checkpoint)).name or "model"
     validate(config)
     return config
+
+
+def _again(overrides: Sequence[str], choices: Mapping[str, str]) -> DictConfig:
+    """The configuration for `overrides`, of which `choices` (group -> file in `conf/`) replace those of their group."""
+    kept = [given for given in overrides if given.split("=")[0].lstrip("+") not in choices]
+    return hydra.compose("config", [*kept, *(f"{group}={name}" for group, name in choices.items())])
 
 
 def runtime_named(name: str) -> RuntimeConfig:
@@ -92,6 +101,7 @@ def execute(config: Config) -> dict[str, Artifact]:
     check_lengths(config, description, stages)
     if "generate" in stages:
         generate.check(config, description)
+    check_texts(config, stages)
     return Pipeline(config, architecture).run(stages)
 
 

@@ -34,11 +34,13 @@ class Batch:
     rows: Sequence[str]
 
 
-def batches(config: Config, architecture: Architecture, model: PretrainedConfig, folder: Path) -> Iterator[Batch]:
+def batches(
+    config: Config, architecture: Architecture, model: PretrainedConfig, folder: Path, asked: Sequence[texts.Prompt]
+) -> Iterator[Batch]:
     """Random ids and texts by turns; random ids have no end, texts have.
 
-    The texts are those of `audit.texts`, or else the model's references, the last first: `verify` takes the first.
-    Raises `AccelError` if texts are named and the checkpoint in `folder` has no tokenizer for them.
+    The texts are those of `audit.texts`, or else the model's references or the prompts `asked`, the last first, because
+    `verify` takes the first. Raises `AccelError` if texts are named and the checkpoint in `folder` has no tokenizer.
     """
     audit, references = config.audit, config.model.references
     lines: list[str] = []
@@ -48,6 +50,8 @@ def batches(config: Config, architecture: Architecture, model: PretrainedConfig,
         lines = list(texts.References.read(folder / references).texts)[::-1]
     random = _random(audit, architecture, model) if audit.random else iter(())
     written = _written(lines, audit, architecture, model, folder)
+    if not lines:
+        written = _prompted(asked[::-1], audit, architecture, model)
     while True:
         found = [batch for source in (random, written) if (batch := next(source, None)) is not None]
         yield from found
@@ -79,15 +83,33 @@ def _written(
         if config.texts is not None:
             raise AccelError(f"audit.texts={config.texts}: the checkpoint has no tokenizer to read text with")
         return
-    start = getattr(model, "decoder_start_token_id", None) or 0
     for begin in range(0, len(lines), config.batch_size):
         chosen = lines[begin : begin + config.batch_size]
-        given = texts.encode(tokenizer, chosen)
-        ids, mask = given["input_ids"], given["attention_mask"]
-        if Role.ENCODER in architecture.roles():
-            ids, mask = torch.full((len(ids), 1), start), torch.ones(len(ids), 1, dtype=torch.int64)
         rows = [f"text {begin + place}: {text[:80]}" for place, text in enumerate(chosen, 1)]
-        yield Batch("text", given, ids, mask, rows)
+        yield _batch(texts.encode(tokenizer, chosen), architecture, model, rows)
+
+
+def _prompted(
+    asked: Sequence[texts.Prompt], config: AuditConfig, architecture: Architecture, model: PretrainedConfig
+) -> Iterator[Batch]:
+    padding = int(getattr(model, "pad_token_id", None) or 0)
+    known = longest(model)
+    room = None if known is None or model.is_encoder_decoder else max(1, known - STEPS["text"])
+    for begin in range(0, len(asked), config.batch_size):
+        chosen = asked[begin : begin + config.batch_size]
+        given = texts.pad([prompt.cut(room) for prompt in chosen], padding, left=not model.is_encoder_decoder)
+        yield _batch(given, architecture, model, [f"{prompt.kind}: {prompt.text[:80]}" for prompt in chosen])
+
+
+def _batch(
+    given: Mapping[str, Tensor], architecture: Architecture, model: PretrainedConfig, rows: Sequence[str]
+) -> Batch:
+    """Texts for the encoder, and one first token for the decoder; or, without an encoder, for the decoder."""
+    ids, mask = given["input_ids"], given["attention_mask"]
+    if Role.ENCODER in architecture.roles():
+        start = getattr(model, "decoder_start_token_id", None) or 0
+        ids, mask = torch.full((len(ids), 1), start), torch.ones(len(ids), 1, dtype=torch.int64)
+    return Batch("text", given, ids, mask, rows)
 
 
 def walk(

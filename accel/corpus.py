@@ -8,6 +8,7 @@ from typing import Any
 from accel.errors import AccelError, unknown
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
+SAMPLES = Path(__file__).parent / "data"  # what a model is asked when nothing else is given: see its README
 MISSING = "reading a folder of data needs the package datasets: pip install 'accel[data]'"
 
 
@@ -38,6 +39,11 @@ def read_lines(path: Path) -> list[str]:
     if not any(line.strip() for line in lines):
         raise AccelError(f"{path} holds no text")
     return lines
+
+
+def sample_lines(name: str) -> list[str]:
+    """The lines of a file of sample inputs that ships with accel."""
+    return read_lines(SAMPLES / name)
 
 
 def _lines(path: Path, column: str | None) -> list[str]:

@@ -153,6 +153,14 @@ class AcceleratedModel(DecodingLoops, GenerationMixin):
             given = (generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             theirs._prepare_cache_for_generation(*given)
 
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+        """The mask as it was given: a graph makes of it what its attention takes.
+
+        Transformers asks for this where a cache has a fixed length or a window slides, and would lose the mask.
+        """
+        return attention_mask
+
     def can_generate(self) -> bool:
         return True
 

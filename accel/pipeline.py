@@ -21,7 +21,10 @@ from accel.registry import source_hash
 from accel.schema import STAGES, Config
 from accel.stages import Stage
 
-HIDDEN = ("checkpoint", "reference", "ranges")  # stages that others need and nobody asks for by name
+# Whose folder a run names as its result: the first of these that was asked for.
+RESULTS = ("verify", "merge")
+# Stages that others need and nobody asks for by name.
+HIDDEN = ("checkpoint", "prompts", "reference", "torch_error", "ranges")
 
 
 def chosen(stage: Any, mixed: bool = True) -> list[str]:
@@ -150,12 +153,16 @@ class Pipeline:
         return made
 
     def needed(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that must be at hand: nothing else asked for is made from them, or what is isn't there."""
+        """Those of `names` that must be at hand and undamaged.
+
+        Nothing else asked for is made from them, or what is isn't there, or they are the result that the run names.
+        """
         needed: list[str] = []
+        result = next((name for name in RESULTS if name in names), None)
         for name in reversed(names):
             above = [other for other in names if name in self._below(other)]
             users = [other for other in needed if name in self.stage(other).inputs(self.config)]
-            if not above or any(self.find(user) is None for user in users):
+            if not above or name == result or any(self.find(user) is None for user in users):
                 needed.append(name)
         return needed[::-1]
 

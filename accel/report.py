@@ -8,6 +8,7 @@ from typing import Any
 from accel import console
 from accel.artifacts import Artifact
 from accel.loading import verdict_of
+from accel.pipeline import RESULTS
 from accel.runtime import layout
 from accel.schema import Config
 from accel.stages import benchmark, generate, profile
@@ -31,10 +32,10 @@ def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
         benchmark.show(artifact.summary)
     if (artifact := artifacts.get("profile")) is not None:
         profile.show(artifact.summary)
-    for name, what in (("verify", "deployable"), ("merge", "candidate, unverified")):
-        if name in artifacts:
-            console.out.print(f"{what}: {artifacts[name].folder}", style="bold", markup=False)
-            break
+    result = next((name for name in RESULTS if name in artifacts), None)
+    if result is not None:
+        what = {"verify": "deployable", "merge": "candidate, unverified"}[result]
+        console.out.print(f"{what}: {artifacts[result].folder}", style="bold", markup=False)
 
 
 def _nodes(counts: Mapping[str, Mapping[str, int]]) -> None:
@@ -71,18 +72,19 @@ def _sharing(summary: Mapping[str, Any]) -> None:
 
 
 def _verdict(verdict: Mapping[str, Any], page: Path) -> None:
-    worst = max(verdict["outputs"].items(), key=lambda item: item[1]["relative"])
+    name, worst = max(verdict["outputs"].items(), key=lambda item: item[1]["relative"])
+    own = "unknown" if worst["own"] is None else f"{worst['own']:.1e}"
     rows = [
         ("precision", f"{verdict['precision']}, {verdict['arithmetic']} on {verdict['runtime']}"),
         ("outputs compared", len(verdict["outputs"])),
-        ("largest difference", f"{worst[1]['relative']:.1e} of the largest value (allowed {verdict['threshold']:.1e})"),
-        ("  at", f"{worst[0]}, {worst[1]['absolute']:.1e} absolute"),
+        ("furthest from float64", f"{name}, {worst['where']}"),
+        ("  of its largest value", f"{worst['relative']:.1e} (allowed {worst['allowed']:.1e}; PyTorch's own {own})"),
     ]
     rows += [(f"same tokens, {name}", f"{share:.0%}") for name, share in verdict["identical"].items()]
     for name, theirs in verdict["metrics"].get("pytorch", {}).items():
         label = f"{name.replace('_', ' ')}, {verdict['references']} references"
         rows.append((label, f"{verdict['metrics']['ours'][name]:.2f}% (PyTorch FP32 {theirs:.2f}%)"))
-    console.table("verdict: passed" if verdict["passed"] else "verdict: refused", ("", "against PyTorch FP32"), rows)
+    console.table("verdict: passed" if verdict["passed"] else "verdict: refused", ("", "against PyTorch"), rows)
     console.out.print(f"the certificate, to be opened in a browser: {page}", markup=False)
     if verdict["samples"]:
         samples = [(s["input"], s["pytorch"], s["ours"]) for s in verdict["samples"][:SHOWN]]

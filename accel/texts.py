@@ -1,7 +1,8 @@
 """Inputs: from texts through a tokenizer, or random ids where a checkpoint has none. And how far outputs are off."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,21 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from accel import console
 from accel.adapter import Architecture
-from accel.corpus import read_lines
+from accel.corpus import SAMPLES, read_lines
 from accel.errors import AccelError
 
+SAMPLE_FILES = (SAMPLES / "page.txt", SAMPLES / "questions.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "source.spm")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` holds a tokenizer's files."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in `folder`, or None if there is none."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     if not AutoConfig.from_pretrained(folder).is_encoder_decoder:
@@ -48,6 +55,43 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bool 
     padded = len(texts) > 1
     encoded = tokenizer(list(texts), padding=padded, truncation=True, return_tensors="pt", **special)
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text as a model with a tokenizer is given it. `length`: the ids to continue; the model wrote the others.
+
+    `kind`: "page" (a passage), "chat" (a question in the chat template) or "sampled" (the model's own from the start).
+    """
+
+    kind: str
+    text: str
+    ids: Sequence[int]
+    length: int
+
+    def inputs(self, most: int | None = None) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` of what is to be continued, [1, `length`]; at most the last `most`."""
+        return unpadded(self.ids[: self.length][-(most or 0) :])
+
+    def cut(self, most: int | None = None) -> dict[str, Tensor]:
+        """The same of all ids, [1, ids]; at most the first `most`."""
+        return unpadded(self.ids[:most])
+
+
+def unpadded(ids: Sequence[int]) -> dict[str, Tensor]:
+    """One row of `input_ids` and `attention_mask`, [1, ids]."""
+    row = torch.tensor([list(ids)])
+    return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+
+
+def write_prompts(prompts: Sequence[Prompt], path: Path) -> None:
+    """Write what `read_prompts` reads."""
+    path.write_text(json.dumps([asdict(prompt) for prompt in prompts]), encoding="utf-8")
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts in a file that `write_prompts` wrote."""
+    return [Prompt(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from accel.pipeline import chosen
 from accel.runtime.providers import check_provider, computes
 from accel.schema import AuditConfig, Config, RuntimeConfig, VerifyConfig
 from accel.stages import audit, benchmark, checkpoint, convert, merge, optimize
-from accel.texts import References
+from accel.texts import References, has_tokenizer
 
 OPSETS = range(18, 24)  # what both the exporter and the graph passes speak
 LONGEST = 1_000_000  # tokens; more is a slip of the keyboard
@@ -136,6 +136,26 @@ def check_lengths(config: Config, description: PretrainedConfig, stages: Collect
                 f"{stage}.source_length={source} and {stage}.{key}={new} need {needed} positions, and a model of type "
                 f"{description.model_type!r} with these weights knows {known}"
             )
+
+
+def check_texts(config: Config, stages: Collection[str]) -> None:
+    """Raises `AccelError` on references that are not there, or text for a model that comes without a tokenizer.
+
+    Both lie in the checkpoint's folder, and a stage that needs them may come an hour after the first.
+    """
+    given = {"audit.texts": config.audit.texts, "verify.texts": config.verify.texts}
+    if "generate" in stages:
+        given |= {f"generate.{key}": config.generate.get(key) for key in ("text", "file")}
+    named = {key: value for key, value in given.items() if value is not None}
+    if config.model.references is None and not named:
+        return
+    random = config.model.weights == "random"  # made here, without a tokenizer
+    folder = None if random else checkpoint.locate(config.model, weights=False)
+    for key, value in named.items():
+        if folder is None or not has_tokenizer(folder):
+            raise AccelError(f"{key}={value}: the checkpoint has no tokenizer to read text with")
+    if folder is not None and config.model.references is not None:
+        References.read(folder / config.model.references)
 
 
 def check_generate(options: dict[str, Any]) -> None:

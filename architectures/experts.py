@@ -26,7 +26,8 @@ def one_after_the_other(self: nn.Module, hidden: Tensor, chosen: Tensor, weights
         outer = _product(self, inner, "down_proj", expert)
         if getattr(self, "has_post_expert_norm", False):  # transformers 5.20
             outer = self.post_expert_norm(outer)
-        result = result.index_add(0, tokens, outer * weights[tokens, places, None])
+        weighted = outer * weights[tokens, places, None]  # routers compute in float32
+        result = result.index_add(0, tokens, weighted.to(result.dtype))
     return result
 
 

@@ -145,6 +145,15 @@ def test_checkpoint_without_weights(refused: Refused, tmp_path: Path) -> None:
     assert_names(message, str(folder), "weights", "safetensors")
 
 
+def test_what_a_later_stage_reads_is_looked_for_first(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """References and tokenizer lie in the checkpoint's folder; without them no stage begins."""
+    assert_names(refused("model.references=heldout.tsv"), "can't read", str(tiny / "heldout.tsv"))
+    (tmp_path / "words.txt").write_text("one\n")
+    for key in ("verify.texts", "audit.texts", "generate.file"):
+        message = refused(f"{key}={tmp_path / 'words.txt'}")
+        assert_names(message, f"{key}={tmp_path / 'words.txt'}", "has no tokenizer")
+
+
 def test_checkpoint_of_a_file(refused: Refused, tiny: Path) -> None:
     """The weights' file instead of their folder."""
     path = tiny / "model.safetensors"

@@ -112,6 +112,15 @@ def test_auto_is_resolved(tiny: Path) -> None:
     assert compose(["model=auto", f"model.checkpoint={tiny}"]).runtime.name in choices("runtime")
 
 
+def test_another_checkpoint_is_another_model(tiny: Path) -> None:
+    """`model.checkpoint` alone takes nothing of the default model: no references, its own name and architecture."""
+    config = compose([f"model.checkpoint={tiny}", "runtime=cpu"])
+    assert (config.model.name, config.model.references) == (tiny.name, None)
+    assert config.architecture["model_types"] == ["t5"]
+    named = compose(["model=t5-g2p", f"model.checkpoint={tiny}", "runtime=cpu"])  # said: the rest holds
+    assert (named.model.name, named.model.references) == ("t5-g2p", "heldout.tsv")
+
+
 def test_overrides_hold_on_top_of_auto(tiny: Path) -> None:
     """Values given on the command line survive the second composition."""
     config = compose(overrides_for(tiny, Path("unused"), "export.seed=5", "runtime.threads=1"))

@@ -318,6 +318,18 @@ def test_damaged_intermediate_is_made_again_when_needed(
     assert second.built == ["convert", "merge"]
 
 
+def test_the_folder_that_a_run_names_is_undamaged(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flipped byte in the deployable of a finished run: named, and made again, though nothing else needs it."""
+    toys(monkeypatch, lambda *_: None)
+    order_of_all(tiny, tmp_path)
+    (verify,) = tmp_path.glob("*/verify-*[!k]")
+    (verify / "made").write_text("broken")
+    second = pipeline(tiny, tmp_path)
+    second.run(chosen("all"))
+    assert second.built == ["verify"]
+    assert (verify / "made").read_text() != "broken"
+
+
 # real stages
 
 

@@ -20,13 +20,13 @@ def render(certificate: Mapping[str, Any]) -> str:
     )
     pages.filters |= {"number": number, "share": share, "megabytes": megabytes}
     verdict = certificate["verdict"]
-    worst = max(verdict["outputs"].items(), key=lambda item: item[1]["relative"])
+    outputs = sorted(verdict["outputs"].items(), key=lambda item: -item[1]["relative"])
     return pages.get_template(TEMPLATE).render(
         certificate=certificate,
         verdict=verdict,
-        worst=worst,
+        outputs=outputs,
         firsts=_firsts(verdict),
-        drift=plots.drift({name: verdict["drift"][name] for name in ("mean", "p99", "worst")}, ""),
+        drift=plots.drift({name: verdict["drift"][name] for name in ("mean", "p99", "worst", "own")}, ""),
         ranges=_range_plots(certificate),
         kept=certificate.get("kept", [])[:MOST],
         left_out=max(0, len(certificate.get("kept", [])) - MOST),

@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 from transformers import AutoConfig
 
-from accel import console
+from accel import console, texts
 from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
 from accel.batches import batches, walk
@@ -19,7 +19,7 @@ from accel.graph import files, minimise, plan, probe, rivals
 from accel.graph.convert import convert_half, half_share
 from accel.graph.formats import FORMATS, FP16, Format
 from accel.schema import Config
-from accel.stages import Stage, takes
+from accel.stages import Stage, prompts, takes
 from accel.stages.ranges import Ranges, lean, read_ranges, text_files
 from accel.trials import Recorder, Trial
 
@@ -70,6 +70,7 @@ def smaller(
     graphs: Path,
     plans: Mapping[Role, plan.Plan],
     ranges: Mapping[Role, Ranges],
+    asked: Sequence[texts.Prompt],
     scratch: Path,
 ) -> dict[Role, plan.Plan]:
     """The plans without what trials show to be safe in 16 bits, every role by itself, fed what FP32 graphs give."""
@@ -80,7 +81,7 @@ def smaller(
     description = AutoConfig.from_pretrained(checkpoint)
     ports = signatures(architecture, description)
     growing = {port.name for port in ports[Role.STEP].outputs}
-    work = list(islice(batches(config, architecture, description, checkpoint), TRIED_ON))
+    work = list(islice(batches(config, architecture, description, checkpoint, asked), TRIED_ON))
     recorder, settings = Recorder(scratch, [batch.kind for batch in work]), lean(config.runtime, graphs)
     walk(ports, work, lambda role: recorder.open(role, graphs / f"{role}.onnx", settings), scratch)
     found = dict(plans)
@@ -122,8 +123,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     agree(plans, models, architecture, checkpoint)
     sizes = {"by the rule": sizes_of(graphs, plans, format)}
     if config.precision.plan == MINIMISED:
+        asked = texts.read_prompts(inputs["prompts"].folder / prompts.PROMPTS)
         with tempfile.TemporaryDirectory(dir=out) as scratch:
-            plans = smaller(config, architecture, checkpoint, graphs, plans, ranges, Path(scratch))
+            plans = smaller(config, architecture, checkpoint, graphs, plans, ranges, asked, Path(scratch))
         agree(plans, models, architecture, checkpoint)
         sizes["after trials"] = sizes_of(graphs, plans, format)
         for role, model in models.items():
@@ -182,7 +184,7 @@ def read_plans(folder: Path) -> dict[Role, plan.Plan]:
 STAGE = Stage(
     name="audit",
     run=run,
-    inputs=takes("checkpoint", "optimize", "ranges"),
+    inputs=takes("checkpoint", "prompts", "optimize", "ranges"),
     sections=("audit", "precision", "model.references", "runtime"),
     packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "networkx"),
     files=text_files,

@@ -3,7 +3,7 @@
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from accel import console
 from accel.adapter import Architecture, Role, Signature
 from accel.artifacts import Artifact
 from accel.chain import Chain, Shape, longest, script, signatures, torch_run
+from accel.compare import token_errors
 from accel.errors import AccelError
 from accel.graph import files
 from accel.graph.widen_bfloat16 import widen_bfloat16
 from accel.port_check import check_ports
+from accel.rounding import SAMPLES, Evaluator, allowed_errors, root_mean_square
 from accel.runtime.providers import RUNTIME_ERRORS
 from accel.runtime.session import SessionSettings, plain_run
 from accel.schema import Config
@@ -114,8 +116,8 @@ def compare(
 ) -> dict[str, float]:
     """Largest difference of each role's outputs from PyTorch over `SHAPES`, relative to the output's largest magnitude.
 
-    Raises `AccelError` naming role, output and shape where it exceeds `tolerance`. PyTorch goes first, so that each
-    graph is opened once.
+    Raises `AccelError` naming role, output and shape where it exceeds `tolerance`, and PyTorch's own rounding doesn't
+    explain it: see `rounding`. PyTorch goes first, so that each graph is opened once.
     """
     known = by_pytorch(architecture, model, seed)
     paths = {role: folder / f"{role}.onnx" for role in known}
@@ -129,11 +131,16 @@ def compare(
             except RUNTIME_ERRORS as error:
                 reason = str(error).splitlines()[0]
                 raise AccelError(f"export of {role}: ONNX Runtime can't run it ({one.shape}): {reason}") from error
-            worst[str(role)] = max(worst[str(role)], *_differences(role, found, one, tolerance))
+            differences = _differences(role, found, one)
+            worst[str(role)] = max(worst[str(role)], *differences.values())
+            if beyond := [name for name, difference in differences.items() if not difference <= tolerance]:
+                _check_rounding(architecture, model, role, found, one, beyond, tolerance)
     return worst
 
 
-def _differences(role: Role, found: Mapping[str, Tensor], known: Known, tolerance: float) -> Iterator[float]:
+def _differences(role: Role, found: Mapping[str, Tensor], known: Known) -> dict[str, float]:
+    """Output -> largest difference, relative to its largest magnitude. Raises `AccelError` on another shape."""
+    differences = {}
     for name, value in known.outputs.items():
         if value.shape != found[name].shape:
             raise AccelError(
@@ -141,13 +148,35 @@ def _differences(role: Role, found: Mapping[str, Tensor], known: Known, toleranc
                 f"{tuple(value.shape)} ({known.shape})"
             )
         scale = value.abs().max().clamp_min(1e-6) if value.numel() else torch.ones(())
-        difference = float(((found[name] - value).abs().amax() if value.numel() else 0.0) / scale)
-        if not difference <= tolerance:
+        differences[name] = float(((found[name] - value).abs().amax() if value.numel() else 0.0) / scale)
+    return differences
+
+
+def _check_rounding(
+    architecture: Architecture,
+    model: PreTrainedModel,
+    role: Role,
+    found: Mapping[str, Tensor],
+    known: Known,
+    names: Sequence[str],
+    tolerance: float,
+) -> None:
+    """Raises `AccelError` unless each output of `names` is as near to float64 as PyTorch itself is, token by token."""
+    ports, run = signatures(architecture, model.config), torch_run(architecture, model)
+    exact = Evaluator(model, ports, run, torch.float64).alone(role, known.inputs)
+    rounded = Evaluator(model, ports, run, torch.float32).alone(role, known.inputs)
+    for name in names:
+        scale = float(exact[name].abs().max().clamp_min(1e-6))
+        own = root_mean_square(rounded[name], exact[name], SAMPLES)  # [rows, tokens]
+        errors = token_errors(found[name], exact[name]) / scale
+        used = errors / allowed_errors(own, scale, tolerance, errors)
+        row, token = divmod(int(used.argmax()), used.shape[1])
+        if not used.max() <= 1:
             raise AccelError(
-                f"export of {role}: {name} differs from PyTorch by {difference:.2e} of its largest value, "
-                f"more than export.tolerance={tolerance:.0e} ({known.shape})"
+                f"export of {role}: {name} is off by {errors[row, token]:.2e} of its largest value, more than "
+                f"export.tolerance={tolerance:.0e}; PyTorch's own float32 is off by {own[row, token] / scale:.2e} "
+                f"there ({known.shape}: row {row + 1}, token {token + 1})"
             )
-        yield difference
 
 
 def _cause(error: BaseException) -> str:

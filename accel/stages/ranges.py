@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from os.path import isabs
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from accel import console
+from accel import console, texts
 from accel.adapter import Architecture, Role
 from accel.artifacts import Artifact
 from accel.batches import Batch, Call, batches, walk
@@ -26,7 +26,7 @@ from accel.graph.formats import FP16
 from accel.memory import release
 from accel.runtime.session import SessionSettings, open_session
 from accel.schema import Config, RuntimeConfig
-from accel.stages import Stage, takes
+from accel.stages import Stage, prompts, takes
 
 RANGES = "ranges.json"
 Ranges = dict[str, probe.Range]
@@ -84,7 +84,12 @@ def unsettled(ranges: Mapping[Role, Ranges], margin: float) -> list[tuple[Role, 
 
 
 def observe(
-    config: Config, architecture: Architecture, checkpoint: Path, graphs: Path, scratch: Path
+    config: Config,
+    architecture: Architecture,
+    checkpoint: Path,
+    graphs: Path,
+    asked: Sequence[texts.Prompt],
+    scratch: Path,
 ) -> tuple[dict[Role, Ranges], list[Batch], str]:
     """What every value of every role's graph held, the batches it was seen with, and why no more were taken.
 
@@ -93,7 +98,7 @@ def observe(
     audit = config.audit
     description = AutoConfig.from_pretrained(checkpoint)
     ports = signatures(architecture, description)
-    supply = batches(config, architecture, description, checkpoint)
+    supply = batches(config, architecture, description, checkpoint, asked)
     probed = {role: ProbedGraph(graphs / f"{role}.onnx") for role in ports}
     ranges = {role: graph.ranges for role, graph in probed.items()}
     seen: list[Batch] = []
@@ -158,8 +163,9 @@ def _broken(value: ir.Value, values: Ranges) -> bool:
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Writes `ranges.json`: what every value held, with which batch, and when the audit had seen enough."""
     graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
+    asked = texts.read_prompts(inputs["prompts"].folder / prompts.PROMPTS)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
-        ranges, seen, stopped = observe(config, architecture, checkpoint, graphs, Path(scratch))
+        ranges, seen, stopped = observe(config, architecture, checkpoint, graphs, asked, Path(scratch))
     console.note(f"what values hold: {stopped}")
     check_finite(ranges, lambda role: files.load(graphs / f"{role}.onnx"))
     roles = {role: {name: asdict(held) for name, held in values.items()} for role, values in ranges.items()}
@@ -187,7 +193,7 @@ def text_files(config: Config) -> tuple[str, ...]:
 STAGE = Stage(
     name="ranges",
     run=run,
-    inputs=takes("checkpoint", "optimize"),
+    inputs=takes("checkpoint", "prompts", "optimize"),
     sections=(
         *(f"audit.{key}" for key in ("batches", "max_batches", "batch_size", "max_length", "seed", "random")),
         *("audit.texts", "audit.column", "audit.margin", "model.references", "runtime"),

@@ -5,29 +5,28 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from accel import certificate, console, metrics, speed, texts
 from accel.adapter import Architecture, Role
 from accel.artifacts import MANIFEST, Artifact
-from accel.compare import Difference, difference, visible
+from accel.compare import Difference, token_errors, visible
 from accel.errors import Refused
 from accel.generation import AcceleratedModel
 from accel.graph import files
 from accel.graph.emulate import emulate_half
 from accel.graph.formats import FORMATS, Format
 from accel.loading import open_model
+from accel.rounding import FACTOR, SAMPLES, allowed_errors
 from accel.runtime import layout
 from accel.runtime.feeds import decoder_feeds
 from accel.runtime.stream import on_shared_stream
 from accel.schema import Config
-from accel.stages import Stage, audit, ranges, reference
+from accel.stages import Stage, audit, prompts, ranges, reference, torch_error
 from accel.stages.checkpoint import reference_files
 
 GATED = ("greedy", "beams", "padded")  # sampling draws another token at the least difference
@@ -59,12 +58,16 @@ def least_agreement(config: Config) -> float:
 
 @dataclass
 class Drift:
-    """Absolute difference of the logits by token of a path: over the vocabulary and all paths that are this long."""
+    """Absolute error of the logits by token of a path: over the vocabulary and all paths that are this long.
+
+    `own`: the largest that PyTorch's own is at the token, in the same precision; empty where it isn't known.
+    """
 
     mean: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
     worst: list[float] = field(default_factory=list)
-    scale: float = 0.0  # largest logit of PyTorch's
+    own: list[float] = field(default_factory=list)
+    scale: float = 0.0  # largest logit
 
 
 @dataclass
@@ -76,6 +79,8 @@ class Verdict:
     arithmetic: str = "native"
     runtime: str = "cpu"
     threshold: float = 0.0
+    factor: float = FACTOR
+    reference: str = f"PyTorch in float64, module by module; its own error by {SAMPLES} evaluations"
     outputs: dict[str, Difference] = field(default_factory=dict)
     drift: Drift = field(default_factory=Drift)
     inputs: int = 0
@@ -89,44 +94,49 @@ class Verdict:
 
 
 def compare_outputs(
-    model: AcceleratedModel, architecture: Architecture, expected: Path, verdict: Verdict, seed: int
+    model: AcceleratedModel,
+    architecture: Architecture,
+    expected: Path,
+    own: Mapping[str, Tensor],
+    verdict: Verdict,
 ) -> bool:
-    """Run every role at the reference's shapes through the runtime: both branches, every output.
+    """Run every component at the reference's inputs through the runtime: both branches, every output.
 
-    Whether outputs have the right shapes and are finite, so that it makes sense to generate.
+    `expected`: the reference's folder. `own`: what PyTorch itself is off by: see `torch_error`. Returns whether outputs
+    have the right shapes and are finite, so that it makes sense to generate.
     """
     sound = True
     step = architecture.signature(model.config, Role.STEP)
     cache, growing = step.cache, {port.name for port in step.outputs}
     hidden: dict[str, Tensor] = {}
     state = None
-    for number, role, given in reference.role_calls(architecture, model.config, seed):
-        known = _outputs_of(role, load_file(expected / reference.OUTPUTS.format(number)))
-        if role is Role.ENCODER:
-            found = dict(model.runtime.encode(given))
-            hidden = _context(architecture, model, {**given, **known})
+    for number, call in enumerate(reference.read_calls(expected)):
+        if call.role is Role.ENCODER:
+            found = dict(model.runtime.encode(call.given))
+            hidden = _context(architecture, model, {**call.given, **call.expected})
         else:
-            if role is Role.PREFILL:
-                logits, state = model.runtime.prefill({**given, **hidden})
+            if call.role is Role.PREFILL:
+                logits, state = model.runtime.prefill({**call.given, **hidden})
             elif state is not None:
-                logits = model.runtime.step(given, state)
+                logits = model.runtime.step(call.given, state)
             views = state.views() if state is not None else {}
             found = {"logits": logits} | {output: views[name] for name, output in cache.items()}
-        for name, value in known.items():
-            seen = visible(role, name, given, value, growing)
-            sound = _measure(verdict, f"{role}.{name}", found[name], value, seen) and sound
+        for name, value in call.expected.items():
+            shown = visible(call.role, name, call.given, value, growing)
+            known = own.get(f"{number}.{name}")
+            sound = _measure(verdict, f"{call.role}.{name}", call.what, found[name], value, known, shown) and sound
     return sound
 
 
 def compare_paths(
     model: AcceleratedModel,
     architecture: Architecture,
-    inputs: Sequence[Mapping[str, Tensor]],
     expected: Path,
+    own: Mapping[str, Tensor],
     verdict: Verdict,
     rerouted: float = 0.0,
 ) -> bool:
-    """Walk along what PyTorch said, token by token over growing caches, and compare the logits at every token.
+    """Walk along what PyTorch generated, token by token over growing caches, and compare the logits at every token.
 
     `rerouted`: the share of a path's tokens, the furthest off, that are left out: see `REROUTED`.
 
@@ -135,31 +145,32 @@ def compare_paths(
     """
     sound = True
     apart: list[Tensor] = []
-    for number, given in enumerate(inputs[: reference.PATHS]):
-        known = load_file(expected / reference.PATH.format(number))
-        hidden = _encoded(architecture, model, given)
-        ids = known["ids"].to(model.device)  # [1, tokens]
+    known_errors: list[Tensor] = []
+    for number, path in enumerate(reference.read_paths(expected)):
+        hidden = _encoded(architecture, model, path.given)
+        ids = path.ids.to(model.device)  # [1, tokens]
         seen = torch.ones_like(ids)
-        calls = [decoder_feeds(ids[:, [i]], seen[:, : i + 1]) for i in range(ids.shape[1])]
+        feeds = [decoder_feeds(ids[:, [i]], seen[:, : i + 1]) for i in range(ids.shape[1])]
         with on_shared_stream(model.device):  # as `generate` does
-            logits, state = model.runtime.prefill({**calls[0], **hidden})
-            found = torch.cat([logits, *(model.runtime.step(feeds, state) for feeds in calls[1:])], dim=1)
-        apart.append((found.cpu().float() - known["logits"]).abs()[0])  # [tokens, vocabulary]
+            logits, state = model.runtime.prefill({**feeds[0], **hidden})
+            found = torch.cat([logits, *(model.runtime.step(one, state) for one in feeds[1:])], dim=1)
+        apart.append((found.cpu().double() - path.logits).abs()[0])  # [tokens, vocabulary]
         order = apart[-1].amax(-1).argsort(descending=True)
-        counted = torch.ones(1, len(order), 1)
+        counted = torch.ones(1, len(order), dtype=torch.int64)
         counted[:, order[: int(rerouted * len(order))]] = 0
-        sound = _measure(verdict, "path.logits", found, known["logits"], counted) and sound
-        verdict.drift.scale = max(verdict.drift.scale, float(known["logits"].abs().max()))
+        known = own.get(f"path-{number}.logits")
+        known_errors += [] if known is None else [known[0]]
+        what = f"a generation, input {number}"
+        sound = _measure(verdict, "path.logits", what, found, path.logits, known, counted) and sound
+        verdict.drift.scale = max(verdict.drift.scale, float(path.logits.abs().max()))
     for position in range(max(map(len, apart))):
-        here = torch.cat([path[position] for path in apart if position < len(path)]).sort().values
+        here = torch.cat([one[position] for one in apart if position < len(one)]).sort().values
         verdict.drift.mean.append(float(here.mean()))
         verdict.drift.p99.append(float(here[int(0.99 * (len(here) - 1))]))
         verdict.drift.worst.append(float(here[-1]))
+        theirs = [float(one[position]) for one in known_errors if position < len(one)]
+        verdict.drift.own += [max(theirs)] if theirs else []
     return sound
-
-
-def _outputs_of(role: Role, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{role}."): value for name, value in tensors.items() if name.startswith(f"{role}.")}
 
 
 def _encoded(architecture: Architecture, model: AcceleratedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -175,18 +186,48 @@ def _context(architecture: Architecture, model: AcceleratedModel, pool: Mapping[
     return {port.name: pool[port.source] for port in ports if port.source}
 
 
-def _measure(verdict: Verdict, name: str, found: Tensor, expected: Tensor, seen: Tensor | None = None) -> bool:
-    """Note how far an output is off. Whether it can be compared at all."""
+def _measure(
+    verdict: Verdict,
+    name: str,
+    what: str,
+    found: Tensor,
+    expected: Tensor,
+    own: Tensor | None,
+    shown: Tensor | None = None,
+) -> bool:
+    """Note how far an output is off, token by token. Whether it can be compared at all.
+
+    A token passes within `verdict.threshold` of the output's largest magnitude, or within `rounding.FACTOR` times what
+    PyTorch itself is off by there. `own`: that, absolute, [rows, tokens]; `shown`: a mask of the tokens that count.
+    """
     if found.shape != expected.shape:
         verdict.failures.append(f"{name} has shape {tuple(found.shape)}, PyTorch gives {tuple(expected.shape)}")
         return False
-    apart = difference(found, expected, seen)
-    verdict.outputs.setdefault(name, Difference()).widen(apart)
-    if not apart.relative <= verdict.threshold:
+    scale = max(float(expected.abs().max()), 1e-6)
+    errors = token_errors(found, expected) / scale  # [rows, tokens]
+    finite = bool(errors.isfinite().all())
+    allowed = allowed_errors(own, scale, verdict.threshold, errors)
+    if shown is not None:  # what is not finite counts everywhere
+        errors = torch.where((shown == 0) & errors.isfinite(), 0.0, errors)
+    used = (errors / allowed).nan_to_num(torch.inf, torch.inf)
+    furthest = used if used.max() > 1 else errors
+    row, token = divmod(int(furthest.argmax()), used.shape[1])
+    measured = Difference(
+        relative=float(errors[row, token]),
+        own=float(own[row, token] / scale) if own is not None and own[row, token].isfinite() else None,
+        allowed=float(allowed[row, token]),
+        where=f"{what}: row {row + 1}, token {token + 1}",
+    )
+    before = verdict.outputs.get(name)
+    if before is None or before.rank < measured.rank:
+        verdict.outputs[name] = measured
+    if not measured.passed:
+        beside = "unknown" if measured.own is None else f"{measured.own:.1e}"
         verdict.failures.append(
-            f"{name} is off by {apart.relative:.1e} of its largest value, allowed {verdict.threshold:.1e}"
+            f"{name} is off by {measured.relative:.1e} of its largest value, allowed {measured.allowed:.1e}, "
+            f"PyTorch's own {verdict.precision} {beside} ({measured.where})"
         )
-    return isfinite(apart.absolute)
+    return finite
 
 
 def compare_tokens(
@@ -201,10 +242,12 @@ def compare_tokens(
     compared, verdict.inputs = reference.cases(config), len(inputs)
     tokenizer = texts.load_tokenizer(folder) if expected["texts"] else None
 
-    def readable(ids: Sequence[int]) -> str:
-        return (
-            " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(list(ids), skip_special_tokens=True))
-        )
+    def readable(number: int, ids: Sequence[int]) -> str:
+        """What the model generated for an input; what a decoder-only model continues is left out."""
+        if tokenizer is None:
+            return " ".join(map(str, ids))
+        begin = 0 if model.config.is_encoder_decoder else inputs[number]["input_ids"].shape[1]
+        return str(tokenizer.decode(list(ids[begin:]), skip_special_tokens=True))
 
     for name, options in console.track(list(compared.items()), "tokens"):
         right = expected["tokens"][name]
@@ -223,12 +266,12 @@ def compare_tokens(
             verdict.first_difference[f"{name}.{number}"] = position
             if name in GATED and len(verdict.differing) < SHOWN:
                 given = expected["texts"][number] if expected["texts"] else f"input {number}"
-                said = {"pytorch": readable(theirs), "ours": readable(ours)}
+                said = {"pytorch": readable(number, theirs), "ours": readable(number, ours)}
                 verdict.differing.append({"case": name, "input": given, "position": position, **said})
         if name == "greedy" and expected["texts"]:
             verdict.samples = [
-                {"input": line, "pytorch": readable(theirs), "ours": readable(ours)}
-                for line, theirs, ours in zip(expected["texts"], right, found, strict=True)
+                {"input": line, "pytorch": readable(number, theirs), "ours": readable(number, ours)}
+                for number, (line, theirs, ours) in enumerate(zip(expected["texts"], right, found, strict=True))
             ]
 
 
@@ -304,14 +347,16 @@ def examine(
 ) -> None:
     """Fill in the verdict on the model in `folder`."""
     checkpoint, expected = inputs["checkpoint"].folder, inputs["reference"].folder
+    own = torch_error.read_errors(inputs["torch_error"].folder)
+    asked = texts.read_prompts(inputs["prompts"].folder / prompts.PROMPTS)
     with open_model(folder, config.runtime) as model:
         layers = len(architecture.signature(model.config, Role.STEP).outputs) // 2
         verdict.threshold = threshold(config.precision.dtype, layers)
-        chosen, _ = reference.fixed_inputs(config, checkpoint, architecture, model.config)
-        if not compare_outputs(model, architecture, expected, verdict, config.verify.seed):
+        chosen, _ = reference.fixed_inputs(config, checkpoint, architecture, model.config, asked)
+        if not compare_outputs(model, architecture, expected, own, verdict):
             return  # nothing can be decoded
         rerouted = REROUTED if config.precision.dtype != "float32" and routes(folder) else 0.0
-        if not compare_paths(model, architecture, chosen, expected, verdict, rerouted):
+        if not compare_paths(model, architecture, expected, own, verdict, rerouted):
             return
         tokens = json.loads((expected / reference.TOKENS).read_text())
         compare_tokens(model, checkpoint, config, chosen, tokens, verdict)
@@ -359,8 +404,8 @@ def summarize(verdict: Verdict, inputs: Mapping[str, Artifact], measured: Mappin
 
 
 def taken(config: Config) -> tuple[str, ...]:
-    mixed = config.precision.dtype != "float32"
-    return ("checkpoint", "convert", "merge", "reference", *(("ranges", "audit") if mixed else ()))
+    mixed = ("ranges", "audit") if config.precision.dtype != "float32" else ()
+    return ("checkpoint", "prompts", "convert", "merge", "reference", "torch_error", *mixed)
 
 
 STAGE = Stage(
@@ -370,5 +415,5 @@ STAGE = Stage(
     sections=("model", "precision", "runtime", "verify"),
     packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "sacrebleu"),
     files=reference_files,
-    version=4,
+    version=5,
 )

@@ -1,0 +1,186 @@
+"""`verify` finds real faults, on trained models and at ill-conditioned inputs; PyTorch's own rounding is none."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from torch import Tensor
+
+from accel import registry
+from accel.artifacts import Artifact
+from accel.pipeline import Pipeline
+from accel.runtime import layout
+from accel.runtime.onnx import GrowingRuntime, GrowingState
+from accel.schema import Config
+from accel.stages import verify
+from tests.conftest import Build
+from tests.ill_conditioned import ill_conditioned_llama
+from tests.test_precision import saved
+
+Step = Callable[[dict[str, Tensor], GrowingState], None]
+Array = np.ndarray[Any, Any]
+FAST = ("verify.inputs=4", "verify.num_beams=2", "verify.max_new_tokens=16", "verify.references=0")
+
+
+@dataclass
+class Case:
+    """A candidate of a model, and what `verify` compares it with."""
+
+    config: Config
+    inputs: Mapping[str, Artifact]
+
+    @property
+    def encodes(self) -> bool:
+        return (self.inputs["merge"].folder / layout.ENCODER).is_file()
+
+    def examine(self, folder: Path | None = None) -> verify.Verdict:
+        """The verdict on the candidate, or on the one in `folder`."""
+        architecture = registry.build(self.config.architecture)
+        verdict = verify.Verdict(precision=self.config.precision.dtype)
+        verify.examine(folder or self.inputs["merge"].folder, self.config, self.inputs, architecture, verdict)
+        return verdict
+
+    def edited(self, folder: Path, change: Callable[[onnx.GraphProto], None]) -> Path:
+        """A copy of the candidate in `folder`, with another decoder."""
+        shutil.copytree(self.inputs["merge"].folder, folder)
+        model = onnx.load(folder / layout.DECODER)
+        change(model.graph)
+        for path in folder.glob(f"{layout.DECODER}*"):
+            path.unlink()
+        onnx.save(model, folder / layout.DECODER)
+        return folder
+
+
+@pytest.fixture(scope="module", params=["trained", "ill-conditioned"])
+def case(request: pytest.FixtureRequest, build: Build, shared: Path) -> Case:
+    if request.param == "trained":  # with a residual stream that FP16 can't hold
+        checkpoint, options = saved(shared / "scaled-3e+03-None", 3e3), ["model.references=heldout.tsv"]
+        options.append("verify.unique_tokens=false")
+    else:
+        checkpoint, options = shared / "ill-conditioned", []
+        if not (checkpoint / "config.json").exists():
+            ill_conditioned_llama().save_pretrained(checkpoint)
+    config, _ = build(checkpoint, "merge", [*FAST, *options])
+    pipeline = Pipeline(config, registry.build(config.architecture))
+    return Case(config, {name: pipeline.artifact(name) for name in verify.taken(config)})
+
+
+pytestmark = pytest.mark.xdist_group("faults")
+
+
+def test_rounding_is_no_fault(case: Case) -> None:
+    """The candidate passes: also where PyTorch itself is further off than any formula of the depth allows."""
+    verdict = case.examine()
+    assert verdict.failures == []
+    assert min(verdict.identical.values()) == 1
+    beyond = [one for one in verdict.outputs.values() if one.relative > verdict.threshold]
+    assert bool(beyond) is not case.encodes, "the ill-conditioned point should be seen, and only there"
+    assert all(one.own is not None and one.relative <= verify.FACTOR * one.own for one in beyond)
+
+
+@contextmanager
+def every_step(change: Step) -> Iterator[None]:
+    """The inputs or the caches of every step are changed before it runs."""
+    real = GrowingRuntime.step
+
+    def step(self: GrowingRuntime, feeds: Mapping[str, Tensor], state: GrowingState) -> Tensor:
+        given = dict(feeds)
+        change(given, state)
+        return real(self, given, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GrowingRuntime, "step", step)
+        yield
+
+
+def shift_positions(feeds: dict[str, Tensor], state: GrowingState) -> None:
+    feeds["position_ids"] = feeds["position_ids"] + 1
+
+
+def hide_a_token(feeds: dict[str, Tensor], state: GrowingState) -> None:
+    if "encoder_attention_mask" in state.fixed:
+        mask = state.fixed["encoder_attention_mask"].clone()
+        mask[:, 0] = 0
+        state.fixed["encoder_attention_mask"], state.ready = mask, None
+    else:
+        feeds["attention_mask"] = feeds["attention_mask"].clone()
+        feeds["attention_mask"][:, 0] = 0
+
+
+def repeat_a_row(feeds: dict[str, Tensor], state: GrowingState) -> None:
+    """The newest row of the last layer's caches is what was there before it."""
+    own = {name: tensor.clone() for name, tensor in state.own.items()}
+    for name in list(own)[-2:]:
+        if own[name].shape[2] > 1:
+            own[name][:, :, -1] = own[name][:, :, -2]
+    state.own = own
+
+
+def with_weight(name: str, change: Callable[[Array], Array]) -> Callable[[onnx.GraphProto], None]:
+    """One weight is another."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        (found,) = [one for one in graph.initializer if one.name == name]
+        found.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(numpy_helper.to_array(found))), name))
+
+    return edit
+
+
+def product_in_half(weight: str) -> Callable[[onnx.GraphProto], None]:
+    """What a product with `weight` makes goes through FP16."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        (product,) = [node for node in graph.node if weight in node.input]
+        made = product.output[0]
+        product.output[0] = f"{made}.exact"
+        place = list(graph.node).index(product) + 1
+        casts = [
+            onnx.helper.make_node("Cast", [f"{made}.exact"], [f"{made}.half"], to=onnx.TensorProto.FLOAT16),
+            onnx.helper.make_node("Cast", [f"{made}.half"], [made], to=onnx.TensorProto.FLOAT),
+        ]
+        for node in reversed(casts):
+            graph.node.insert(place, node)
+
+    return edit
+
+
+BIAS = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight.by_distance"
+PRODUCTS = {True: "decoder.block.1.layer.2.DenseReluDense.wo.weight", False: "model.layers.0.mlp.down_proj.weight"}
+
+
+FAULTS = ("position", "mask", "cache", "weight", "overflow")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(case: Case, fault: str, tmp_path: Path) -> None:
+    refused(case, fault, tmp_path)
+
+
+def refused(case: Case, fault: str, folder: Path) -> None:
+    """It is refused, and the message names the output, the place, and PyTorch's own error there."""
+    steps = {"mask": hide_a_token, "cache": repeat_a_row} | ({} if case.encodes else {"position": shift_positions})
+    edits = {
+        "position": with_weight(
+            BIAS, lambda table: np.roll(table, 1, 0)
+        ),  # T5 counts positions by distance, in a table
+        "weight": with_weight(PRODUCTS[case.encodes], lambda weight: weight * np.float32(1.001)),
+        "overflow": product_in_half(PRODUCTS[case.encodes]),
+    }
+    if fault in steps:
+        with every_step(steps[fault]):
+            verdict = case.examine()
+    else:
+        verdict = case.examine(case.edited(folder / "edited", edits[fault]))
+    assert not verdict.passed
+    worst = max(verdict.outputs.values(), key=lambda one: one.rank)
+    assert worst.used > 2, worst
+    (named, *_) = [failure for failure in verdict.failures if f"{worst.relative:.1e}" in failure]
+    assert f"allowed {worst.allowed:.1e}, PyTorch's own float32 {worst.own:.1e}" in named
+    assert worst.where in named
