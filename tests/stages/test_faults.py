@@ -13,9 +13,10 @@ import pytest
 from onnx import numpy_helper
 from torch import Tensor
 
-from accel import registry
+from accel import parity, registry
 from accel.artifacts import Artifact
 from accel.pipeline import Pipeline
+from accel.rounding import FACTOR
 from accel.runtime import layout
 from accel.runtime.onnx import GrowingRuntime, GrowingState
 from accel.schema import Config
@@ -40,10 +41,10 @@ class Case:
     def encodes(self) -> bool:
         return (self.inputs["merge"].folder / layout.ENCODER).is_file()
 
-    def examine(self, folder: Path | None = None) -> verify.Verdict:
+    def examine(self, folder: Path | None = None) -> parity.Verdict:
         """The verdict on the candidate, or on the one in `folder`."""
         architecture = registry.build(self.config.architecture)
-        verdict = verify.Verdict(precision=self.config.precision.dtype)
+        verdict = parity.Verdict(precision=self.config.precision.dtype)
         verify.examine(folder or self.inputs["merge"].folder, self.config, self.inputs, architecture, verdict)
         return verdict
 
@@ -82,7 +83,7 @@ def test_rounding_is_no_fault(case: Case) -> None:
     assert min(verdict.identical.values()) == 1
     beyond = [one for one in verdict.outputs.values() if one.relative > verdict.threshold]
     assert bool(beyond) is not case.encodes, "the ill-conditioned point should be seen, and only there"
-    assert all(one.own is not None and one.relative <= verify.FACTOR * one.own for one in beyond)
+    assert all(one.own is not None and one.relative <= FACTOR * one.own for one in beyond)
 
 
 @contextmanager

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from accel import registry
+from accel import parity, registry
 from accel.adapter import Role
 from accel.compare import visible
 from accel.loading import open_model
 from accel.pipeline import Pipeline
 from accel.runtime.onnx import GrowingRuntime, GrowingState
-from accel.stages import reference, verify
+from accel.stages import torch_error, verify
 from tests.conftest import Build
 
 
@@ -24,7 +24,9 @@ def test_a_step_that_sees_a_stale_cache_is_found(
     """One step in a generation forgets the newest token, as a copy that comes too late would have it."""
     config, artifacts = build(tiny, "verify")
     architecture = registry.build(config.architecture)
-    expected = Pipeline(config, architecture).artifact("reference").folder
+    pipeline = Pipeline(config, architecture)
+    expected = pipeline.artifact("reference").folder
+    own = torch_error.read_errors(pipeline.artifact("torch_error").folder)
     real, calls = GrowingRuntime.step, iter(range(10_000))
 
     def step(self: GrowingRuntime, feeds: Mapping[str, Tensor], state: GrowingState) -> Tensor:
@@ -33,10 +35,9 @@ def test_a_step_that_sees_a_stale_cache_is_found(
         return real(self, feeds, state)
 
     monkeypatch.setattr(GrowingRuntime, "step", step)
-    verdict = verify.Verdict(threshold=verify.threshold("float32", 2))
+    verdict = parity.Verdict(threshold=verify.threshold("float32", 2))
     with open_model(artifacts["verify"].folder, config.runtime) as model:
-        chosen, _ = reference.fixed_inputs(config, tiny, architecture, model.config)
-        verify.compare_paths(model, architecture, chosen, expected, verdict)
+        parity.compare_paths(model, architecture, expected, own, verdict)
     assert "path.logits" in verdict.outputs
     assert bool(verdict.failures) is (late is not None)
     assert all(failure.startswith("path.logits") for failure in verdict.failures)
@@ -57,13 +58,13 @@ def test_padding_is_not_compared(
     """What lies under the mask may differ, what doesn't may not; what is not finite may stand nowhere."""
     mask = torch.ones(2, 5, dtype=torch.int64)
     mask[1, 4] = 0
-    expected = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    seen = visible(role, name, {"attention_mask": mask}, expected, {"present.0.key"})
+    expected = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shown = visible(role, name, {"attention_mask": mask}, expected, {"present.0.key"})
     results = []
     for place, number in ((padding, 9.0), (padding, torch.nan), ((0, *padding[1:]), 9.0)):
         found = expected.clone()
         found[place] = number
-        verdict = verify.Verdict(threshold=1e-3)
-        verify._measure(verdict, name, found, expected, seen)
+        verdict = parity.Verdict(threshold=1e-3)
+        parity.measure(verdict, name, "random ids", found, expected, None, shown)
         results.append(bool(verdict.failures))
     assert results == [False, True, True]
