@@ -77,7 +77,7 @@ def chats(count: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("rows", "options"),
     [
-        (1, {"max_new_tokens": 200}),
+        (1, {"max_new_tokens": 500}),
         (1, {"max_new_tokens": 40, "num_beams": 4}),
         (4, {"max_new_tokens": 40}),
         (4, {"max_new_tokens": 40, "cache_implementation": "static"}),

@@ -10,6 +10,7 @@ from accel import plots
 from accel.graph.formats import FORMATS, FP16
 
 TEMPLATE = "certificate.html.jinja"
+DRIFT = {"mean": "mean", "p99": "99th percentile", "worst": "worst", "own": "PyTorch's worst"}
 MOST = 200  # rows of the table of nodes in FP32
 
 
@@ -20,13 +21,14 @@ def render(certificate: Mapping[str, Any]) -> str:
     )
     pages.filters |= {"number": number, "share": share, "megabytes": megabytes}
     verdict = certificate["verdict"]
-    outputs = sorted(verdict["outputs"].items(), key=lambda item: -item[1]["relative"])
+    # Logits first: tokens are chosen by them.
+    outputs = sorted(verdict["outputs"].items(), key=lambda item: ("logits" not in item[0], -item[1]["relative"]))
     return pages.get_template(TEMPLATE).render(
         certificate=certificate,
         verdict=verdict,
         outputs=outputs,
         firsts=_firsts(verdict),
-        drift=plots.drift({name: verdict["drift"][name] for name in ("mean", "p99", "worst", "own")}, ""),
+        drift=plots.drift({label: verdict["drift"][name] for name, label in DRIFT.items()}, ""),
         ranges=_range_plots(certificate),
         kept=certificate.get("kept", [])[:MOST],
         left_out=max(0, len(certificate.get("kept", [])) - MOST),
