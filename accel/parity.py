@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from accel.stages import reference
 class Drift:
     """Absolute error of the logits by token of a path: over the vocabulary and all paths that are this long.
 
-    `own`: the largest that PyTorch's own is at the token, in the same precision; empty where it isn't known.
+    `own`: the largest that PyTorch's own is at the token, in the same precision, None where that isn't finite; empty
+    where it isn't known.
     """
 
     mean: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
     worst: list[float] = field(default_factory=list)
-    own: list[float] = field(default_factory=list)
+    own: list[float | None] = field(default_factory=list)
     scale: float = 0.0  # largest logit
 
 
@@ -130,7 +132,7 @@ def compare_paths(
         verdict.drift.p99.append(float(here[int(0.99 * (len(here) - 1))]))
         verdict.drift.worst.append(float(here[-1]))
         theirs = [float(one[position]) for one in known_errors if position < len(one)]
-        verdict.drift.own += [max(theirs)] if theirs else []
+        verdict.drift.own += [max(theirs) if all(map(isfinite, theirs)) else None] if theirs else []
     return sound
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from io import StringIO
 from itertools import accumulate
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,12 @@ def value_ranges(
     return _svg(axes)
 
 
-def drift(lines: Mapping[str, Sequence[float]], title: str) -> str:
-    """One line a statistic over the position of the token, as SVG. Narrow: for a page."""
+def drift(lines: Mapping[str, Sequence[float | None]], title: str) -> str:
+    """One line a statistic over the position of the token, as SVG; None leaves a gap. Narrow: for a page."""
     axes = _narrow(title, "token", "difference of the logits")
     for name, series in lines.items():
-        axes.plot(range(1, len(series) + 1), series, label=name, linewidth=1)
+        heights = [nan if value is None else value for value in series]
+        axes.plot(range(1, len(series) + 1), heights, label=name, linewidth=1)
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     return _svg(axes)
