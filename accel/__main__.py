@@ -10,9 +10,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from accel import console, plugins, schema
+from accel import console
+from accel.cli.messages import USER_ERRORS, explain
+from accel.config import plugins, schema
 from accel.errors import AccelError, Refused
-from accel.messages import USER_ERRORS, explain
 
 FAILED = 2
 
@@ -46,9 +47,9 @@ def main() -> None:
             raise
         finally:
             if settings.mode is RunMode.MULTIRUN:
-                from accel import sweeps
+                from accel.cli import sweep_table
 
-                sweeps.record(settings, list(settings.overrides.task), summaries, message)
+                sweep_table.record(settings, list(settings.overrides.task), summaries, message)
 
     try:
         job()
@@ -61,12 +62,12 @@ def main() -> None:
 
 def run(composed: DictConfig, overrides: list[str]) -> dict[str, Mapping[str, Any]]:
     """Run the stages of one job and print what they found. Returns the summaries of those that were asked for."""
-    from accel import application, report
-    from accel.quiet import quiet
+    from accel.cli import compose, report
+    from accel.system.quiet import quiet
 
     quiet()
-    config = application.settle(composed, overrides)
-    artifacts = application.execute(config)
+    config = compose.settle(composed, overrides)
+    artifacts = compose.execute(config)
     report.finish(config, artifacts)
     return {name: artifact.summary for name, artifact in artifacts.items()}
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from accel.application import compose, execute
-from accel.artifacts import Artifact
+from accel.adapters.registry import register
+from accel.cli.compose import compose, execute
 from accel.errors import AccelError
-from accel.loading import load
-from accel.registry import register
+from accel.models.loading import load
+from accel.pipeline.store import Artifact
 
 __all__ = ["build", "load", "register"]
 

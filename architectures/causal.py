@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from accel.adapter import Role, Signature
-from accel.model_class import model_class
+from accel.adapters.types import Role, Signature
+from accel.models.model_class import model_class
 
 from .experts import in_turn
 from .parts import Flat, Ports, random_ids, random_lengths

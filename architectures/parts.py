@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from accel.adapter import Port, Role
+from accel.adapters.types import Port, Role
 from accel.errors import AccelError
 
 # Axes of a cache [batch, heads, length, head size]; of its length: `past` going in, `total` coming out.

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from accel.adapter import Port, Role, Signature
+from accel.adapters.types import Port, Role, Signature
 
 from .parts import Flat, Ports, random_ids, random_lengths
 

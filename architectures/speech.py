@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from accel.adapter import Port
+from accel.adapters.types import Port
 
 from .seq2seq import Seq2Seq
 

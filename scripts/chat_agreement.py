@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from accel import load, texts
+from accel import load
+from accel.data import texts
 
 SUBJECTS = ("rain", "bread", "bicycles", "the moon", "volcanoes", "chess", "whales", "glass", "the heart", "bridges")
 QUESTIONS = (

@@ -12,8 +12,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from accel import testing
-from accel.adapter import Role
-from accel.quiet import quiet
+from accel.adapters.types import Role
+from accel.system.quiet import quiet
 from tests.families import FAMILIES
 
 CONF = Path(__file__).parents[1] / "conf" / "architecture"

@@ -1,6 +1,6 @@
 """Train t5-g2p: a T5 of 1.3 million parameters that spells English words out in ARPAbet phonemes.
 
-    python scripts/train_t5_g2p.py --out accel/models/t5-g2p
+    python scripts/train_t5_g2p.py --out accel/data/checkpoints/t5-g2p
 
 All of it comes from CMUdict. Teachers, six times the student's size, learn the dictionary. They then transcribe words
 invented by a letter n-gram model of the training words. The student learns the dictionary and the invented words from
@@ -336,7 +336,7 @@ first lines are a fair sample. The next {VALIDATION_PERCENT}% ({validation:,} wo
 **Training.** Distilled from {args.teachers} T5s of six times the size, which learnt the dictionary first, on the
 dictionary and on {args.invented:,} words invented by a letter n-gram model of the training words:
 
-    python scripts/train_t5_g2p.py --out accel/models/t5-g2p {recipe}
+    python scripts/train_t5_g2p.py --out accel/data/checkpoints/t5-g2p {recipe}
 
 **Error rates** on {min(held_out, args.eval_words or held_out):,} held-out words: **{errors[0]:.2%} of words,
 {errors[1]:.2%} of phonemes** (edits to the nearest listed pronunciation, over its length). Stress marks count; any

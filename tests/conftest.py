@@ -11,12 +11,12 @@ import torch
 from filelock import FileLock
 
 from accel import testing
-from accel.application import compose, execute
-from accel.artifacts import Artifact
+from accel.cli.compose import compose, execute
+from accel.config.schema import Config
+from accel.pipeline.store import Artifact
 from accel.runtime.providers import CUDA, available_providers
-from accel.schema import Config
 from tests.families import FAMILIES
-from tests.models import random_t5
+from tests.random_t5 import random_t5
 
 torch.set_num_threads(1)  # two workers share the machine
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from accel.runtime.binding import BoundSession
+from accel.runtime.io_binding import BoundSession
 
 STEP = 16  # source lengths are rounded up to a multiple of it
 Shape = tuple[int, ...]

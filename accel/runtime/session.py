@@ -12,9 +12,9 @@ from torch import Tensor
 
 from accel import console
 from accel.errors import AccelError
+from accel.runtime.device_memory import enough_memory
 from accel.runtime.providers import CUDA, RUNTIME_ERRORS, missing_library, onnxruntime
-from accel.runtime.room import enough_memory
-from accel.runtime.stream import stream_options
+from accel.runtime.streams import stream_options
 
 # Operators whose outputs' shapes depend on their inputs' values. https://onnx.ai/onnx/operators/
 VALUES_DECIDE = ("NonZero", "Compress", "Unique", "NonMaxSuppression", "Loop", "Scan", "If")

@@ -10,18 +10,21 @@ from typing import Any
 import onnx_ir as ir
 from transformers import AutoConfig
 
-from accel import console, texts
-from accel.adapter import Architecture, Role
-from accel.artifacts import Artifact
-from accel.batches import batches, walk
-from accel.chain import signatures
-from accel.graph import files, minimise, plan, probe, rivals
-from accel.graph.convert import convert_half, half_share
-from accel.graph.formats import FORMATS, FP16, Format
-from accel.schema import Config
-from accel.stages import Stage, prompts, takes
+from accel import console
+from accel.adapters.types import Architecture, Role
+from accel.config.schema import Config
+from accel.data import texts
+from accel.evaluation.calibration_data import batches, walk
+from accel.evaluation.component_runner import signatures
+from accel.evaluation.sensitivity import Recorder, Trial
+from accel.graph import files
+from accel.graph.precision import baselines, minimize, observer, plan
+from accel.graph.precision.convert import convert_half, half_share
+from accel.graph.precision.formats import FORMATS, FP16, Format
+from accel.pipeline.stage import Stage, takes
+from accel.pipeline.store import Artifact
+from accel.stages import prompts
 from accel.stages.ranges import Ranges, lean, read_ranges, text_files
-from accel.trials import Recorder, Trial
 
 PLAN = "plan.json"
 TRIED_ON = 4  # batches
@@ -44,7 +47,7 @@ def target(config: Config) -> Format:
 def load(graphs: Path, role: Role, format: Format) -> ir.Model:
     """A role's FP32 graph as plans are made for it: typed, its masks clamped."""
     model = files.load(graphs / f"{role}.onnx")
-    probe.infer_types(model)
+    observer.infer_types(model)
     plan.clamp_masks(model, format)
     return model
 
@@ -57,7 +60,7 @@ def first_plans(
     rules: dict[str, Callable[[Role, ir.Model], plan.Plan]] = {
         MINIMISED: lambda role, model: plan.make_plan(model, ranges[role], config.audit.margin, format),
         BY_RANGES: lambda role, model: plan.make_plan(model, ranges[role], config.audit.margin, format),
-        "operators": lambda role, model: rivals.by_operators(model, config.precision.operators, format),
+        "operators": lambda role, model: baselines.by_operators(model, config.precision.operators, format),
         "blanket": lambda role, model: plan.least_plan(model, format),
     }
     return {role: rules[config.precision.plan](role, model) for role, model in models.items()}
@@ -75,7 +78,7 @@ def smaller(
 ) -> dict[Role, plan.Plan]:
     """The plans without what trials show to be safe in 16 bits, every role by itself, fed what FP32 graphs give."""
     format = target(config)
-    open_groups = {role: minimise.groups(load(graphs, role, format), found) for role, found in plans.items()}
+    open_groups = {role: minimize.groups(load(graphs, role, format), found) for role, found in plans.items()}
     if config.audit.trials == 0 or not any(open_groups.values()):
         return dict(plans)
     description = AutoConfig.from_pretrained(checkpoint)
@@ -99,9 +102,9 @@ def _minimised(model: ir.Model, given: plan.Plan, groups: list[list[str]], trial
         return given  # not even the rules' plan computes here: nothing to hold a smaller one to
 
     def passes(names: list[str]) -> bool:
-        return trial(minimise.without(model, given, names), known.changed).within(known)
+        return trial(minimize.without(model, given, names), known.changed).within(known)
 
-    return minimise.without(model, given, minimise.droppable(groups, passes, trials))
+    return minimize.without(model, given, minimize.droppable(groups, passes, trials))
 
 
 def agree(
@@ -129,7 +132,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         agree(plans, models, architecture, checkpoint)
         sizes["after trials"] = sizes_of(graphs, plans, format)
         for role, model in models.items():
-            plans[role].nodes.update(minimise.fewest_casts(model, plans[role]))
+            plans[role].nodes.update(minimize.fewest_casts(model, plans[role]))
         sizes["with the fewest casts"] = sizes_of(graphs, plans, format)
     (out / PLAN).write_text(json.dumps({role: found.dump() for role, found in plans.items()}, indent=1))
     return {

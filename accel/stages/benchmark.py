@@ -15,18 +15,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from accel import console, measure
-from accel.adapter import Architecture, Role
-from accel.artifacts import Artifact, versions
-from accel.clock import OtherLoad, Timing
+from accel import console
+from accel.adapters.types import Architecture, Role
+from accel.benchmark import footprint
+from accel.benchmark.backends import BASELINE, CAPTURED, OURS, SEPARATE, SETUPS, Sources, chosen
+from accel.benchmark.schedule import time_setups
+from accel.benchmark.timer import OtherLoad, Timing
+from accel.config.schema import BenchmarkConfig, Config, RuntimeConfig
 from accel.errors import AccelError
 from accel.graph import files
-from accel.graph.traffic import bytes_read
-from accel.machine import command, copy_bandwidth, machine
-from accel.schema import BenchmarkConfig, Config, RuntimeConfig
-from accel.setups import BASELINE, CAPTURED, OURS, SEPARATE, SETUPS, Sources, chosen
-from accel.stages import Stage
-from accel.turns import time_setups
+from accel.graph.bandwidth import bytes_read
+from accel.pipeline.stage import Stage
+from accel.pipeline.store import Artifact, versions
+from accel.system.environment import command, copy_bandwidth, machine
 
 MEASUREMENT = "measurement.json"
 PLOTS = ("latency.png", "accumulated.png")
@@ -70,26 +71,26 @@ def measure_memory(
     `step alone` is the yardstick for the merged decoder: the step graph by itself, which can't begin a generation.
     """
     sessions = [name for name in (OURS, SEPARATE, CAPTURED) if name in names]
-    wanted = [(measure.PEAK, name) for name in names] + [(measure.SESSION, name) for name in sessions]
+    wanted = [(footprint.PEAK, name) for name in names] + [(footprint.SESSION, name) for name in sessions]
     if OURS in names:
-        wanted.append((measure.SESSION, measure.STEP_ALONE))
+        wanted.append((footprint.SESSION, footprint.STEP_ALONE))
     with TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "inputs.safetensors"
         save_file(dict(given), inputs)
         tasks = []
         for kind, name in wanted:
-            setup = SETUPS[OURS if name == measure.STEP_ALONE else name]
+            setup = SETUPS[OURS if name == footprint.STEP_ALONE else name]
             options = setup.options(benchmark.new_tokens, benchmark.num_beams)
             tasks.append(
-                measure.Task(
+                footprint.Task(
                     kind, name, sources.dump(), benchmark.batch_size, benchmark.source_length, str(inputs), options
                 )
             )
         weights = sum(path.stat().st_size for path in Path(sources.graphs).iterdir())
-        figures = measure.measure_all(tasks, weights)
+        figures = footprint.measure_all(tasks, weights)
     memory: dict[str, dict[str, int]] = {}
     for (kind, name), figure in zip(wanted, figures, strict=True):
-        memory.setdefault(name, {}).update(figure if kind == measure.SESSION else {kind: figure})
+        memory.setdefault(name, {}).update(figure if kind == footprint.SESSION else {kind: figure})
     return memory
 
 
@@ -207,12 +208,12 @@ def _measured(config: Config) -> str:
 
 def _session_ratios(memory: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
     """When -> memory of the merged decoder's session over that of the step graph alone."""
-    alone = memory.get(measure.STEP_ALONE, {})
+    alone = memory.get(footprint.STEP_ALONE, {})
     return {when: memory[OURS][when] / size for when, size in alone.items() if size}
 
 
 def _plot(positions: Mapping[str, Sequence[float]], summary: Mapping[str, Any], out: Path) -> None:
-    from accel import plots  # imports matplotlib, which nothing else needs
+    from accel.reporting import plots  # imports matplotlib, which nothing else needs
 
     title = describe(summary)
     plots.latency(positions, title, out / PLOTS[0])
@@ -254,8 +255,8 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
 def memory_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """One row a setup whose memory was measured, and one for the step graph alone, in the order of `MEMORY_COLUMNS`."""
     memory = summary["memory"]
-    names = [name for name in (*SETUPS, measure.STEP_ALONE) if name in memory]
-    kinds = (measure.PEAK, measure.SESSION, measure.AT_THE_END)
+    names = [name for name in (*SETUPS, footprint.STEP_ALONE) if name in memory]
+    kinds = (footprint.PEAK, footprint.SESSION, footprint.AT_THE_END)
     return [[name, *(_megabytes(memory[name].get(kind)) for kind in kinds)] for name in names]
 
 
@@ -286,8 +287,8 @@ def show(summary: Mapping[str, Any]) -> None:
         console.table("", MEMORY_COLUMNS, memory_rows(summary))
     if ratios := summary["session_ratios"]:
         console.out.print(
-            f"session memory of the merged decoder over that of the step graph alone: {ratios[measure.SESSION]:.2f}x, "
-            f"{ratios[measure.AT_THE_END]:.2f}x after {summary['point']['new_tokens']} tokens"
+            f"session memory of the merged decoder over that of the step graph alone: {ratios[footprint.SESSION]:.2f}x,"
+            f" {ratios[footprint.AT_THE_END]:.2f}x after {summary['point']['new_tokens']} tokens"
         )
     if summary["limit"] is not None:
         limit = summary["limit"]

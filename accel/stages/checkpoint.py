@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from accel import console
-from accel.adapter import Architecture
-from accel.artifacts import Artifact, Manifest, folder_files, make_key
+from accel.adapters.types import Architecture
+from accel.config.schema import Config, ModelConfig
 from accel.errors import AccelError, unknown
-from accel.model_class import model_class, obstacle
-from accel.schema import Config, ModelConfig
-from accel.stages import Stage, takes
+from accel.models.model_class import model_class, obstacle
+from accel.pipeline.stage import Stage, takes
+from accel.pipeline.store import Artifact, Manifest, folder_files, make_key
 
-BUILT_IN = Path(__file__).parents[1] / "models"
+BUILT_IN = Path(__file__).parents[1] / "data" / "checkpoints"
 WEIGHTS = ("*.safetensors", "*.bin")
 DESCRIPTION = ("*.json", "*.model", "*.txt", "*.tsv")
 

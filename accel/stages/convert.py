@@ -10,23 +10,24 @@ import onnx_ir as ir
 from transformers import AutoConfig
 
 from accel import console
-from accel.adapter import Architecture, Role
-from accel.artifacts import Artifact
+from accel.adapters.types import Architecture, Role
+from accel.config.schema import Config, ConvertConfig
 from accel.errors import unknown
 from accel.graph import files
-from accel.graph.convert import convert_half, half_share
-from accel.graph.drop_casts import drop_casts
-from accel.graph.formats import FORMATS
-from accel.graph.fuse_attention import fuse_attention
-from accel.graph.fuse_rotary import fuse_rotary
-from accel.graph.group_queries import group_queries
-from accel.graph.one_token import one_token, straighten
-from accel.graph.slice_uneven import slice_uneven
-from accel.graph.static_cache import Names, NotStatic, static_cache
-from accel.graph.transposed_products import transposed_products
+from accel.graph.cleanup.eliminate_noop_cast import drop_casts
+from accel.graph.decode.one_token import one_token, straighten
+from accel.graph.decode.split_to_slice import slice_uneven
+from accel.graph.decode.static_cache import Names, NotStatic, static_cache
+from accel.graph.fusion.fuse_attention import fuse_attention
+from accel.graph.fusion.fuse_gqa import group_queries
+from accel.graph.fusion.fuse_rotary import fuse_rotary
+from accel.graph.fusion.fuse_transposed_matmul import transposed_products
+from accel.graph.precision.convert import convert_half, half_share
+from accel.graph.precision.formats import FORMATS
+from accel.pipeline.stage import Stage
+from accel.pipeline.store import Artifact
 from accel.runtime.layout import BUCKET, POSITION
-from accel.schema import Config, ConvertConfig
-from accel.stages import Stage, audit
+from accel.stages import audit
 
 NAMES = Names(POSITION, BUCKET)
 # In the order in which they run over a step of one token.

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from accel import console
-from accel.adapter import Architecture, Role, Signature
-from accel.artifacts import Artifact
-from accel.chain import Chain, Shape, longest, script, signatures, torch_run
-from accel.compare import token_errors
+from accel.adapters.types import Architecture, Role, Signature
+from accel.config.schema import Config
 from accel.errors import AccelError
+from accel.evaluation.compare import token_errors
+from accel.evaluation.component_runner import Chain, Shape, longest, script, signatures, torch_run
+from accel.evaluation.io_check import check_ports
+from accel.evaluation.rounding import SAMPLES, Evaluator, allowed_errors, root_mean_square
 from accel.graph import files
-from accel.graph.widen_bfloat16 import widen_bfloat16
-from accel.port_check import check_ports
-from accel.rounding import SAMPLES, Evaluator, allowed_errors, root_mean_square
+from accel.graph.cleanup.widen_bfloat16 import widen_bfloat16
+from accel.pipeline.stage import Stage, takes
+from accel.pipeline.store import Artifact
 from accel.runtime.providers import RUNTIME_ERRORS
 from accel.runtime.session import SessionSettings, plain_run
-from accel.schema import Config
-from accel.stages import Stage, takes
 from accel.stages.checkpoint import load_model
 
 # Every dimension of the example is at least 2 and unlike the others: the exporter freezes an axis of length 1. The

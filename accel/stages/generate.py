@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from accel import audio, console, texts
-from accel.adapter import Architecture
-from accel.artifacts import Artifact
-from accel.corpus import read_lines
+from accel import console
+from accel.adapters.types import Architecture
+from accel.cli.validate import generation_options
+from accel.config.schema import Config
+from accel.data import audio, texts
+from accel.data.corpus import read_lines
 from accel.errors import AccelError
-from accel.loading import open_model
-from accel.model_class import model_class
-from accel.schema import Config
-from accel.stages import Stage, checkpoint, takes
-from accel.validation import generation_options
+from accel.models.loading import open_model
+from accel.models.model_class import model_class
+from accel.pipeline.stage import Stage, takes
+from accel.pipeline.store import Artifact
+from accel.stages import checkpoint
 
 RESULTS = "texts.json"
 BATCH = 16  # inputs at a time, unless generate.batch_size says otherwise

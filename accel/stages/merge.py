@@ -9,17 +9,18 @@ from typing import Any
 import onnx_ir as ir
 from transformers import AutoConfig
 
-from accel.adapter import Architecture, Role
-from accel.artifacts import Artifact
+from accel.adapters.types import Architecture, Role
+from accel.config.schema import Config, MergeConfig
 from accel.errors import AccelError, unknown
 from accel.graph import files
-from accel.graph.cross_cache import cross_cache
-from accel.graph.merge import fork_if, merge_if
-from accel.graph.merge_caches import merge_caches
+from accel.graph.decode.cross_cache import cross_cache
+from accel.graph.merging.merge_branches import fork_if, merge_if
+from accel.graph.merging.merge_caches import merge_caches
 from accel.graph.weights import initializers, shared_bytes
+from accel.pipeline.stage import Stage, takes
+from accel.pipeline.store import Artifact
 from accel.runtime import layout
-from accel.schema import Config, MergeConfig
-from accel.stages import Stage, convert, takes
+from accel.stages import convert
 
 BRANCHES = ("caches", "decoders", "tokens")
 # Of the checkpoint: the description, the tokenizer and the processor. Not its weights, not its documentation.

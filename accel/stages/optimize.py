@@ -7,27 +7,27 @@ from typing import Any
 import onnx_ir as ir
 
 from accel import console
-from accel.adapter import Architecture, Role
-from accel.artifacts import Artifact
+from accel.adapters.types import Architecture, Role
+from accel.config.schema import Config
 from accel.errors import unknown
 from accel.graph import files
-from accel.graph.direct_lengths import direct_lengths
-from accel.graph.direct_lookups import direct_lookups
-from accel.graph.drop_zeros import drop_zeros
-from accel.graph.fold_constants import fold_constants, merge_duplicates, simplify, strip_metadata
-from accel.graph.fold_transposes import fold_transposes
-from accel.graph.fuse_norms import fuse_norms
-from accel.graph.fuse_residuals import fuse_residuals
-from accel.graph.hoist_additions import hoist_additions
-from accel.graph.infer_shapes import infer_shapes
-from accel.graph.join_products import join_products
-from accel.graph.late_broadcasts import late_broadcasts
-from accel.graph.shift_ranges import shift_ranges
-from accel.graph.split_stacks import split_stacks
-from accel.graph.static_reshapes import static_reshapes
-from accel.graph.tabulate import tabulate
-from accel.schema import Config
-from accel.stages import Stage, takes
+from accel.graph.cleanup.direct_lengths import direct_lengths
+from accel.graph.cleanup.eliminate_expand import late_broadcasts
+from accel.graph.cleanup.eliminate_identity_gather_nd import direct_lookups
+from accel.graph.cleanup.eliminate_noop_add import drop_zeros
+from accel.graph.cleanup.fold_constants import fold_constants, merge_duplicates, simplify, strip_metadata
+from accel.graph.cleanup.fold_transposes import fold_transposes
+from accel.graph.cleanup.infer_shapes import infer_shapes
+from accel.graph.cleanup.precompute_position_bias import tabulate
+from accel.graph.cleanup.shift_ranges import shift_ranges
+from accel.graph.cleanup.static_reshapes import static_reshapes
+from accel.graph.cleanup.unstack_expert_weights import split_stacks
+from accel.graph.fusion.fuse_norms import fuse_norms
+from accel.graph.fusion.fuse_skip_norm import fuse_residuals
+from accel.graph.fusion.hoist_additions import hoist_additions
+from accel.graph.fusion.pack_qkv import join_products
+from accel.pipeline.stage import Stage, takes
+from accel.pipeline.store import Artifact
 
 # In the order in which they run. A pass takes all graphs that share weights, and changes a weight in all or in none.
 PASSES: dict[str, Callable[[Sequence[ir.Model]], None]] = {

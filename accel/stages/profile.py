@@ -14,14 +14,14 @@ import torch
 from transformers import AutoConfig
 
 from accel import console
-from accel.adapter import Architecture
-from accel.artifacts import Artifact
-from accel.clock import forced
-from accel.generation import AcceleratedModel
-from accel.machine import machine
-from accel.schema import Config
-from accel.setups import deployed
-from accel.stages import Stage, takes
+from accel.adapters.types import Architecture
+from accel.benchmark.backends import deployed
+from accel.benchmark.timer import forced
+from accel.config.schema import Config
+from accel.models.generation import AcceleratedModel
+from accel.pipeline.stage import Stage, takes
+from accel.pipeline.store import Artifact
+from accel.system.environment import machine
 
 PROFILE = "profile.json"
 PLOT = "operators.png"
@@ -205,7 +205,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 
 
 def _plot(found: Profile, top: int, title: str, path: Path) -> None:
-    from accel import plots  # imports matplotlib, which nothing else needs
+    from accel.reporting import plots  # imports matplotlib, which nothing else needs
 
     seconds = {name: usage.seconds for name, usage in list(found.operators.items())[:top]}
     plots.operators(seconds, title, path)

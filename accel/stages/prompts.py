@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from accel import texts
-from accel.adapter import Architecture
-from accel.artifacts import Artifact
-from accel.chain import longest
-from accel.corpus import sample_lines
-from accel.generation import Generates
-from accel.model_class import model_class
-from accel.schema import Config
-from accel.stages import Stage, takes
+from accel.adapters.types import Architecture
+from accel.config.schema import Config
+from accel.data import texts
+from accel.data.corpus import sample_lines
+from accel.data.texts import Prompt
+from accel.evaluation.component_runner import longest
+from accel.models.generation import Generates
+from accel.models.model_class import model_class
+from accel.pipeline.stage import Stage, takes
+from accel.pipeline.store import Artifact
 from accel.stages.checkpoint import load_model
-from accel.texts import Prompt
 
 PROMPTS = "prompts.json"
 NEW_TOKENS = 48  # sampled after each question, or after the first token

@@ -15,21 +15,24 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from accel import console, texts
-from accel.adapter import Architecture, Role
-from accel.artifacts import Artifact
-from accel.batches import Batch, Call, batches, walk
-from accel.chain import signatures
+from accel import console
+from accel.adapters.types import Architecture, Role
+from accel.config.schema import Config, RuntimeConfig
+from accel.data import texts
 from accel.errors import AccelError
-from accel.graph import files, plan, probe
-from accel.graph.formats import FP16
-from accel.memory import release
+from accel.evaluation.calibration_data import Batch, Call, batches, walk
+from accel.evaluation.component_runner import signatures
+from accel.graph import files
+from accel.graph.precision import observer, plan
+from accel.graph.precision.formats import FP16
+from accel.pipeline.stage import Stage, takes
+from accel.pipeline.store import Artifact
 from accel.runtime.session import SessionSettings, open_session
-from accel.schema import Config, RuntimeConfig
-from accel.stages import Stage, prompts, takes
+from accel.stages import prompts
+from accel.system.host_memory import release
 
 RANGES = "ranges.json"
-Ranges = dict[str, probe.Range]
+Ranges = dict[str, observer.Range]
 
 
 class ProbedGraph:
@@ -38,9 +41,9 @@ class ProbedGraph:
     def __init__(self, source: Path) -> None:
         model = files.load(source)
         plan.clamp_masks(model)
-        self.names = probe.add_probes(model)
-        self.rows = probe.by_row(model)
-        self.ranges: Ranges = {name: probe.Range() for name in self.names}
+        self.names = observer.add_probes(model)
+        self.rows = observer.by_row(model)
+        self.ranges: Ranges = {name: observer.Range() for name in self.names}
         self.graph, self.folder = files.dump(model), source.parent
         del model
         release()
@@ -55,8 +58,8 @@ class ProbedGraph:
             given = {name: tensor.numpy() for name, tensor in feeds.items() if name in wanted}
             found = dict(zip(outputs, session.run(None, given), strict=True))
             height = len(next(iter(given.values())))
-            columns = [found.pop(name) for name in probe.OUTPUTS]
-            for name, seen in probe.read_probes(self.names, columns, self.rows, (number, height)).items():
+            columns = [found.pop(name) for name in observer.OUTPUTS]
+            for name, seen in observer.read_probes(self.names, columns, self.rows, (number, height)).items():
                 self.ranges[name].widen(seen)
             return {name: torch.from_numpy(value) for name, value in found.items()}
 
@@ -178,7 +181,7 @@ def read_ranges(folder: Path) -> tuple[dict[Role, Ranges], list[list[str]]]:
     """Role -> what its values held, and what each row of each batch was, as `run` wrote them."""
     record = json.loads((folder / RANGES).read_text())
     roles = {
-        Role(role): {name: probe.Range(**held) for name, held in values.items()}
+        Role(role): {name: observer.Range(**held) for name, held in values.items()}
         for role, values in record["roles"].items()
     }
     return roles, record["batches"]

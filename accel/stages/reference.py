@@ -15,17 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
-from accel import console, texts
-from accel.adapter import Architecture, Role
-from accel.artifacts import Artifact
-from accel.chain import Shape, longest, script, signatures, torch_run
-from accel.corpus import read_texts
+from accel import console
+from accel.adapters.types import Architecture, Role
+from accel.config.schema import Config, VerifyConfig
+from accel.data import texts
+from accel.data.corpus import read_texts
 from accel.errors import AccelError
-from accel.generation import Generates
-from accel.rounding import Evaluator
+from accel.evaluation.component_runner import Shape, longest, script, signatures, torch_run
+from accel.evaluation.rounding import Evaluator
+from accel.models.generation import Generates
+from accel.pipeline.stage import Stage, takes
+from accel.pipeline.store import Artifact
 from accel.runtime.feeds import decoder_feeds
-from accel.schema import Config, VerifyConfig
-from accel.stages import Stage, prompts, takes
+from accel.stages import prompts
 from accel.stages.checkpoint import load_model, reference_files
 
 TOKENS = "tokens.json"

@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accel import console
-from accel.adapter import Architecture
-from accel.artifacts import Artifact
-from accel.chain import signatures, torch_run
-from accel.rounding import SAMPLES, Evaluator, root_mean_square
-from accel.schema import Config
-from accel.stages import Stage, reference, takes
+from accel.adapters.types import Architecture
+from accel.config.schema import Config
+from accel.evaluation.component_runner import signatures, torch_run
+from accel.evaluation.rounding import SAMPLES, Evaluator, root_mean_square
+from accel.pipeline.stage import Stage, takes
+from accel.pipeline.store import Artifact
+from accel.stages import reference
 from accel.stages.checkpoint import load_model
 
 ERRORS = "errors.safetensors"

@@ -10,19 +10,24 @@ from typing import Any
 
 from torch import Tensor
 
-from accel import certificate, console, metrics, speed, texts
-from accel.adapter import Architecture, Role
-from accel.artifacts import MANIFEST, Artifact
+from accel import console
+from accel.adapters.types import Architecture, Role
+from accel.benchmark import latency
+from accel.config.schema import Config
+from accel.data import texts
 from accel.errors import Refused
-from accel.generation import AcceleratedModel
+from accel.evaluation import metrics
+from accel.evaluation.parity import Verdict, compare_outputs, compare_paths
 from accel.graph import files
-from accel.graph.emulate import emulate_half
-from accel.graph.formats import FORMATS, Format
-from accel.loading import open_model
-from accel.parity import Verdict, compare_outputs, compare_paths
+from accel.graph.precision.emulate import emulate_half
+from accel.graph.precision.formats import FORMATS, Format
+from accel.models.generation import AcceleratedModel
+from accel.models.loading import open_model
+from accel.pipeline.stage import Stage
+from accel.pipeline.store import MANIFEST, Artifact
+from accel.reporting import certificate
 from accel.runtime import layout
-from accel.schema import Config
-from accel.stages import Stage, audit, prompts, ranges, reference, torch_error
+from accel.stages import audit, prompts, ranges, reference, torch_error
 from accel.stages.checkpoint import reference_files
 
 GATED = ("greedy", "beams", "padded")  # sampling draws another token at the least difference
@@ -203,7 +208,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         if path.name != MANIFEST:
             shutil.copyfile(path, out / path.name)
     (out / layout.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
-    measured = speed.beside_torch(out, config, inputs, architecture) if config.verify.latency else None
+    measured = latency.beside_torch(out, config, inputs, architecture) if config.verify.latency else None
     explained = {}
     if "audit" in inputs:
         plans, (held, rows) = audit.read_plans(inputs["audit"].folder), ranges.read_ranges(inputs["ranges"].folder)

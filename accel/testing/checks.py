@@ -10,8 +10,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.cache_utils import EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from accel.generation import StateCache
-from accel.loading import verdict_of
+from accel.models.generation import StateCache
+from accel.models.loading import verdict_of
 from accel.testing.subject import TOKENS, UNIQUE, Subject
 
 BEAMS = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.3}

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from accel import registry
-from accel.adapter import Architecture, Role
+from accel.adapters import registry
+from accel.adapters.types import Architecture, Role
 from accel.api import UP_TO_VERIFY
-from accel.application import compose, execute, runtime_named
-from accel.artifacts import Artifact
-from accel.generation import AcceleratedModel
-from accel.loading import load, open_model
-from accel.model_class import model_class
+from accel.cli.compose import compose, execute, runtime_named
+from accel.models.generation import AcceleratedModel
+from accel.models.loading import load, open_model
+from accel.models.model_class import model_class
+from accel.pipeline.store import Artifact
 from accel.runtime import layout
 
 TOKENS = 12

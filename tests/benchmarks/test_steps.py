@@ -13,17 +13,17 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from accel import registry
-from accel.adapter import Role
-from accel.artifacts import Artifact
-from accel.clock import forced
+from accel.adapters import registry
+from accel.adapters.types import Role
+from accel.benchmark.backends import Sources, torch_model, two_files
+from accel.benchmark.timer import forced
+from accel.config.schema import Config
 from accel.graph import files
-from accel.loading import open_model
-from accel.schema import Config
-from accel.setups import Sources, torch_model, two_files
+from accel.models.loading import open_model
+from accel.pipeline.store import Artifact
 from accel.stages import merge
 from tests.conftest import Build
-from tests.models import random_t5
+from tests.random_t5 import random_t5
 
 pytest.importorskip("pytest_benchmark")
 

@@ -13,9 +13,9 @@ from filelock import FileLock
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from accel.chain import Chain, script, signatures, torch_run
+from accel.evaluation.component_runner import Chain, script, signatures, torch_run
 from accel.graph import files
-from accel.graph.fuse_attention import fuse_attention
+from accel.graph.fusion.fuse_attention import fuse_attention
 from accel.graph.weights import initializers, shared_bytes
 from accel.stages import export
 from accel.stages.optimize import PASSES

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from accel.adapter import Architecture, Role
+from accel.adapters.types import Architecture, Role
 
 CAPACITY = 64  # decoder tokens that a state has room for
 

@@ -8,13 +8,13 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from accel.application import runtime_named
+from accel.cli.compose import runtime_named
 from accel.errors import OutOfMemory
-from accel.runtime.binding import BoundSession
+from accel.runtime.device_memory import check_room
+from accel.runtime.io_binding import BoundSession
 from accel.runtime.providers import CUDA
-from accel.runtime.room import check_room
 from accel.runtime.session import SessionSettings, open_session
-from accel.runtime.stream import on_shared_stream, shared_stream
+from accel.runtime.streams import on_shared_stream, shared_stream
 from tests.graph.text import parse
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from accel.application import runtime_named
+from accel.cli.compose import runtime_named
 from accel.errors import AccelError
 from accel.runtime import session
 from accel.runtime.session import SessionSettings, obstacle, open_session

@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from accel import measure, registry
-from accel.application import compose, execute
-from accel.clock import Timing
+from accel.adapters import registry
+from accel.benchmark import footprint
+from accel.benchmark.backends import SETUPS, Sources, chosen, torch_model
+from accel.benchmark.timer import Timing
+from accel.cli.compose import compose, execute
+from accel.config.schema import BenchmarkConfig, RuntimeConfig
 from accel.errors import AccelError
-from accel.machine import command
-from accel.schema import BenchmarkConfig, RuntimeConfig
-from accel.setups import SETUPS, Sources, chosen, torch_model
 from accel.stages import benchmark
+from accel.system.environment import command
 from tests.conftest import Build, overrides_for
 
 POINT = ["benchmark.source_length=5", "benchmark.new_tokens=6", "benchmark.repeats=3", "benchmark.warmup=1"]
@@ -66,11 +67,11 @@ def test_memory(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) ->
     _, artifacts = build(tiny, "benchmark", [*POINT, chosen])
     summary = artifacts["benchmark"].summary
     memory = summary["memory"]
-    assert set(memory) == {"onnx+cache", "onnx+cache, two files", measure.STEP_ALONE}
+    assert set(memory) == {"onnx+cache", "onnx+cache, two files", footprint.STEP_ALONE}
     for name in ("onnx+cache", "onnx+cache, two files"):
-        assert memory[name][measure.PEAK] > 0
-        assert memory[name][measure.AT_THE_END] >= memory[name][measure.SESSION] > 0
-    alone = memory[measure.STEP_ALONE]
+        assert memory[name][footprint.PEAK] > 0
+        assert memory[name][footprint.AT_THE_END] >= memory[name][footprint.SESSION] > 0
+    alone = memory[footprint.STEP_ALONE]
     assert summary["session_ratios"] == pytest.approx(
         {when: memory["onnx+cache"][when] / alone[when] for when in alone}
     )
@@ -79,7 +80,7 @@ def test_memory(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [row[0] for row in drawn] == ["onnx+cache", "onnx+cache, two files"]
     assert {len(row) for row in drawn} == {len(benchmark.COLUMNS)}
     drawn = benchmark.memory_rows(summary)
-    assert [row[0] for row in drawn] == ["onnx+cache", "onnx+cache, two files", measure.STEP_ALONE]
+    assert [row[0] for row in drawn] == ["onnx+cache", "onnx+cache, two files", footprint.STEP_ALONE]
     assert {len(row) for row in drawn} == {len(benchmark.MEMORY_COLUMNS)}
     assert drawn[2][1:] == [benchmark.ABSENT, *(f"{alone[when] / 1e6:.0f}" for when in ("session", "at the end"))]
     benchmark.show(summary)
@@ -92,9 +93,9 @@ def test_memory(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_failing_process_is_named(build: Build, tiny: Path) -> None:
     config, artifacts = build(tiny, "merge")
     sources = Sources(str(tiny), str(artifacts["merge"].folder), "nowhere", {}, config.runtime)
-    task = measure.Task(measure.SESSION, measure.STEP_ALONE, sources.dump(), 1, 4, "", {"num_beams": 1})
+    task = footprint.Task(footprint.SESSION, footprint.STEP_ALONE, sources.dump(), 1, 4, "", {"num_beams": 1})
     with pytest.raises(AccelError, match=r"'step alone' failed.*step\.onnx"):
-        measure.measure_all([task], weight_bytes=0)
+        footprint.measure_all([task], weight_bytes=0)
 
 
 def test_candidate_only_if_asked(build: Build, tiny: Path) -> None:
@@ -168,13 +169,13 @@ def test_command() -> None:
 def test_one_process_at_a_time_on_a_gpu() -> None:
     """Its counter sees all of them."""
 
-    def tasks(device: str) -> list[measure.Task]:
+    def tasks(device: str) -> list[footprint.Task]:
         sources = {"runtime": {"device": device}}
-        return [measure.Task(measure.PEAK, name, sources, 1, 4, "", {}) for name in ("torch", "onnx")]
+        return [footprint.Task(footprint.PEAK, name, sources, 1, 4, "", {}) for name in ("torch", "onnx")]
 
-    assert measure.at_once(tasks("cuda:0"), 0) == 1
-    assert measure.at_once(tasks("cpu"), 0) == min(os.cpu_count() or 1, 2**20)
-    assert measure.at_once(tasks("cpu"), 2**50) == 1
+    assert footprint.at_once(tasks("cuda:0"), 0) == 1
+    assert footprint.at_once(tasks("cpu"), 0) == min(os.cpu_count() or 1, 2**20)
+    assert footprint.at_once(tasks("cpu"), 2**50) == 1
 
 
 def test_inputs_are_not_padded(tiny: Path, build: Build) -> None:
@@ -235,9 +236,9 @@ def test_benchmark_on_cuda(tiny: Path, shared: Path) -> None:
     assert summary["machine"]["driver"]
     assert summary["torch_fp32"] == {"wo": 5}
     for name in SETUPS:
-        assert summary["memory"][name][measure.PEAK] > 0
-    for name in ("onnx+cache", measure.STEP_ALONE, measure.CAPTURED):
-        assert summary["memory"][name][measure.SESSION] > 0
+        assert summary["memory"][name][footprint.PEAK] > 0
+    for name in ("onnx+cache", footprint.STEP_ALONE, footprint.CAPTURED):
+        assert summary["memory"][name][footprint.SESSION] > 0
     assert summary["session_ratios"]["session"] > 0
 
 
@@ -245,8 +246,8 @@ def test_benchmark_on_cuda(tiny: Path, shared: Path) -> None:
 def test_prepared_device_holds_its_context(tiny: Path) -> None:
     """What CUDA and cuBLAS set up is not counted: a second preparation takes nothing."""
     device = torch.device("cuda")
-    measure.prepare(device)
-    before = measure.held(device)
-    measure.prepare(device)
-    assert measure.held(device) == before
+    footprint.prepare(device)
+    before = footprint.held(device)
+    footprint.prepare(device)
+    assert footprint.held(device) == before
     assert torch_model(Sources(str(tiny), "", "", {}, RuntimeConfig(name="cuda", device="cuda"))).device.type == "cuda"

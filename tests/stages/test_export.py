@@ -5,7 +5,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from accel import registry
+from accel.adapters import registry
 from accel.errors import AccelError
 from accel.graph import files
 from accel.stages import export

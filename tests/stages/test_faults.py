@@ -13,17 +13,18 @@ import pytest
 from onnx import numpy_helper
 from torch import Tensor
 
-from accel import parity, registry
-from accel.artifacts import Artifact
-from accel.pipeline import Pipeline
-from accel.rounding import FACTOR
+from accel.adapters import registry
+from accel.config.schema import Config
+from accel.evaluation import parity
+from accel.evaluation.rounding import FACTOR
+from accel.pipeline.runner import Pipeline
+from accel.pipeline.store import Artifact
 from accel.runtime import layout
-from accel.runtime.onnx import GrowingRuntime, GrowingState
-from accel.schema import Config
+from accel.runtime.dynamic_cache import GrowingRuntime, GrowingState
 from accel.stages import verify
 from tests.conftest import Build
 from tests.ill_conditioned import ill_conditioned_llama
-from tests.test_precision import saved
+from tests.integration.test_precision import saved
 
 Step = Callable[[dict[str, Tensor], GrowingState], None]
 Array = np.ndarray[Any, Any]

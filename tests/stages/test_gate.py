@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from accel.config.schema import Config, ModelConfig, PrecisionConfig, VerifyConfig
 from accel.errors import AccelError, Refused
-from accel.schema import Config, ModelConfig, PrecisionConfig, VerifyConfig
 from accel.stages import verify
 from tests.conftest import Build
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from accel.application import compose, execute
+from accel.cli.compose import compose, execute
 from accel.stages import profile
 from tests.conftest import Build, overrides_for
 

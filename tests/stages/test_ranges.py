@@ -7,9 +7,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.adapter import Role
+from accel.adapters.types import Role
 from accel.errors import AccelError
-from accel.graph.probe import OUTPUTS, Range, add_probes, by_row, infer_types, read_probes
+from accel.graph.precision.observer import OUTPUTS, Range, add_probes, by_row, infer_types, read_probes
 from accel.stages import ranges
 from tests.conftest import Build
 from tests.graph import text

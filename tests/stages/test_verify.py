@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from accel import parity, registry
-from accel.adapter import Role
-from accel.compare import visible
-from accel.loading import open_model
-from accel.pipeline import Pipeline
-from accel.runtime.onnx import GrowingRuntime, GrowingState
+from accel.adapters import registry
+from accel.adapters.types import Role
+from accel.evaluation import parity
+from accel.evaluation.compare import visible
+from accel.models.loading import open_model
+from accel.pipeline.runner import Pipeline
+from accel.runtime.dynamic_cache import GrowingRuntime, GrowingState
 from accel.stages import torch_error, verify
 from tests.conftest import Build
 

@@ -1,0 +1,193 @@
+"""Holds a candidate's outputs against float64, component by component and token by token along a generation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.adapters.types import Architecture, Role
+from accel.evaluation.compare import Difference, token_errors, visible
+from accel.evaluation.rounding import FACTOR, SAMPLES, allowed_errors
+from accel.models.generation import AcceleratedModel
+from accel.runtime.feeds import decoder_feeds
+from accel.runtime.streams import on_shared_stream
+from accel.stages import reference
+
+
+@dataclass
+class Drift:
+    """Absolute error of the logits by token of a path: over the vocabulary and all paths that are this long.
+
+    `own`: the largest that PyTorch's own is at the token, in the same precision, None where that isn't finite; empty
+    where it isn't known.
+    """
+
+    mean: list[float] = field(default_factory=list)
+    p99: list[float] = field(default_factory=list)
+    worst: list[float] = field(default_factory=list)
+    own: list[float | None] = field(default_factory=list)
+    scale: float = 0.0  # largest logit
+
+
+@dataclass
+class Verdict:
+    """What `verify` found. Written into the deployable as `verdict.json`."""
+
+    passed: bool = False
+    precision: str = "float32"
+    arithmetic: str = "native"
+    runtime: str = "cpu"
+    threshold: float = 0.0
+    factor: float = FACTOR
+    reference: str = f"PyTorch in float64, module by module; its own error by {SAMPLES} evaluations"
+    outputs: dict[str, Difference] = field(default_factory=dict)
+    drift: Drift = field(default_factory=Drift)
+    inputs: int = 0
+    identical: dict[str, float] = field(default_factory=dict)
+    first_difference: dict[str, int] = field(default_factory=dict)
+    differing: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    references: int = 0
+    samples: list[dict[str, str]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def compare_outputs(
+    model: AcceleratedModel,
+    architecture: Architecture,
+    expected: Path,
+    own: Mapping[str, Tensor],
+    verdict: Verdict,
+) -> bool:
+    """Run every component at the reference's inputs through the runtime: both branches, every output.
+
+    `expected`: the reference's folder. `own`: what PyTorch itself is off by: see `torch_error`. Returns whether outputs
+    have the right shapes and are finite, so that it makes sense to generate.
+    """
+    sound = True
+    step = architecture.signature(model.config, Role.STEP)
+    cache, growing = step.cache, {port.name for port in step.outputs}
+    hidden: dict[str, Tensor] = {}
+    state = None
+    for number, call in enumerate(reference.read_calls(expected)):
+        if call.role is Role.ENCODER:
+            found = dict(model.runtime.encode(call.given))
+            hidden = _context(architecture, model, {**call.given, **call.expected})
+        else:
+            if call.role is Role.PREFILL:
+                logits, state = model.runtime.prefill({**call.given, **hidden})
+            elif state is not None:
+                logits = model.runtime.step(call.given, state)
+            views = state.views() if state is not None else {}
+            found = {"logits": logits} | {output: views[name] for name, output in cache.items()}
+        for name, value in call.expected.items():
+            shown = visible(call.role, name, call.given, value, growing)
+            known = own.get(f"{number}.{name}")
+            sound = measure(verdict, f"{call.role}.{name}", call.what, found[name], value, known, shown) and sound
+    return sound
+
+
+def compare_paths(
+    model: AcceleratedModel,
+    architecture: Architecture,
+    expected: Path,
+    own: Mapping[str, Tensor],
+    verdict: Verdict,
+    rerouted: float = 0.0,
+) -> bool:
+    """Walk along what PyTorch generated, token by token over growing caches, and compare the logits at every token.
+
+    `rerouted`: the share of a path's tokens, the furthest off, that are left out: see `REROUTED`.
+
+    Nothing waits for a result in between, so that on a GPU what would overtake something else does. Whether all are
+    finite.
+    """
+    sound = True
+    apart: list[Tensor] = []
+    known_errors: list[Tensor] = []
+    for number, path in enumerate(reference.read_paths(expected)):
+        hidden = _encoded(architecture, model, path.given)
+        ids = path.ids.to(model.device)  # [1, tokens]
+        seen = torch.ones_like(ids)
+        feeds = [decoder_feeds(ids[:, [i]], seen[:, : i + 1]) for i in range(ids.shape[1])]
+        with on_shared_stream(model.device):  # as `generate` does
+            logits, state = model.runtime.prefill({**feeds[0], **hidden})
+            found = torch.cat([logits, *(model.runtime.step(one, state) for one in feeds[1:])], dim=1)
+        apart.append((found.cpu().double() - path.logits).abs()[0])  # [tokens, vocabulary]
+        order = apart[-1].amax(-1).argsort(descending=True)
+        counted = torch.ones(1, len(order), dtype=torch.int64)
+        counted[:, order[: int(rerouted * len(order))]] = 0
+        known = own.get(f"path-{number}.logits")
+        known_errors += [] if known is None else [known[0]]
+        what = f"a generation, input {number}"
+        sound = measure(verdict, "path.logits", what, found, path.logits, known, counted) and sound
+        verdict.drift.scale = max(verdict.drift.scale, float(path.logits.abs().max()))
+    for position in range(max(map(len, apart))):
+        here = torch.cat([one[position] for one in apart if position < len(one)]).sort().values
+        verdict.drift.mean.append(float(here.mean()))
+        verdict.drift.p99.append(float(here[int(0.99 * (len(here) - 1))]))
+        verdict.drift.worst.append(float(here[-1]))
+        theirs = [float(one[position]) for one in known_errors if position < len(one)]
+        verdict.drift.own += [max(theirs) if all(map(isfinite, theirs)) else None] if theirs else []
+    return sound
+
+
+def _encoded(architecture: Architecture, model: AcceleratedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder's inputs that come from the encoder, for inputs `given`; none without an encoder."""
+    if Role.ENCODER not in architecture.roles():
+        return {}
+    return _context(architecture, model, {**given, **model.runtime.encode(given)})
+
+
+def _context(architecture: Architecture, model: AcceleratedModel, pool: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder's inputs that come from the encoder's inputs and outputs, which are in `pool`."""
+    ports = architecture.signature(model.config, Role.PREFILL).inputs
+    return {port.name: pool[port.source] for port in ports if port.source}
+
+
+def measure(
+    verdict: Verdict,
+    name: str,
+    what: str,
+    found: Tensor,
+    expected: Tensor,
+    own: Tensor | None,
+    shown: Tensor | None = None,
+) -> bool:
+    """Note how far an output is off, token by token. Whether it can be compared at all.
+
+    A token passes within `verdict.threshold` of the output's largest magnitude, or within `rounding.FACTOR` times what
+    PyTorch itself is off by there. `own`: that, absolute, [rows, tokens]; `shown`: a mask of the tokens that count.
+    """
+    if found.shape != expected.shape:
+        verdict.failures.append(f"{name} has shape {tuple(found.shape)}, PyTorch gives {tuple(expected.shape)}")
+        return False
+    scale = max(float(expected.abs().max()), 1e-6)
+    errors = token_errors(found, expected) / scale  # [rows, tokens]
+    finite = bool(errors.isfinite().all())
+    allowed = allowed_errors(own, scale, verdict.threshold, errors)
+    if shown is not None:  # what is not finite counts everywhere
+        errors = torch.where((shown == 0) & errors.isfinite(), 0.0, errors)
+    used = (errors / allowed).nan_to_num(torch.inf, torch.inf)
+    furthest = used if used.max() > 1 else errors
+    row, token = divmod(int(furthest.argmax()), used.shape[1])
+    measured = Difference(
+        relative=float(errors[row, token]),
+        own=float(own[row, token] / scale) if own is not None and own[row, token].isfinite() else None,
+        allowed=float(allowed[row, token]),
+        where=f"{what}: row {row + 1}, token {token + 1}",
+    )
+    before = verdict.outputs.get(name)
+    if before is None or before.rank < measured.rank:
+        verdict.outputs[name] = measured
+    if not measured.passed:
+        beside = "unknown" if measured.own is None else f"{measured.own:.1e}"
+        verdict.failures.append(
+            f"{name} is off by {measured.relative:.1e} of its largest value, allowed {measured.allowed:.1e}, "
+            f"PyTorch's own {verdict.precision} {beside} ({measured.where})"
+        )
+    return finite

@@ -1,0 +1,1 @@
+"""Graph passes that remove or simplify nodes, in any component: the same numbers from fewer nodes."""

@@ -1,0 +1,1 @@
+"""Graph passes that put several nodes into one, often an operator of ONNX Runtime's own."""

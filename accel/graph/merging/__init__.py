@@ -1,0 +1,1 @@
+"""Both decoders in one graph, every weight stored once."""

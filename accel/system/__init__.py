@@ -1,0 +1,4 @@
+"""This process and this machine: memory, processor and device, other libraries' messages.
+
+Imports nothing of accel but `errors` and `config`.
+"""

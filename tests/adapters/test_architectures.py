@@ -1,0 +1,145 @@
+"""What is chosen for a checkpoint, and how a YAML that doesn't fit is answered."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from accel.adapters import registry
+from accel.cli.compose import compose, execute
+from accel.errors import AccelError
+from accel.testing import random_model
+from tests.conftest import overrides_for
+from tests.families import FAMILIES, LLAMA
+
+ROOT = Path(__file__).parents[2]
+CAUSAL = "accel.architectures.causal.Causal"
+SEQ2SEQ = "accel.architectures.seq2seq.Seq2Seq"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny model."""
+    made: dict[str, Path] = {}
+
+    def of(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+            random_model(FAMILIES.get(family, LLAMA | {"model_type": family})).save_pretrained(made[family])
+        return made[family]
+
+    return of
+
+
+def test_every_family_has_a_yaml_of_its_own() -> None:
+    """`architecture=auto` finds the YAML that names the model type, and no two name one."""
+    named = [kind for types in registry.served().values() for kind in types]
+    assert len(named) == len(set(named))
+    assert {str(values["model_type"]) for values in FAMILIES.values()} == set(named)
+
+
+def test_the_readme_lists_every_family() -> None:
+    """Each with the lines its YAML has now; the figures come from `scripts/family_table.py`."""
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("<!-- families:")[2].partition("<!-- end of families -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert [row[0] for row in rows] == list(FAMILIES)
+    for family, _, length, equal, *_ in rows:
+        path = ROOT / "conf" / "architecture" / f"{FAMILIES[family]['model_type']}.yaml"
+        assert int(length) == len(path.read_text().splitlines()), family
+        assert equal == "100%", family
+
+
+def test_a_type_that_nobody_names(checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """The generic shape is taken, and that is said."""
+    config = compose(overrides_for(checkpoint("stablelm"), Path("unused")))
+    assert config.architecture == {"_target_": CAUSAL, "model_types": []}
+    told = capsys.readouterr().err
+    assert "'stablelm'" in told
+    assert "architecture=causal" in told
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, ("BertForMaskedLM", "encoder alone")),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, ("'mamba'", "recurrent state")),
+        ({"model_type": "t5", "architectures": ["T5EncoderModel"]}, ("T5EncoderModel", "encoder alone")),
+        ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, ("LlamaForSequence",)),
+        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, ("'vit'",)),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["auto", "causal"])
+def test_what_can_not_be_accelerated(
+    tmp_path: Path, config: dict[str, Any], named: tuple[str, ...], architecture: str
+) -> None:
+    """It is named with the reason, beside what is supported and how to add to it; nothing is written."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AccelError) as caught:
+        execute(compose(overrides_for(tmp_path / "model", tmp_path / "art", f"architecture={architecture}")))
+    for part in (*named, "gpt2", "whisper", "docs/add-an-architecture.md"):
+        assert part in str(caught.value)
+    assert not (tmp_path / "art").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("stage=benchmark benchmark.new_tokens=500", ("benchmark.new_tokens=500", "532 positions", "knows 512")),
+        ("stage=profile profile.source_length=500", ("profile.source_length=500", "'gpt2'")),
+        ("stage=verify verify.max_new_tokens=600", ("verify.max_new_tokens=600", "knows 512")),
+    ],
+)
+def test_more_positions_than_a_model_knows(
+    checkpoint: Callable[[str], Path], tmp_path: Path, override: str, named: tuple[str, ...]
+) -> None:
+    """Refused before any stage; a stage that isn't asked for doesn't matter."""
+    with pytest.raises(AccelError) as caught:
+        execute(compose(overrides_for(checkpoint("gpt2"), tmp_path, *override.split())))
+    for part in named:
+        assert part in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+AXES = "{attention_mask: {0: batch, 1: new}}"
+
+
+@pytest.mark.parametrize(
+    ("family", "override", "named"),
+    [
+        ("llama", "+architecture.layers=n_layers", ("layers=n_layers", "num_hidden_layers")),
+        ("llama", "+architecture.present=present.key", ("4 ports", "present.key")),
+        ("llama", "+architecture.past='past.{layer}.{prat}'", ("past.{layer}.{prat}", "{layer}", "{part}")),
+        (
+            "llama",
+            "+architecture.axes={input_ids: {0: batch, 1: length}}",
+            ("input_ids", "'length'", "batch, kept, new"),
+        ),
+        ("llama", f"+architecture.axes={AXES}", ("step: attention_mask", "axis 1", "new, here 3", "[2, 10]")),
+        ("llama", "+architecture.axes={logits: {0: batch, 3: new}}", ("logits", "axis 3", "[2, 7, 120]")),
+        ("llama", "+architecture.axes={logits: {0: batch}}", ("logits", "axis 1 has no name", "[3, 4, 120]")),
+        ("llama", f"architecture._target_={SEQ2SEQ}", ("encoder", "LlamaForCausalLM")),
+        ("bart", f"architecture._target_={CAUSAL}", ("prefill", "BartForConditionalGeneration")),
+        (
+            "llama",
+            "+architecture.wrapper={_target_: torch.nn.Linear, _partial_: true}",
+            ("wrappers", "LlamaForCausalLM"),
+        ),
+        ("llama", "+architecture.wrapper={_target_: torch.nn.Liner, _partial_: true}", ("torch.nn.Liner",)),
+        ("llama", "+architecture.warpper=x", ("warpper",)),
+    ],
+)
+def test_a_yaml_that_does_not_fit(
+    checkpoint: Callable[[str], Path], tmp_path: Path, family: str, override: str, named: tuple[str, ...]
+) -> None:
+    """`export` is refused before anything is traced, and names the port, what was expected and what the model gave."""
+    with pytest.raises(AccelError) as caught:
+        execute(compose(overrides_for(checkpoint(family), tmp_path, "stage=export", override)))
+    for part in named:
+        assert part in str(caught.value)
+    assert not list(tmp_path.rglob("*.onnx"))

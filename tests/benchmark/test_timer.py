@@ -1,0 +1,132 @@
+"""The clock: counts every decoder call, changes nothing, and leaves no trace."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import CompileConfig
+
+from accel.benchmark.backends import SETUPS, TORCH, Sources, opened
+from accel.benchmark.timer import Clock, OtherLoad, forced, time_generation
+from accel.config.schema import RuntimeConfig
+from accel.models.loading import open_model
+from tests.conftest import Build
+
+COMPILED, AUTOCAST = "torch static cache, compiled", "torch+cache, autocast"
+PATCHED = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "get_compiled_call", "forward"}
+PATCHED_RUNTIME = {"encode", "prefill", "step"}
+
+
+@pytest.mark.parametrize("engine", ["torch", "merged"])
+def test_clock_leaves_no_trace(build: Build, tiny: Path, engine: str) -> None:
+    """Timing counts every decoder call, and afterwards the model is as before."""
+    config, artifacts = build(tiny, "merge")
+    sources = Sources(str(tiny), str(artifacts["merge"].folder), "", {}, config.runtime)
+    ids = torch.arange(2, 9)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with opened(engine, sources) as model:
+        plain = model.generate(**inputs, **forced(5, 1, use_cache=True))
+        timing = time_generation(model, inputs, forced(5, 1, use_cache=True))
+        assert timing.tokens == plain.tolist()
+        assert len(timing.latencies) == 5
+        assert min(timing.latencies) > 0
+        assert 0 < timing.inside <= timing.total
+        assert sum(timing.latencies) <= timing.total
+        assert not PATCHED & set(vars(model))
+        assert not PATCHED_RUNTIME & set(vars(getattr(model, "runtime", model)))
+        assert "forward" not in vars(model.get_encoder())
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_clock_and_compiled_calls(tiny: Path, beams: int) -> None:
+    """What transformers compiles, it compiles as if no clock were there: once, and with the same tokens."""
+    graphs = []
+
+    def backend(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    compiling = CompileConfig(backend=backend, mode="default")
+    compiling._compile_all_devices = True  # the CPU too
+    further = {**SETUPS[COMPILED].further, "compile_config": compiling}
+    ids = torch.arange(2, 9)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    sources = Sources(str(tiny), "", "", {}, RuntimeConfig(name="cpu"))
+    with opened(TORCH, sources) as model:
+        plain = model.generate(**inputs, **forced(6, beams, use_cache=True))
+        options = forced(6, beams, use_cache=True) | further
+        with SETUPS[COMPILED].context():
+            first = time_generation(model, inputs, options)
+            made = len(graphs)
+            second = time_generation(model, inputs, options)
+        assert first.compiled is second.compiled is (beams == 1) is SETUPS[COMPILED].prepares(beams)
+        assert (made > 0) is (beams == 1)
+        assert len(graphs) == made
+        assert first.tokens == second.tokens == plain.tolist()
+        assert len(second.latencies) == 6
+    torch.compiler.reset()
+
+
+def test_clock_restores_after_an_error(build: Build, tiny: Path) -> None:
+    config, artifacts = build(tiny, "merge")
+    with open_model(artifacts["merge"].folder, config.runtime) as model:
+        with pytest.raises(ValueError, match="decoder_input_ids"), Clock(model):
+            model.forward()
+        assert not PATCHED & set(vars(model))
+        assert not PATCHED_RUNTIME & set(vars(model.runtime))
+
+
+SPIN = "import time; end = time.time() + 60\nwhile time.time() < end: pass"
+
+
+def spinning(orphan: bool) -> int:
+    """The number of a new process that keeps a core busy: a child of this one, or of nobody here."""
+    if not orphan:
+        return subprocess.Popen([sys.executable, "-c", SPIN]).pid
+    command = f"subprocess.Popen({[sys.executable, '-c', SPIN]}, stdout=subprocess.DEVNULL)"
+    start = [sys.executable, "-c", f"import subprocess; print({command}.pid)"]
+    return int(subprocess.run(start, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def test_other_load() -> None:
+    """Another process that keeps a core busy is seen; this one's own work and its children's is not."""
+    shares = {}
+    for orphan in (False, True):
+        process = psutil.Process(spinning(orphan))
+        try:
+            time.sleep(0.2)
+            with OtherLoad() as load:
+                time.sleep(1.0)
+                taken = process.cpu_times()
+        finally:
+            process.kill()
+            process.wait()
+        shares[orphan] = load.share
+        assert taken.user > 0.1
+    core = 1 / (os.cpu_count() or 1)
+    assert 0.5 * core < shares[True] <= 1
+    assert shares[True] > shares[False] + 0.3 * core
+
+
+@pytest.mark.gpu
+def test_clock_on_cuda(tiny: Path) -> None:
+    """As many latencies as tokens, which together make up nearly all of the wall clock, and calls inside them."""
+    sources = Sources(str(tiny), "", "", {}, RuntimeConfig(name="cuda", device="cuda"), "float16")
+    ids = torch.arange(2, 9, device="cuda")[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name in ("torch+cache", AUTOCAST, COMPILED):
+        setup = SETUPS[name]
+        with opened(setup.engine, sources) as model, setup.context():
+            for _ in range(3):
+                timing = time_generation(model, inputs, setup.options(40, 1))
+        assert len(timing.latencies) == 40
+        assert min(timing.latencies) >= 0
+        assert 0 < timing.inside < timing.total
+        assert 0.8 * timing.total < sum(timing.latencies) < 1.05 * timing.total
+        assert timing.compiled is setup.compiled

@@ -1,0 +1,448 @@
+"""Bad input on the command line: one message that names value and choices, exit code 2, artefacts untouched."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from accel.__main__ import main
+from accel.config.schema import STAGES
+from accel.pipeline.store import Store
+from tests.conftest import overrides_for
+
+LINES = 12
+ROOT = Path(__file__).parents[2]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs the command line over the tiny model and some overrides, and returns the message it was refused with.
+
+    `runs` allows a stage to begin: there is no telling before."""
+    root = tmp_path / "artifacts"
+    (root / "tiny" / "export-0123456789ab").mkdir(parents=True)
+    (root / "tiny" / "export-0123456789ab" / "encoder.onnx").write_text("of another run")
+
+    def run(*overrides: str, base: Sequence[str] | None = None, folder: Path = root, runs: bool = False) -> str:
+        if not runs:
+            monkeypatch.setattr(Store, "build", lambda _, stage, *more, **rest: pytest.fail(f"stage {stage} ran"))
+        given = overrides_for(tiny, folder) if base is None else [*base, f"artifacts={folder}"]
+        before = listing(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["accel", *given, *overrides])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        assert ended.value.code == 2
+        assert "Traceback" not in shown.err + shown.out
+        message = shown.err.strip()
+        assert 0 < len(message.splitlines()) <= LINES, message
+        assert max(map(len, message.splitlines())) < 2000
+        assert shown.out.strip() == ""
+        assert listing(tmp_path) == before, "the refused run left something behind"
+        return message
+
+    return run
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder below with its size and time; locks, which hold nothing, aside."""
+    paths = (path for path in folder.rglob("*") if path.suffix != ".lock")
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()}
+
+
+def assert_names(message: str, *words: str) -> None:
+    for word in words:
+        assert word in message, message
+
+
+# names that don't exist
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("stage=exprt", ("'exprt'", "Did you mean export?", *STAGES, "all")),
+        ("stage=[export,exprt]", ("'exprt'", *STAGES)),
+        ("stage=3", ("3", *STAGES)),
+        ("stage=null", ("stage", *STAGES)),
+        ("stage=[]", ("stage", *STAGES)),
+        ("merge.flga=x", ("merge.flga", "merge.flag")),
+        ("mreg.flag=x", ("mreg", "merge")),
+        ("+merge.other=x", ("merge.other", "merge.flag")),
+        ("architecture=t6", ("t6", "t5", "auto")),
+        ("precision=fp8", ("fp8", "fp16", "fp32", "auto")),
+        ("precision.dtype=int8", ("int8", "float16", "float32")),
+        ("runtime=gpu", ("gpu", "cuda", "cpu")),
+        ("merge.branches=other", ("other", "caches", "decoders", "tokens")),
+        ("merge.flag='two words'", ("two words", "enable_cache")),
+        ("+optimize.passes.nothing=false", ("nothing", "fold_constants")),
+        ("benchmark.setups=[fastest]", ("fastest", "onnx+cache")),
+        ("model.weights=none", ("none", "pretrained", "random")),
+        ("generate.num_beam=4", ("generate.num_beam", "generate.num_beams")),
+        ("+generate.num_beam=4", ("generate.num_beam", "generate.num_beams")),
+        ("generate.txt=word", ("generate.txt", "generate.text")),
+    ],
+)
+def test_unknown_name(refused: Refused, override: str, named: tuple[str, ...]) -> None:
+    """A stage, key, group choice or option that doesn't exist: named, with what there is."""
+    assert_names(refused(override), *named)
+
+
+def test_unknown_model(refused: Refused) -> None:
+    """The models that can be chosen are listed."""
+    message = refused(base=["model=t5-smal", "runtime=cpu"])
+    assert_names(message, "t5-smal", "t5-small", "t5-large", "t5-g2p", "auto")
+
+
+def test_option_of_transformers_is_taken(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options that exist get past the check, with and without Hydra's plus."""
+    monkeypatch.setattr(sys, "argv", ["accel", *overrides_for(tiny, Path("unused")), "--cfg", "job"])
+    for option in ("generate.num_beams=4", "+generate.top_k=5", "generate.do_sample=true"):
+        monkeypatch.setattr(sys, "argv", ["accel", *overrides_for(tiny, Path("unused")), option, "--cfg", "job"])
+        main()
+
+
+# checkpoints
+
+
+def folder_with(root: Path, **config: object) -> Path:
+    folder = root / "given"
+    folder.mkdir()
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_missing_checkpoint(refused: Refused, tmp_path: Path) -> None:
+    """A folder that isn't there is named."""
+    missing = tmp_path / "nowhere"
+    assert_names(refused(base=["model=auto", f"model.checkpoint={missing}"]), str(missing), "doesn't exist")
+
+
+def test_no_checkpoint_at_all(refused: Refused) -> None:
+    """model=auto alone says which value is needed."""
+    assert_names(refused(base=["model=auto"]), "model.checkpoint")
+
+
+def test_empty_checkpoint(refused: Refused, tmp_path: Path) -> None:
+    """A folder without a model says what it lacks."""
+    folder = folder_with(tmp_path)
+    assert_names(refused(base=["model=auto", f"model.checkpoint={folder}"]), str(folder), "config.json")
+
+
+def test_checkpoint_without_weights(refused: Refused, tmp_path: Path) -> None:
+    """A config alone is not enough, unless random weights are asked for."""
+    folder = folder_with(tmp_path, model_type="t5", architectures=["T5ForConditionalGeneration"])
+    message = refused(base=["model=auto", f"model.checkpoint={folder}", "runtime=cpu", "stage=export"])
+    assert_names(message, str(folder), "weights", "safetensors")
+
+
+def test_what_a_later_stage_reads_is_looked_for_first(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """References and tokenizer lie in the checkpoint's folder; without them no stage begins."""
+    assert_names(refused("model.references=heldout.tsv"), "can't read", str(tiny / "heldout.tsv"))
+    (tmp_path / "words.txt").write_text("one\n")
+    for key in ("verify.texts", "audit.texts", "generate.file"):
+        message = refused(f"{key}={tmp_path / 'words.txt'}")
+        assert_names(message, f"{key}={tmp_path / 'words.txt'}", "has no tokenizer")
+
+
+def test_checkpoint_of_a_file(refused: Refused, tiny: Path) -> None:
+    """The weights' file instead of their folder."""
+    path = tiny / "model.safetensors"
+    assert_names(refused(base=["model=auto", f"model.checkpoint={path}"]), str(path))
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, ("'bert'", "encoder alone", "t5", "docs/")),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, ("'mamba'", "recurrent state", "gpt2")),
+        ({"model_type": "nonsense"}, ("nonsense",)),
+        ({"hidden_size": 4}, ("model_type",)),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["auto", "t5"])
+def test_checkpoint_of_another_type(
+    refused: Refused, tmp_path: Path, config: dict[str, object], named: tuple[str, ...], architecture: str
+) -> None:
+    """The model's type is named beside those that are served, also when an architecture is forced on it."""
+    folder = folder_with(tmp_path, **config)
+    message = refused(base=["model=auto", f"model.checkpoint={folder}", f"architecture={architecture}", "runtime=cpu"])
+    assert_names(message, *named)
+
+
+def test_config_that_is_no_json(refused: Refused, tmp_path: Path) -> None:
+    """Half a config.json is named, not shown as a parser's traceback."""
+    folder = folder_with(tmp_path, model_type="t5")
+    (folder / "config.json").write_text('{"model_type": ')
+    assert_names(refused(base=["model=auto", f"model.checkpoint={folder}"]), str(folder))
+
+
+def test_weights_that_are_no_weights(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+    """A damaged weights file is named when it is opened."""
+    folder = folder_with(tmp_path, **json.loads((tiny / "config.json").read_text()))
+    (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header at all")
+    message = refused(base=["model=auto", f"model.checkpoint={folder}", "runtime=cpu", "stage=export"], runs=True)
+    assert_names(message, str(folder))
+
+
+@pytest.mark.parametrize("checkpoint", ["somebody/some-model", "bert-base-uncased"])
+def test_hub_out_of_reach(refused: Refused, checkpoint: str) -> None:
+    """The message says how to do without the hub."""
+    message = refused(base=["model=auto", f"model.checkpoint={checkpoint}"])
+    assert_names(message, checkpoint, "model.checkpoint=FOLDER", "model.weights=random")
+
+
+# numbers
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "generate.num_beams=0",
+        "generate.num_beams=-1",
+        "generate.max_new_tokens=0",
+        "generate.max_new_tokens=-5",
+        "generate.max_new_tokens=1000000000000",
+        "generate.max_new_tokens=1.5",
+        "generate.max_length=-2",
+        "generate.batch_size=0",
+        "generate.num_return_sequences=0",
+        "benchmark.num_beams=0",
+        "benchmark.source_length=-3",
+        "benchmark.source_length=0",
+        "benchmark.new_tokens=1000000000000",
+        "benchmark.batch_size=0",
+        "benchmark.repeats=0",
+        "benchmark.warmup=-1",
+        "profile.new_tokens=0",
+        "verify.num_beams=0",
+        "verify.max_new_tokens=-1",
+        "verify.source_length=1000000000000",
+        "audit.max_length=0",
+        "audit.batches=0",
+        "audit.margin=0",
+        "export.tolerance=-1",
+        "export.opset=3",
+        "runtime.threads=-1",
+    ],
+)
+def test_number_out_of_range(refused: Refused, override: str) -> None:
+    """Zero, negative and absurd numbers are refused before any stage, with the key and the value."""
+    key, _, value = override.partition("=")
+    message = refused(override)
+    assert_names(message, key)
+    assert value in message or f"{float(value):g}" in message
+
+
+@pytest.mark.parametrize("override", ["benchmark.new_tokens=many", "export.opset=[1]", "audit.margin=wide"])
+def test_value_of_another_type(refused: Refused, override: str) -> None:
+    """Hydra's own complaint about a type names key and value, in a few lines."""
+    key, _, value = override.partition("=")
+    assert_names(refused(override), key, value)
+
+
+@pytest.mark.parametrize("buckets", ["[]", "[0,64]"])
+def test_buckets_without_room(refused: Refused, buckets: str) -> None:
+    """A static cache needs lengths, all of them of one token or more."""
+    assert_names(refused("runtime.static=true", f"runtime.buckets={buckets}"), "runtime.buckets", "[64,256,1024]")
+
+
+def test_capture_without_a_static_cache(refused: Refused) -> None:
+    """What moves can't be recorded."""
+    assert_names(refused("runtime.capture=true"), "runtime.capture=true", "runtime.static=true")
+
+
+def test_batches_of_nothing(refused: Refused) -> None:
+    assert_names(refused("runtime.batches=[0,4]"), "runtime.batches=[0, 4]", "[] for any")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("convert.fuse_attention=[encoders]", ("'encoders'", "encoder, prefill", "static_step")),
+        ("+convert.one_token_passes.fuse_rotation=false", ("'fuse_rotation'", "fuse_rotary")),
+        ("convert.fuse_attention=[step]", ("convert.fuse_attention=[step]", "merge.branches=decoders")),
+    ],
+)
+def test_attention_fused_where_it_cannot_be(refused: Refused, override: str, named: tuple[str, ...]) -> None:
+    """In a graph that doesn't exist; in one whose caches are looked for one by one."""
+    assert_names(refused(override), *named)
+
+
+def test_conflicting_options(refused: Refused) -> None:
+    """What GenerationConfig refuses, and inputs given twice."""
+    assert_names(refused("generate.num_beams=2", "generate.num_return_sequences=5"), "num_return_sequences")
+    assert_names(refused("generate.text=a", "generate.file=b"), "generate.text", "generate.file")
+    assert_names(refused("generate.output=out.txt"), "generate.output", "generate.file")
+
+
+# texts and files
+
+
+def test_text_with_signs_of_its_own(refused: Refused) -> None:
+    """Hydra's grammar takes no bare `!` and `'`: the message shows what to type, and that works."""
+    for text in ("hello!", "don't", "what's that!"):
+        message = refused(f"generate.text={text}", base=["runtime=cpu"])
+        shown = message.splitlines()[-1]
+        assert_names(message, f"generate.text={text}", "quotes")
+        quoted = subprocess.run(
+            ["bash", "-c", f"printf %s {shown[shown.index(': ') + 2 :]}"], capture_output=True, text=True, check=True
+        ).stdout
+        assert quoted == f'generate.text="{text}"'
+
+
+def test_quoted_text_is_taken(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The quoted form arrives as it was written."""
+    argv = ["accel", *overrides_for(tiny, Path("unused")), 'generate.text="don\'t!"', "--cfg", "job"]
+    monkeypatch.setattr(sys, "argv", argv)
+    main()
+    assert yaml.safe_load(capsys.readouterr().out)["generate"]["text"] == "don't!"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(b"", "no text"), (b" \n\n", "no text"), (b"caf\xe9\n", "UTF-8"), (None, "input.txt")],
+    ids=["empty", "blank", "not UTF-8", "missing"],
+)
+@pytest.mark.parametrize("key", ["generate.file", "audit.texts"])
+def test_input_file(refused: Refused, tmp_path: Path, content: bytes | None, named: str, key: str) -> None:
+    """An input file that can't be used is named before any stage runs."""
+    path = tmp_path / "input.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert_names(refused(f"{key}={path}"), str(path), named)
+
+
+def test_input_file_that_is_a_folder(refused: Refused, tmp_path: Path) -> None:
+    """A folder is no file."""
+    assert_names(refused(f"generate.file={tmp_path}"), str(tmp_path))
+
+
+# places
+
+
+def test_unwritable_artefact_folder(refused: Refused, tmp_path: Path) -> None:
+    """Where nothing can be written (here: below a file), the folder is named."""
+    (tmp_path / "file").write_text("no folder")
+    assert_names(refused("stage=export", folder=tmp_path / "file", runs=True), str(tmp_path / "file"), "write")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_artefact_folder(refused: Refused, tmp_path: Path) -> None:
+    """A folder without write permission is named."""
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o555)
+    assert_names(refused("stage=export", folder=folder, runs=True), str(folder), "write")
+
+
+# other environments, each in a process of its own
+
+
+def accel(*arguments: str, prelude: str = "", folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """The command line after some Python that changes what is installed."""
+    code = f"{prelude}\nimport sys\nsys.argv = ['accel', *{list(arguments)!r}]\nfrom accel.__main__ import main\nmain()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
+
+
+INSTALLED = """
+import importlib.metadata, sys
+wheels = {wheels!r}
+real = importlib.metadata.distribution
+def distribution(name):
+    if name.startswith("onnxruntime"):
+        if name not in wheels:
+            raise importlib.metadata.PackageNotFoundError(name)
+        name = "numpy"  # which lies in the same folder
+    return real(name)
+importlib.metadata.distribution = distribution
+if not wheels:
+    sys.modules["onnxruntime"] = None
+"""
+
+
+@pytest.mark.parametrize(
+    ("wheels", "named"),
+    [
+        ([], ("onnxruntime", "accel[cpu]")),
+        (["onnxruntime", "onnxruntime-gpu"], ("onnxruntime", "onnxruntime-gpu", "both")),
+    ],
+    ids=["none", "both"],
+)
+def test_wheels_of_onnx_runtime(tiny: Path, tmp_path: Path, wheels: list[str], named: tuple[str, ...]) -> None:
+    """No ONNX Runtime, or two that overwrite each other's files: which, and what to install."""
+    given = overrides_for(tiny, tmp_path / "artifacts", "stage=export")
+    done = accel(*given, prelude=INSTALLED.format(wheels=wheels))
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= LINES
+    assert_names(done.stderr, *named, "pip", "accel[cuda12]")
+    assert listing(tmp_path) == {}
+
+
+GPU_WHEEL = """
+import onnxruntime
+onnxruntime.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("prelude", "named"),
+    [("", ("onnxruntime-gpu", "accel[cuda13]", "runtime=cpu")), (GPU_WHEEL, ("GPU", "torch", "runtime=cpu"))],
+    ids=["the CPU's wheel", "no GPU"],
+)
+def test_cuda_is_missing(tiny: Path, tmp_path: Path, prelude: str, named: tuple[str, ...]) -> None:
+    """runtime=cuda without its ONNX Runtime, or without a GPU: what is missing, and what brings it."""
+    given = overrides_for(tiny, tmp_path / "artifacts", "stage=export", "runtime=cuda")
+    done = accel(*given, prelude=prelude)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= LINES
+    assert_names(done.stderr, "runtime=cuda", *named)
+    assert listing(tmp_path) == {}
+
+
+WATCH = """
+import atexit, sys
+atexit.register(lambda: print("LOADED", sorted({"torch", "transformers", "onnxruntime"} & set(sys.modules))))
+"""
+
+
+def test_help_is_quick_and_complete() -> None:
+    """`--help` waits for no torch, and shows stages, groups and values."""
+    started = time.monotonic()
+    done = accel("--help", prelude=WATCH)
+    assert time.monotonic() - started < 10
+    assert done.returncode == 0, done.stderr
+    assert "LOADED []" in done.stdout
+    assert_names(done.stdout, *STAGES, "t5-large", "fp16", "python -m accel", "benchmark:", "FOLDER_OR_HUB_ID")
+    assert "__main__" not in done.stdout
+
+
+def test_configuration_can_be_printed() -> None:
+    """`--cfg job` prints YAML with the overrides applied, and reads every section."""
+    done = accel("--cfg", "job", "merge.flag=use_cache_branch", prelude=WATCH)
+    assert done.returncode == 0, done.stderr
+    assert "LOADED []" in done.stdout
+    shown = yaml.safe_load(done.stdout.split("LOADED")[0])
+    assert shown["merge"]["flag"] == "use_cache_branch"
+    assert {"model", "precision", "runtime", *STAGES} - {"convert"} <= set(shown)
+    assert "hydra" not in shown
+
+
+def test_unknown_option_of_the_command() -> None:
+    """A misspelt flag of the command itself ends with 2 and no traceback."""
+    done = accel("--halp")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "--halp" in done.stderr

@@ -1,0 +1,38 @@
+"""What the command line shows and writes when the stages are done."""
+
+from pathlib import Path
+
+import pytest
+
+from accel.cli import report
+from accel.config.schema import Config
+from accel.pipeline.store import Artifact, Manifest
+from accel.stages import generate
+
+
+def test_output_file_is_written_from_reused_texts(tmp_path: Path) -> None:
+    """A second run with the same options reuses the texts; the file the user asked for must be there all the same."""
+    made, output = tmp_path / "made", tmp_path / "phonemes.txt"
+    made.mkdir()
+    (made / generate.RESULTS).write_text('{"inputs": ["b", "a"], "outputs": ["B IY1", "EY1"]}')
+    config = Config(generate={"file": "words.txt", "output": str(output)})
+    artifact = Artifact(made, Manifest("generate", "key", {}, {}, {}, 0.0, 0, 0, {}, {}))
+    for _ in range(2):
+        report.finish(config, {"generate": artifact})
+        assert output.read_text() == "B IY1\nEY1\n"
+        output.unlink()
+
+
+def test_what_stays_in_fp32_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before and after trials, why, and which values come nearest to the limit, with the input that took them there."""
+    mix = {"nodes": 0.75, "weight_bytes": 0.5, "fp32_nodes": 12, "fp32_bytes": 2_500_000, "casts": 7}
+    summary = {
+        "format": "float16",
+        "sizes": {"by the rule": {"step": mix}, "after trials": {"step": mix | {"fp32_nodes": 4, "nodes": 0.9}}},
+        "rules": {"step": {"overflow": 3, "underflow": 1}, "encoder": {"overflow": 2}},
+        "nearest": [{"role": "step", "value": "add_7", "largest": 31234.5, "seen_with": "text 3: harke"}],
+    }
+    report.finish(Config(), {"audit": Artifact(Path(), Manifest("audit", "key", {}, {}, {}, 0.0, 0, 0, summary, {}))})
+    shown = capsys.readouterr().out
+    for part in ("12 (25.0%), 7, 2.5 MB", "4 (10.0%), 7, 2.5 MB", "overflow: step 3, encoder 2", "text 3: harke"):
+        assert part in shown

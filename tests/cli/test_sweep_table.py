@@ -1,0 +1,151 @@
+"""The sweep table: one row a job, failed ones too, rewritten after every job."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from accel.cli import sweep_table
+from tests.conftest import Build
+
+
+def _settings(folder: Path, number: int) -> Any:
+    return SimpleNamespace(sweep=SimpleNamespace(dir=str(folder)), job=SimpleNamespace(num=number))
+
+
+def _summary(new_tokens: int, seconds: float) -> dict[str, Any]:
+    def figures(factor: float) -> dict[str, Any]:
+        total = factor * seconds
+        values = {"total": {"median": total}, "ms_per_token": 1000 * total / new_tokens, "vs_torch_cache": 2.5 / factor}
+        return values | {"vs_two_files": None, "last_over_first": 1.04, "compiled": False, "repeats": 3}
+
+    return {
+        "point": {"new_tokens": new_tokens},
+        "setups": {"torch+cache": figures(2.5), "torch static cache, compiled": figures(2), "onnx+cache": figures(1)},
+        "session_ratios": {"session": 1.08},
+        "machine": {"device": "a GPU"},
+        "precision": "float16",
+        "ignored": "x" * 1000,
+    }
+
+
+def test_rows_come_one_by_one(tmp_path: Path) -> None:
+    """The table is whole after every job; a failed job is a row; a job run again replaces its row."""
+    common = ["model=tiny", "+sweep=latency"]
+    first = [*common, "benchmark.new_tokens=8", "benchmark.num_beams=1"]
+    second = [*common, "benchmark.new_tokens=16", "benchmark.num_beams=1"]
+    third = [*common, "benchmark.new_tokens=16", "benchmark.num_beams=0"]
+    table = sweep_table.record(_settings(tmp_path, 0), first, {"benchmark": _summary(8, 0.125)}, None)
+    assert "| 8 |" in table.read_text()
+    sweep_table.record(_settings(tmp_path, 2), third, {}, "benchmark.num_beams=0: must be\nfrom 1 | up")
+    sweep_table.record(_settings(tmp_path, 1), second, {}, "out of memory")
+    sweep_table.record(_settings(tmp_path, 1), second, {"benchmark": _summary(16, 0.25)}, None)
+    lines = table.read_text().splitlines()
+    assert lines[0] == "In all jobs: `model=tiny` `sweep=latency`"
+    assert lines[2] == "On a GPU, float16."
+    drawn = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    assert drawn[0] == [
+        "benchmark.new_tokens",
+        "benchmark.num_beams",
+        "torch+cache (s)",
+        "torch static cache, compiled (s)",
+        "onnx+cache (s)",
+        "x torch+cache",
+        "x two files",
+        "last/first",
+        "session ratio",
+        "error",
+    ]
+    assert drawn[2][:9] == ["8", "1", "0.312", "0.250 (not compiled)", "0.125", "2.50", "-", "1.04", "1.08"]
+    assert drawn[3][:9] == ["16", "1", "0.625", "0.500 (not compiled)", "0.250", "2.50", "-", "1.04", "1.08"]
+    assert drawn[4] == ["16", "0", "-", "-", "-", "-", "-", "-", "-", "benchmark.num_beams=0: must be from 1 \\| up"]
+    jobs = json.loads((tmp_path / sweep_table.RECORD).read_text())
+    assert [job["number"] for job in jobs] == [0, 1, 2]
+    for plot in sweep_table.PLOTS:
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_sweep_without_figures(tmp_path: Path) -> None:
+    """A sweep that only fails, or that measures nothing, still leaves its table."""
+    sweep_table.record(_settings(tmp_path, 0), ["stage=merge", "model=a"], {}, None)
+    table = sweep_table.record(_settings(tmp_path, 1), ["stage=merge", "model=b"], {}, "unknown model")
+    assert [line for line in table.read_text().splitlines() if line.startswith("|")] == [
+        "| model | error |",
+        "| --- | --- |",
+        "| a |  |",
+        "| b | unknown model |",
+    ]
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_defect_in_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is nobody's mistake costs its own job only: the others run, and all have their row."""
+    from accel import __main__ as application
+
+    def run(composed: Any, overrides: list[str]) -> dict[str, Any]:
+        if composed.benchmark.new_tokens == 8:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return {"benchmark": _summary(composed.benchmark.new_tokens, 0.5)}
+
+    monkeypatch.setattr(application, "run", run)
+    monkeypatch.setattr(sys, "argv", ["accel", "-m", "benchmark.new_tokens=4,8,16", f"hydra.sweep.dir={tmp_path}"])
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        application.main()
+    jobs = json.loads((tmp_path / sweep_table.RECORD).read_text())
+    assert [job["error"] for job in jobs] == [None, "RuntimeError: CUDA error: an illegal memory access", None]
+    assert [bool(job["setups"]) for job in jobs] == [True, False, True]
+
+
+@pytest.mark.slow
+def test_multirun(build: Build, tiny: Path, shared: Path, tmp_path: Path) -> None:
+    """The command line: one export for all jobs, a failed job is a row, the sweep goes on and ends with 2."""
+    build(tiny, "verify")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accel", "-m", "+sweep=latency", "model=auto", f"model.checkpoint={tiny}"),
+            *(f"artifacts={shared / 'artifacts'}", "runtime=cpu", "verify.unique_tokens=true"),
+            *("benchmark.new_tokens=3,4", "benchmark.num_beams=0,2", "benchmark.source_length=4"),
+            *("benchmark.memory=false", "benchmark.repeats=1", f"hydra.sweep.dir={tmp_path}"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    jobs = json.loads((tmp_path / sweep_table.RECORD).read_text())
+    assert [job["overrides"]["benchmark.num_beams"] for job in jobs] == ["0", "2", "0", "2"]
+    assert ["must be from 1" in (job["error"] or "") for job in jobs] == [True, False, True, False]
+    assert [set(job["setups"]) != set() for job in jobs] == [False, True, False, True]
+    table = (tmp_path / sweep_table.TABLE).read_text()
+    assert table.count("benchmark.num_beams=0") == 2
+    made = [path.name for path in (shared / "artifacts" / tiny.name).glob("export-*/manifest.json")]
+    assert len(made) == 1
+
+
+def test_ways_to_choose_a_precision_side_by_side(tmp_path: Path) -> None:
+    """What verify found is in the row, whether it passed the candidate or refused it."""
+    passed = {
+        **{"passed": True, "arithmetic": "emulated", "identical": {"greedy": 1.0, "beams": 0.875}},
+        "metrics": {"pytorch": {"exact_match": 76.0}, "ours": {"exact_match": 75.5}},
+        **{"worst_logits": 0.0123, "fp32_nodes": 12, "casts": 3, "decoder_bytes": 1.26e6},
+        "speed": {"ratio": 2.5, "setups": {"onnx+cache": {"seconds": {"median": 0.125}}}},
+    }
+    refused = passed | {"passed": False, "identical": {}, "metrics": {}, "worst_logits": None, "speed": None}
+    sweep_table.record(_settings(tmp_path, 0), ["precision=fp16"], {"verify": passed}, None)
+    table = sweep_table.record(_settings(tmp_path, 1), ["precision=fp16-blanket"], {"verify": refused}, "refused")
+    drawn = [line.strip("| ").split(" | ") for line in table.read_text().splitlines() if line.startswith("|")]
+    assert drawn[0] == [
+        *("precision", "passed", "greedy as PyTorch", "beams as PyTorch", "logits off by", "exact match"),
+        *("nodes in FP32", "casts", "decoder MB", "seconds", "x PyTorch", "error"),
+    ]
+    kept = ["12", "3", "1.3"]
+    assert drawn[2][:11] == [
+        *("fp16", "yes, emulated", "100.0%", "87.5%", "1.2e-02", "75.50% (76.00%)", *kept, "0.125", "2.50")
+    ]
+    assert drawn[3] == ["fp16-blanket", "no, emulated", "-", "-", "not finite", "-", *kept, "-", "-", "refused"]
+    assert not list(tmp_path.glob("*.png"))

@@ -1,0 +1,56 @@
+"""When a smaller plan is as good as the one that the rules make."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from accel.adapters.types import Role
+from accel.evaluation.sensitivity import Result, Trial
+from accel.graph import files
+from accel.graph.precision.formats import FP16
+from accel.graph.precision.observer import Range
+from accel.graph.precision.plan import Plan, Reason
+from accel.runtime.session import SessionSettings
+from tests.graph import text
+
+KNOWN = Result({"random": [0.03, 0.04], "text": [0.003, 0.004]}, changed=1)
+
+
+@pytest.mark.parametrize(
+    ("errors", "changed", "passes"),
+    [
+        ({"random": [0.03, 0.04], "text": [0.003, 0.004]}, 1, True),
+        ({"random": [0.04, 0.03], "text": [0.004, 0.0045]}, 0, True),  # calls may differ where the kind doesn't
+        ({"random": [0.03, 0.04], "text": [0.006, 0.008]}, 1, False),  # text got worse, and random ids don't hide it
+        ({"random": [0.03, 0.04], "text": [0.003, 0.004]}, 2, False),
+        ({"random": [0.03, math.inf], "text": [0.003, 0.004]}, 0, False),
+        ({"random": [math.inf]}, 0, False),  # it stopped there
+    ],
+)
+def test_as_good_as_the_rules_plan(errors: dict[str, list[float]], changed: int, passes: bool) -> None:
+    """Within a quarter of its distance from FP32 on each kind of input, with no more tokens changed, and finite."""
+    assert Result(errors, changed).within(KNOWN) == passes
+
+
+def test_errors_of_a_kind_are_pooled() -> None:
+    """By the root of their mean square, so that one call far off counts more than many a little."""
+    assert KNOWN.error("random") == pytest.approx(math.sqrt((9 + 16) / 2) / 100)
+
+
+@pytest.mark.parametrize(("margin", "scale"), [(1.0, 1.0), (2.0, 2.0), (3.0, 4.0)])
+def test_a_trial_keeps_the_margin(tmp_path: Path, margin: float, scale: float) -> None:
+    """What comes within the margin of the limit overflows in a trial: its value is scaled up, by a power of two."""
+    held = {"far": Range(20000.0, 1.0), "near": Range(40000.0, 1.0), "beyond": Range(70000.0, 1.0)}
+    graph = text.parse("g (float[n] x) => (float[n] near) { near = Neg (x) }", {})
+    files.save(graph, tmp_path / "step.onnx")
+    tensors = {"in.x": torch.tensor([40000.0, 1.0]), "out.near": torch.tensor([-40000.0, -1.0])}
+    save_file(tensors, tmp_path / "0.call")
+    calls = [("random", tmp_path / "0.call")]
+    trial = Trial(Role.STEP, tmp_path / "step.onnx", calls, SessionSettings(), FP16, margin, held, ())
+    expected = [name for name, seen in held.items() if seen.largest * margin > 65504]
+    assert trial._headroom() == dict.fromkeys(expected, scale)
+    assert trial(Plan()).finite == (margin == 1)
+    assert trial(Plan({"near": Reason("overflow", "near")}, ports={"near": Reason("overflow", "near")})).finite

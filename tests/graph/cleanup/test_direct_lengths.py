@@ -1,0 +1,95 @@
+"""Lengths come out of shapes without views, and stay the same numbers."""
+
+import onnx_ir as ir
+import pytest
+
+from accel.graph.cleanup.direct_lengths import direct_lengths
+from tests.graph.text import numbers, parse, rewritten, weight
+
+HEAD = """
+    zero = Constant <value = int64 {0}> ()
+    one = Constant <value = int64 {1}> ()
+    rest = Constant <value = int64[1] {-1}> ()
+    first = Constant <value = int64[1] {0}> ()
+    rows_shape = Shape <start: int = 0, end: int = 1> (x)
+    rows = Squeeze (rows_shape)
+    new_shape = Shape <start: int = 1, end: int = 2> (x)
+    new = Squeeze (new_shape)
+    past_shape = Shape <start: int = 1, end: int = 2> (past)
+    length = Squeeze (past_shape)
+    total = Add (new, length)
+"""
+FEEDS = [
+    {"x": numbers(rows, new, 4), "past": numbers(rows, past)} for rows, new, past in ((3, 5, 2), (2, 1, 7), (1, 3, 0))
+]
+
+
+def graph(body: str, output: str) -> ir.Model:
+    return parse(f"g (float[b, n, 4] x, float[b, p] past) => ({output}) {{ {HEAD} {body} }}")
+
+
+def views_of_lengths(model: ir.Model) -> list[str]:
+    """Names of the nodes whose output ONNX Runtime keeps in the memory of a length."""
+    lengths = {value for node in model.graph if node.op_type in ("Shape", "Add", "Mul") for value in node.outputs}
+    lengths = {value for value in lengths if value.dtype == ir.DataType.INT64 and len(value.shape or ()) < 2}
+    views = []
+    for node in model.graph:
+        if node.op_type in ("Squeeze", "Unsqueeze", "Reshape") and node.inputs[0] in lengths:
+            views.append(node.name or node.op_type)
+            lengths.update(node.outputs)
+    return views
+
+
+@pytest.mark.parametrize("widen", ["Reshape (new, rest)", "Unsqueeze (new, first)"])
+def test_a_shape_of_lengths(widen: str) -> None:
+    """As GPT-2 gives a product its rows back, with a range over the same length in between."""
+    body = f"""
+        counted = Range (zero, new, one)
+        new_vector = {widen}
+        rows_vector = Reshape (rows, rest)
+        flat = Reshape (x, rest)
+        shape = Concat <axis: int = 0> (rows_vector, new_vector, rest)
+        y = Reshape (flat, shape)"""
+    model = graph(body, "float[b, n, k] y, int64[n] counted")
+    assert views_of_lengths(model)
+    (left,) = rewritten(direct_lengths, [model], FEEDS)
+    assert views_of_lengths(model) == []
+    assert left.count("Squeeze") == 0
+    assert left.count("Reshape") == 2
+
+
+def test_a_sum_of_lengths() -> None:
+    """As wide as past and new tokens together, once as a scalar and once in a shape; constants may be in it."""
+    body = """
+        more = Add (total, one)
+        wide = Unsqueeze (more, first)
+        ones = Expand (one, wide)
+        y = Range (zero, more, one)"""
+    model = graph(body, "int64[t] ones, int64[t] y")
+    rewritten(direct_lengths, [model], FEEDS)
+    assert views_of_lengths(model) == []
+
+
+def test_no_length() -> None:
+    """A scalar that is none, a whole shape, and an axis of length one are left alone."""
+    body = """
+        least = ReduceMin <keepdims: int = 0> (past)
+        wide = Unsqueeze (least, first)
+        whole = Shape (x)
+        column = Shape <start: int = 2, end: int = 3> (x)
+        y = Reshape (past, rest)"""
+    model = graph(body, "float[1] wide, int64[3] whole, int64[1] column, float[m] y")
+    feeds = [feed for feed in FEEDS if feed["past"].size]
+    (left,) = rewritten(direct_lengths, [model], feeds)
+    assert left.count("Unsqueeze") == 1
+    assert "Gather" not in left
+
+
+def test_one_constant_serves_all_graphs() -> None:
+    """What is added carries one name in every graph, so that merging finds it once."""
+    models = [graph("y = Range (zero, total, one)", "int64[t] y") for _ in range(2)]
+    direct_lengths(models)
+    for model in models:
+        (name,) = (name for name, value in model.graph.initializers.items() if value.const_value is not None)
+        assert name == "scalar_0"
+        assert weight(model, name) == 0

@@ -1,0 +1,43 @@
+"""Arithmetic in bfloat16 becomes FP32 with a rounding after each step, and gives bfloat16's numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from accel.graph.cleanup.widen_bfloat16 import widen_bfloat16
+from accel.runtime.providers import RUNTIME_ERRORS
+from tests.graph.text import numbers, parse, run
+
+BODY = """
+g (float[n, 5] x, float[n, 5] z) => (float[n, 5] y)
+{
+    a = Cast <to = 16> (x)
+    b = Cast <to = 16> (z)
+    product = Mul (a, b)
+    sum = Add (product, a)
+    ratio = Div (sum, b)
+    same = Identity (ratio)
+    y = Cast <to = 1> (same)
+}
+"""
+
+
+def test_numbers_are_those_of_bfloat16() -> None:
+    """Every number is PyTorch's, who computes in bfloat16; computed in FP32 throughout, they would differ."""
+    model = parse(BODY)
+    feeds = {"x": numbers(400, 5), "z": numbers(400, 5, seed=1)}
+    with pytest.raises(RUNTIME_ERRORS, match="Mul"):
+        run(model, feeds)
+    widen_bfloat16(model)
+    a, b = (torch.from_numpy(feeds[name]).bfloat16() for name in ("x", "z"))
+    expected = ((a * b + a) / b).float().numpy()
+    found = run(model, feeds)["y"]
+    assert np.array_equal(found, expected)
+    wide = (feeds["x"] * feeds["z"] + feeds["x"]) / feeds["z"]
+    assert not np.allclose(found, wide, rtol=1e-3)
+
+
+def test_other_types_are_left_alone() -> None:
+    model = parse("g (float[n, 5] x) => (float[n, 5] y) { p = Mul (x, x)\n y = Neg (p) }")
+    widen_bfloat16(model)
+    assert [node.op_type for node in model.graph] == ["Mul", "Neg"]

@@ -1,0 +1,163 @@
+"""Attention becomes one node where the operator means the same, and stays where it does not."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from accel.graph.fusion.fuse_attention import fuse_attention
+from tests.graph.text import numbers, parse, run
+
+INPUTS = "float[b, s, 12] x, float[b, 3, p, 4] past_key, float[b, 3, p, 4] past_value, float[b, 1, s, t] mask"
+SELF = """
+    q = MatMul(x, wq)
+    k = MatMul(x, wk)
+    v = MatMul(x, wv)
+    q_cut = Reshape(q, heads)
+    k_cut = Reshape(k, heads)
+    v_cut = Reshape(v, heads)
+    query = Transpose <perm: ints = [0, 2, 1, 3]> (q_cut)
+    new_key = Transpose <perm: ints = [0, 2, 1, 3]> (k_cut)
+    new_value = Transpose <perm: ints = [0, 2, 1, 3]> (v_cut)
+"""
+JOINED = """
+    qkv = MatMul(x, wqkv)
+    cut = Reshape(qkv, all_heads)
+    turned = Transpose <perm: ints = [0, 2, 1, 3]> (cut)
+    query, new_key, new_value = Split <axis: int = 1> (turned, three)
+"""
+GROW = """
+    key = Concat <axis: int = -2> (past_key, new_key)
+    value = Concat <axis: int = 2> (past_value, new_value)
+"""
+SCORES = """
+    keys = Transpose <perm: ints = [0, 1, 3, 2]> (key)
+    scores = MatMul(query, keys)
+    biased = Add(scores, mask)
+"""
+REST = """
+    shares = Softmax <axis: int = -1> (biased)
+    mixed = MatMul(shares, value)
+    back = Transpose <perm: ints = [0, 2, 1, 3]> (mixed)
+    y = Reshape(back, flat)
+"""
+WEIGHTS = {
+    "wq": numbers(12, 12),
+    "wk": numbers(12, 12, seed=1),
+    "wv": numbers(12, 12, seed=2),
+    "wqkv": np.concatenate([numbers(12, 12, seed=seed) for seed in range(3)], axis=1),
+    "heads": np.array([0, 0, 3, 4]),
+    "all_heads": np.array([0, 0, 9, 4]),
+    "three": np.array([3, 3, 3]),
+    "flat": np.array([0, 0, 12]),
+    "half": np.array(0.5, np.float32),
+    "columns": numbers(3, 1, 1),
+}
+GROWN = "float[b, s, 12] y, float[b, 3, t, 4] key, float[b, 3, t, 4] value"
+
+
+def graph(*parts: str, inputs: str = INPUTS, outputs: str = GROWN) -> ir.Model:
+    """The parts in order; lengths that inference can't follow through a `Concat` are written in."""
+    body = "\n".join(parts)
+    used = {name: array for name, array in WEIGHTS.items() if f"{name})" in body or f"{name}," in body}
+    model = parse(f"g ({inputs}) => ({outputs}) {{ {body} }}", used)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in ("scores", "biased", "shares", "halved"):
+                value.shape = ir.Shape(["b", 3, "s", "t"])
+    return model
+
+
+def feeds(batch: int, new: int, past: int) -> dict[str, np.ndarray]:
+    bias = numbers(batch, 1, new, past + new)
+    mask = np.where(bias > 1, np.float32(-1e9), bias)
+    cache = {"past_key": numbers(batch, 3, past, 4), "past_value": numbers(batch, 3, past, 4, seed=4)}
+    return {"x": numbers(batch, new, 12), "mask": mask, **cache}
+
+
+def checked(model: ir.Model, nodes: int) -> ir.Model:
+    """The graph after the pass with `nodes` attentions in it, every output what it was at several lengths."""
+    given = [feeds(*lengths) for lengths in ((1, 1, 5), (2, 1, 3), (3, 4, 2), (2, 3, 1))]
+    before = [run(model, feed) for feed in given]
+    fuse_attention([model])
+    assert [node.op_type for node in model.graph].count("MultiHeadAttention") == nodes
+    for feed, expected in zip(given, before, strict=True):
+        found = run(model, feed)
+        for name, array in expected.items():
+            np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+    return model
+
+
+@pytest.mark.parametrize("start", [SELF, JOINED], ids=["three products", "one product"])
+def test_caches_grow_inside_the_node(start: str) -> None:
+    """The past goes in, what the next step needs comes out; nothing turns heads around any more."""
+    model = checked(graph(start, GROW, SCORES, REST), 1)
+    left = {node.op_type for node in model.graph}
+    assert left <= {"MatMul", "MultiHeadAttention", "Split", "Constant"}
+    node = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
+    assert (node.attributes["num_heads"].as_int(), node.attributes["scale"].as_float()) == (3, 1.0)
+    assert [value.name for value in node.outputs] == ["y", "key", "value"]
+
+
+def test_fixed_caches_are_read_as_they_are() -> None:
+    """Cross-attention: keys and values were made once and do not grow."""
+    inputs = INPUTS.replace("float[b, 1, s, t] mask", "float[b, 1, s, p] mask")
+    model = parse(
+        f"g ({inputs}) => (float[b, s, 12] y) {{ {SELF} {SCORES} {REST} }}".replace("(key)", "(past_key)").replace(
+            "(shares, value)", "(shares, past_value)"
+        ),
+        {name: WEIGHTS[name] for name in ("wq", "wk", "wv", "heads", "flat")},
+    )
+    given = feeds(2, 1, 6) | {"mask": numbers(2, 1, 1, 6)}
+    before = run(model, given)
+    fuse_attention([model])
+    node = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
+    names = [value.name if value else None for value in node.inputs]
+    assert names == ["q", "past_key", "past_value", None, None, "mask"]
+    np.testing.assert_allclose(run(model, given)["y"], before["y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "factor"), [("halved = Mul(scores, half)", 0.5), ("halved = Div(scores, half)", 2.0)]
+)
+def test_scores_may_be_scaled(scaling: str, factor: float) -> None:
+    """By a constant, before the mask is added."""
+    scores = SCORES.replace("biased = Add(scores, mask)", f"{scaling}\n biased = Add(mask, halved)")
+    model = checked(graph(SELF, GROW, scores, REST), 1)
+    node = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
+    assert node.attributes["scale"].as_float() == factor
+
+
+def test_without_a_mask() -> None:
+    """Nothing is added."""
+    scores = SCORES.replace("biased = Add(scores, mask)", "")
+    checked(graph(SELF, GROW, scores, REST.replace("(biased)", "(scores)")), 1)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (SELF, GROW, SCORES.replace("mask)", "columns)"), REST),
+        (SELF, GROW, SCORES, REST.replace("<axis: int = -1>", "<axis: int = 2>")),
+        (SELF, GROW, SCORES, REST, "z = Neg(shares)"),
+        (SELF, GROW, SCORES, REST, "z = Neg(mixed)"),
+        (SELF, GROW, SCORES.replace("Transpose <perm: ints = [0, 1, 3, 2]> (key)", "Identity(key)"), REST),
+        (SELF, GROW, SCORES, REST.replace("(back, flat)", "(mixed, flat)")),
+    ],
+    ids=["bias by head alone", "over queries", "shares are read", "mix is read", "keys unturned", "heads unturned"],
+)
+def test_left_alone(parts: tuple[str, ...]) -> None:
+    """Near misses, which the operator would compute differently or whose inside somebody else reads."""
+    outputs = GROWN + (", float[b, 3, s, u] z" if len(parts) > 4 else "")
+    model = graph(*parts, outputs=outputs)
+    fuse_attention([model])
+    assert not any(node.op_type == "MultiHeadAttention" for node in model.graph)
+
+
+def test_two_precisions_stay_apart() -> None:
+    """Where the plan keeps a part of an attention in FP32, there are casts in it, and it is not one node."""
+    model = graph(SELF, GROW, SCORES, REST)
+    next(value for node in model.graph for value in node.outputs if value.name == "query").type = ir.TensorType(
+        ir.DataType.FLOAT16
+    )
+    fuse_attention([model])
+    assert not any(node.op_type == "MultiHeadAttention" for node in model.graph)

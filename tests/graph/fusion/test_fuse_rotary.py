@@ -1,0 +1,68 @@
+"""Rotary positions become one node where that is what they are."""
+
+import numpy as np
+import pytest
+
+from accel.graph.fusion.fuse_rotary import fuse_rotary
+from tests.graph.text import numbers, parse, rewritten
+
+ANGLES = """
+    angle = Mul (places, frequencies)
+    both = Concat <axis: int = -1> (angle, SECOND)
+    cosine = Cos (both)
+    sine = Sin (both)
+    one = Constant <value = int64[1] {1}> ()
+    cosines = Unsqueeze (cosine, one)
+    sines = Unsqueeze (sine, one)
+"""
+TURN = """
+    zero = Constant <value = int64[1] {0}> ()
+    middle = Constant <value = int64[1] {3}> ()
+    end = Constant <value = int64[1] {9223372036854775807}> ()
+    last = Constant <value = int64[1] {3}> ()
+    first_half = Slice (x, zero, middle, last, one)
+    second_half = Slice (x, middle, end, last, one)
+    negative = Neg (SLICED)
+    swapped = Concat <axis: int = -1> (negative, OTHER)
+    straight = Mul (x, cosines)
+    crossed = Mul (swapped, sines)
+    y = Add (straight, crossed)
+"""
+WEIGHTS = {"frequencies": np.array([1.0, 0.3, 0.05], np.float32)}
+
+
+def left(batch: str, tokens: str = "1", second: str = "angle", sliced: str = "second_half") -> list[str]:
+    """The operators left of a rotation of x; its numbers stay, whatever the batch and the place."""
+    other = "first_half" if sliced == "second_half" else "second_half"
+    body = (ANGLES + TURN).replace("SECOND", second).replace("SLICED", sliced).replace("OTHER", other)
+    inputs = f"float[batch, 2, {tokens}, 6] x, float[{batch}, {tokens}, 1] places"
+    model = parse(f"g ({inputs}) => (float[batch, 2, {tokens}, 6] y) {{ {body} }}", WEIGHTS)
+    feeds = [
+        {"x": numbers(rows, 2, 1, 6), "places": 7.0 + np.arange(rows if batch == "batch" else 1, dtype=np.float32)}
+        for rows in (1, 3)
+    ]
+    for one in feeds:
+        one["places"] = one["places"].reshape(-1, 1, 1)
+    (found,) = rewritten(lambda models: fuse_rotary(models[0]), [model], feeds)
+    return found
+
+
+@pytest.mark.parametrize("batch", ["batch", "1"], ids=["places of each", "places of all"])
+def test_a_rotation(batch: str) -> None:
+    """Every sequence at a place of its own, or all at one: the same numbers from one node."""
+    found = left(batch)
+    assert found.count("RotaryEmbedding") == 1
+    assert not {"Neg", "Add"} & set(found)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"tokens": "new"}, {"second": "twice"}, {"sliced": "first_half"}],
+    ids=["several tokens", "halves of other angles", "turned the other way"],
+)
+def test_what_is_no_rotation_of_one_token(other: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left as it is."""
+    monkeypatch.setattr(f"{__name__}.ANGLES", ANGLES.replace("both =", "twice = Add (angle, angle)\n both =", 1))
+    found = left("batch", **other)
+    assert "RotaryEmbedding" not in found
+    assert {"Neg", "Add"} <= set(found)

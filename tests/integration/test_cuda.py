@@ -1,0 +1,258 @@
+"""The whole road on a GPU: what the CPU's tests show, native, and what generation leaves behind."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import T5ForConditionalGeneration
+
+from accel import testing
+from accel.errors import OutOfMemory, Refused
+from accel.models.generation import AcceleratedModel
+from accel.models.loading import load, open_model, verdict_of
+from accel.runtime.dlpack import by_cupy, by_dlpack
+from tests.conftest import Build
+from tests.families import FAMILIES
+from tests.integration.test_precision import WORDS, breaking  # noqa: F401  (a fixture)
+
+pytestmark = pytest.mark.gpu
+
+CUDA = ("runtime=cuda",)
+KINDS = ("bart", "whisper", "gpt2", "bloom", "llama", "mixtral")  # of inputs, caches, positions and layers
+SAME = dict.fromkeys(("greedy", "beams", "sampling", "padded"), 1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(build: Build, tiny: Path) -> Path:
+    """The tiny T5 in FP32, verified on the GPU."""
+    return build(tiny, "verify", (*CUDA, "precision=fp32"))[1]["verify"].folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[AcceleratedModel]:
+    with load(folder, runtime="cuda") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def eager(tiny: Path) -> T5ForConditionalGeneration:
+    return T5ForConditionalGeneration.from_pretrained(tiny).eval().cuda()
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 120, (3, 13), generator=torch.Generator().manual_seed(7))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    return {"input_ids": ids.cuda(), "attention_mask": mask.cuda()}
+
+
+def test_fp32_is_pytorchs(folder: Path) -> None:
+    """Every output and every decoding method, computed on the GPU in both."""
+    verdict = verdict_of(folder)
+    assert verdict is not None
+    assert (verdict["runtime"], verdict["arithmetic"], verdict["identical"]) == ("cuda", "native", SAME)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5},
+        {"do_sample": True, "top_k": 0},
+        {"do_sample": True, "num_beams": 3},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=["greedy", "beams", "sampling", "beam-sample", "prompt lookup"],
+)
+@pytest.mark.parametrize("by", [by_dlpack, by_cupy])
+def test_decoding_methods(
+    model: AcceleratedModel, eager: T5ForConditionalGeneration, options: dict[str, object], by: object
+) -> None:
+    """Through either bridge, PyTorch's tokens, many different ones."""
+    given = inputs()
+    if "prompt_lookup_num_tokens" in options:
+        given = {name: tensor[:1] for name, tensor in given.items()}
+    settings = {"max_new_tokens": 17, "no_repeat_ngram_size": 1, **options}
+    model.runtime._step.bridge = model.runtime.encoder.bridge = by
+    found = []
+    for one in (eager, model):
+        torch.manual_seed(5)
+        found.append(one.generate(**given, **settings))
+    assert len(set(found[0].flatten().tolist())) > 12
+    assert torch.equal(*found)
+
+
+def test_fp16_is_native(build: Build, tiny: Path) -> None:
+    """Audit, conversion and verification run on the GPU, in FP16 proper."""
+    verdict = verdict_of(build(tiny, "verify", (*CUDA, "precision=fp16"))[1]["verify"].folder)
+    assert verdict is not None
+    assert (verdict["precision"], verdict["arithmetic"]) == ("float16", "native")
+    assert min(verdict["identical"].values()) > 0.5
+
+
+@pytest.mark.parametrize("plan", ["minimised", "ranges"])
+def test_the_audited_mix_says_the_words_of_fp32(build: Build, breaking: Path, plan: str) -> None:  # noqa: F811
+    """The T5 that FP16 breaks, natively: 200 inputs, greedy and with beams."""
+    given = (*WORDS, *CUDA, "verify.inputs=200", f"precision.plan={plan}")
+    found = build(breaking, "verify", given)[1]["verify"].summary
+    assert found["arithmetic"] == "native"
+    assert found["identical"]["greedy"] == found["identical"]["beams"] == 1.0
+
+
+def test_blanket_fp16_is_refused(build: Build, breaking: Path) -> None:  # noqa: F811
+    with pytest.raises(Refused, match=r"verify refuses the candidate \(float16, native\)"):
+        build(breaking, "verify", (*WORDS, *CUDA, "precision.plan=blanket"))
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_latency_is_measured_beside_pytorchs(build: Build, precision: str) -> None:
+    """The embedded model in both formats of 16 bits, computed in them, with its words and figures."""
+    given = (*CUDA, f"precision={precision}", "model.references=heldout.tsv", "verify.unique_tokens=false")
+    found = build("accel://t5-g2p", "verify", (*given, "verify.latency=true"))[1]["verify"].summary
+    assert found["arithmetic"] == "native"
+    assert min(found["identical"][name] for name in ("greedy", "beams", "padded")) >= 0.75
+    assert found["speed"]["arithmetic"] == {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    assert all(figures["peak_memory"] > 0 for figures in found["speed"]["setups"].values())
+
+
+def test_no_hidden_traffic(build: Build, tiny: Path) -> None:
+    """No copy between host and device, and nothing on the CPU but the arithmetic of lengths."""
+    summary = build(tiny, "profile", (*CUDA, "precision=fp16"))[1]["profile"].summary
+    assert summary["copies"] == {"MemcpyToHost": 0, "MemcpyFromHost": 0}
+    for nodes in summary["off_device"].values():
+        assert {node["operator"] for node in nodes} <= {"Gather", "Concat", "Add", "Equal"}
+
+
+def test_a_length_that_is_copied_to_the_device(build: Build, tiny: Path) -> None:
+    """A graph that does copy a value at every step, as others' may, says the same words."""
+    plain = (*CUDA, "precision=fp32", "optimize.passes.shift_ranges=false", "convert.fuse_attention=[]")
+    _, artifacts = build(tiny, "[verify,profile]", plain)
+    assert artifacts["profile"].summary["copies"]["MemcpyFromHost"] > 0
+    verdict = verdict_of(artifacts["verify"].folder)
+    assert verdict is not None
+    assert verdict["identical"] == SAME
+
+
+def test_out_of_memory_leaves_the_model_usable(build: Build, tiny: Path, folder: Path) -> None:
+    """A generation that doesn't fit fails with one message, and the next one, which does, is what it was."""
+    config, _ = build(tiny, "verify", (*CUDA, "precision=fp32"))
+    config.runtime.provider_options["gpu_mem_limit"] = 64 << 20  # bytes
+    settings = {"max_new_tokens": 17, "no_repeat_ngram_size": 1}
+    with open_model(folder, config.runtime) as small:
+        before = small.generate(**inputs(), **settings)
+        wide = {name: tensor.repeat(2000, 1) for name, tensor in inputs().items()}
+        with pytest.raises(OutOfMemory, match="fewer beams"):
+            small.generate(**wide, **settings)
+        assert torch.equal(small.generate(**inputs(), **settings), before)
+
+
+def test_a_generation_leaves_no_caches_behind(model: AcceleratedModel) -> None:
+    """What a generation held on the device is free again for the next one: the second takes no more than the first."""
+    held = []
+    for _ in range(4):
+        model.generate(**inputs(), max_new_tokens=30, min_new_tokens=30, num_beams=4)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.mem_get_info()[0])
+    assert held[1:] == held[:1] * 3
+
+
+def test_the_callers_stream_is_left_alone(model: AcceleratedModel, eager: T5ForConditionalGeneration) -> None:
+    """`generate` decodes on a stream of its own, reads what the caller's still writes, and hands the result back."""
+    given = inputs()
+    expected = eager.generate(**given, max_new_tokens=9, no_repeat_ngram_size=1)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(given["input_ids"])
+        torch.cuda._sleep(50_000_000)
+        late.copy_(given["input_ids"])
+        found = model.generate(late, attention_mask=given["attention_mask"], max_new_tokens=9, no_repeat_ngram_size=1)
+        assert torch.cuda.current_stream() == stream
+        assert torch.equal(found, expected)
+
+
+@pytest.fixture(scope="module")
+def family(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> Iterator[testing.Subject]:
+    """The tiny model of one family, verified on the GPU in FP32 and, native, in FP16."""
+    folder = shared / "families" / request.param
+    folder.mkdir(parents=True, exist_ok=True)
+    with testing.prepare(FAMILIES[request.param], folder, artifacts=artifacts, runtime="cuda") as made:
+        yield made
+
+
+@pytest.mark.parametrize("check", testing.CHECKS, ids=testing.name)
+@pytest.mark.parametrize("family", KINDS, indirect=True, scope="module")
+def test_conformance_on_the_gpu(check: testing.Check, family: testing.Subject) -> None:
+    """One family for each kind of input, cache and position, by the checks that all pass on the CPU."""
+    check(family)
+
+
+@pytest.mark.parametrize("family", [kind for kind in KINDS if kind != "mixtral"], indirect=True, scope="module")
+def test_a_replayed_step_reads_nothing_of_the_hosts(family: testing.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ONNX Runtime copied from there while a step was recorded may be something else when it is replayed."""
+    assert family.static is not None
+    runtime: Any = family.static.runtime
+    monkeypatch.setattr(runtime, "batches", [2])
+    runtime.prepare()
+    slot = runtime._spare[-1][1]
+    assert slot.run_step.recorded
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        slot.run()
+        torch.cuda.synchronize()
+    names = [event.name for event in profiler.events()]
+    assert len(names) > 20, names
+    assert not [name for name in names if "HtoD" in name]
+
+
+@pytest.fixture(scope="module")
+def captured(build: Build, tiny: Path) -> Iterator[AcceleratedModel]:
+    """The tiny T5 with static caches and captured steps, verified as such."""
+    folder = build(tiny, "verify", ("runtime=cuda-graph", "precision=fp32"))[1]["verify"].folder
+    with load(folder, runtime="cuda-graph") as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5},
+        {"do_sample": True, "top_k": 0, "temperature": 1.3, "top_p": 0.9},
+        {"do_sample": True, "num_beams": 3},
+        {"prompt_lookup_num_tokens": 2},
+        {"min_new_tokens": 80, "max_new_tokens": 90},
+        {"repetition_penalty": 1.7},
+    ],
+    ids=["greedy", "beams", "sampling", "beam-sample", "prompt lookup", "buckets", "processor"],
+)
+def test_captured_steps_say_the_same(
+    captured: AcceleratedModel, eager: T5ForConditionalGeneration, options: dict[str, object]
+) -> None:
+    """Twice, for the second generation finds slots that the first has used; what is replayed was recorded."""
+    given = inputs()
+    if "prompt_lookup_num_tokens" in options:
+        given = {name: tensor[:1] for name, tensor in given.items()}
+    settings = {"max_new_tokens": 17, "no_repeat_ngram_size": 1, **options}
+    if "top_p" in options or "min_new_tokens" in options:
+        del settings["no_repeat_ngram_size"]  # so that the choice is recorded as well
+    found = []
+    for one in (eager, captured, captured):
+        torch.manual_seed(5)
+        found.append(one.generate(**given, **settings))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    runtime: Any = captured.runtime
+    assert all(slot.run_step.recorded for _, slot in runtime._spare)
+    assert any(slot.run_cross.recorded for _, slot in runtime._spare)
+    assert any(desk.run.recorded for desk in runtime._encode._desks.values())
+
+
+def test_too_little_room_for_a_bucket_is_foretold(captured: AcceleratedModel) -> None:
+    """Sizes and what to do, and the model goes on."""
+    captured.generate(**inputs(), max_new_tokens=5)
+    with pytest.raises(OutOfMemory, match=r"for 50000000 sequences of 64 tokens needs \d+ MB.*runtime.buckets"):
+        captured.runtime._slot(50_000_000, 64, {})
+    captured.generate(**inputs(), max_new_tokens=5)

@@ -1,0 +1,327 @@
+"""Every way of decoding that transformers has, over two runtimes that share nothing, against PyTorch's own tokens."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    T5ForConditionalGeneration,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutput
+
+from accel.adapters import registry
+from accel.cli.compose import compose
+from accel.models.generation import AcceleratedModel, model_over
+from accel.models.loading import load
+from tests.conftest import overrides_for
+from tests.random_t5 import random_t5
+from tests.runtime.fake import FakeRuntime
+
+UNIQUE = {"max_new_tokens": 20, "no_repeat_ngram_size": 1}  # random weights would say one token over and over
+
+
+@pytest.fixture(scope="module")
+def eager(tiny: Path) -> T5ForConditionalGeneration:
+    model: T5ForConditionalGeneration = T5ForConditionalGeneration.from_pretrained(tiny)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["onnx", "fake"])
+def model(request: pytest.FixtureRequest, tiny: Path, eager: T5ForConditionalGeneration) -> Iterator[AcceleratedModel]:
+    """The same generation over ONNX Runtime's growing cache, and over the fake's buffers and table."""
+    if request.param == "onnx":
+        with load(request.getfixturevalue("deployable"), runtime="cpu") as opened:
+            yield opened
+    else:
+        architecture = registry.build(compose(overrides_for(tiny, Path("unused"))).architecture)
+        yield model_over(
+            FakeRuntime(architecture, eager), eager.config, GenerationConfig.from_model_config(eager.config)
+        )
+
+
+def batch(rows: int = 1, length: int = 9, padded: bool = False) -> dict[str, Tensor]:
+    """Random ids and their mask, the later rows shorter."""
+    ids = torch.randint(3, 120, (rows, length), generator=torch.Generator().manual_seed(rows))
+    mask = torch.ones_like(ids)
+    for row in range(1, rows if padded else 0):
+        mask[row, length - 3 * row :] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def same(model: AcceleratedModel, eager: T5ForConditionalGeneration, distinct: int = 15, **options: Any) -> Tensor:
+    """The tokens of both, which must be equal and, in the first sequence, of many kinds."""
+    torch.manual_seed(0)
+    expected = eager.generate(**UNIQUE | options)
+    torch.manual_seed(0)
+    found = model.generate(**UNIQUE | options)
+    assert torch.equal(found, expected)
+    assert len(set(found[0].tolist())) >= distinct
+    return found
+
+
+BEAMS = {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.3}
+SAMPLE = {"do_sample": True, "top_k": 0, "temperature": 1.3}
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["single", "padded"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.4, "bad_words_ids": [[14], [55, 79]]},
+        BEAMS,
+        {"num_beams": 3, "early_stopping": True, "length_penalty": -1.0},
+        SAMPLE,
+        SAMPLE | {"num_return_sequences": 4, "top_p": 0.9},
+        SAMPLE | {"num_beams": 3, "num_return_sequences": 2},
+        {"use_cache": False},
+        BEAMS | {"use_cache": False},
+        {"min_new_tokens": 20},
+    ],
+    ids=[
+        "greedy",
+        "penalty",
+        "beams",
+        "early stopping",
+        "sampling",
+        "several samples",
+        "beam sample",
+        "no cache",
+        "beams, no cache",
+        "forced length",
+    ],
+)
+def test_tokens_are_pytorchs(
+    model: AcceleratedModel, eager: T5ForConditionalGeneration, rows: int, options: dict[str, Any]
+) -> None:
+    """Each decoding method, on one input and on a padded batch of three."""
+    found = same(model, eager, **batch(rows, padded=True), **options)
+    assert found.shape[0] == rows * options.get("num_return_sequences", 1)
+    if rows > 1:
+        assert len({tuple(sequence) for sequence in found.tolist()}) > 1
+
+
+def test_padding_changes_nothing(model: AcceleratedModel) -> None:
+    """A row of a padded batch gets the tokens it gets alone."""
+    together = batch(3, padded=True)
+    found = model.generate(**together, **UNIQUE)
+    for row in range(3):
+        length = int(together["attention_mask"][row].sum())
+        alone = model.generate(
+            input_ids=together["input_ids"][row : row + 1, :length],
+            attention_mask=together["attention_mask"][row : row + 1, :length],
+            **UNIQUE,
+        )[0]
+        assert torch.equal(found[row, : len(alone)], alone)
+
+
+def test_without_a_mask(model: AcceleratedModel, eager: T5ForConditionalGeneration) -> None:
+    """Ids alone are enough, as for PyTorch."""
+    same(model, eager, input_ids=batch(2)["input_ids"])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, SAMPLE], ids=["greedy", "beams", "sampling"])
+def test_scores(model: AcceleratedModel, eager: T5ForConditionalGeneration, options: dict[str, Any]) -> None:
+    """`output_scores` and `output_logits` give PyTorch's numbers, token by token."""
+    asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    results = []
+    for subject in (eager, model):
+        torch.manual_seed(0)
+        results.append(subject.generate(**batch(2), **UNIQUE, **asked, **options))
+    expected, found = results
+    assert torch.equal(found.sequences, expected.sequences)
+    assert len(found.scores) == len(expected.scores) > 10
+    for name in ("scores", "logits"):
+        for ours, theirs in zip(getattr(found, name), getattr(expected, name), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    if options.get("num_beams"):
+        torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found.beam_indices, expected.beam_indices)
+    assert float(found.logits[3].std()) > 0.01
+
+
+class OddOnly(LogitsProcessor):
+    """No even token, but for those that end a text."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        scores[:, 2::2] = -torch.inf
+        return scores
+
+
+class LongEnough(StoppingCriteria):
+    """Stops when the tokens' sum is large, which depends on what was said."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        return input_ids.sum(dim=1) > 500
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_logits_processor(model: AcceleratedModel, eager: T5ForConditionalGeneration, beams: int) -> None:
+    """A processor of the caller's own is obeyed."""
+    found = same(model, eager, num_beams=beams, logits_processor=LogitsProcessorList([OddOnly()]), **batch(2))
+    assert all(token % 2 or token == 0 for token in found.flatten().tolist())
+
+
+def test_stopping_criteria(model: AcceleratedModel, eager: T5ForConditionalGeneration) -> None:
+    """A stopping rule of the caller's own ends each sequence where it would for PyTorch."""
+    rule = StoppingCriteriaList([LongEnough()])
+    found = same(model, eager, distinct=5, stopping_criteria=rule, **batch(2))
+    assert found.shape[1] < model.generate(**batch(2), **UNIQUE).shape[1]
+
+
+class Collecting(BaseStreamer):
+    """Keeps every token as it comes, as a text streamer would print it."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.calls = 0
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.calls += 1
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_streamer(model: AcceleratedModel) -> None:
+    """Tokens arrive one by one, in order, and the end is announced."""
+    streamer = Collecting()
+    found = model.generate(**batch(), **UNIQUE, streamer=streamer)
+    assert streamer.tokens == found[0].tolist()
+    assert streamer.calls == len(streamer.tokens) > 10
+    assert streamer.ended
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_encoder_outputs_from_the_caller(
+    model: AcceleratedModel, eager: T5ForConditionalGeneration, monkeypatch: pytest.MonkeyPatch, beams: int
+) -> None:
+    """Hidden states computed elsewhere are taken as they are; the encoder does not run."""
+    given = batch(3, padded=True)
+    with torch.no_grad():
+        hidden = eager.get_encoder()(**given).last_hidden_state
+    monkeypatch.setattr(model.runtime, "encode", lambda feeds: pytest.fail("the encoder ran"))
+    options = {"attention_mask": given["attention_mask"], "num_beams": beams}
+    outputs = [
+        subject.generate(encoder_outputs=BaseModelOutput(last_hidden_state=hidden.clone()), **options, **UNIQUE)
+        for subject in (eager, model)
+    ]
+    assert torch.equal(*outputs)
+    assert len(set(outputs[0][0].tolist())) >= 15
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_decoder_prompt(model: AcceleratedModel, eager: T5ForConditionalGeneration, beams: int) -> None:
+    """A prompt of several decoder tokens goes through prefill at once and stays at the front."""
+    prompt = torch.tensor([[0, 17, 33, 5], [0, 8, 64, 101]])
+    found = same(model, eager, decoder_input_ids=prompt, num_beams=beams, **batch(2))
+    assert torch.equal(found[:, :4], prompt)
+
+
+def test_transformers_makes_caches_only_where_it_needs_them(
+    model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for what asks them nothing before the first call."""
+    real = GenerationMixin._prepare_cache_for_generation
+    made = []
+
+    def noted(self: Any, *given: Any) -> Any:
+        made.append(given[2].value)
+        return real(self, *given)
+
+    monkeypatch.setattr(GenerationMixin, "_prepare_cache_for_generation", noted)
+    for options in ({}, SAMPLE, {"num_beams": 3}, SAMPLE | {"num_beams": 2}, {"use_cache": False}):
+        model.generate(**batch(), max_new_tokens=3, **options)
+    assert not made
+    model.generate(**batch(), max_new_tokens=3, cache_implementation="dynamic")
+    model.generate(**batch(), max_new_tokens=3, prompt_lookup_num_tokens=2)
+    assert made == ["greedy_search", "assisted_generation"]
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLE], ids=["greedy", "sampling"])
+def test_assisted(model: AcceleratedModel, eager: T5ForConditionalGeneration, options: dict[str, Any]) -> None:
+    """A small PyTorch model drafts, several ids a step are checked, wrong ones are cropped from the cache."""
+    seen: list[tuple[int, int]] = []
+    real = model.runtime.step
+    drafter = random_t5(seed=0)  # the model itself, so that drafts are accepted, and then a little wrong
+    with torch.no_grad():
+        for parameter in drafter.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+
+    def step(feeds: Mapping[str, Tensor], state: Any) -> Tensor:
+        seen.append((feeds["input_ids"].shape[1], state.length))
+        return real(feeds, state)
+
+    model.runtime.step = step  # type: ignore[method-assign]
+    try:
+        same(model, eager, assistant_model=drafter, **batch(), **options)
+    finally:
+        model.runtime.step = real  # type: ignore[method-assign]
+    assert max(count for count, _ in seen) > 1, "no step checked several drafted ids"
+    if not options:
+        lengths = [length for _, length in seen]
+        assert any(after < before + count for (count, before), after in zip(seen, lengths[1:], strict=False)), (
+            "nothing was ever cropped"
+        )
+
+
+def test_prompt_lookup(model: AcceleratedModel, eager: T5ForConditionalGeneration) -> None:
+    """Drafting from the text so far, which needs no second model."""
+    same(model, eager, 1, prompt_lookup_num_tokens=3, no_repeat_ngram_size=0, repetition_penalty=1.2, **batch())
+
+
+@pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
+def test_what_a_graph_does_not_return_is_refused(model: AcceleratedModel, asked: str) -> None:
+    """Attentions and hidden states are not silently left out."""
+    with pytest.raises(ValueError, match="attentions"):
+        model.generate(**batch(), **UNIQUE, return_dict_in_generate=True, **{asked: True})
+
+
+def test_hidden_decoder_tokens_are_refused(model: AcceleratedModel) -> None:
+    """A mask over the decoder's own tokens is not silently left out; one that hides nothing is no matter."""
+    given = batch(2) | {"decoder_input_ids": torch.tensor([[0, 5], [0, 7]])}
+    with pytest.raises(ValueError, match="decoder_attention_mask"):
+        model(**given, decoder_attention_mask=torch.tensor([[0, 1], [1, 1]]))
+    shown = model(**given, decoder_attention_mask=torch.ones(2, 2, dtype=torch.int64)).logits
+    assert torch.equal(shown, model(**given).logits)
+
+
+def test_calls_without_input_say_what_is_missing(model: AcceleratedModel) -> None:
+    """Called by hand, a model says which input it lacks."""
+    with pytest.raises(ValueError, match="decoder_input_ids"):
+        model(input_ids=torch.tensor([[5]]))
+    with pytest.raises(ValueError, match="encoder_outputs"):
+        model(decoder_input_ids=torch.tensor([[0]]))
+
+
+def test_called_by_hand(model: AcceleratedModel, eager: T5ForConditionalGeneration) -> None:
+    """Logits of a forward pass, then of one with its cache, are PyTorch's."""
+    given = batch(2)
+    start, more = torch.tensor([[0], [0]]), torch.tensor([[9], [11]])
+    results = []
+    for subject in (eager, model):
+        with torch.no_grad():
+            first = subject(**given, decoder_input_ids=start, use_cache=True)
+            second = subject(
+                encoder_outputs=BaseModelOutput(last_hidden_state=first.encoder_last_hidden_state),
+                attention_mask=given["attention_mask"],
+                decoder_input_ids=more,
+                past_key_values=first.past_key_values,
+                use_cache=True,
+            )
+        results.append((first.logits, second.logits))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,301 @@
+"""Artefacts on disk: keys, manifests, damage, kills, and several processes at once."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accel.errors import AccelError
+from accel.pipeline.store import MANIFEST, Artifact, FileRecord, Manifest, Store, file_hash, make_key
+
+KEY = make_key(stage="toy", version=1)
+SPAWN = multiprocessing.get_context("spawn")
+
+NAMES = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=8)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | NAMES
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3))
+PARTS = st.dictionaries(NAMES, JSON, min_size=1, max_size=5)
+
+
+def build(store: Store, make: Callable[[Path], Mapping[str, Any]], stage: str = "toy", key: str = KEY) -> Artifact:
+    """An artefact made by `make`, without upstream, config or packages."""
+    return store.build(stage, key, make, upstream={}, config={}, packages={})
+
+
+def write(folder: Path) -> Mapping[str, Any]:
+    """A stage that leaves two files, one in a folder of its own."""
+    (folder / "weights.bin").write_bytes(bytes(range(256)))
+    (folder / "below").mkdir()
+    (folder / "below" / "notes.txt").write_text("made")
+    return {"files": 2}
+
+
+# keys
+
+
+@given(PARTS)
+def test_key_does_not_depend_on_order(parts: dict[str, Any]) -> None:
+    """The same parts in another order are the same key."""
+    assert make_key(**dict(reversed(parts.items()))) == make_key(**parts)
+
+
+@given(PARTS, st.data())
+def test_key_depends_on_every_part(parts: dict[str, Any], data: st.DataObject) -> None:
+    """Another value, one part less or one more is another key."""
+    key = make_key(**parts)
+    name = data.draw(st.sampled_from(sorted(parts)))
+    other = data.draw(JSON.filter(lambda value: repr(value) != repr(parts[name]) and value != parts[name]))
+    assert make_key(**{**parts, name: other}) != key
+    assert make_key(**{rest: value for rest, value in parts.items() if rest != name}) != key
+    assert make_key(**parts, **{name + "+": other}) != key
+
+
+@given(NAMES, NAMES)
+def test_key_tells_neighbours_apart(first: str, second: str) -> None:
+    """What moves from one part into the next changes the key: no simple concatenation."""
+    joined, apart = make_key(a=first + second, b=""), make_key(a=first, b=second)
+    assert joined != apart
+    assert make_key(a={"b": 1}) != make_key(a="b", b=1)
+    assert len(joined) == 64
+
+
+# manifests
+
+
+RECORDS = st.builds(FileRecord, size=st.integers(0), sha256=st.text("0123456789abcdef", min_size=64, max_size=64))
+NUMBERS = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
+
+
+@given(
+    st.builds(
+        Manifest,
+        stage=NAMES,
+        key=NAMES,
+        upstream=st.dictionaries(NAMES, NAMES, max_size=3),
+        config=PARTS,
+        packages=st.dictionaries(NAMES, NAMES, max_size=3),
+        seconds=NUMBERS,
+        peak_memory=st.integers(0),
+        added_memory=st.integers(0),
+        summary=PARTS,
+        files=st.dictionaries(NAMES, RECORDS, max_size=3),
+    )
+)
+def test_manifest_survives_the_disk(manifest: Manifest) -> None:
+    """What `dump` writes, `parse` reads back, equal in every field."""
+    assert Manifest.parse(manifest.dump()) == manifest
+    assert Manifest.parse(Manifest.parse(manifest.dump()).dump()).dump() == manifest.dump()
+
+
+@given(st.text(max_size=40) | JSON.map(str))
+def test_no_manifest_is_an_error_find_knows(text: str) -> None:
+    """Text that is no manifest raises one of the errors that `Store.find` takes for damage."""
+    with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
+        Manifest.parse(text)
+
+
+# on disk
+
+
+def test_build_then_find(tmp_path: Path) -> None:
+    """What was built is found, with its summary, the size and hash of each file, and the cost of making it."""
+    store = Store(tmp_path, "model")
+    assert store.find("toy", KEY) is None
+    made = build(store, write)
+    assert made.folder == tmp_path / "model" / f"toy-{KEY[:12]}"
+    found = store.find("toy", KEY)
+    assert found == made
+    assert found.summary == {"files": 2}
+    assert set(found.manifest.files) == {"weights.bin", "below/notes.txt"}
+    assert found.manifest.files["weights.bin"] == FileRecord(256, file_hash(found.folder / "weights.bin"))
+    assert found.manifest.seconds >= 0
+    assert found.manifest.peak_memory > 1_000_000
+
+
+def never(folder: Path) -> Mapping[str, Any]:
+    raise AssertionError("made again")
+
+
+def flip(path: Path) -> None:
+    """Another byte, the same size."""
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "named"),
+    [
+        (lambda folder: flip(folder / "weights.bin"), "weights.bin"),
+        (lambda folder: (folder / "weights.bin").write_bytes(b"short"), "weights.bin"),
+        (lambda folder: (folder / "below" / "notes.txt").unlink(), "notes.txt"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), ""),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), ""),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), ""),
+        (lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace(KEY, "0" * 64)), "key"),
+    ],
+    ids=["flipped bit", "cut", "missing", "half a manifest", "no manifest's form", "not UTF-8", "another key"],
+)
+def test_damage_is_named_and_rebuilt(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], Any], named: str
+) -> None:
+    """A damaged artefact is never used: a warning names the file, and the next build makes it anew."""
+    store = Store(tmp_path, "model")
+    folder = build(store, write).folder
+    harm(folder)
+    assert store.find("toy", KEY) is None
+    warning = capsys.readouterr().err
+    assert "damaged" in warning
+    assert named in warning
+    assert build(store, write).folder == folder
+    assert (folder / "weights.bin").read_bytes() == bytes(range(256))
+    assert build(store, never).key == KEY
+
+
+def test_folder_without_manifest_does_not_exist(tmp_path: Path) -> None:
+    """It is neither found nor kept: what lay in it is not part of what is built."""
+    store = Store(tmp_path, "model")
+    folder = store.path("toy", KEY)
+    folder.mkdir(parents=True)
+    (folder / "leftover").write_text("from a kill")
+    assert store.find("toy", KEY) is None
+    made = build(store, write)
+    assert not (made.folder / "leftover").exists()
+    assert set(made.manifest.files) == {"weights.bin", "below/notes.txt"}
+
+
+def test_failed_stage_leaves_nothing(tmp_path: Path) -> None:
+    """A stage that raises leaves neither an artefact nor its temporary folder."""
+    store = Store(tmp_path, "model")
+
+    def fail(folder: Path) -> Mapping[str, Any]:
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(store, fail)
+    assert [path for path in (tmp_path / "model").iterdir() if path.suffix != ".lock"] == []
+    assert build(store, write).key == KEY
+
+
+def test_stale_temporaries_are_removed(tmp_path: Path) -> None:
+    """What a killed run left beside the artefact goes with the next build of it; that of other artefacts stays."""
+    store = Store(tmp_path, "model")
+    stale = store.path("toy", KEY).with_name(f"toy-{KEY[:12]}.tmp99999")
+    other = store.path("toy", KEY).with_name("toy-000000000000.tmp99999")
+    for folder in (stale, other):
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("x")
+    build(store, write)
+    assert not stale.exists()
+    assert other.exists()
+
+
+def test_unwritable_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
+    """A folder that can't be made or written is one message, not a traceback from the depths."""
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(AccelError, match=r"can't write.*file"):
+        build(Store(tmp_path / "file", "model"), write)
+
+
+@pytest.mark.parametrize("error", [28, 30], ids=["full", "read-only"])
+def test_full_disk_in_mid_stage(tmp_path: Path, error: int) -> None:
+    """A disk that fills up, or turns read-only, while a stage writes is a message that names the folder."""
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        raise OSError(error, os.strerror(error), str(folder / "weights.bin"))
+
+    with pytest.raises((AccelError, OSError)) as caught:
+        build(Store(tmp_path, "model"), fill)
+    assert str(tmp_path) in str(caught.value)
+    assert os.strerror(error) in str(caught.value)
+
+
+# several processes
+
+
+def slow(folder: Path) -> Mapping[str, Any]:
+    """Long enough that the others meet it at work; a second maker at the same time would be seen in the log."""
+    log = folder.parents[1] / "log"
+    with open(log, "a") as file:
+        file.write(f"start {os.getpid()}\n")
+    time.sleep(0.5)
+    (folder / "weights.bin").write_bytes(os.urandom(100_000))
+    with open(log, "a") as file:
+        file.write(f"end {os.getpid()}\n")
+    return {}
+
+
+def make_slow(root: str, key: str) -> None:
+    artifact = build(Store(Path(root), "model"), slow, key=key)
+    artifact.check()
+
+
+def hang(folder: Path) -> Mapping[str, Any]:
+    (folder / "half").write_text("x")
+    (folder.parents[1] / "started").write_text("")
+    time.sleep(60)
+    return {}
+
+
+def make_hanging(root: str) -> None:
+    build(Store(Path(root), "model"), hang)
+
+
+def test_two_processes_build_once(tmp_path: Path) -> None:
+    """Three processes that want the same artefact take turns: one makes it, the others find it whole."""
+    processes = [SPAWN.Process(target=make_slow, args=(str(tmp_path), KEY)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [line.split()[0] for line in (tmp_path / "log").read_text().splitlines()] == ["start", "end"]
+    found = Store(tmp_path, "model").find("toy", KEY)
+    assert found is not None
+    assert not list((tmp_path / "model").glob("*.tmp*"))
+
+
+def test_kill_releases_the_lock(tmp_path: Path) -> None:
+    """After `kill -9` in mid-stage the next run takes over at once, and nothing of the dead one is left."""
+    process = SPAWN.Process(target=make_hanging, args=(str(tmp_path),))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    assert list((tmp_path / "model").glob("*.tmp*"))
+    store = Store(tmp_path, "model")
+    assert store.find("toy", KEY) is None
+    started = time.monotonic()
+    artifact = build(store, write)
+    assert time.monotonic() - started < 5
+    artifact.check()
+    assert not list((tmp_path / "model").glob("*.tmp*"))
+
+
+def test_damage_repaired_meanwhile_is_not_removed(tmp_path: Path) -> None:
+    """Another run rebuilds a damaged artefact while this one waits for its lock: the new one must stay."""
+    folder = build(Store(tmp_path, "model"), write).folder
+    flip(folder / "weights.bin")
+
+    class Racing(Store):
+        @contextmanager
+        def _locked(self, folder: Path) -> Iterator[None]:
+            with super()._locked(folder):
+                (folder / "weights.bin").write_bytes(bytes(range(256)))
+                yield
+
+    Racing(tmp_path, "model").find("toy", KEY)
+    assert (folder / MANIFEST).exists()

@@ -1,0 +1,140 @@
+"""Works from an editable install and from a built wheel, in another directory, in fresh virtual environments."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+
+
+def run(*command: object, folder: Path = ROOT) -> str:
+    """The command's output; its error output is shown when it fails."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def fresh(folder: Path) -> Path:
+    """A virtual environment that sees this one's packages through a .pth file, but not an installed accel."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    borrowed = folder / "borrowed"
+    borrowed.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "accel" not in entry.name.lower().split("-")[0] and entry.suffix != ".pth":
+            (borrowed / entry.name).symlink_to(entry)
+    (site / "borrowed.pth").write_text(f"{borrowed}\n")
+    return folder / "bin" / "python"
+
+
+def install(python: Path, *what: object) -> None:
+    """Without dependencies and without a build environment, so without any download."""
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", *what)
+
+
+def source(folder: Path) -> Path:
+    """A copy of the files that git tracks or would track, so that a build leaves nothing in the checkout."""
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard")
+    for line in listed.splitlines():
+        if (ROOT / line).is_file():
+            target = folder / line
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / line).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return source(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that `python -m build` makes."""
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, folder=checkout)
+    (made,) = out.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def python(
+    request: pytest.FixtureRequest, checkout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """An environment with accel in it, and the folder that accel must come from."""
+    folder = tmp_path_factory.mktemp(request.param)
+    executable = fresh(folder / "venv")
+    if request.param == "wheel":
+        install(executable, request.getfixturevalue("wheel"))
+        return executable, folder
+    install(executable, "-e", checkout)
+    return executable, checkout
+
+
+def test_wheel_holds_what_the_checkout_holds(wheel: Path) -> None:
+    """Configuration, adapters, the embedded model's files and the marker for type checkers; no tests, no scripts."""
+    held = set(zipfile.ZipFile(wheel).namelist())
+    tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "accel", "conf", "architectures")
+    places = {"accel/": "accel/", "conf/": "accel/conf/", "architectures/": "accel/architectures/"}
+    for line in tracked.splitlines():
+        start = next(start for start in places if line.startswith(start))
+        assert places[start] + line.removeprefix(start) in held, line
+    assert {"accel/conf/config.yaml", "accel/architectures/seq2seq.py", "accel/py.typed"} <= held
+    assert not [entry for entry in held if entry.startswith(("tests", "scripts", "conf/", "architectures/"))]
+
+
+def test_wheel_says_what_it_needs(wheel: Path) -> None:
+    """Name, licence, extras and the console script stand in the metadata."""
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = [entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA")]
+    text = archive.read(metadata).decode()
+    for line in ("Name: accel", "License-Expression: Apache-2.0", "Requires-Python: >=3.11"):
+        assert line in text
+    for extra in ("cpu", "cuda13", "cuda12", "cuda11", "test"):
+        assert f"Provides-Extra: {extra}" in text
+    (scripts,) = [entry for entry in archive.namelist() if entry.endswith("entry_points.txt")]
+    assert "accel = accel.__main__:main" in archive.read(scripts).decode()
+
+
+def test_help_and_configuration(python: tuple[Path, Path], tmp_path: Path) -> None:
+    """`--help` and `--cfg job` by module and by console script, in a folder that isn't the checkout."""
+    executable, _ = python
+    shown = run(executable, "-m", "accel", "--help", folder=tmp_path)
+    assert "t5-large" in shown
+    assert run(executable.parent / "accel", "--help", folder=tmp_path) == shown
+    assert "flag: enable_cache" in run(executable, "-m", "accel", "--cfg", "job", folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_comes_from_the_installation(python: tuple[Path, Path], tiny: Path, tmp_path: Path) -> None:
+    """Package, configuration and adapters are those installed, and with them a configuration settles."""
+    executable, home = python
+    code = (
+        "import accel, accel.conf, accel.architectures.seq2seq as adapter\n"
+        "from accel import registry\nfrom accel.cli.compose import compose\n"
+        f"config = compose(['model=auto', 'model.checkpoint={tiny}', 'runtime=cpu'])\n"
+        "built = registry.build(config.architecture)\n"
+        "assert type(built) is adapter.Seq2Seq and config.precision.name == 'fp32'\n"
+        "print(accel.__file__, accel.conf.__path__[0], adapter.__file__, sep='\\n')"
+    )
+    lines = run(executable, "-c", code, folder=tmp_path).splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert Path(line).resolve().is_relative_to(home.resolve())
+
+
+def test_bad_input_ends_with_two(python: tuple[Path, Path], tmp_path: Path) -> None:
+    """Installed as in the checkout: an unknown model is refused with the choices, and nothing is written."""
+    executable, _ = python
+    done = subprocess.run([executable, "-m", "accel", "model=nothing"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "t5-large" in done.stderr
+    assert list(tmp_path.iterdir()) == []

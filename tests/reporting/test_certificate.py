@@ -1,0 +1,169 @@
+"""The certificate says what verify found, needs no other file, and can be read on a phone."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from accel.models.loading import verdict_of
+from accel.pipeline.store import Artifact
+from accel.reporting.certificate import page
+from tests.conftest import Build
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+OFFLINE = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
+PHONE = 390  # CSS pixels across
+
+
+@pytest.fixture(scope="module", params=["fp16", "fp32"])
+def made(request: pytest.FixtureRequest, build: Build) -> dict[str, Artifact]:
+    """The embedded model, so that there are texts and metrics."""
+    given = [f"precision={request.param}", "model.references=heldout.tsv", "verify.references=50"]
+    given += ["verify.unique_tokens=false", f"verify.latency={request.param == 'fp32'}"]
+    if request.param == "fp16":
+        given.append("optimize.passes.tabulate=false")  # else nothing of it must stay in FP32, and no reason is shown
+    return build("accel://t5-g2p", "[convert,verify]", given)[1]
+
+
+def test_it_holds_what_was_found(made: dict[str, Artifact]) -> None:
+    """The verdict, on what and with what; latency where it was measured; in FP16 each node in FP32 with its reason."""
+    folder = made["verify"].folder
+    certificate = json.loads((folder / "certificate.json").read_text())
+    assert certificate["verdict"] == verdict_of(folder)
+    assert certificate["compared"] | {"inputs": 8, "kind": "texts", "num_beams": 4} == certificate["compared"]
+    assert certificate["packages"]["torch"].startswith("2.")
+    assert len(certificate["verdict"]["drift"]["p99"]) > 5
+    for mean, p99, worst in zip(
+        *(certificate["verdict"]["drift"][key] for key in ("mean", "p99", "worst")), strict=True
+    ):
+        assert 0 < mean < p99 < worst
+    if certificate["verdict"]["precision"] == "float32":
+        speed = certificate["speed"]
+        assert speed["setups"].keys() == {"torch+cache", "onnx+cache"}
+        assert speed["ratio"] == pytest.approx(
+            speed["setups"]["torch+cache"]["seconds"]["median"] / speed["setups"]["onnx+cache"]["seconds"]["median"]
+        )
+        assert min(figures["peak_memory"] for figures in speed["setups"].values()) > 10**6
+        assert "kept" not in certificate
+    else:
+        assert certificate["speed"] is None
+        assert certificate["mix"] == made["convert"].summary
+        assert {node["role"] for node in certificate["kept"]} == {"encoder", "prefill", "step"}
+        assert certificate["ranges"]["step"]["logits"][0] > 1
+    assert str(Path.home()) not in json.dumps(certificate)
+    assert str(folder) not in json.dumps(certificate)
+
+
+class Tags(HTMLParser):
+    """Which tags a page has, what they point at, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += f" {data}"
+
+
+def test_the_page_needs_no_other_file(made: dict[str, Artifact]) -> None:
+    """No script, no style sheet, no image from elsewhere; the figures of the certificate are in its text."""
+    html = (made["verify"].folder / "certificate.html").read_text(encoding="utf-8")
+    found = Tags()
+    found.feed(html)
+    assert not found.tags & {"script", "link", "img", "iframe"}
+    assert all(link.startswith("#") for link in found.links)
+    assert not re.search(r"url\((?!#)", html)
+    verdict = verdict_of(made["verify"].folder)
+    assert verdict is not None
+    words = " ".join(found.text.split())
+    assert f"exact match {verdict['metrics']['pytorch']['exact_match']:.2f}%" in words
+    for name in verdict["identical"]:
+        assert name in words
+    assert found.tags >= {"svg", "table"}
+    assert ("largest float16" in words) == (verdict["precision"] == "float16")
+
+
+def test_what_a_model_says_is_text(made: dict[str, Artifact]) -> None:
+    """Signs that mean something in HTML are written out, whatever an input or an output holds."""
+    certificate = json.loads((made["verify"].folder / "certificate.json").read_text())
+    certificate["verdict"]["differing"] = [
+        {"case": "greedy", "input": "<script>alert(1)</script>", "position": 3, "pytorch": "a & b", "ours": "<b>"}
+    ]
+    html = page.render(certificate)
+    assert "<script>" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "a &amp; b" in html
+
+
+def test_nothing_stays_in_fp32(made: dict[str, Artifact]) -> None:
+    """Then that is said, in place of a table without rows."""
+    certificate = json.loads((made["verify"].folder / "certificate.json").read_text())
+    said = "No node must stay in FP32."
+    assert said not in page.render(certificate)
+    assert (said in page.render(certificate | {"kept": []})) == ("mix" in certificate)
+
+
+def test_shares_are_not_rounded_to_all() -> None:
+    """100% is said of all, and of nothing less."""
+    assert page.share(1.0) == "100%"
+    assert page.share(0.99999) == "99.99%"
+    assert page.share(0.5) == "50.00%"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_it_can_be_read_on_a_phone_and_in_print(made: dict[str, Artifact], tmp_path: Path) -> None:
+    """Drawn by a browser: nothing wider than the screen, plots as wide as the text, pages of PDF, ink on paper."""
+    shutil.copy(made["verify"].folder / "certificate.html", tmp_path / "page.html")
+    (tmp_path / "phone.html").write_text(
+        f"""<body style="margin:0">
+        <iframe id="f" src="page.html" width="{PHONE}" height="1500" style="border:0"></iframe>
+        <script>f.onload = () => {{
+            const page = f.contentDocument, all = (which) => [...page.querySelectorAll(which)];
+            const plots = all("figure svg").map((each) => each.getBoundingClientRect().width);
+            const letters = all("p, td").map((each) => parseFloat(getComputedStyle(each).fontSize));
+            document.title = JSON.stringify(
+                [page.documentElement.scrollWidth, Math.min(...plots), Math.min(...letters)]);
+        }};</script></body>"""
+    )
+    dumped = _chromium(tmp_path, "--dump-dom", "phone.html")
+    wide, plot, letters = json.loads(re.search(r"<title>(.*?)</title>", dumped)[1])  # type: ignore[index]
+    assert wide <= PHONE
+    assert plot > 0.8 * PHONE
+    assert letters >= 12
+    _chromium(tmp_path, "--screenshot=phone.png", "phone.html")
+    pixels = imread(tmp_path / "phone.png")[..., :3]
+    assert pixels.shape[1] >= PHONE
+    drawn = pixels[:, :PHONE]
+    assert 0.02 < (drawn.min(axis=2) < 0.5).mean() < 0.5  # letters and lines on white
+    assert np.median(drawn) == 1
+    _chromium(tmp_path, "--print-to-pdf=page.pdf", "page.html")
+    pages = len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "page.pdf").read_bytes()))
+    assert 1 <= pages <= 12
+
+
+def _chromium(folder: Path, action: str, name: str) -> str:
+    done = subprocess.run(
+        [
+            *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", *OFFLINE),
+            *("--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", "--window-size=800,1500"),
+            *("--virtual-time-budget=5000", action, (folder / name).as_uri()),
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout

@@ -1,0 +1,79 @@
+"""An encoder whose inputs lie where they lay before says what it says about inputs of their own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from accel.runtime.encoder_graphs import KEPT, CapturedEncoder
+from accel.runtime.io_binding import BoundSession
+from accel.runtime.layout import ENCODER
+from accel.runtime.session import SessionSettings, open_session
+
+
+@pytest.fixture(scope="module")
+def session(deployable: Path) -> BoundSession:
+    return BoundSession(open_session(deployable / ENCODER, SessionSettings()), torch.device("cpu"))
+
+
+def inputs(rows: int, length: int) -> dict[str, Tensor]:
+    """The last row is padded, if there are several."""
+    ids = torch.randint(3, 120, (rows, length), generator=torch.Generator().manual_seed(rows * length))
+    mask = torch.ones_like(ids)
+    mask[-1, length - (rows > 1) * length // 3 :] = 0
+    return {"input_ids": ids, "attention_mask": mask, "unknown": ids}
+
+
+def test_the_same_at_any_length(session: BoundSession) -> None:
+    """Rounded up or not, one after the other in the same place, which still holds the longer one before."""
+    encoder = CapturedEncoder(session)
+    for length in (16, 15, 3, 17, 16, 32, 1):
+        for rows in (1, 3):
+            given = inputs(rows, length)
+            (expected,) = session(given, ["last_hidden_state"])
+            found = encoder(given)["last_hidden_state"]
+            assert found.shape == expected.shape
+            kept = given["attention_mask"].bool()
+            torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-5)
+    assert len(encoder._desks) == 4  # 16 and 32, of one row and of three
+
+
+def test_what_it_returned_stays(session: BoundSession) -> None:
+    encoder = CapturedEncoder(session)
+    first = encoder(inputs(1, 5))["last_hidden_state"]
+    kept = first.clone()
+    encoder(inputs(1, 7))
+    assert torch.equal(first, kept)
+
+
+def test_few_shapes_are_kept(session: BoundSession) -> None:
+    """Those used last."""
+    encoder = CapturedEncoder(session)
+    for rows in (1, 2, 3, 4, 1, 5, 6):
+        encoder(inputs(rows, 4))
+    assert [kind[0][1] for kind in encoder._desks] == [(4, 16), (1, 16), (5, 16), (6, 16)]
+    assert len(encoder._desks) == KEPT
+
+
+def test_large_outputs_are_not_kept(session: BoundSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come from an ordinary call, as long as they are."""
+    size = 2 * 16 * session.outputs["last_hidden_state"].shape[2] * 4
+    given = inputs(2, 11)
+    (expected,) = session(given, ["last_hidden_state"])
+    for largest, kept in ((size - 1, 0), (size, 1)):
+        monkeypatch.setattr("accel.runtime.encoder_graphs.LARGEST", largest)
+        encoder = CapturedEncoder(session)
+        torch.testing.assert_close(encoder(given)["last_hidden_state"][0], expected[0], rtol=1e-4, atol=1e-5)
+        assert len(encoder._desks) == kept
+
+
+def test_only_where_it_is_recorded(session: BoundSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where no output has a length of its own."""
+    assert not CapturedEncoder.fits(session)
+    monkeypatch.setattr(session.session, "recordable", True)
+    assert CapturedEncoder.fits(session)
+    monkeypatch.setattr(session, "inputs", {"input_ids": session.inputs["input_ids"]})
+    assert CapturedEncoder.fits(session)
+    monkeypatch.setattr(session, "inputs", {})
+    assert not CapturedEncoder.fits(session)

@@ -1,0 +1,182 @@
+"""Calls of a session on tensors: no copies, no overwritten outputs, any tensor as a feed."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from accel.runtime.dlpack import Bridge, by_cupy, by_dlpack
+from accel.runtime.io_binding import BoundSession
+from accel.runtime.providers import CPU, CUDA
+from accel.runtime.session import SessionSettings, open_session
+from tests.graph.text import parse
+
+TEXT = """g (float[n, m] x, int64[k] ids, bool negate) => (float[n, m] y, float[k, m] rows, bool[n, m] positive)
+{
+    doubled = Add(x, x)
+    y = If (negate) <
+        then_branch = t () => (float[n, m] z) { z = Neg(doubled) },
+        else_branch = e () => (float[n, m] z) { z = Identity(doubled) }
+    >
+    rows = Gather(x, ids)
+    zero = Constant <value = float {0.0}> ()
+    positive = Greater(x, zero)
+}"""
+ON, OFF = torch.tensor(True), torch.tensor(False)
+
+
+def open_bound(folder: Path, device: str, by: Bridge) -> BoundSession:
+    """A fresh session over the text."""
+    path = folder / "text.onnx"
+    path.write_bytes(ir.to_proto(parse(TEXT)).SerializeToString())
+    settings = SessionSettings(CUDA if device == "cuda" else CPU)
+    return BoundSession(open_session(path, settings), torch.device(device), by)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("cpu", by_dlpack), id="cpu-dlpack"),
+        pytest.param(("cuda", by_dlpack), id="cuda-dlpack", marks=pytest.mark.gpu),
+        pytest.param(("cuda", by_cupy), id="cuda-cupy", marks=pytest.mark.gpu),
+    ],
+)
+def bound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BoundSession:
+    """Every device and every bridge, which all mean the same."""
+    return open_bound(tmp_path_factory.mktemp("text"), *request.param)
+
+
+class Recording:
+    """Stands in for a session and remembers where the outputs of its last run lie."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self.session = session
+        self.pointers: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+    def run_with_iobinding(self, binding: Any, *more: Any) -> None:
+        self.session.run_with_iobinding(binding, *more)
+        self.pointers = [value.data_ptr() for value in binding.get_outputs()]
+
+    def run_with_ortvaluevector(self, *given: Any) -> None:
+        self.session.run_with_ortvaluevector(*given)
+        outputs = given[4]
+        self.pointers = [value.data_ptr() for value in outputs]
+
+
+def numbers(bound: BoundSession, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(bound.device)
+
+
+def feeds(x: torch.Tensor, negate: torch.Tensor = OFF) -> dict[str, torch.Tensor]:
+    return {"x": x, "ids": torch.tensor([1, 0]), "negate": negate}
+
+
+def test_outputs_are_onnx_runtimes_own_memory(bound: BoundSession) -> None:
+    """Each tensor starts where ONNX Runtime put the output: nothing was copied."""
+    recording = Recording(bound.session)
+    subject = BoundSession(recording, bound.device, bound.bridge)  # type: ignore[arg-type]
+    outputs = subject(feeds(numbers(bound, 3, 5)), ["y", "rows"])
+    assert [output.data_ptr() for output in outputs] == recording.pointers
+    assert len(set(recording.pointers)) == 2
+
+
+def test_numbers_order_and_types(bound: BoundSession) -> None:
+    """Outputs come in the order asked for, whichever that is, with the graph's shapes and types."""
+    x = numbers(bound, 3, 5)
+    rows, y = bound(feeds(x), ["rows", "y"])
+    assert torch.equal(y, 2 * x)
+    assert torch.equal(rows, x[[1, 0]])
+    (y,) = bound(feeds(x, ON), ["y"])
+    assert torch.equal(y, -2 * x)
+    assert bound.dtype("x") == bound.dtype("y") == torch.float32
+    assert bound.dtype("ids") == torch.int64
+    assert bound.dtype("negate") == torch.bool
+
+
+def test_last_outputs_are_not_overwritten(bound: BoundSession) -> None:
+    """Tensors of earlier runs keep their numbers and have memory of their own."""
+    inputs = [numbers(bound, 3, 5) + number for number in range(20)]
+    outputs = [bound(feeds(x), ["y", "rows"]) for x in inputs]
+    for x, (y, rows) in zip(inputs, outputs, strict=True):
+        assert torch.equal(y, 2 * x)
+        assert torch.equal(rows, x[[1, 0]])
+    assert len({tensor.data_ptr() for pair in outputs for tensor in pair}) == 40
+
+
+def test_outputs_outlive_the_session(bound: BoundSession, tmp_path: Path) -> None:
+    """The memory belongs to the tensor: it stays when session and binding are gone."""
+    subject = open_bound(tmp_path, bound.device.type, bound.bridge)
+    x = numbers(bound, 300, 500)
+    y, rows = subject(feeds(x), ["y", "rows"])
+    del subject
+    gc.collect()
+    churn = [torch.full((300, 500), float(number), device=bound.device) for number in range(20)]
+    assert torch.equal(y, 2 * x)
+    assert torch.equal(rows, x[[1, 0]])
+    assert len(churn) == 20
+
+
+def test_output_fed_back(bound: BoundSession) -> None:
+    """An output is the next run's input, as a cache is, many times over."""
+    x = numbers(bound, 3, 5)
+    y = x
+    for _ in range(10):
+        (y,) = bound(feeds(y), ["y"])
+    assert torch.equal(y, 1024 * x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.T.contiguous().T,
+        lambda x: torch.stack([x, x], dim=2)[:, :, 1],
+        lambda x: x.expand(2, *x.shape)[1],
+        lambda x: x.double(),
+        lambda x: torch.cat([x, x])[3:],
+        lambda x: x.clone().requires_grad_(),
+    ],
+    ids=["transposed", "strided", "expanded", "double", "offset", "with gradient"],
+)
+def test_any_tensor_is_a_feed(bound: BoundSession, change: Any) -> None:
+    """Order in memory, type and offset of a feed make no difference."""
+    x = numbers(bound, 3, 5)
+    y, rows = bound(feeds(change(x)), ["y", "rows"])
+    assert torch.equal(y, 2 * x)
+    assert torch.equal(rows, x[[1, 0]])
+
+
+def test_narrow_ids_and_numbers_for_flags(bound: BoundSession) -> None:
+    """int32 ids are widened; a flag may be any number; what the graph doesn't take is left out."""
+    x = numbers(bound, 3, 5)
+    given = {"x": x, "ids": torch.tensor([2], dtype=torch.int32), "negate": torch.tensor(1), "unknown": x}
+    y, rows = bound(given, ["y", "rows"])
+    assert torch.equal(y, -2 * x)
+    assert torch.equal(rows, x[[2]])
+
+
+def test_missing_feed_is_named(bound: BoundSession) -> None:
+    """Without one of its inputs a session is not run on garbage."""
+    with pytest.raises(KeyError, match="ids"):
+        bound({"x": numbers(bound, 3, 5), "negate": OFF}, ["y"])
+
+
+def test_empty_inputs_and_outputs(bound: BoundSession) -> None:
+    """Length 0 goes in and comes out, as caches without past do."""
+    given = {"x": numbers(bound, 3, 0), "ids": torch.zeros(0, dtype=torch.int64), "negate": OFF}
+    y, rows = bound(given, ["y", "rows"])
+    assert y.shape == (3, 0)
+    assert rows.shape == (0, 0)
+
+
+def test_boolean_output(bound: BoundSession) -> None:
+    """DLPack knows no bool in ONNX Runtime's hands; the tensor must come out all the same."""
+    x = numbers(bound, 3, 5)
+    (positive,) = bound(feeds(x), ["positive"])
+    assert torch.equal(positive.bool(), x > 0)
