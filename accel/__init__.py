@@ -1,17 +1,19 @@
-"""Faster token-by-token generation for Hugging Face models, with the same words coming out."""
+"""Faster token-by-token generation for Hugging Face models, with token-identical output."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from accel.api import build, load, register
+    from accel.adapters.registry import register as register
+    from accel.api import build as build
+    from accel.models.loading import load as load
 
+# Imported on first use: `python -m accel --help` must not wait for torch, nor `load` for what only building needs.
+_HOMES = {"build": "accel.api", "load": "accel.models.loading", "register": "accel.adapters.registry"}
 __all__ = ["build", "load", "register"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public functions, imported on first use: `python -m accel --help` must not wait for torch."""
-    if name in __all__:
-        from accel import api
-
-        return getattr(api, name)
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'accel' has no attribute {name!r}")

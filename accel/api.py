@@ -1,14 +1,10 @@
-"""The Python interface: `accel.build`, `accel.load`, `accel.register`."""
+"""`accel.build`: from a checkpoint to a deployable, in Python."""
 
 from collections.abc import Sequence
 
-from accel.adapters.registry import register
 from accel.cli.compose import compose, execute
 from accel.errors import AccelError
-from accel.models.loading import load
 from accel.pipeline.store import Artifact
-
-__all__ = ["build", "load", "register"]
 
 UP_TO_VERIFY = "stage=[export,optimize,convert,merge,verify]"  # and what these take
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from accel.stages.checkpoint import BUILT_IN
+from accel.models.checkpoints import BUILT_IN
 
 EMBEDDED = BUILT_IN / "t5-g2p"
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "heldout.tsv")

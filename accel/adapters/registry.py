@@ -2,19 +2,17 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
 
 from accel.adapters.types import Architecture
-from accel.config import plugins
+from accel.config.hydra_setup import composing
 from accel.errors import AccelError
 from accel.pipeline.store import file_hash, make_key
 
@@ -35,27 +33,15 @@ def register(name: str, target: Callable[..., Architecture], **options: Any) -> 
     ConfigStore.instance().store(name=name, group=GROUP, node={"_target_": path, **options}, provider="accel.register")
 
 
-@contextmanager
-def _loader() -> Iterator[Any]:
-    """Hydra's config loader, which knows every package on the search path."""
-    if GlobalHydra.instance().is_initialized():
-        hydra_now = GlobalHydra.instance().hydra
-        yield hydra_now.config_loader if hydra_now is not None else None
-        return
-    plugins.register()
-    with hydra.initialize_config_module("accel.conf", version_base="1.3"), _loader() as loader:
-        yield loader
-
-
 def names() -> list[str]:
     """Every architecture that can be chosen, `auto` aside."""
-    with _loader() as loader:
+    with composing() as loader:
         return [name for name in loader.get_group_options(GROUP, ObjectType.CONFIG) if name != "auto"]
 
 
 def served() -> dict[str, Sequence[str]]:
     """Architecture -> the model types it serves."""
-    with _loader() as loader:
+    with composing() as loader:
         found = {name: loader.repository.load_config(f"{GROUP}/{name}") for name in names()}
     return {name: tuple(result.config.get("model_types", ())) for name, result in found.items() if result}
 

@@ -15,13 +15,13 @@ from accel.adapters.types import Role
 from accel.benchmark.timer import forced
 from accel.config.schema import RuntimeConfig
 from accel.errors import AccelError, unknown
+from accel.models.checkpoints import load_model
 from accel.models.generation import AcceleratedModel, Generates
 from accel.models.loading import as_model, open_model
 from accel.runtime import layout
 from accel.runtime.dynamic_cache import GrowingRuntime
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.session import SessionSettings, open_session
-from accel.stages.checkpoint import load_model
 from accel.system import host_memory
 
 TORCH, TORCH_FP32, MERGED, TWO_FILES, STATIC = "torch", "torch in FP32", "merged", "two files", "static"  # engines

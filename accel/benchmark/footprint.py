@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from accel import console
+from accel import progress
 from accel.config.schema import RuntimeConfig
 from accel.errors import AccelError
 from accel.runtime import layout
@@ -65,7 +65,7 @@ class Task:
 def measure_all(tasks: Sequence[Task], weight_bytes: int) -> list[Any]:
     """What each task's process found. Bytes are what it added to what it held after its imports."""
     with ThreadPoolExecutor(at_once(tasks, weight_bytes)) as pool:
-        return list(console.track(pool.map(_in_fresh_process, tasks), "memory", total=len(tasks)))
+        return list(progress.track(pool.map(_in_fresh_process, tasks), "memory", total=len(tasks)))
 
 
 def at_once(tasks: Sequence[Task], weight_bytes: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from accel import console
+from accel import progress
 from accel.benchmark.backends import SETUPS, TORCH, Sources, free
 from accel.benchmark.timer import Timing
 from accel.benchmark.worker import Elsewhere
@@ -56,14 +56,14 @@ def take_turns(
     """
     found: dict[str, list[Timing]] = {name: [] for name in names}
     turns = [(number, name) for number in range(benchmark.warmup + benchmark.repeats) for name in names]
-    for number, name in console.track(turns, "generating"):
+    for number, name in progress.track(turns, "generating"):
         if number < benchmark.warmup:
             generate(name, warmup_tokens(name, benchmark))
         elif benchmark.patience is None or sum(timing.total for timing in found[name]) <= benchmark.patience:
             timing = generate(name, benchmark.new_tokens)
             found[name].append(timing)
             if timing.total > LONG:
-                console.note(f"{name}: {timing.total:.1f} s")
+                progress.note(f"{name}: {timing.total:.1f} s")
     return found
 
 

@@ -1,6 +1,6 @@
 """From a composed configuration to finished stages: what the command line and `accel.build` share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from accel import console
+from accel import progress
 from accel.adapters import registry
 from accel.cli.validate import check_lengths, check_texts, validate
-from accel.config import plugins, schema
-from accel.config.schema import Config, RuntimeConfig
+from accel.config.hydra_setup import composing
+from accel.config.schema import Config
 from accel.errors import AccelError, unknown
 from accel.pipeline.runner import Pipeline, chosen
 from accel.pipeline.store import Artifact
+from accel.runtime.providers import fastest
 from accel.stages import generate
 
 if TYPE_CHECKING:
@@ -27,48 +28,60 @@ ADD_ONE = "docs/add-an-architecture.md says how to add one: often a YAML of two 
 
 
 def settle(composed: DictConfig, overrides: Sequence[str]) -> Config:
-    """The typed configuration, with every `auto` replaced by what it stands for.
+    """Return the typed configuration, with every `auto` replaced by what it stands for.
 
-    Choices that name a file in `conf/` are composed again, so that the rest of `overrides` still applies on top.
-    Raises `AccelError` on a value that can't be used.
+    `overrides`: what `composed` was composed from. Raises `AccelError` on a value that can't be used.
     """
     chosen(OmegaConf.to_container(composed.stage) if OmegaConf.is_config(composed.stage) else composed.stage)
+    resolved = resolve(composed, overrides)
+    config = typed(composed if resolved == list(overrides) else hydra.compose("config", resolved))
+    validate(config)
+    return config
+
+
+def resolve(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Return the overrides with every `auto` replaced: choices of files in `conf/`, and values that follow from them.
+
+    Raises `AccelError` where what decides, as the checkpoint, can't be read.
+    """
     config = typed(composed)
-    choices: dict[str, str] = {}
-    keys = {given.split("=")[0].lstrip("+") for given in overrides}
+    keys = {_key(given) for given in overrides}
     if "model.checkpoint" in keys and "model" not in keys:  # of the default model nothing but its name was meant
-        return settle(_again(overrides, {"model": AUTO}), [*overrides, f"model={AUTO}"])
+        other = [*overrides, f"model={AUTO}"]
+        return resolve(hydra.compose("config", other), other)
     if config.model.name == AUTO and not config.model.checkpoint:
         raise AccelError("model=auto needs model.checkpoint=FOLDER_OR_HUB_ID")
+    choices: dict[str, str] = {}
     if config.runtime.name == AUTO:
-        choices["runtime"] = _runtime()
+        choices["runtime"] = fastest()
     if config.precision.name == AUTO:
         runtime = choices.get("runtime", config.runtime.name)
         choices["precision"] = "fp32" if runtime == "cpu" else "fp16"
     if config.architecture.get("_target_") is None:
         choices["architecture"] = _architecture(config)
-    if choices:
-        config = typed(_again(overrides, choices))
-    if config.model.weights == "random":
-        config.model.references = None  # nothing that random weights write is right
+    kept = [given for given in overrides if _key(given) not in choices]
+    values: dict[str, str] = {}
+    if config.model.weights == "random" and config.model.references is not None:
+        values["model.references"] = "null"  # nothing that random weights write is right
     if config.model.name == AUTO:
-        config.model.name = Path(str(config.model.checkpoint)).name or "model"
-    validate(config)
-    return config
+        values["model.name"] = _quoted(Path(str(config.model.checkpoint)).name or "model")
+    return [*kept, *(f"{key}={value}" for key, value in (choices | values).items())]
 
 
-def _again(overrides: Sequence[str], choices: Mapping[str, str]) -> DictConfig:
-    """The configuration for `overrides`, of which `choices` (group -> file in `conf/`) replace those of their group."""
-    kept = [given for given in overrides if given.split("=")[0].lstrip("+") not in choices]
-    return hydra.compose("config", [*kept, *(f"{group}={name}" for group, name in choices.items())])
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+")
 
 
-def runtime_named(name: str) -> RuntimeConfig:
-    """The runtime that `conf/runtime/<name>.yaml` describes. Raises Hydra's error, listing the choices, on another."""
-    _prepare()
-    with hydra.initialize_config_module("accel.conf", version_base="1.3"):
-        runtime = typed(hydra.compose("config", [f"runtime={name}"])).runtime
-    return runtime_named(_runtime()) if runtime.name == AUTO else runtime
+def _quoted(value: str) -> str:
+    """A value as Hydra's override grammar takes it. https://hydra.cc/docs/advanced/override_grammar/basic/"""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def resolved_overrides(overrides: Sequence[str]) -> list[str]:
+    """Return what `resolve` does, outside Hydra's own application."""
+    with composing():
+        return resolve(hydra.compose("config", list(overrides)), overrides)
 
 
 def typed(composed: DictConfig) -> Config:
@@ -109,24 +122,18 @@ def execute(config: Config) -> dict[str, Artifact]:
 
 def compose(overrides: Sequence[str]) -> Config:
     """The configuration for `overrides` as on the command line, outside Hydra's own application."""
-    _prepare()
-    with hydra.initialize_config_module("accel.conf", version_base="1.3"):
+    with composing():
         return settle(hydra.compose("config", list(overrides)), overrides)
-
-
-def _prepare() -> None:
-    """Make Hydra know the types, and the packages that bring configuration of their own."""
-    schema.register()
-    plugins.register()
 
 
 def _description(config: Config) -> "PretrainedConfig":
     """The Hugging Face config of the model, which generates text and keeps keys and values. Raises `AccelError`."""
+    from accel.models import checkpoints
     from accel.models.model_class import obstacle
     from accel.stages import checkpoint
 
     checkpoint.check(config.model)
-    description = checkpoint.model_config(config.model)
+    description = checkpoints.model_config(config.model)
     if reason := obstacle(description):
         raise AccelError(
             f"{config.model.checkpoint or config.model.name}: {reason}.\n"
@@ -141,20 +148,8 @@ def _architecture(config: Config) -> str:
     name = registry.choose(description.model_type)
     if name is None:
         name = ENCODER_DECODER if description.is_encoder_decoder else DECODER_ONLY
-        console.note(
+        progress.note(
             f"model type {description.model_type!r}: no architecture names it, so architecture={name}, the generic "
             f"{'encoder-decoder' if description.is_encoder_decoder else 'decoder-only'} shape, is taken"
         )
     return name
-
-
-def _runtime() -> str:
-    from accel.runtime.providers import CUDA, available_providers
-
-    return "cuda" if CUDA in available_providers() and _cuda() else "cpu"
-
-
-def _cuda() -> Any:
-    import torch
-
-    return torch.cuda.is_available()

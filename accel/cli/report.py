@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accel import console
+from accel.cli import benchmark_table, console, profile_table
 from accel.config.schema import Config
 from accel.models.loading import verdict_of
 from accel.pipeline.runner import RESULTS
 from accel.pipeline.store import Artifact
 from accel.runtime import layout
-from accel.stages import benchmark, generate, profile
+from accel.stages import generate
 
 SHOWN = 5  # texts
 
@@ -29,9 +29,9 @@ def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     if (artifact := artifacts.get("generate")) is not None:
         _texts(config, json.loads((artifact.folder / generate.RESULTS).read_text()))
     if (artifact := artifacts.get("benchmark")) is not None:
-        benchmark.show(artifact.summary)
+        benchmark_table.show(artifact.summary)
     if (artifact := artifacts.get("profile")) is not None:
-        profile.show(artifact.summary)
+        profile_table.show(artifact.summary)
     result = next((name for name in RESULTS if name in artifacts), None)
     if result is not None:
         what = {"verify": "deployable", "merge": "candidate, unverified"}[result]
@@ -94,10 +94,8 @@ def _verdict(verdict: Mapping[str, Any], page: Path) -> None:
 def _texts(config: Config, results: Mapping[str, list[str]]) -> None:
     if not results["outputs"]:
         return
-    if (output := config.generate.get("output")) is not None:
-        Path(str(output)).write_text("".join(f"{line}\n" for line in results["outputs"]), encoding="utf-8")
-        console.out.print(f"{len(results['outputs'])} lines written to {output}")
-        return
+    if config.generate.get("output") is not None:
+        return  # what is written to a file need not be shown
     times = len(results["outputs"]) // len(results["inputs"])
     inputs = [line for line in results["inputs"] for _ in range(times)]
     shown = list(zip(inputs, results["outputs"], strict=True))[: None if "text" in config.generate else SHOWN]

@@ -13,6 +13,7 @@ from accel.errors import AccelError, unknown
 from accel.evaluation import metrics
 from accel.evaluation.component_runner import longest
 from accel.graph.precision.formats import FORMATS
+from accel.models import checkpoints
 from accel.pipeline.runner import chosen
 from accel.runtime.providers import check_provider, computes
 from accel.stages import audit, benchmark, checkpoint, convert, merge, optimize
@@ -150,7 +151,7 @@ def check_texts(config: Config, stages: Collection[str]) -> None:
     if config.model.references is None and not named:
         return
     random = config.model.weights == "random"  # made here, without a tokenizer
-    folder = None if random else checkpoint.locate(config.model, weights=False)
+    folder = None if random else checkpoints.locate(config.model, weights=False)
     for key, value in named.items():
         if folder is None or not has_tokenizer(folder):
             raise AccelError(f"{key}={value}: the checkpoint has no tokenizer to read text with")

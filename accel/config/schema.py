@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 STAGES = ("export", "optimize", "audit", "convert", "merge", "verify", "generate", "benchmark", "profile")
 
@@ -189,13 +188,3 @@ class Config:
     generate: dict[str, Any] = field(default_factory=dict)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-
-
-def register() -> None:
-    """Make the types known to Hydra. Idempotent.
-
-    `generate` alone takes keys that are not listed here: they are checked against `GenerationConfig` instead.
-    """
-    node = OmegaConf.structured(Config)
-    OmegaConf.set_struct(node.generate, False)
-    ConfigStore.instance().store(name="schema", node=node)

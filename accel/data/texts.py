@@ -1,6 +1,7 @@
 """Inputs: from texts through a tokenizer, or random ids where a checkpoint has none. And how far outputs are off."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from accel import console
 from accel.adapters.types import Architecture
 from accel.data.corpus import SAMPLES, read_lines
 from accel.errors import AccelError
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_FILES = (SAMPLES / "page.txt", SAMPLES / "questions.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.json", "source.spm")
@@ -48,7 +50,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bool 
     full = [len(ids) for ids in tokenizer(list(texts), **special)["input_ids"]]
     for text, length in zip(texts, full, strict=True):
         if length > tokenizer.model_max_length:
-            console.warn(
+            logger.warning(
                 f"{text[:40]!r}… is {length} tokens long, the model takes {tokenizer.model_max_length}: "
                 f"the last {length - tokenizer.model_max_length} were cut off"
             )

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from accel import console
+from accel import progress
 from accel.adapters.types import Architecture, Role, Signature
 from accel.config.schema import AuditConfig, Config
 from accel.data import texts
@@ -127,7 +127,7 @@ def walk(
     """
     for role, signature in signatures.items():
         call = opened(role)
-        for number, batch in enumerate(console.track(work, f"the {role}'s values"), first):
+        for number, batch in enumerate(progress.track(work, f"the {role}'s values"), first):
             spool = scratch / f"{number}.safetensors"
             pool = load_file(spool) if spool.is_file() else dict(batch.given)
             feeds = {port.name: pool[port.source] for port in signature.inputs if port.source}

@@ -12,11 +12,12 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from accel import console
+from accel import progress
 from accel.adapters.registry import source_hash
 from accel.adapters.types import Architecture
 from accel.config.schema import STAGES, Config
 from accel.errors import AccelError, unknown
+from accel.pipeline.external import pretrained
 from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact, Store, content_hash, make_key, versions
 from accel.system.environment import machine
@@ -109,9 +110,7 @@ class Pipeline:
 
     def _checkpoint(self) -> Artifact:
         if "checkpoint" not in self._artifacts:
-            from accel.stages import checkpoint
-
-            self._artifacts["checkpoint"] = checkpoint.pretrained(self.config.model)
+            self._artifacts["checkpoint"] = pretrained(self.config.model)
         return self._artifacts["checkpoint"]
 
     def find(self, name: str) -> Artifact | None:
@@ -132,7 +131,7 @@ class Pipeline:
         config = only(self.config, stage.sections)
 
         def make(folder: Path) -> Mapping[str, Any]:
-            with console.stage(name):
+            with progress.stage(name):
                 return stage.run(config, inputs, self.architecture, folder)
 
         made = self.store.build(
@@ -146,7 +145,7 @@ class Pipeline:
         self._artifacts[name] = made
         self.built.append(name)
         manifest = made.manifest
-        console.note(
+        progress.note(
             f"{name:<10} made in {manifest.seconds:6.1f} s, peak memory {manifest.peak_memory / 1e6:6.0f} MB "
             f"(+{manifest.added_memory / 1e6:.0f})  {made.folder}"
         )
@@ -178,7 +177,9 @@ class Pipeline:
             found = self.find(name) if name in needed else self.store.peek(name, self.key(name))
             if found is not None:
                 self._artifacts[name] = found
-                console.note(f"{name:<10} reused  {found.folder}")
+                progress.note(f"{name:<10} reused  {found.folder}")
             elif name in needed:
                 self.artifact(name)
+            if name in self._artifacts:
+                self.stage(name).deliver(self.config, self._artifacts[name].folder)
         return {name: self._artifacts[name] for name in (*HIDDEN, *names) if name in self._artifacts}

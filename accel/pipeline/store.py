@@ -8,6 +8,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 import time
@@ -20,11 +21,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from accel import console
+from accel import progress
 from accel.errors import AccelError
+from accel.runtime.layout import MANIFEST
 from accel.system.host_memory import PeakMemory
 
-MANIFEST = "manifest.json"
+logger = logging.getLogger(__name__)
+
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)  # what parsing a damaged manifest raises
 FULL = 2**20  # bytes: a disk with less left is full
 
@@ -159,7 +162,7 @@ class Store:
             with self._locked(folder):
                 if (repaired := self._attempt(folder, key, check=True)) is not None:
                     return repaired  # by another run, while this one waited
-                console.warn(f"damaged artefact: {error}; it will be rebuilt")
+                logger.warning(f"damaged artefact: {error}; it will be rebuilt")
                 shutil.rmtree(folder, ignore_errors=True)
             return None
         return artifact
@@ -247,7 +250,7 @@ class Store:
             try:
                 lock.acquire(timeout=0.2)
             except Timeout:
-                console.note(f"waiting for another run that makes {folder.name}")
+                progress.note(f"waiting for another run that makes {folder.name}")
                 lock.acquire()
         except OSError as error:
             raise AccelError(f"can't write to the artefact folder {self.folder}: {error.strerror or error}") from error

@@ -4,6 +4,7 @@ The beams of one input soon have nearly all of their past in common, whichever o
 looks at who computed what moves a few tokens, where one that copies rows moves whole caches.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel import console
-
 Stack = tuple[Tensor, int]
 """Caches of one shape, [caches, rows, ...], and the axis of their tokens."""
 
 Mover = Callable[[Tensor, Tensor, Tensor, int], None]
 """(caches [caches, rows, heads, bucket, width], index [rows], rows and tokens that change [rows, bucket], length)."""
+
+logger = logging.getLogger(__name__)
 
 THREADS = 256
 UNITS = {16: "uint4", 8: "uint2", 4: "unsigned int", 2: "unsigned short", 1: "unsigned char"}  # by bytes
@@ -91,7 +92,7 @@ def mover(device: torch.device) -> Mover:
         try:
             compiled(2, 2)
         except Exception as error:  # CuPy's classes for what it misses (a library, a header) have no other in common
-            console.warn(f"beams are copied whole: CuPy compiles no kernel: {str(error).splitlines()[0]}")
+            logger.warning(f"beams are copied whole: CuPy compiles no kernel: {str(error).splitlines()[0]}")
         else:
             return move_on_cuda
     return move_all

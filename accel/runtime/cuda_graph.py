@@ -4,14 +4,16 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 import gc
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from accel import console
 from accel.errors import OutOfMemory
+
+logger = logging.getLogger(__name__)
 
 NODE = re.compile(r"running (\w+) node\. Name:'([^']*)'")
 
@@ -53,7 +55,7 @@ class Captured:
         except OutOfMemory:
             raise
         except Exception as error:  # torch's and ONNX Runtime's errors have no other class in common
-            console.warn(f"{self._name} is not captured: {_reason(error)}")
+            logger.warning(f"{self._name} is not captured: {_reason(error)}")
             self._calls_before = None
             self._work()
         else:

@@ -4,7 +4,7 @@ ENCODER = "encoder_model.onnx"
 DECODER = "decoder_model_merged.onnx"
 STATIC_STEP = "decoder_static_step.onnx"
 CROSS_CACHE = "decoder_cross_cache.onnx"
-VERDICT = "verdict.json"
+VERDICT, MANIFEST = "verdict.json", "manifest.json"
 CERTIFICATE, CERTIFICATE_PAGE = "certificate.json", "certificate.html"
 
 FLAG = "accel.flag"  # metadata: name of the boolean input that chooses the branch

@@ -33,6 +33,11 @@ def available_providers() -> list[str]:
     return providers
 
 
+def fastest() -> str:
+    """The preset that `runtime=auto` stands for here: `cuda` where there is a GPU and ONNX Runtime can use it."""
+    return "cuda" if CUDA in available_providers() and torch.cuda.is_available() else "cpu"
+
+
 def check_provider(provider: str) -> None:
     """Raises `AccelError` if the provider or its device isn't there, or if both wheels lie in one folder."""
     wheels = ("onnxruntime", "onnxruntime-gpu")

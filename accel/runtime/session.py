@@ -1,6 +1,6 @@
 """ONNX Runtime sessions."""
 
-import os
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,16 +10,18 @@ import onnx
 import torch
 from torch import Tensor
 
-from accel import console
 from accel.errors import AccelError
 from accel.runtime.device_memory import enough_memory
 from accel.runtime.providers import CUDA, RUNTIME_ERRORS, missing_library, onnxruntime
 from accel.runtime.streams import stream_options
+from accel.system.process_state import environment
 
 # Operators whose outputs' shapes depend on their inputs' values. https://onnx.ai/onnx/operators/
 VALUES_DECIDE = ("NonZero", "Compress", "Unique", "NonMaxSuppression", "Loop", "Scan", "If")
 TOO_NEW = "Current official support for domain"  # how ONNX Runtime's message on a newer opset ends
 NoKernel = onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented
+
+logger = logging.getLogger(__name__)
 
 
 class Described(Protocol):
@@ -111,9 +113,8 @@ def open_session(graph: Path | bytes, settings: SessionSettings, weights: Mappin
         options.profile_file_prefix = settings.profile
     chosen = {**settings.provider_options, **stream_options(settings.provider)}
     source = graph if isinstance(graph, bytes) else str(graph)
-    os.environ.update(settings.environment)
     try:
-        with enough_memory():
+        with enough_memory(), environment(settings.environment):
             session = Session(source, options, (settings.provider, chosen), weights or {})
     except NoKernel as error:
         reason = str(error).split(" : ")[-1].splitlines()[0]
@@ -137,7 +138,7 @@ def open_recordable(graph: Path, settings: SessionSettings, weights: Mapping[str
     if settings.provider != CUDA:
         return open_session(graph, settings, weights)
     if reason := obstacle(graph):
-        console.warn(f"{graph.name} is not captured: {reason}")
+        logger.warning(f"{graph.name} is not captured: {reason}")
         return open_session(graph, settings, weights)
     options = {**settings.provider_options, "enable_cuda_graph": "1"}
     try:
@@ -145,7 +146,7 @@ def open_recordable(graph: Path, settings: SessionSettings, weights: Mapping[str
     except RUNTIME_ERRORS as error:
         if "graph capture" not in str(error):
             raise
-        console.warn(f"{graph.name} is not captured: {str(error).split(' : ')[-1].splitlines()[0]}")
+        logger.warning(f"{graph.name} is not captured: {str(error).split(' : ')[-1].splitlines()[0]}")
         return open_session(graph, settings, weights)
     session.recordable = True
     return session

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from accel import console
+from accel import progress
 from accel.errors import AccelError
 from accel.runtime.decode_buffers import Graphs, Slot
 from accel.runtime.device_memory import check_room, check_room_for, room_left
@@ -222,7 +222,7 @@ class StaticRuntime:
     def prepare(self, source: int = STEP) -> None:
         """Capture a step for each of `batches` and every bucket. `source`: length of what is fixed."""
         pairs = [(batch, bucket) for batch in self.batches for bucket in self.buckets]
-        for batch, bucket in console.track(pairs, "capturing"):
+        for batch, bucket in progress.track(pairs, "capturing"):
             start = time.perf_counter()
             fixed = {
                 name: tuple(batch if axis == "batch" else source if isinstance(axis, str) else axis for axis in axes)

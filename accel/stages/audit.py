@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 from transformers import AutoConfig
 
-from accel import console
+from accel import progress
 from accel.adapters.types import Architecture, Role
 from accel.config.schema import Config
 from accel.data import texts
@@ -88,7 +88,7 @@ def smaller(
     recorder, settings = Recorder(scratch, [batch.kind for batch in work]), lean(config.runtime, graphs)
     walk(ports, work, lambda role: recorder.open(role, graphs / f"{role}.onnx", settings), scratch)
     found = dict(plans)
-    for role, given in console.track(list(plans.items()), "trials"):
+    for role, given in progress.track(list(plans.items()), "trials"):
         model, path = load(graphs, role, format), graphs / f"{role}.onnx"
         trial = Trial(role, path, recorder.calls[role], settings, format, config.audit.margin, ranges[role], growing)
         if open_groups[role]:

@@ -1,6 +1,7 @@
 """Mixed precision: the graphs with the plan carried out; and what would hide values from the audit, or suits only one
 runtime: attention fused, products with a tied embedding."""
 
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 from transformers import AutoConfig
 
-from accel import console
+from accel import progress
 from accel.adapters.types import Architecture, Role
 from accel.config.schema import Config, ConvertConfig
 from accel.errors import unknown
@@ -28,6 +29,8 @@ from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact
 from accel.runtime.layout import BUCKET, POSITION
 from accel.stages import audit
+
+logger = logging.getLogger(__name__)
 
 NAMES = Names(POSITION, BUCKET)
 # In the order in which they run over a step of one token.
@@ -67,7 +70,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     fused = {Role(name) for name in asked.fuse_attention}
     plans = audit.read_plans(inputs["audit"].folder) if half else {}
     shares = {}
-    for role in console.track(architecture.roles(), "converting"):
+    for role in progress.track(architecture.roles(), "converting"):
         model = files.load(source / f"{role}.onnx")
         if half:
             convert_half(model, plans[role], FORMATS[config.precision.dtype])
@@ -79,7 +82,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         static = _static(model, asked, inputs, architecture) if wanted else None
         if role in fused:
             fuse_attention([model])
-            console.note(f"{role}: {files.node_count(model)} nodes with attention fused")
+            progress.note(f"{role}: {files.node_count(model)} nodes with attention fused")
         files.save(model, out / f"{role}.onnx")
         if static is not None:
             files.save_beside(static, out / f"{Role.STATIC_STEP}.onnx", out / f"{role}.onnx")
@@ -97,7 +100,7 @@ def _static(
         static_cache(static, architecture.signature(description, Role.STEP).cache, NAMES)
         for_one_token(static, wanted)
     except NotStatic as reason:
-        console.warn(f"no static step, so its caches grow: {reason}")
+        logger.warning(f"no static step, so its caches grow: {reason}")
         return None
     return static
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from accel import console
+from accel import progress
 from accel.adapters.types import Architecture, Role, Signature
 from accel.config.schema import Config
 from accel.errors import AccelError
@@ -23,11 +23,11 @@ from accel.evaluation.io_check import check_ports
 from accel.evaluation.rounding import SAMPLES, Evaluator, allowed_errors, root_mean_square
 from accel.graph import files
 from accel.graph.cleanup.widen_bfloat16 import widen_bfloat16
+from accel.models.checkpoints import load_model
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime.providers import RUNTIME_ERRORS
 from accel.runtime.session import SessionSettings, plain_run
-from accel.stages.checkpoint import load_model
 
 # Every dimension of the example is at least 2 and unlike the others: the exporter freezes an axis of length 1. The
 # source is longer than two of the blocks, 16 each, that some encoders cut it into.
@@ -101,7 +101,7 @@ def by_pytorch(architecture: Architecture, model: PreTrainedModel, seed: int) ->
     ports = signatures(architecture, model.config)
     chain = Chain(ports, torch_run(architecture, model))
     found: dict[Role, list[Known]] = {role: [] for role in ports}
-    for shape in console.track([shape.within(longest(model.config)) for shape in SHAPES], "PyTorch"):
+    for shape in progress.track([shape.within(longest(model.config)) for shape in SHAPES], "PyTorch"):
         given = script(architecture, model.config, shape, generator)
         for role in ports:
             if role is Role.STEP and shape.past == 0:
@@ -123,7 +123,7 @@ def compare(
     paths = {role: folder / f"{role}.onnx" for role in known}
     run = plain_run(paths, SessionSettings(session={"session.disable_prepacking": "1"}))  # weights stay in their file
     worst: dict[str, float] = {}
-    for role, calls in console.track(list(known.items()), "comparing with PyTorch"):
+    for role, calls in progress.track(list(known.items()), "comparing with PyTorch"):
         worst[str(role)] = 0.0
         for one in calls:
             try:
@@ -198,7 +198,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     given = script(architecture, model.config, shape, generator)
     chain = Chain(ports, torch_run(architecture, model))
     nodes: dict[str, int] = {}
-    for role, signature in console.track(list(ports.items()), "tracing"):
+    for role, signature in progress.track(list(ports.items()), "tracing"):
         wrapper = architecture.wrap(model, role)
         try:
             graph = export_role(wrapper, signature, example(chain, role, given), config.export.opset)

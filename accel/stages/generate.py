@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from accel import console
+from accel import progress
 from accel.adapters.types import Architecture
 from accel.cli.validate import generation_options
 from accel.config.schema import Config
 from accel.data import audio, texts
 from accel.data.corpus import read_lines
 from accel.errors import AccelError
+from accel.models import checkpoints
 from accel.models.loading import open_model
 from accel.models.model_class import model_class
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
-from accel.stages import checkpoint
 
 RESULTS = "texts.json"
 BATCH = 16  # inputs at a time, unless generate.batch_size says otherwise
@@ -45,7 +45,7 @@ def check(config: Config, description: PretrainedConfig) -> None:
         right = "speech: generate.audio=FILE" if listens(description) else "text: generate.text or generate.file"
         raise AccelError(f"generate.{wrong[0]}: {name} takes {right}")
     if options.get("chat"):
-        tokenizer = texts.load_tokenizer(checkpoint.locate(config.model, weights=False))
+        tokenizer = texts.load_tokenizer(checkpoints.locate(config.model, weights=False))
         if tokenizer is None or tokenizer.chat_template is None:
             raise AccelError(f"generate.chat=true: the tokenizer of {name} has no chat template")
 
@@ -93,12 +93,22 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         with open_model(folder, config.runtime) as model:
             tokenizer = texts.load_tokenizer(folder)
             groups = batches(folder, model.config, chosen, size, chat)
-            for batch in console.track(groups, "generating", total=-(-len(chosen) // size)):
+            for batch in progress.track(groups, "generating", total=-(-len(chosen) // size)):
                 given = {name: tensor.to(model.device) for name, tensor in batch.items()}
                 ids = model.generate(**given, **generation_options(options))
                 written += texts.written(model, tokenizer, batch, ids)
     (out / RESULTS).write_text(json.dumps({"inputs": chosen, "outputs": written}))
     return {"inputs": len(chosen), "outputs": len(written)}
+
+
+def deliver(config: Config, folder: Path) -> None:
+    """Write the outputs, one a line, to the file that `generate.output` names, if it does."""
+    output = config.generate.get("output")
+    if output is None:
+        return
+    lines = json.loads((folder / RESULTS).read_text())["outputs"]
+    Path(str(output)).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    progress.note(f"{len(lines)} lines written to {output}")
 
 
 def input_files(config: Config) -> tuple[str, ...]:
@@ -115,4 +125,5 @@ STAGE = Stage(
     sections=("model", "runtime", "generate"),
     packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu"),
     files=input_files,
+    deliver=deliver,
 )

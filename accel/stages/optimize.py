@@ -6,7 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from accel import console
+from accel import progress
 from accel.adapters.types import Architecture, Role
 from accel.config.schema import Config
 from accel.errors import unknown
@@ -66,14 +66,14 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     groups = [[models[Role.ENCODER]]] if Role.ENCODER in models else []
     groups.append([model for role, model in models.items() if role is not Role.ENCODER])
     nodes = {"exported": {str(role): files.node_count(model) for role, model in models.items()}}
-    for name, transform in console.track(list(PASSES.items()), "passes"):
+    for name, transform in progress.track(list(PASSES.items()), "passes"):
         if config.optimize.passes.get(name, True):
             for group in groups:
                 transform(group)
             nodes[name] = {str(role): files.node_count(model) for role, model in models.items()}
-    for role, model in console.track(list(models.items()), "writing"):
+    for role, model in progress.track(list(models.items()), "writing"):
         files.save(model, out / f"{role}.onnx")
-        console.note(f"{role}: {nodes['exported'][str(role)]} nodes exported, {files.node_count(model)} left")
+        progress.note(f"{role}: {nodes['exported'][str(role)]} nodes exported, {files.node_count(model)} left")
     return {"nodes": nodes}
 
 

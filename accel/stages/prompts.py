@@ -17,11 +17,11 @@ from accel.data import texts
 from accel.data.corpus import sample_lines
 from accel.data.texts import Prompt
 from accel.evaluation.component_runner import longest
+from accel.models.checkpoints import load_model
 from accel.models.generation import Generates
 from accel.models.model_class import model_class
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
-from accel.stages.checkpoint import load_model
 
 PROMPTS = "prompts.json"
 NEW_TOKENS = 48  # sampled after each question, or after the first token

@@ -1,6 +1,7 @@
 """Runs the FP32 graphs on random ids and the user's text until what their values hold is known."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from accel import console
+from accel import progress
 from accel.adapters.types import Architecture, Role
 from accel.config.schema import Config, RuntimeConfig
 from accel.data import texts
@@ -30,6 +31,8 @@ from accel.pipeline.store import Artifact
 from accel.runtime.session import SessionSettings, open_session
 from accel.stages import prompts
 from accel.system.host_memory import release
+
+logger = logging.getLogger(__name__)
 
 RANGES = "ranges.json"
 Ranges = dict[str, observer.Range]
@@ -117,7 +120,7 @@ def observe(
         if len(seen) >= audit.batches and not rising:
             return ranges, seen, f"settled after {len(seen)} batches"
     names = ", ".join(f"{role} {name}" for role, name in rising[:5])
-    console.warn(
+    logger.warning(
         f"the audit saw audit.max_batches={audit.max_batches} batches, and {len(rising)} values still grow towards "
         f"FP16's limit: {names}{', …' if len(rising) > 5 else ''}. More batches or a larger audit.margin are safer"
     )
@@ -169,7 +172,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     asked = texts.read_prompts(inputs["prompts"].folder / prompts.PROMPTS)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         ranges, seen, stopped = observe(config, architecture, checkpoint, graphs, asked, Path(scratch))
-    console.note(f"what values hold: {stopped}")
+    progress.note(f"what values hold: {stopped}")
     check_finite(ranges, lambda role: files.load(graphs / f"{role}.onnx"))
     roles = {role: {name: asdict(held) for name, held in values.items()} for role, values in ranges.items()}
     record = {"stopped": stopped, "batches": [list(batch.rows) for batch in seen], "roles": roles}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
-from accel import console
+from accel import progress
 from accel.adapters.types import Architecture, Role
 from accel.config.schema import Config, VerifyConfig
 from accel.data import texts
@@ -23,12 +23,13 @@ from accel.data.corpus import read_texts
 from accel.errors import AccelError
 from accel.evaluation.component_runner import Shape, longest, script, signatures, torch_run
 from accel.evaluation.rounding import Evaluator
+from accel.models.checkpoints import load_model
 from accel.models.generation import Generates
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime.feeds import decoder_feeds
 from accel.stages import prompts
-from accel.stages.checkpoint import load_model, reference_files
+from accel.stages.checkpoint import reference_files
 
 TOKENS = "tokens.json"
 CALLS, CALL = "calls.json", "call-{}.safetensors"
@@ -235,7 +236,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     compared = cases(config)
     tokens = {
         name: decode_case(model, name, options, chosen, settings)
-        for name, options in console.track(list(compared.items()), "PyTorch, FP32")
+        for name, options in progress.track(list(compared.items()), "PyTorch, FP32")
     }
     evaluate = Evaluator(model, signatures(architecture, model.config), torch_run(architecture, model), torch.float64)
     said = tokens["greedy"]
@@ -267,7 +268,7 @@ def _references(config: Config, folder: Path, model: Generates) -> list[str]:
 def decode_texts(model: Generates, tokenizer: Any, lines: Sequence[str], batch_size: int) -> list[str]:
     """Greedy outputs for `lines` under the model's own generation config, in order."""
     outputs: list[str] = []
-    for start in console.track(range(0, len(lines), batch_size), "references"):
+    for start in progress.track(range(0, len(lines), batch_size), "references"):
         batch = texts.encode(tokenizer, lines[start : start + batch_size])
         with torch.inference_mode():
             ids = model.generate(**{name: tensor.to(model.device) for name, tensor in batch.items()}, num_beams=1)

@@ -1,5 +1,6 @@
 """How far PyTorch itself is from float64, in the precision that a candidate computes in, token by token."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from accel import console
+from accel import progress
 from accel.adapters.types import Architecture
 from accel.config.schema import Config
 from accel.evaluation.component_runner import signatures, torch_run
 from accel.evaluation.rounding import SAMPLES, Evaluator, root_mean_square
+from accel.models.checkpoints import load_model
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.stages import reference
-from accel.stages.checkpoint import load_model
+
+logger = logging.getLogger(__name__)
 
 ERRORS = "errors.safetensors"
 
@@ -32,7 +35,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     evaluate = Evaluator(model, signatures(architecture, model.config), torch_run(architecture, model), dtype)
     errors: dict[str, Tensor] = {}
     try:
-        for number, call in enumerate(console.track(list(reference.read_calls(known)), "PyTorch's own error")):
+        for number, call in enumerate(progress.track(list(reference.read_calls(known)), "PyTorch's own error")):
             found = evaluate(call.role, call.given)
             for name, value in call.expected.items():
                 errors[f"{number}.{name}"] = root_mean_square(found[name], value, SAMPLES)
@@ -43,7 +46,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         if "not implemented for" not in str(error):
             raise
         reason = str(error).splitlines()[0]
-        console.warn(f"PyTorch's own error in {config.precision.dtype} is unknown: {reason}")
+        logger.warning(f"PyTorch's own error in {config.precision.dtype} is unknown: {reason}")
         errors = {}
     save_file(errors, out / ERRORS)
     return {"outputs": len(errors), "samples": SAMPLES}

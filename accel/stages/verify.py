@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from accel import console
+from accel import progress
 from accel.adapters.types import Architecture, Role
 from accel.benchmark import latency
 from accel.config.schema import Config
@@ -24,9 +24,10 @@ from accel.graph.precision.formats import FORMATS, Format
 from accel.models.generation import AcceleratedModel
 from accel.models.loading import open_model
 from accel.pipeline.stage import Stage
-from accel.pipeline.store import MANIFEST, Artifact
+from accel.pipeline.store import Artifact
 from accel.reporting import certificate
 from accel.runtime import layout
+from accel.runtime.layout import MANIFEST
 from accel.stages import audit, prompts, ranges, reference, torch_error
 from accel.stages.checkpoint import reference_files
 
@@ -76,7 +77,7 @@ def compare_tokens(
         begin = 0 if model.config.is_encoder_decoder else inputs[number]["input_ids"].shape[1]
         return str(tokenizer.decode(list(ids[begin:]), skip_special_tokens=True))
 
-    for name, options in console.track(list(compared.items()), "tokens"):
+    for name, options in progress.track(list(compared.items()), "tokens"):
         right = expected["tokens"][name]
         try:
             found = reference.decode_case(model, name, options, inputs, config.verify)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from transformers import AutoConfig, PreTrainedModel
 from accel.adapters import registry
 from accel.adapters.types import Architecture, Role
 from accel.api import UP_TO_VERIFY
-from accel.cli.compose import compose, execute, runtime_named
+from accel.cli.compose import compose, execute
 from accel.models.generation import AcceleratedModel
-from accel.models.loading import load, open_model
+from accel.models.loading import load
 from accel.models.model_class import model_class
 from accel.pipeline.store import Artifact
 from accel.runtime import layout
@@ -131,6 +131,5 @@ def prepare(
         model = opened.enter_context(load(folder, runtime=runtime))
         static = None
         if (folder / layout.STATIC_STEP).is_file():
-            fixed = replace(runtime_named(runtime), static=True, capture=True, buckets=BUCKETS)
-            static = opened.enter_context(open_model(folder, fixed))
+            static = opened.enter_context(load(folder, runtime, static=True, capture=True, buckets=BUCKETS))
         yield Subject(eager.to(model.device), model, registry.build(composed.architecture), made, half, static)

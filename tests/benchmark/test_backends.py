@@ -23,7 +23,7 @@ from accel.benchmark.schedule import take_turns, time_setups, warmup_tokens
 from accel.benchmark.timer import Timing
 from accel.config.schema import BenchmarkConfig, RuntimeConfig
 from accel.errors import AccelError
-from accel.stages.checkpoint import load_model
+from accel.models.checkpoints import load_model
 
 COMPILED, AUTOCAST = "torch static cache, compiled", "torch+cache, autocast"
 

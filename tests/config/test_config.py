@@ -17,13 +17,14 @@ from transformers import PretrainedConfig
 import accel
 from accel.adapters import registry
 from accel.adapters.types import Architecture
-from accel.cli.compose import compose, runtime_named
-from accel.config import schema
+from accel.cli.compose import compose
+from accel.config import hydra_setup
+from accel.config.presets import runtime_preset
 from accel.config.schema import Config
 from accel.errors import AccelError
 from accel.graph.precision.formats import FORMATS
+from accel.models import checkpoints
 from accel.models.model_class import model_class
-from accel.stages import checkpoint
 from architectures.seq2seq import Seq2Seq
 from tests.conftest import overrides_for
 
@@ -50,7 +51,7 @@ def test_model_composes(name: str) -> None:
     weights = "random" if described.get("config") else "pretrained"
     config = compose([f"model={name}", f"model.weights={weights}", "runtime=cpu"])
     assert config.model.name == name
-    found = checkpoint.model_config(config.model)
+    found = checkpoints.model_config(config.model)
     assert isinstance(found, PretrainedConfig)
     assert found.model_type in registry.build(config.architecture).model_types
 
@@ -70,7 +71,7 @@ def test_model_composes(name: str) -> None:
 )
 def test_published_dimensions(name: str, parameters: float) -> None:
     """A model of the YAML's dimensions has as many parameters as its model card says, give or take 0.1%."""
-    config = checkpoint.model_config(compose([f"model={name}", "model.weights=random"]).model)
+    config = checkpoints.model_config(compose([f"model={name}", "model.weights=random"]).model)
     with torch.device("meta"):
         model = model_class(config)(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(parameters, rel=1e-3)
@@ -90,7 +91,7 @@ def test_architecture_builds(name: str) -> None:
 @pytest.mark.parametrize("name", choices("runtime"))
 def test_runtime_composes(name: str) -> None:
     """Each runtime's YAML is named for its file and says provider and device."""
-    config = runtime_named(name)
+    config = runtime_preset(name)
     assert config.name == name
     assert config.provider.endswith("ExecutionProvider")
     assert config.device
@@ -211,7 +212,7 @@ def forget() -> Iterator[None]:
 @pytest.mark.usefixtures("forget")
 def test_registered_architecture_can_be_chosen(tiny: Path) -> None:
     """`accel.register` makes a class a choice of `architecture=`, under its name and with its options."""
-    schema.register()
+    hydra_setup.register()
     accel.register("other", Other, model_types=["t5"], layers="num_decoder_layers")
     config = compose(overrides_for(tiny, Path("unused"), "architecture=other"))
     assert config.architecture["_target_"].endswith("test_config.Other")
@@ -262,14 +263,15 @@ def test_build_returns_the_deployable(tiny: Path, artifacts: Path, deployable: P
 
 
 def test_load_says_that_a_candidate_is_unverified(
-    tiny: Path, artifacts: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, artifacts: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A candidate opens, with a warning; a deployable opens without."""
     given = overrides_for(tiny, artifacts)[2:]
     for overrides, warned in ((["stage=[export,merge]"], True), ([], False)):
         with accel.load(accel.build(str(tiny), [*given, *overrides]).folder, runtime="cpu") as model:
             assert model.can_generate()
-        assert ("unverified" in capsys.readouterr().err) == warned
+        assert ("unverified" in caplog.text) == warned
+        caplog.clear()
 
 
 def test_load_refuses_what_is_no_deployable(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from filelock import FileLock
 from transformers import BartForConditionalGeneration
 
+from accel.config.presets import runtime_preset
 from accel.data import texts
 from accel.evaluation.metrics import exact_match, scores
 from accel.graph.precision.formats import FP16
@@ -48,9 +49,7 @@ def test_phonemes_are_pytorchs(made: dict[str, Artifact], checkpoint: Path, tmp_
     verdict = verdict_of(made["verify"].folder)
     assert verdict is not None
     if verdict["arithmetic"] == "emulated":
-        from accel.cli.compose import runtime_named
-
-        model = open_model(emulated(made["merge"].folder, tmp_path, FP16), runtime_named("cpu"))
+        model = open_model(emulated(made["merge"].folder, tmp_path, FP16), runtime_preset("cpu"))
     else:
         model = load(made["verify"].folder, runtime="cpu")
     with model:

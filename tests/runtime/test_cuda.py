@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from accel.cli.compose import runtime_named
+from accel.config.presets import runtime_preset
 from accel.errors import OutOfMemory
 from accel.runtime.device_memory import check_room
 from accel.runtime.io_binding import BoundSession
@@ -127,7 +127,7 @@ def test_norms_add_up_in_fp32(tmp_path: Path, scale: float) -> None:
     """Squares of numbers that FP16 holds, but whose mean square it does not, on either end of its range."""
     path = tmp_path / "norm.onnx"
     path.write_bytes(ir.to_proto(parse(NORM, {"weight": np.ones(1024, np.float16)})).SerializeToString())
-    session = BoundSession(open_session(path, SessionSettings.of(runtime_named("cuda"))), DEVICE)
+    session = BoundSession(open_session(path, SessionSettings.of(runtime_preset("cuda"))), DEVICE)
     generator = torch.Generator().manual_seed(0)
     x, residual = (scale * torch.randn(2, 3, 1024, generator=generator).half() for _ in range(2))
     (y,) = session({"x": x, "residual": residual}, ["y"])

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from accel.cli.compose import runtime_named
+from accel.config.presets import runtime_preset
 from accel.errors import AccelError
 from accel.runtime import session
 from accel.runtime.session import SessionSettings, obstacle, open_session
@@ -35,7 +35,7 @@ def test_environment_stands_before_a_session_opens(monkeypatch: pytest.MonkeyPat
 
 def test_no_plan_for_every_length_on_cuda() -> None:
     """The runtime's YAML switches off the attention that makes one."""
-    assert SessionSettings.of(runtime_named("cuda")).environment == {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0"}
+    assert SessionSettings.of(runtime_preset("cuda")).environment == {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0"}
 
 
 IF = """g (float[n] x, bool c) => (float[n] y) {

@@ -14,7 +14,7 @@ import torch
 from transformers import T5ForConditionalGeneration
 
 from accel.benchmark.timer import forced, time_generation
-from accel.cli.compose import runtime_named
+from accel.config.presets import runtime_preset
 from accel.errors import AccelError
 from accel.models.generation import AcceleratedModel
 from accel.models.loading import open_model
@@ -30,7 +30,7 @@ from accel.runtime.weights import SharedWeights
 from tests.conftest import Build
 from tests.runtime.test_dynamic_cache import BATCH, PAST, Both
 
-STATIC = replace(runtime_named("cpu"), static=True, buckets=[8, 12, 32])
+STATIC = runtime_preset("cpu", static=True, buckets=[8, 12, 32])
 
 
 FUSED = (  # as on a GPU

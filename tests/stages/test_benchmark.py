@@ -14,6 +14,7 @@ from accel.adapters import registry
 from accel.benchmark import footprint
 from accel.benchmark.backends import SETUPS, Sources, chosen, torch_model
 from accel.benchmark.timer import Timing
+from accel.cli import benchmark_table
 from accel.cli.compose import compose, execute
 from accel.config.schema import BenchmarkConfig, RuntimeConfig
 from accel.errors import AccelError
@@ -76,14 +77,14 @@ def test_memory(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) ->
         {when: memory["onnx+cache"][when] / alone[when] for when in alone}
     )
     assert all(values["vs_torch_cache"] is None for values in summary["setups"].values())  # it did not take part
-    drawn = benchmark.rows(summary)
+    drawn = benchmark_table.rows(summary)
     assert [row[0] for row in drawn] == ["onnx+cache", "onnx+cache, two files"]
-    assert {len(row) for row in drawn} == {len(benchmark.COLUMNS)}
-    drawn = benchmark.memory_rows(summary)
+    assert {len(row) for row in drawn} == {len(benchmark_table.COLUMNS)}
+    drawn = benchmark_table.memory_rows(summary)
     assert [row[0] for row in drawn] == ["onnx+cache", "onnx+cache, two files", footprint.STEP_ALONE]
     assert {len(row) for row in drawn} == {len(benchmark.MEMORY_COLUMNS)}
     assert drawn[2][1:] == [benchmark.ABSENT, *(f"{alone[when] / 1e6:.0f}" for when in ("session", "at the end"))]
-    benchmark.show(summary)
+    benchmark_table.show(summary)
     told = " ".join(capsys.readouterr().out.split())
     assert (
         "step graph alone: {session:.2f}x, {at the end:.2f}x after 6 tokens".format(**summary["session_ratios"]) in told
@@ -143,7 +144,7 @@ def test_remarks() -> None:
         "onnx+cache": [Timing(0.5, 0.4, [0.1] * 4, [[1, 2]])] * 2,
     }
     figures = benchmark.summarize(timings, 4)
-    drawn = benchmark.rows({"point": point, "setups": figures, "memory": {}})
+    drawn = benchmark_table.rows({"point": point, "setups": figures, "memory": {}})
     assert [row[:2] for row in drawn] == [
         ["torch+cache", "1"],
         [f"{COMPILED} (other tokens, not compiled)", "1"],
@@ -195,7 +196,7 @@ def test_busy_machine_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     point = {"new_tokens": 4, "num_beams": 1, "source_length": 4, "batch_size": 1}
     for share in (0.02, 0.6):
         facts = {"device": "cpu", "threads": 2, "other_load": share}
-        benchmark.show(
+        benchmark_table.show(
             {
                 "point": point,
                 "precision": "float32",

@@ -8,8 +8,8 @@ import pytest
 from accel.adapters import registry
 from accel.errors import AccelError
 from accel.graph import files
+from accel.models.checkpoints import load_model
 from accel.stages import export
-from accel.stages.checkpoint import load_model
 from tests.conftest import Build
 
 ROLES = ("encoder", "prefill", "step")

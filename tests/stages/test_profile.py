@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from accel.cli import profile_table
 from accel.cli.compose import compose, execute
 from accel.stages import profile
 from tests.conftest import Build, overrides_for
@@ -87,7 +88,7 @@ def test_off_the_device() -> None:
             profile.Node("last", "MemcpyFromHost", gpu, 0.5),
         ],
     }
-    assert profile.off_device_lines("step", [asdict(node) for node in found["step"]]) == [
+    assert profile_table.off_device_lines("step", [asdict(node) for node in found["step"]]) == [
         "decoder, step: 2 nodes on the CPU, 3.0 calls per token: twice (Gather), length (Shape)",
         "decoder, step: 0 nodes MemcpyToHost, 0.0 calls per token",
         "decoder, step: 1 nodes MemcpyFromHost, 0.5 calls per token: last (MemcpyFromHost)",
@@ -103,7 +104,7 @@ def test_description_on_cuda(capsys: pytest.CaptureFixture[str]) -> None:
     point = {"new_tokens": 2, "source_length": 3, "top": 4}
     summary = {"point": point, "device": "a GPU", "seconds": 0.5, "share": 0.5, "operators": {}, "providers": {}}
     summary |= {"copies": {}, "off_device": {"prefill": [], "step": []}}
-    profile.show(summary)
+    profile_table.show(summary)
     printed = capsys.readouterr().out
     assert "launching kernels (not the device's time)" in printed
     assert "decoder, step: 0 nodes on the CPU" in printed
@@ -129,10 +130,10 @@ def test_profile_of_a_deployable(build: Build, tiny: Path, capsys: pytest.Captur
     decoder = sum(call.own for call in profile.calls(events, profile.WARM_UP))
     assert 0 < 1e6 * decoder <= measured
     assert (folder / profile.PLOT).read_bytes().startswith(b"\x89PNG")
-    drawn = profile.rows(summary)
+    drawn = profile_table.rows(summary)
     assert len(drawn) == 4
     assert [float(row[1]) for row in drawn] == sorted((float(row[1]) for row in drawn), reverse=True)
-    profile.show(summary)
+    profile_table.show(summary)
     assert "copies between host and device: 0 Memcpy" in capsys.readouterr().out
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from accel.adapters import registry
 from accel.cli.compose import compose
-from accel.config import plugins
+from accel.config import hydra_setup, packages
+from accel.config.presets import runtime_preset
 from accel.errors import AccelError
 
 Bring = Callable[..., None]
@@ -21,16 +22,16 @@ def bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bring:
     """Make a package with YAML files and an entry point that names it, for the length of a test."""
     points: list[EntryPoint] = []
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == "accel.conf" else [])
+    monkeypatch.setattr(packages, "entry_points", lambda group: points if group == "accel.conf" else [])
 
-    def make(package: str, **files: str) -> None:
+    def make(package: str, group: str = "architecture", **files: str) -> None:
         points.append(EntryPoint(package, f"{package}.conf", "accel.conf"))
         if files:
-            (tmp_path / package / "conf" / "architecture").mkdir(parents=True)
+            (tmp_path / package / "conf" / group).mkdir(parents=True)
             for folder in (package, f"{package}/conf"):
                 (tmp_path / folder / "__init__.py").touch()
         for name, text in files.items():
-            (tmp_path / package / "conf" / "architecture" / f"{name}.yaml").write_text(text)
+            (tmp_path / package / "conf" / group / f"{name}.yaml").write_text(text)
 
     return make
 
@@ -50,6 +51,21 @@ def test_what_a_package_brings_can_be_chosen(bring: Bring, tmp_path: Path) -> No
     assert not [module for module in sys.modules if module.startswith("brought_one.adapter")]
 
 
+def test_a_runtime_from_another_package(bring: Bring) -> None:
+    """It stands on ours by its `defaults` list, with and without Hydra."""
+    bring("brought_five", "runtime", quiet="defaults:\n  - cpu\n  - _self_\nname: quiet\nthreads: 1\n")
+    preset = runtime_preset("quiet")
+    assert (preset.name, preset.threads, preset.provider) == ("quiet", 1, "CPUExecutionProvider")
+    assert preset == compose(["architecture=t5", "runtime=quiet"]).runtime
+    assert runtime_preset("quiet", buckets=[32]).buckets == [32]
+
+
+def test_a_runtime_that_stands_on_itself(bring: Bring) -> None:
+    bring("brought_six", "runtime", one="defaults: [two]\nname: one\n", two="defaults: [one]\nname: two\n")
+    with pytest.raises(AccelError, match="leads back to itself: one -> two -> one"):
+        runtime_preset("one")
+
+
 @pytest.mark.parametrize("taken", ["bart", "some"])
 def test_a_name_taken_twice(bring: Bring, taken: str) -> None:
     """By accel itself, or by another package."""
@@ -57,7 +73,7 @@ def test_a_name_taken_twice(bring: Bring, taken: str) -> None:
     bring(first, some=SOME)
     bring(second, **{taken: SOME.replace("some_type", "other_type")})
     with pytest.raises(AccelError, match=rf"architecture/{taken}\.yaml is in both .*brought_"):
-        plugins.register()
+        hydra_setup.register()
 
 
 def test_a_model_type_named_twice(bring: Bring) -> None:
@@ -70,7 +86,7 @@ def test_a_model_type_named_twice(bring: Bring) -> None:
 def test_a_package_that_is_not_there(bring: Bring) -> None:
     bring("brought_nothing")
     with pytest.raises(AccelError, match=r"brought_nothing = 'brought_nothing\.conf'"):
-        plugins.register()
+        hydra_setup.register()
 
 
 def test_the_command_line_says_so(tmp_path: Path) -> None:

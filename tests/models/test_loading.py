@@ -1,0 +1,107 @@
+"""`accel.load` is a library call: in any thread, inside any application, without what only building needs."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import accel
+from accel.errors import AccelError
+from accel.models.loading import RESERVED
+from accel.runtime import layout
+from tests.conftest import Build, overrides_for
+
+IDS = torch.tensor([[5, 9, 40, 17, 8]])
+UNWANTED = (
+    *("hydra", "onnxscript", "networkx", "matplotlib", "seaborn"),
+    *("accel.stages", "accel.cli", "accel.pipeline", "accel.benchmark", "accel.reporting", "accel.graph"),
+)
+
+
+def tokens(folder: Path, **options: object) -> list[int]:
+    with accel.load(folder, runtime="cpu", **options) as model:
+        ids: list[int] = model.generate(IDS, max_new_tokens=8, no_repeat_ngram_size=1)[0].tolist()
+    return ids
+
+
+def test_nothing_of_the_building_half_is_imported(deployable: Path) -> None:
+    """Neither Hydra nor what plots and rewrites graphs, which takes longer to import than a model to open."""
+    code = f"""
+import sys
+before = set(sys.modules)
+import accel
+model = accel.load({str(deployable)!r}, runtime="cpu")
+print(*sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = done.stdout.split()
+    assert "accel.models.loading" in imported
+    unwanted = [name for name in imported if any(name == one or name.startswith(f"{one}.") for one in UNWANTED)]
+    assert unwanted == []
+
+
+def test_inside_a_hydra_application(deployable: Path, tiny: Path, artifacts: Path, tmp_path: Path) -> None:
+    """Loading and building work there, and what the library logs goes where the application's log does."""
+    (tmp_path / "config.yaml").write_text("folder: null\n")
+    build = [str(tiny), overrides_for(tiny, artifacts)[2:]]
+    (tmp_path / "application.py").write_text(
+        "import accel, hydra, torch\n"
+        "@hydra.main(config_path='.', config_name='config', version_base='1.3')\n"
+        "def main(config):\n"
+        f"    assert str(accel.build(*{build}).folder) == config.folder\n"
+        "    with accel.load(config.folder, runtime='cpu', threads=1) as model:\n"
+        f"        ids = torch.tensor({IDS.tolist()})\n"
+        "        print(model.generate(ids, max_new_tokens=8, no_repeat_ngram_size=1).tolist())\n"
+        "main()\n"
+    )
+    command = [sys.executable, tmp_path / "application.py", f"folder={deployable}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *logged, printed = done.stdout.splitlines()
+    assert json.loads(printed) == [tokens(deployable)]
+    assert any("decoding in accel" in line for line in logged)  # by the host's own configuration of logging
+
+
+def test_in_threads(deployable: Path) -> None:
+    """Four at once, each with options of its own."""
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda threads: tokens(deployable, threads=threads), (1, 2, 1, 2)))
+    assert found == [tokens(deployable)] * 4
+
+
+def test_buckets_that_it_was_built_with(build: Build, tiny: Path) -> None:
+    """They are the default of a later `load`; an option replaces them."""
+    folder = build(tiny, "verify", ["runtime.buckets=[24,48]", "runtime.static=true"])[1]["verify"].folder
+    with accel.load(folder, runtime="cpu") as model:
+        assert model.runtime.buckets == [24, 48]
+    with accel.load(folder) as model:
+        assert model.runtime.buckets == [24, 48]
+    with accel.load(folder, runtime="cpu", buckets=[32]) as model:
+        assert model.runtime.buckets == [32]
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED))
+def test_reserved_names(deployable: Path, name: str) -> None:
+    with pytest.raises(AccelError, match=f"'{name}' is reserved"):
+        accel.load(deployable, **{name: "x"})
+
+
+def test_an_option_that_does_not_exist(deployable: Path) -> None:
+    with pytest.raises(
+        AccelError, match=r"unknown option of accel\.load\(runtime='cpu'\): 'thread'. Did you mean threads"
+    ):
+        accel.load(deployable, runtime="cpu", thread=1)
+    with pytest.raises(AccelError, match="unknown runtime: 'gpu'"):
+        accel.load(deployable, runtime="gpu")
+
+
+def test_a_folder_without_a_manifest(deployable: Path, tmp_path: Path) -> None:
+    """It is opened with the preset's own values."""
+    for path in deployable.iterdir():
+        if path.name != layout.MANIFEST:
+            (tmp_path / path.name).symlink_to(path)
+    assert tokens(tmp_path) == tokens(deployable)
