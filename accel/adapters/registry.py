@@ -1,9 +1,6 @@
 """Finds architectures: built in, installed with another package, or registered by hand. The only instantiate() call."""
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import CodeType, FunctionType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import hydra
@@ -14,7 +11,6 @@ from omegaconf import OmegaConf
 from accel.adapters.types import Architecture
 from accel.config.hydra_setup import composing
 from accel.errors import AccelError
-from accel.pipeline.store import file_hash, make_key
 
 GROUP = "architecture"
 
@@ -75,50 +71,3 @@ def build(config: Mapping[str, Any]) -> Architecture:
         ]
         raise AccelError(f"architecture {config['_target_']} is no Architecture: it lacks {', '.join(missing)}")
     return adapter
-
-
-def source_hash(config: Mapping[str, Any], adapter: Architecture) -> str:
-    """Hash of the code that an adapter runs: the packages of its class, of those it derives from, and of every wrapper
-    that its config names; of a class that was typed in, as in a notebook, what it was compiled to."""
-    kinds = [kind for kind in type(adapter).__mro__ if kind.__module__ not in ("builtins", "typing", "abc")]
-    modules = {kind.__module__ for kind in kinds} | {target.rpartition(".")[0] for target in _targets(config)}
-    files = sorted({path for module in modules for path in _files(module)})
-    typed = [line for kind in kinds if kind.__module__ == "__main__" for line in _compiled(kind)]
-    return make_key(files={str(path.name): file_hash(path) for path in files}, typed=typed)
-
-
-def _targets(config: Any) -> Iterator[str]:
-    """Every `_target_` in a config, at any depth."""
-    if isinstance(config, Mapping):
-        for key, value in config.items():
-            if key == "_target_":
-                yield str(value)
-            else:
-                yield from _targets(value)
-
-
-def _files(module: str) -> list[Path]:
-    """The module's file, and those beside it if it is in a package."""
-    found = sys.modules.get(module)
-    file = getattr(found, "__file__", None)
-    if file is None:
-        return []
-    return sorted(Path(file).parent.glob("*.py")) if getattr(found, "__package__", "") else [Path(file)]
-
-
-def _compiled(kind: type) -> Iterator[str]:
-    """What the functions of a class were compiled to."""
-    for name, member in vars(kind).items():
-        if isinstance(member, FunctionType):
-            yield f"{kind.__qualname__}.{name}"
-            yield from _code(member.__code__)
-
-
-def _code(code: CodeType) -> Iterator[str]:
-    yield code.co_code.hex()
-    yield repr((code.co_names, code.co_varnames))
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _code(constant)
-        else:
-            yield repr(constant)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
+from accel.config.generate_options import OWN_OPTIONS, generation_options
 from accel.config.schema import AuditConfig, Config, RuntimeConfig, VerifyConfig
 from accel.data.corpus import read_lines, read_texts
 from accel.data.texts import References, has_tokenizer
@@ -20,15 +21,6 @@ from accel.stages import audit, benchmark, checkpoint, convert, merge, optimize
 
 OPSETS = range(18, 24)  # what both the exporter and the graph passes speak
 LONGEST = 1_000_000  # tokens; more is a slip of the keyboard
-OWN_OPTIONS = {
-    "text",
-    "file",
-    "audio",
-    "output",
-    "batch_size",
-    "seed",
-    "chat",
-}  # of `generate`, beside GenerationConfig's
 
 
 def validate(config: Config) -> None:
@@ -188,8 +180,3 @@ def check_generate(options: dict[str, Any]) -> None:
         GenerationConfig(**generation_options(options)).validate()
     except (ValueError, TypeError) as error:
         raise AccelError(f"generate: {str(error).splitlines()[0]}") from error
-
-
-def generation_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the `generate` section that are transformers' own."""
-    return {name: value for name, value in options.items() if name not in OWN_OPTIONS}

@@ -25,7 +25,7 @@ def read(path: Path, rate: int) -> np.ndarray[Any, Any]:
     try:
         import soundfile
     except ImportError as error:
-        raise AccelError("generate.audio needs the package soundfile: pip install 'accel[audio]'") from error
+        raise AccelError("generate.audio needs the package soundfile: pip install 'accel-onnx[audio]'") from error
     if not path.is_file():
         raise AccelError(f"can't read {path}: no such file")
     try:

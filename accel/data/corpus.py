@@ -9,7 +9,7 @@ from accel.errors import AccelError, unknown
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
 SAMPLES = Path(__file__).parent / "samples"  # what a model is asked when nothing else is given: see its README
-MISSING = "reading a folder of data needs the package datasets: pip install 'accel[data]'"
+MISSING = "reading a folder of data needs the package datasets: pip install 'accel-onnx[data]'"
 
 
 def read_texts(path: str | Path, column: str | None = None) -> list[str]:

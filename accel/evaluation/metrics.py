@@ -81,7 +81,7 @@ def _sacrebleu() -> Any:
     try:
         import sacrebleu.metrics
     except ImportError as error:
-        raise AccelError(f"{' and '.join(BY_SACREBLEU)} need sacrebleu: pip install 'accel[metrics]'") from error
+        raise AccelError(f"{' and '.join(BY_SACREBLEU)} need sacrebleu: pip install 'accel-onnx[metrics]'") from error
     return sacrebleu.metrics
 
 

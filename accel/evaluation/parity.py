@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from accel.adapters.types import Architecture, Role
+from accel.evaluation import reference_data
 from accel.evaluation.compare import Difference, token_errors, visible
 from accel.evaluation.rounding import FACTOR, SAMPLES, allowed_errors
 from accel.models.generation import AcceleratedModel
 from accel.runtime.feeds import decoder_feeds
 from accel.runtime.streams import on_shared_stream
-from accel.stages import reference
 
 
 @dataclass
@@ -73,7 +73,7 @@ def compare_outputs(
     cache, growing = step.cache, {port.name for port in step.outputs}
     hidden: dict[str, Tensor] = {}
     state = None
-    for number, call in enumerate(reference.read_calls(expected)):
+    for number, call in enumerate(reference_data.read_calls(expected)):
         if call.role is Role.ENCODER:
             found = dict(model.runtime.encode(call.given))
             hidden = _context(architecture, model, {**call.given, **call.expected})
@@ -109,7 +109,7 @@ def compare_paths(
     sound = True
     apart: list[Tensor] = []
     known_errors: list[Tensor] = []
-    for number, path in enumerate(reference.read_paths(expected)):
+    for number, path in enumerate(reference_data.read_paths(expected)):
         hidden = _encoded(architecture, model, path.given)
         ids = path.ids.to(model.device)  # [1, tokens]
         seen = torch.ones_like(ids)

@@ -5,7 +5,8 @@ from pathlib import Path
 from accel.config.schema import ModelConfig
 from accel.errors import AccelError
 from accel.models.checkpoints import WEIGHTS, locate
-from accel.pipeline.store import Artifact, Manifest, folder_files, make_key
+from accel.pipeline.store import Artifact, Manifest, folder_files
+from accel.system.hashing import make_key
 
 
 def pretrained(model: ModelConfig) -> Artifact:

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from accel import progress
-from accel.adapters.registry import source_hash
 from accel.adapters.types import Architecture
 from accel.config.schema import STAGES, Config
 from accel.errors import AccelError, unknown
 from accel.pipeline.external import pretrained
+from accel.pipeline.source import adapter_source, stage_source
 from accel.pipeline.stage import Stage
-from accel.pipeline.store import Artifact, Store, content_hash, make_key, versions
+from accel.pipeline.store import Artifact, Store, content_hash
 from accel.system.environment import machine
+from accel.system.hashing import make_key, versions
 
 # Whose folder a run names as its result: the first of these that was asked for.
 RESULTS = ("verify", "merge")
@@ -87,15 +88,17 @@ class Pipeline:
         stage = self.stage(name)
         parts: dict[str, Any] = {
             "stage": name,
-            "version": stage.version,
+            "source": stage_source(name),
             "config": self._sections(stage),
             "architecture": self.config.architecture,
-            "adapter": source_hash(self.config.architecture, self.architecture),
+            "adapter": adapter_source(self.config.architecture, self.architecture),
             "upstream": {upstream: self.key(upstream) for upstream in stage.inputs(self.config)},
             "files": [content_hash(Path(path)) for path in stage.files(self.config)],
             "packages": versions(stage.packages),
         }
-        return parts | ({"machine": machine(self.config)} if stage.machine else {})
+        return parts | (
+            {"machine": machine(self.config.runtime.device, self.config.runtime.threads)} if stage.machine else {}
+        )
 
     def _sections(self, stage: Stage) -> dict[str, Any]:
         """The sections a stage declares. Where the checkpoint lies is left out: its content is what counts."""

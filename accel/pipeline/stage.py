@@ -30,7 +30,6 @@ class Stage:
     machine: bool = False  # the result depends on device, driver and threads
     files: Callable[[Config], tuple[str, ...]] = lambda config: ()
     deliver: Callable[[Config, Path], None] = lambda config, folder: None  # whenever it was asked for, made or reused
-    version: int = 1
 
 
 def takes(*names: str) -> Callable[[Config], tuple[str, ...]]:

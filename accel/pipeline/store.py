@@ -5,14 +5,12 @@ written last, in a temporary sibling that is then renamed. So a kill at any mome
 """
 
 import errno
-import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ from filelock import FileLock, Timeout
 from accel import progress
 from accel.errors import AccelError
 from accel.runtime.layout import MANIFEST
+from accel.system.hashing import file_hash, make_key
 from accel.system.host_memory import PeakMemory
 
 logger = logging.getLogger(__name__)
@@ -93,26 +92,6 @@ class Artifact:
                 raise Damaged(f"{path} differs from its manifest")
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, as hex. Computed once per process for each state of the file, wherever it moves."""
-    status = path.stat()
-    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    if state not in _hashes:
-        with path.open("rb") as file:
-            _hashes[state] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _hashes[state]
-
-
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of all files below a folder and their names, as hex."""
-    if not path.is_dir():
-        return file_hash(path)
-    return make_key(**{name: record.sha256 for name, record in folder_files(path).items()})
-
-
-_hashes: dict[tuple[int, int, int, int], str] = {}
-
-
 def folder_files(folder: Path) -> dict[str, FileRecord]:
     """Every file below `folder` but the manifest, by its relative path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
@@ -124,21 +103,11 @@ def folder_files(folder: Path) -> dict[str, FileRecord]:
     }
 
 
-def make_key(**parts: Any) -> str:
-    """SHA-256 over named parts, as hex. The parts must be JSON; their order does not matter."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Installed version of each package; `absent` where there is none."""
-
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "absent"
-
-    return {package: version(package) for package in packages}
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of all files below a folder and their names, as hex."""
+    if not path.is_dir():
+        return file_hash(path)
+    return make_key(**{name: record.sha256 for name, record in folder_files(path).items()})
 
 
 class Store:

@@ -131,5 +131,7 @@ def bridge(device: torch.device) -> Bridge:
         return by_dlpack
     if device.type == "cuda" and find_spec("cupy") is not None:
         return by_cupy
-    needed = "CuPy (accel[cuda11] brings it) or ONNX Runtime 1.26" if device.type == "cuda" else "ONNX Runtime 1.26"
+    needed = (
+        "CuPy (accel-onnx[cuda11] brings it) or ONNX Runtime 1.26" if device.type == "cuda" else "ONNX Runtime 1.26"
+    )
     raise AccelError(f"onnxruntime {onnxruntime.__version__} can't share memory with torch: it needs {needed}")

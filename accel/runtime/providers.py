@@ -10,7 +10,7 @@ import torch
 
 from accel.errors import AccelError, unknown
 
-EXTRAS = "accel[cpu], accel[cuda13], accel[cuda12] or accel[cuda11]"
+EXTRAS = "accel-onnx[cpu], accel-onnx[cuda13], accel-onnx[cuda12] or accel-onnx[cuda11]"
 
 try:
     import onnxruntime as onnxruntime  # for the rest of the package: here its absence has one message
@@ -62,8 +62,8 @@ def _check_cuda() -> None:
     if CUDA not in available_providers():
         raise AccelError(
             f"runtime=cuda needs onnxruntime-gpu; the onnxruntime {onnxruntime.__version__} installed here is the "
-            "CPU's. pip uninstall onnxruntime, then install accel[cuda13], accel[cuda12] or accel[cuda11]; "
-            "or use runtime=cpu"
+            "CPU's. pip uninstall onnxruntime, then install accel-onnx[cuda13], accel-onnx[cuda12] or "
+            "accel-onnx[cuda11]; or use runtime=cpu"
         )
     if not torch.cuda.is_available():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU only"
@@ -95,7 +95,7 @@ def missing_library() -> str:
         found = re.match(r"(\S+): cannot open shared object file", str(error))
         reason = f"{found[1]} is missing" if found else str(error)
     major = str(_built_for()).split(".")[0]
-    extra = f"accel[cuda{major}]" if f"cuda{major}" in EXTRAS else "the extra for your CUDA"
+    extra = f"accel-onnx[cuda{major}]" if f"cuda{major}" in EXTRAS else "the extra for your CUDA"
     return (
         f"onnxruntime-gpu {onnxruntime.__version__} can't use CUDA here: {reason}. It is built for CUDA {major}: "
         f"install {extra} with a torch built for CUDA {major}, which brings its libraries "

@@ -191,5 +191,4 @@ STAGE = Stage(
     sections=("audit", "precision", "model.references", "runtime"),
     packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "networkx"),
     files=text_files,
-    version=3,
 )

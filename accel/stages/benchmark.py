@@ -26,8 +26,9 @@ from accel.errors import AccelError
 from accel.graph import files
 from accel.graph.bandwidth import bytes_read
 from accel.pipeline.stage import Stage
-from accel.pipeline.store import Artifact, versions
+from accel.pipeline.store import Artifact
 from accel.system.environment import command, copy_bandwidth, machine
+from accel.system.hashing import DISTRIBUTION, versions
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     with OtherLoad() as others:
         measured = time_setups(names, sources, given, benchmark)
     threads = config.runtime.threads or torch.get_num_threads()
-    facts = machine(config) | {"torch_threads": threads, "other_load": others.share}
+    facts = machine(config.runtime.device, config.runtime.threads) | {
+        "torch_threads": threads,
+        "other_load": others.share,
+    }
     timings = measured.timings
     memory = measure_memory(names, sources, given, benchmark) if benchmark.memory else {}
     setups = summarize(timings, benchmark.new_tokens)
@@ -182,7 +186,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         "point": {key: value for key, value in asdict(benchmark).items() if key not in ("setups", "memory")},
         "precision": config.precision.dtype,
         "machine": facts,
-        "packages": versions((*PACKAGES, "accel")),
+        "packages": versions((*PACKAGES, DISTRIBUTION)),
         "command": command(sys.argv),
         "setups": setups,
         "torch_fp32": measured.fp32,
@@ -231,5 +235,4 @@ STAGE = Stage(
     sections=("precision", "runtime", "benchmark"),
     packages=PACKAGES,
     machine=True,
-    version=5,
 )

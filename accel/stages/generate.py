@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from accel import progress
 from accel.adapters.types import Architecture
-from accel.cli.validate import generation_options
+from accel.config.generate_options import generation_options
 from accel.config.schema import Config
 from accel.data import audio, texts
 from accel.data.corpus import read_lines

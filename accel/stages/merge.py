@@ -110,5 +110,4 @@ STAGE = Stage(
     inputs=takes("checkpoint", "convert"),
     sections=("merge", "convert.one_token_passes"),
     packages=("onnx", "onnx-ir"),
-    version=4,
 )

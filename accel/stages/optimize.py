@@ -79,7 +79,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 
 STAGE = Stage(
     name="optimize",
-    version=7,
     run=run,
     inputs=takes("export"),
     sections=("optimize",),

@@ -194,7 +194,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             trace = Path(session.session.end_profiling()).rename(out / f"{name}.trace.json")
             traces[name] = list(calls(json.loads(trace.read_text()), skipped[name]))
     found = digest(traces)
-    summary = {"point": asdict(settings), "device": machine(config)["device"], **asdict(found)}
+    summary = {
+        "point": asdict(settings),
+        "device": machine(config.runtime.device, config.runtime.threads)["device"],
+        **asdict(found),
+    }
     if found.off_device is None:
         del summary["off_device"]
     (out / PROFILE).write_text(json.dumps(summary, indent=1))
@@ -226,5 +230,4 @@ STAGE = Stage(
     sections=("runtime", "profile"),
     packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu"),
     machine=True,
-    version=2,
 )

@@ -3,44 +3,37 @@
 Runs first and alone: PyTorch and ONNX Runtime never hold a model at the same time.
 """
 
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
 
 from accel import progress
-from accel.adapters.types import Architecture, Role
+from accel.adapters.types import Architecture
 from accel.config.schema import Config, VerifyConfig
 from accel.data import texts
 from accel.data.corpus import read_texts
 from accel.errors import AccelError
-from accel.evaluation.component_runner import Shape, longest, script, signatures, torch_run
+from accel.evaluation.component_runner import longest, signatures, torch_run
+from accel.evaluation.reference_data import PATH, PATHS, along, calls, write_calls
 from accel.evaluation.rounding import Evaluator
 from accel.models.checkpoints import load_model
 from accel.models.generation import Generates
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
-from accel.runtime.feeds import decoder_feeds
 from accel.stages import prompts
 from accel.stages.checkpoint import reference_files
 
 TOKENS = "tokens.json"
-CALLS, CALL = "calls.json", "call-{}.safetensors"
-PATH = "path-{}.safetensors"  # what one greedy generation said, and the logits at each of its tokens
-PATHS = 4
 GIVEN = (  # of the section `verify`: what PyTorch is given, not how what it said is judged
     *("texts", "column", "targets", "targets_column", "batch_size", "inputs", "source_length"),
     *("max_new_tokens", "num_beams", "references", "unique_tokens", "seed"),
 )
-BATCH, NEW = 2, 3  # sequences and new tokens of the call with the model's own tokens
-SHAPES = (Shape(1, 7, 1, 1), Shape(3, 12, 5, 1), Shape(2, 33, 2, 3))
 
 
 def cases(config: Config) -> dict[str, dict[str, Any]]:
@@ -128,103 +121,6 @@ def fixed_inputs(
     return [texts.encode(tokenizer, [line]) for line in lines], lines
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of a component: what the caller gives it, and what it makes of that in float64.
-
-    What it takes of other components is what they made in the calls before this one. `what`: the kind of inputs.
-    """
-
-    what: str
-    role: Role
-    given: Mapping[str, Tensor]
-    expected: Mapping[str, Tensor]
-
-
-def calls(
-    architecture: Architecture,
-    config: PretrainedConfig,
-    inputs: Sequence[Mapping[str, Tensor]],
-    written: Sequence[Sequence[int]],
-    seed: int,
-) -> Iterator[tuple[str, dict[Role, Mapping[str, Tensor]]]]:
-    """What the inputs are, and what the caller gives each component: random ids at `SHAPES`, then real ones.
-
-    `written`: the ids that the model generates for each of `inputs`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for shape in (shape.within(longest(config)) for shape in SHAPES):
-        yield f"random ids ({shape})", script(architecture, config, shape, generator)
-    yield "the model's own tokens", continuation(architecture, config, inputs[:BATCH], written[:BATCH])
-
-
-def continuation(
-    architecture: Architecture,
-    config: PretrainedConfig,
-    inputs: Sequence[Mapping[str, Tensor]],
-    written: Sequence[Sequence[int]],
-) -> dict[Role, Mapping[str, Tensor]]:
-    """What a generation gives each component: prefill all ids of `written` but the last few, the step those."""
-    padding = int(getattr(config, "pad_token_id", None) or 0)
-    encodes = Role.ENCODER in architecture.roles()
-    shortest = min(map(len, written))
-    new = max(1, min(NEW, shortest - 1))
-    # Where there is an encoder, its input is what is padded, and all sequences are as long as the shortest.
-    rows = texts.pad([texts.unpadded(one[:shortest] if encodes else one) for one in written], padding, left=True)
-    ids, mask = rows["input_ids"], rows["attention_mask"]
-    given: dict[Role, Mapping[str, Tensor]] = {}
-    if encodes:
-        given[Role.ENCODER] = texts.pad(inputs, padding, left=False)
-    given[Role.PREFILL] = decoder_feeds(ids[:, :-new], mask[:, :-new])
-    given[Role.STEP] = decoder_feeds(ids[:, -new:], mask)
-    return given
-
-
-def read_calls(folder: Path) -> Iterator[Call]:
-    """The calls that `run` wrote, in order."""
-    for number, call in enumerate(json.loads((folder / CALLS).read_text())):
-        tensors = load_file(folder / CALL.format(number))
-        parts: dict[str, dict[str, Tensor]] = {"given": {}, "expected": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        yield Call(call["what"], Role(call["role"]), **parts)
-
-
-@dataclass(frozen=True)
-class TokenPath:
-    """A greedy generation of PyTorch's in FP32: its inputs, `ids` [1, tokens], and the logits after each in float64."""
-
-    given: Mapping[str, Tensor]
-    ids: Tensor
-    logits: Tensor  # [1, tokens, vocabulary]
-
-
-def read_paths(folder: Path) -> Iterator[TokenPath]:
-    """The paths that `run` wrote, in order."""
-    for number in itertools.count():
-        file = folder / PATH.format(number)
-        if not file.is_file():
-            return
-        tensors = load_file(file)
-        ids, logits = tensors.pop("ids"), tensors.pop("logits")
-        yield TokenPath({name.removeprefix("given."): value for name, value in tensors.items()}, ids, logits)
-
-
-def write_calls(evaluate: Evaluator, asked: Iterator[tuple[str, dict[Role, Mapping[str, Tensor]]]], out: Path) -> int:
-    """Evaluate and write every call, and say how many there are."""
-    described: list[dict[str, str]] = []
-    for what, components in asked:
-        for role, given in components.items():
-            tensors = {f"given.{name}": value for name, value in given.items()}
-            tensors |= {f"expected.{name}": value for name, value in evaluate(role, given).items()}
-            contiguous = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
-            save_file(contiguous, out / CALL.format(len(described)))
-            described.append({"what": what, "role": str(role)})
-    (out / CALLS).write_text(json.dumps(described))
-    return len(described)
-
-
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Writes the tokens of every case, what every component gives at a few shapes, logits along tokens, and texts."""
     folder = inputs["checkpoint"].folder
@@ -249,13 +145,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         json.dumps({"texts": lines, "tokens": tokens, "references": _references(config, folder, model)})
     )
     return {"inputs": len(chosen), "calls": count, "distinct_tokens": len({i for ids in said for i in ids})}
-
-
-def along(evaluate: Evaluator, given: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """Logits after each of `ids` [1, tokens], all seen at once: [copies, tokens, vocabulary]."""
-    if Role.ENCODER in evaluate.signatures:
-        evaluate(Role.ENCODER, given)
-    return evaluate(Role.PREFILL, decoder_feeds(ids, torch.ones_like(ids)))["logits"].cpu().contiguous()
 
 
 def _references(config: Config, folder: Path, model: Generates) -> list[str]:
@@ -283,5 +172,4 @@ STAGE = Stage(
     sections=("model", "runtime.device", *(f"verify.{key}" for key in GIVEN)),
     packages=("torch", "transformers"),
     files=reference_files,
-    version=4,
 )

@@ -12,12 +12,12 @@ from torch import Tensor
 from accel import progress
 from accel.adapters.types import Architecture
 from accel.config.schema import Config
+from accel.evaluation import reference_data
 from accel.evaluation.component_runner import signatures, torch_run
 from accel.evaluation.rounding import SAMPLES, Evaluator, root_mean_square
 from accel.models.checkpoints import load_model
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
-from accel.stages import reference
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     evaluate = Evaluator(model, signatures(architecture, model.config), torch_run(architecture, model), dtype)
     errors: dict[str, Tensor] = {}
     try:
-        for number, call in enumerate(progress.track(list(reference.read_calls(known)), "PyTorch's own error")):
+        for number, call in enumerate(progress.track(list(reference_data.read_calls(known)), "PyTorch's own error")):
             found = evaluate(call.role, call.given)
             for name, value in call.expected.items():
                 errors[f"{number}.{name}"] = root_mean_square(found[name], value, SAMPLES)
-        for number, path in enumerate(reference.read_paths(known)):
-            logits = reference.along(evaluate, path.given, path.ids)
+        for number, path in enumerate(reference_data.read_paths(known)):
+            logits = reference_data.along(evaluate, path.given, path.ids)
             errors[f"path-{number}.logits"] = root_mean_square(logits, path.logits, SAMPLES)
     except (RuntimeError, NotImplementedError) as error:
         if "not implemented for" not in str(error):

@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
-from accel.config.schema import Config
+from accel.system.hashing import DISTRIBUTION
 
 
-def machine(config: Config) -> dict[str, Any]:
-    """Processor, device, driver and threads, as JSON."""
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """Processor, device, driver and threads, as JSON. `threads`: 0 for as many as torch takes."""
     facts: dict[str, Any] = {
         "platform": platform.platform(),
         "processor": _processor(),
-        "threads": config.runtime.threads or torch.get_num_threads(),
-        "device": config.runtime.device,
+        "threads": threads or torch.get_num_threads(),
+        "device": device,
     }
-    if config.runtime.device.startswith("cuda") and torch.cuda.is_available():
-        facts["device"] = torch.cuda.get_device_name(config.runtime.device)
+    if device.startswith("cuda") and torch.cuda.is_available():
+        facts["device"] = torch.cuda.get_device_name(device)
         facts["cuda"] = torch.version.cuda
         facts["driver"] = _driver()
     return facts
@@ -66,7 +66,7 @@ def commit() -> str | None:
         asked = [git, "-C", str(package.parent), "rev-parse", "HEAD"]
         return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
     try:
-        noted = importlib.metadata.distribution("accel").read_text("direct_url.json")
+        noted = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         return None
     found: str | None = json.loads(noted or "{}").get("vcs_info", {}).get("commit_id")

@@ -2,15 +2,17 @@
 
 import logging
 import warnings
+from contextlib import suppress
 
 
 def quiet() -> None:
     """For the command line only: a library must not change its host's settings."""
     import transformers
 
-    from accel.runtime.providers import onnxruntime
+    with suppress(ImportError):  # a message of accel's own says so later
+        import onnxruntime
 
-    onnxruntime.set_default_logger_severity(4)  # what goes wrong is raised as well
+        onnxruntime.set_default_logger_severity(4)  # what goes wrong is raised as well
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -373,7 +373,7 @@ if not wheels:
 @pytest.mark.parametrize(
     ("wheels", "named"),
     [
-        ([], ("onnxruntime", "accel[cpu]")),
+        ([], ("onnxruntime", "accel-onnx[cpu]")),
         (["onnxruntime", "onnxruntime-gpu"], ("onnxruntime", "onnxruntime-gpu", "both")),
     ],
     ids=["none", "both"],
@@ -385,7 +385,7 @@ def test_wheels_of_onnx_runtime(tiny: Path, tmp_path: Path, wheels: list[str], n
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= LINES
-    assert_names(done.stderr, *named, "pip", "accel[cuda12]")
+    assert_names(done.stderr, *named, "pip", "accel-onnx[cuda12]")
     assert listing(tmp_path) == {}
 
 
@@ -398,7 +398,7 @@ onnxruntime.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExec
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
     ("prelude", "named"),
-    [("", ("onnxruntime-gpu", "accel[cuda13]", "runtime=cpu")), (GPU_WHEEL, ("GPU", "torch", "runtime=cpu"))],
+    [("", ("onnxruntime-gpu", "accel-onnx[cuda13]", "runtime=cpu")), (GPU_WHEEL, ("GPU", "torch", "runtime=cpu"))],
     ids=["the CPU's wheel", "no GPU"],
 )
 def test_cuda_is_missing(tiny: Path, tmp_path: Path, prelude: str, named: tuple[str, ...]) -> None:
@@ -430,11 +430,13 @@ def test_help_is_quick_and_complete() -> None:
 
 
 def test_configuration_can_be_printed() -> None:
-    """`--cfg job` prints YAML with the overrides applied, and reads every section."""
-    done = accel("--cfg", "job", "merge.flag=use_cache_branch", prelude=WATCH)
+    """`--cfg job` prints YAML with the overrides applied and every `auto` resolved, and reads every section."""
+    done = accel("--cfg", "job", "merge.flag=use_cache_branch", "runtime=cpu")
     assert done.returncode == 0, done.stderr
-    assert "LOADED []" in done.stdout
-    shown = yaml.safe_load(done.stdout.split("LOADED")[0])
+    shown = yaml.safe_load(done.stdout)
+    assert shown["architecture"]["model_types"] == ["t5"]
+    assert [shown[group]["name"] for group in ("model", "precision", "runtime")] == ["t5-g2p", "fp32", "cpu"]
+    assert shown["runtime"]["session"] == {"session.force_spinning_stop": "1"}
     assert shown["merge"]["flag"] == "use_cache_branch"
     assert {"model", "precision", "runtime", *STAGES} - {"convert"} <= set(shown)
     assert "hydra" not in shown

@@ -17,6 +17,7 @@ from accel.cli.compose import compose
 from accel.config.schema import STAGES, Config
 from accel.errors import AccelError
 from accel.pipeline import runner as module
+from accel.pipeline import source
 from accel.pipeline.runner import HIDDEN, Pipeline, chosen, load_stage, only
 from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact
@@ -181,12 +182,35 @@ def test_keys_depend_on_the_adapter_and_the_packages(tiny: Path, monkeypatch: py
     """Another adapter source, or another version of a package that a stage uses, is another artefact."""
     before = keys(tiny)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "source_hash", lambda config, adapter: "other source")
+        patch.setattr(module, "adapter_source", lambda config, adapter: "other source")
         after = keys(tiny)
     assert {name for name in before if before[name] != after[name]} >= {"export", "merge", "verify"}
     monkeypatch.setattr(module, "versions", lambda names: dict.fromkeys(names, "0") if "onnxscript" in names else {})
     after = keys(tiny)
     assert before["export"] != after["export"]
+
+
+def test_keys_depend_on_the_code_of_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its own module's and that of every module it leads to; a docstring or a comment changes nothing."""
+    real, changed = source._path, {"accel.graph.files": "x = 1\n"}
+    before = {name: source.stage_source(name) for name in STAGES}
+
+    def path(module: str) -> Path | None:
+        file = real(module)
+        if file is None or module not in changed:
+            return file
+        copy = tmp_path / f"{module}.py"
+        copy.write_text(file.read_text() + changed[module])
+        return copy
+
+    monkeypatch.setattr(source, "_path", path)
+    source._module.cache_clear()
+    after = {name: source.stage_source(name) for name in STAGES}
+    assert {name for name in STAGES if before[name] != after[name]} >= {"export", "optimize", "merge", "verify"}
+    changed["accel.graph.files"] = "# a comment\n"
+    source._module.cache_clear()
+    assert {name: source.stage_source(name) for name in STAGES} == before
+    source._module.cache_clear()
 
 
 def test_keys_depend_on_the_wrapper_that_a_yaml_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,11 +221,11 @@ def test_keys_depend_on_the_wrapper_that_a_yaml_names(tmp_path: Path, monkeypatc
     importlib.import_module("some_wrapper")
     target = {"_target_": "accel.architectures.causal.Causal", "wrapper": {"_target_": "some_wrapper.Decoder"}}
     adapter = registry.build(target | {"wrapper": {"_target_": "some_wrapper.Decoder", "_partial_": True}})
-    before = registry.source_hash(target, adapter)
-    assert before == registry.source_hash(target, adapter)
-    assert before != registry.source_hash({"_target_": target["_target_"]}, adapter)
+    before = source.adapter_source(target, adapter)
+    assert before == source.adapter_source(target, adapter)
+    assert before != source.adapter_source({"_target_": target["_target_"]}, adapter)
     file.write_text("class Decoder: pass\n")
-    assert before != registry.source_hash(target, adapter)
+    assert before != source.adapter_source(target, adapter)
 
 
 def test_keys_depend_on_code_that_was_typed_in() -> None:
@@ -210,7 +234,7 @@ def test_keys_depend_on_code_that_was_typed_in() -> None:
     for number in (1, 1, 2):
         space: dict[str, Any] = {"__name__": "__main__", "Causal": importlib.import_module(CAUSAL).Causal}
         exec(f"class Mine(Causal):\n    def roles(self):\n        return {number}, [i for i in 'ab']\n", space)
-        hashes.add(registry.source_hash({}, space["Mine"]()))
+        hashes.add(source.adapter_source({}, space["Mine"]()))
     assert len(hashes) == 2
 
 

@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accel.errors import AccelError
-from accel.pipeline.store import MANIFEST, Artifact, FileRecord, Manifest, Store, file_hash, make_key
+from accel.pipeline.store import Artifact, FileRecord, Manifest, Store
+from accel.runtime.layout import MANIFEST
+from accel.system.hashing import file_hash, make_key
 
 KEY = make_key(stage="toy", version=1)
 SPAWN = multiprocessing.get_context("spawn")
@@ -145,14 +147,14 @@ def flip(path: Path) -> None:
     ids=["flipped bit", "cut", "missing", "half a manifest", "no manifest's form", "not UTF-8", "another key"],
 )
 def test_damage_is_named_and_rebuilt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], Any], named: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], Any], named: str
 ) -> None:
     """A damaged artefact is never used: a warning names the file, and the next build makes it anew."""
     store = Store(tmp_path, "model")
     folder = build(store, write).folder
     harm(folder)
     assert store.find("toy", KEY) is None
-    warning = capsys.readouterr().err
+    warning = caplog.text
     assert "damaged" in warning
     assert named in warning
     assert build(store, write).folder == folder

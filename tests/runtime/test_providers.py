@@ -12,7 +12,8 @@ from accel.runtime import providers
 
 
 @pytest.mark.parametrize(
-    ("version", "extra"), [("13.0", "accel[cuda13]"), ("12.8", "accel[cuda12]"), ("11.8", "accel[cuda11]")]
+    ("version", "extra"),
+    [("13.0", "accel-onnx[cuda13]"), ("12.8", "accel-onnx[cuda12]"), ("11.8", "accel-onnx[cuda11]")],
 )
 def test_missing_library_and_its_extra(monkeypatch: pytest.MonkeyPatch, version: str, extra: str) -> None:
     """The loader's own words name the library; the wheel knows its CUDA."""

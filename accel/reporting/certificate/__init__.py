@@ -11,13 +11,14 @@ from accel.config.schema import Config
 from accel.graph.precision.minimize import TRIABLE
 from accel.graph.precision.observer import Range
 from accel.graph.precision.plan import Plan
-from accel.pipeline.store import Artifact, versions
+from accel.pipeline.store import Artifact
 from accel.reporting.certificate import page
 from accel.runtime import layout
 from accel.system.environment import commit, machine
+from accel.system.hashing import DISTRIBUTION, versions
 
 MIXED = {"mix": "convert", "plan": "audit", "audited": "ranges"}  # whose summaries are about a mix of precisions
-PACKAGES = ("accel", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "sacrebleu")
+PACKAGES = (DISTRIBUTION, "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "sacrebleu")
 
 
 def write(
@@ -50,7 +51,7 @@ def gather(
         "checkpoint": {"key": checkpoint.key, "commit": _hub_commit(checkpoint.folder)},
         "commit": commit(),
         "packages": {name: version for name, version in versions(PACKAGES).items() if version != "absent"},
-        "machine": machine(config),
+        "machine": machine(config.runtime.device, config.runtime.threads),
         "made_from": made,
         "compared": {
             "inputs": verdict["inputs"],
