@@ -13,7 +13,7 @@ from accel.adapters.types import Role, Signature
 from accel.models.model_class import model_class
 
 from .experts import in_turn
-from .parts import Flat, Ports, random_ids, random_lengths
+from .parts import Flat, Ports, cache_tensors, random_ids, random_lengths
 
 PARTS = {"key": "past", "value": "past"}  # a layer's caches, in this order
 
@@ -28,7 +28,7 @@ class Decoder(Flat):
         cache = DynamicCache([tuple(past[i : i + 2]) for i in range(0, len(past), 2)] or None)
         with in_turn(self.model):
             logits = self.model(**given, past_key_values=cache, use_cache=True).logits
-        return (logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+        return (logits, *cache_tensors(*cache.layers))
 
 
 class Causal:

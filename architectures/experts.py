@@ -7,17 +7,18 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/integrati
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "one_after_the_other"
 
 
-def one_after_the_other(self: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """hidden [N, D], each token's experts `chosen` [N, K] and their `weights` [N, K] -> [N, D]."""
+def one_after_the_other(self: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Hidden [N, D], each token's experts `chosen` [N, K] and their `weights` [N, K] -> [N, D]."""
     result = torch.zeros_like(hidden)
     for expert in range(self.num_experts):
         tokens, places = torch.where(chosen == expert)  # as many as chose it, which may be none
@@ -31,10 +32,10 @@ def one_after_the_other(self: nn.Module, hidden: Tensor, chosen: Tensor, weights
     return result
 
 
-def _product(self: nn.Module, inputs: Tensor, name: str, expert: int) -> Tensor:
+def _product(self: Any, inputs: Tensor, name: str, expert: int) -> Tensor:
     weight = getattr(self, name)[expert]
-    outputs = inputs @ (weight if self.is_transposed else weight.T)
-    return outputs + getattr(self, f"{name}_bias")[expert] if self.has_bias else outputs
+    outputs: Tensor = inputs @ (weight if self.is_transposed else weight.T)
+    return outputs.add(getattr(self, f"{name}_bias")[expert]) if self.has_bias else outputs
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from . import seq2seq
 
 
 def sums_of_blocks(hidden: Tensor, block_of: Tensor, blocks: int) -> Tensor:
-    """hidden [B, S, D], each token's block [B, S], -1 for none -> [B, blocks, D].
+    """Hidden [B, S, D], each token's block [B, S], -1 for none -> [B, blocks, D].
 
     Transformers' own uses `one_hot`, whose number of classes a trace can't keep open.
     """

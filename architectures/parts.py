@@ -1,6 +1,7 @@
 """What all adapters are made of: ports and what a YAML may say about them, random inputs, modules called flatly."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,11 @@ class Ports:
         return found
 
 
+def cache_tensors(*layers: Any) -> list[Tensor]:
+    """Keys and values of layers of transformers caches, in turn; of the kinds of layers, those that hold tensors."""
+    return [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+
+
 def random_ids(config: PretrainedConfig, batch: int, length: int, generator: torch.Generator) -> Tensor:
     """[batch, length] ids of any kind."""
     return torch.randint(config.get_text_config(decoder=True).vocab_size, (batch, length), generator=generator)
@@ -97,6 +103,8 @@ def random_lengths(batch: int, length: int, generator: torch.Generator) -> Tenso
 
 class Flat(nn.Module):
     """A module called with flat tensors: the inputs `names`, in that order, then the caches."""
+
+    model: Any  # a module of transformers, whose own types are partial
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         super().__init__()

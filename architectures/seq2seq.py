@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from accel.adapters.types import Port, Role, Signature
 
-from .parts import Flat, Ports, random_ids, random_lengths
+from .parts import Flat, Ports, cache_tensors, random_ids, random_lengths
 
 OWN, CROSS = ("decoder.key", "decoder.value"), ("encoder.key", "encoder.value")  # a layer's caches, in this order
 
@@ -23,7 +23,8 @@ class Encoder(Flat):
         super().__init__(model.get_encoder(), names)
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        return self.model(**self.split(tensors)[0]).last_hidden_state
+        hidden: Tensor = self.model(**self.split(tensors)[0]).last_hidden_state
+        return hidden
 
 
 class Decoder(Flat):
@@ -48,9 +49,7 @@ class Decoder(Flat):
         )
         present: list[Tensor] = []
         for own, cross in zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True):
-            present += [own.keys, own.values]
-            if not layers:
-                present += [cross.keys, cross.values]
+            present += cache_tensors(own) if layers else cache_tensors(own, cross)
         return (output.logits, *present)  # [B, T, V], [B, H, P + T, K], ...
 
 

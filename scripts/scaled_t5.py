@@ -24,11 +24,13 @@ def deep_t5(layers: int | None) -> T5ForConditionalGeneration:
 
     The further ones repeat the trained ones and add little to the residual stream, so that it still says words.
     """
-    small = T5ForConditionalGeneration.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
+    small: T5ForConditionalGeneration = T5ForConditionalGeneration.from_pretrained(EMBEDDED, dtype=torch.float32)
+    small.eval()
     if layers is None:
         return small
     config = T5Config(**small.config.to_dict() | {"num_layers": layers, "num_decoder_layers": layers})
-    deep, known = T5ForConditionalGeneration(config).eval(), small.state_dict()
+    deep, known = T5ForConditionalGeneration(config), small.state_dict()
+    deep.eval()
     state = {}
     for name in deep.state_dict():
         stack, _, rest = name.partition(".block.")
@@ -36,7 +38,8 @@ def deep_t5(layers: int | None) -> T5ForConditionalGeneration:
             state[name] = known[name]
             continue
         layer, _, rest = rest.partition(".")
-        trained = small.config.num_layers if stack == "encoder" else small.config.num_decoder_layers
+        layer_count = small.config.num_layers if stack == "encoder" else small.config.num_decoder_layers
+        trained = int(layer_count or 0)
         first = int(layer) * trained % layers < trained
         weight = known[f"{stack}.block.{int(layer) * trained // layers}.{rest}"]
         state[name] = weight if first or not rest.endswith((".o.weight", ".wo.weight")) else 0.01 * weight
@@ -53,10 +56,10 @@ def scaled_t5(factor: float, layers: int | None = None) -> T5ForConditionalGener
     model.lm_head.weight = nn.Parameter(model.shared.weight.detach().clone())
     model.config.tie_word_embeddings = False
     with torch.no_grad():
-        model.shared.weight *= factor
+        model.shared.weight.mul_(factor)
         for name, parameter in model.named_parameters():
             if name.endswith((".o.weight", ".wo.weight")):
-                parameter *= factor
+                parameter.mul_(factor)
     return model
 
 

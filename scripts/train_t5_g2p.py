@@ -135,12 +135,13 @@ def dictionary_pairs(words: Iterable[str], lexicon: Lexicon, vocabulary: Vocabul
     return Pairs(spelling.to(device), encode((pronunciation for _, pronunciation in rows), vocabulary).to(device))
 
 
-def build_model(shape: dict[str, float], vocabulary: Vocabulary, device: torch.device) -> T5:
-    ids = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
+def build_model(shape: dict[str, Any], vocabulary: Vocabulary, device: torch.device) -> T5:
+    ids: dict[str, Any] = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
     config = T5Config(vocab_size=len(vocabulary), d_kv=shape["d_model"] // shape["num_heads"], **shape, **ids)
-    model = T5._from_config(config, attn_implementation="eager")
+    model: T5 = T5._from_config(config, attn_implementation="eager")
     model.generation_config = GenerationConfig(max_new_tokens=40, **ids)
-    return model.to(device)
+    model.to(device)  # type: ignore[arg-type]
+    return model
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
@@ -152,12 +153,14 @@ def forward(model: Callable[..., Any], spelling: Tensor, phonemes: Tensor) -> Te
     """Log-probabilities [B, T, V] of each phoneme, given the spelling [B, S] and the phonemes [B, T] before it."""
     mask, previous = spelling.ne(PAD), F.pad(phonemes[:, :-1], (1, 0), value=PAD)
     logits = model(input_ids=spelling, attention_mask=mask, decoder_input_ids=previous, use_cache=False).logits
-    return logits.float().log_softmax(-1)
+    probabilities: Tensor = logits.float().log_softmax(-1)
+    return probabilities
 
 
 def draw(sources: list[Pairs], batch: int, smoothed: Tensor) -> list[Tensor]:
     """Random spelling [B, S], phonemes [B, T] and targets [B, T, V], an equal share from each source. The matrix
-    `smoothed` [V, V] holds the target of each phoneme, for sources without targets."""
+    `smoothed` [V, V] holds the target of each phoneme, for sources without targets.
+    """
     drawn = []
     for pairs in sources:
         rows = torch.randint(len(pairs.spelling), (batch // len(sources),), device=pairs.spelling.device)
@@ -248,7 +251,8 @@ def transcribe(ensemble: Sequence[T5], spelling: Tensor) -> Tensor:
 @torch.no_grad()
 def label(ensemble: Sequence[T5], spelling: Tensor, phonemes: Tensor | None = None) -> Pairs:
     """Pairs whose targets are the ensemble's mean distributions. Of spellings [N, S] without `phonemes`, the ensemble
-    transcribes; with them [N, T], the targets are halfway between them and the ensemble's."""
+    transcribes; with them [N, T], the targets are halfway between them and the ensemble's.
+    """
     all_phonemes, all_targets = [], []
     for start in range(0, len(spelling), LABEL_BATCH):
         rows = slice(start, start + LABEL_BATCH)
@@ -273,7 +277,8 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
 
 def error_rates(predicted: Sequence[Pronunciation], accepted: Sequence[list[Pronunciation]]) -> tuple[float, float]:
     """(word, phoneme) error rates: words that match no accepted pronunciation, stress marks and all; and edits to the
-    nearest accepted pronunciation, over its length."""
+    nearest accepted pronunciation, over its length.
+    """
     wrong = edits = length = 0
     for guess, choices in zip(predicted, accepted, strict=True):
         distance, size = min((edit_distance(guess, choice), len(choice)) for choice in choices)
@@ -302,7 +307,7 @@ def measure(model: T5, tokenizer: PreTrainedTokenizerBase, words: list[str], lex
     predicted: list[Pronunciation] = []
     for start in range(0, len(words), 1024):
         inputs = tokenizer(words[start : start + 1024], padding=True, return_tensors="pt").to(model.device)
-        texts = tokenizer.batch_decode(model.generate(**inputs, num_beams=1), skip_special_tokens=True)
+        texts = tokenizer.batch_decode(model.generate(**inputs, num_beams=1), skip_special_tokens=True)  # type: ignore
         predicted += [tuple(text.split()) for text in texts]
     return error_rates(predicted, [lexicon[word] for word in words])
 

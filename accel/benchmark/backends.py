@@ -137,7 +137,8 @@ def opened(engine: str, sources: Sources) -> Iterator[Generates]:
 
 def torch_model(sources: Sources, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """What people run without accel: loaded in `dtype` (by default the precision asked for; on the CPU always FP32),
-    with the attention and the modules left in FP32 that transformers chooses."""
+    with the attention and the modules left in FP32 that transformers chooses.
+    """
     device = torch.device(sources.runtime.device)
     half = device.type != "cpu" and dtype is None
     model = load_model(Path(sources.checkpoint), getattr(torch, sources.dtype) if half else torch.float32, None)

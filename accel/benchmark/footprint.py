@@ -1,7 +1,7 @@
-"""Memory of one setup in a process of its own: `python -m accel.measure TASK`, TASK being JSON.
+"""Memory of one setup in a process of its own.
 
-Nothing is left over from another setup, and what the imports take is not counted. The benchmark starts it. Sessions
-are measured without importing transformers, which takes longer than the measurement.
+Nothing is left over from another setup, and what the imports take is not counted. Sessions are measured without
+importing transformers, which takes longer than the measurement.
 
 On CUDA every figure is the device's memory in use, as its driver counts it, after minus before. That is all the process
 took: weights, caches, the arenas of PyTorch and of ONNX Runtime, which give nothing back and so still hold their
@@ -10,13 +10,10 @@ compare the two. CUDA's context and PyTorch's cuBLAS, hundreds of megabytes that
 The device's counter sees other processes too, so these must be at rest, and ours run one at a time.
 """
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from accel import progress
+from accel.benchmark.process import WorkerProcess
 from accel.config.schema import RuntimeConfig
 from accel.errors import AccelError
 from accel.runtime import layout
@@ -37,9 +35,8 @@ from accel.runtime.session import SessionSettings, open_session
 from accel.runtime.static_cache import open_static
 from accel.system.host_memory import PeakMemory, release, resident
 
-PEAK, SESSION, TIMED = "peak", "session", "timed"
+PEAK, SESSION = "peak", "session"
 AT_THE_END = "at the end"  # what sessions hold after all tokens of the setting
-REPEATS = 5  # timed generations, after one that is not
 STEP_ALONE, SEPARATE, CAPTURED = "step alone", "onnx+cache, two files", "onnx static, captured"
 PREFILL_FILE, STEP_FILE = "prefill.onnx", "step.onnx"
 STEPS = 4  # decoder calls after which a session holds what it will hold
@@ -47,10 +44,10 @@ STEPS = 4  # decoder calls after which a session holds what it will hold
 
 @dataclass(frozen=True)
 class Task:
-    """What one process measures of setup `name`, by `kind`: the peak over loading and one generation; what its sessions
-    hold, by when; or that peak and the seconds of `REPEATS` generations.
+    """What one process measures of setup `name`, by `kind`.
 
-    `options` are those of `generate`.
+    `peak`: the peak over loading and one generation. `session`: what the decoder's sessions hold, by when. `options`:
+    those of `generate`.
     """
 
     kind: str
@@ -69,8 +66,8 @@ def measure_all(tasks: Sequence[Task], weight_bytes: int) -> list[Any]:
 
 
 def at_once(tasks: Sequence[Task], weight_bytes: int) -> int:
-    """Processes that may run together: as many as memory allows; a clock and a GPU's counter allow one."""
-    if any(task.kind == TIMED or _device(task).type == "cuda" for task in tasks):
+    """Processes that may run together: as many as memory allows; a GPU's counter allows one."""
+    if any(_device(task).type == "cuda" for task in tasks):
         return 1
     room = psutil.virtual_memory().available // (8 * weight_bytes + 2**30)
     return int(max(1, min(os.cpu_count() or 1, room)))
@@ -81,12 +78,22 @@ def _device(task: Task) -> torch.device:
 
 
 def _in_fresh_process(task: Task) -> Any:
-    command = [sys.executable, "-m", "accel.benchmark.footprint", json.dumps(asdict(task))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise AccelError(f"the process that measures {task.name!r} failed: {reason}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    with WorkerProcess(task.name) as process:
+        return process.call(_measure, task)
+
+
+def _measure(task: Task) -> Any:
+    """What the process is for. Raises `AccelError` where it fails: other errors may not survive pickling."""
+    onnxruntime.set_default_logger_severity(3)
+    if threads := task.sources["runtime"]["threads"]:
+        torch.set_num_threads(threads)
+    try:
+        return {PEAK: peak_memory, SESSION: session_memory}[task.kind](task)
+    except AccelError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise AccelError(f"the process that measures {task.name!r} failed: {reason}") from None
 
 
 def held(device: torch.device) -> int:
@@ -185,18 +192,7 @@ def _ones(session: BoundSession, names: Collection[str], lengths: Mapping[str, i
 
 def peak_memory(task: Task) -> int:
     """Bytes by which the peak rose above what the imports hold, over loading and one generation."""
-    return _generate(task, 0)[0]
-
-
-def timed(task: Task) -> dict[str, Any]:
-    """The same peak, and the seconds of each of `REPEATS` generations that follow the first."""
-    peak, seconds = _generate(task, REPEATS)
-    return {"peak": peak, "seconds": seconds}
-
-
-def _generate(task: Task, repeats: int) -> tuple[int, list[float]]:
     from accel.benchmark import backends
-    from accel.benchmark.timer import time_generation
 
     sources, setup = backends.Sources.parse(task.sources), backends.SETUPS[task.name]
     device = _device(task)
@@ -207,9 +203,8 @@ def _generate(task: Task, repeats: int) -> tuple[int, list[float]]:
         inputs = {name: tensor.to(device) for name, tensor in load_file(task.inputs).items()}
         with setup.context():
             model.generate(**inputs, **task.options)
-            seconds = [time_generation(model, inputs, task.options).total for _ in range(repeats)]
         after = held(device) if device.type == "cuda" else 0
-    return (used.added if device.type == "cpu" else after - before), seconds
+    return used.added if device.type == "cpu" else after - before
 
 
 def prepare(device: torch.device) -> None:
@@ -226,15 +221,3 @@ def _import_model(folder: Path) -> None:
 
     for name in transformers.AutoConfig.from_pretrained(folder).architectures or []:
         getattr(transformers, name, None)
-
-
-def main() -> None:
-    task = Task(**json.loads(sys.argv[1]))
-    onnxruntime.set_default_logger_severity(3)
-    if threads := task.sources["runtime"]["threads"]:
-        torch.set_num_threads(threads)
-    print(json.dumps({PEAK: peak_memory, SESSION: session_memory, TIMED: timed}[task.kind](task)))
-
-
-if __name__ == "__main__":
-    main()

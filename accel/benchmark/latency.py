@@ -1,4 +1,4 @@
-"""Latency and memory of a deployable beside PyTorch's, each in a process of its own, one after the other."""
+"""Latency and memory of a deployable beside PyTorch's, for the certificate."""
 
 import statistics
 from collections.abc import Mapping
@@ -12,16 +12,21 @@ from transformers import AutoConfig
 from accel.adapters.types import Architecture, Role
 from accel.benchmark import footprint
 from accel.benchmark.backends import BASELINE, SETUPS, Sources, ours
-from accel.config.schema import Config
+from accel.benchmark.schedule import time_setups
+from accel.config.schema import BenchmarkConfig, Config
 from accel.data import texts
 from accel.pipeline.store import Artifact
+
+REPEATS = 5
 
 
 def beside_torch(
     deployable: Path, config: Config, inputs: Mapping[str, Artifact], architecture: Architecture
 ) -> dict[str, Any] | None:
-    """Seconds of a greedy generation of `verify.max_new_tokens` tokens and bytes at its peak, for PyTorch with cache
-    and for the deployable; None where the runtime can't run it."""
+    """Time a greedy generation of `verify.max_new_tokens` tokens, by PyTorch with cache and by the deployable, in turn.
+
+    Returns seconds and the bytes of memory at the peak, as JSON; None where the runtime can't run the precision.
+    """
     dtype, verify = config.precision.dtype, config.verify
     if dtype not in config.runtime.arithmetic:
         return None
@@ -36,34 +41,33 @@ def beside_torch(
     )
     compared = (BASELINE, ours(config.runtime))
     given = texts.random_inputs(architecture, description, 1, verify.source_length, verify.seed)[0]
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch) / "inputs.safetensors"
-        save_file(dict(given), path)
-        tasks = [
-            footprint.Task(
-                *(footprint.TIMED, name, sources.dump(), 1, verify.source_length, str(path)),
-                SETUPS[name].options(verify.max_new_tokens, 1),
-            )
-            for name in compared
-        ]
-        found = footprint.measure_all(tasks, 0)
-    figures = {
-        name: {
-            "seconds": {
-                "median": statistics.median(figure["seconds"]),
-                "min": min(figure["seconds"]),
-                "max": max(figure["seconds"]),
-            },
-            "peak_memory": figure["peak"],
-        }
-        for name, figure in zip(compared, found, strict=True)
-    }
-    ratio = figures[BASELINE]["seconds"]["median"] / figures[compared[1]]["seconds"]["median"]
+    point = BenchmarkConfig(verify.source_length, verify.max_new_tokens, repeats=REPEATS, warmup_tokens=None)
+    timings = time_setups(compared, sources, given, point).timings
+    peaks = _peaks(compared, sources, given, point)
+    figures: dict[str, dict[str, Any]] = {}
+    for name in compared:
+        totals = [timing.total for timing in timings[name]]
+        seconds = {"median": statistics.median(totals), "min": min(totals), "max": max(totals)}
+        figures[name] = {"seconds": seconds, "peak_memory": peaks[name]}
     return {
         "source_length": verify.source_length,
         "new_tokens": verify.max_new_tokens,
-        "repeats": footprint.REPEATS,
+        "repeats": REPEATS,
         "arithmetic": config.runtime.arithmetic[dtype],
-        "ratio": ratio,
+        "ratio": figures[BASELINE]["seconds"]["median"] / figures[compared[1]]["seconds"]["median"],
         "setups": figures,
     }
+
+
+def _peaks(
+    names: tuple[str, ...], sources: Sources, given: Mapping[str, Any], point: BenchmarkConfig
+) -> dict[str, int]:
+    """Setup -> bytes at the peak of loading and one generation."""
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "inputs.safetensors"
+        save_file(dict(given), path)
+        shape = (sources.dump(), 1, point.source_length, str(path))
+        tasks = [
+            footprint.Task(footprint.PEAK, name, *shape, SETUPS[name].options(point.new_tokens, 1)) for name in names
+        ]
+        return dict(zip(names, footprint.measure_all(tasks, 0), strict=True))

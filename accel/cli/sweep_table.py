@@ -81,7 +81,8 @@ def varying(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def columns(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table's header: what varies, what verify found, seconds of every setup that was measured, the ratios, the
-    error if any."""
+    error if any.
+    """
     found = dict.fromkeys(name for job in jobs for name in _proved(job))
     setups = [name for name in SETUPS if any(name in job["setups"] for job in jobs)]
     ratios = ["x torch+cache", "x two files", "last/first", "session ratio"] if OURS in setups else []

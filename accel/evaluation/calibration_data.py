@@ -15,7 +15,7 @@ from accel.config.schema import AuditConfig, Config
 from accel.data import texts
 from accel.data.corpus import read_texts
 from accel.errors import AccelError
-from accel.evaluation.component_runner import Shape, longest, script
+from accel.evaluation.component_runner import Chain, Shape, longest, script
 from accel.runtime.feeds import decoder_feeds
 
 STEPS = {"random": 4, "text": 32}  # tokens decoded greedily after the first
@@ -125,31 +125,27 @@ def walk(
     After the decoder's first call come greedy steps, each from the logits and caches of the one before.
     `first`: the number of the first batch of `work`.
     """
-    for role, signature in signatures.items():
+    for role in signatures:
         call = opened(role)
         for number, batch in enumerate(progress.track(work, f"the {role}'s values"), first):
+            chain = Chain(signatures, lambda _, inputs, number=number, call=call: call(number, inputs))  # type: ignore
             spool = scratch / f"{number}.safetensors"
-            pool = load_file(spool) if spool.is_file() else dict(batch.given)
-            feeds = {port.name: pool[port.source] for port in signature.inputs if port.source}
+            chain.pool = load_file(spool) if spool.is_file() else {}
             if role is Role.ENCODER:
-                pool |= call(number, batch.given)
+                chain(role, batch.given)
             elif role is Role.PREFILL:
-                pool |= call(number, {**decoder_feeds(batch.ids, batch.mask), **feeds})
+                chain(role, decoder_feeds(batch.ids, batch.mask))
             else:
-                _decode(call, number, batch, pool["logits"], signature.cache, feeds)
+                _decode(chain, batch)
                 spool.unlink()
                 continue
-            save_file({name: tensor.contiguous() for name, tensor in pool.items()}, spool)
+            save_file({name: tensor.contiguous() for name, tensor in chain.pool.items()}, spool)
         del call
 
 
-def _decode(
-    call: Call, number: int, batch: Batch, logits: Tensor, cache: Mapping[str, str], feeds: dict[str, Tensor]
-) -> None:
+def _decode(chain: Chain, batch: Batch) -> None:
     """Greedy steps from prefill's logits and caches on."""
     mask = batch.mask
     for _ in range(STEPS[batch.kind]):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        found = call(number, {**decoder_feeds(logits[:, -1:].argmax(-1), mask), **feeds})
-        logits = found["logits"]
-        feeds |= {name: found[source] for name, source in cache.items() if source in found}
+        chain(Role.STEP, decoder_feeds(chain.pool["logits"][:, -1:].argmax(-1), mask))

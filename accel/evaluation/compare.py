@@ -40,6 +40,8 @@ class Difference:
 def token_errors(found: Tensor, expected: Tensor) -> Tensor:
     """Largest absolute difference of every token: [rows, ..., tokens, features] -> [rows, tokens], in float64."""
     apart = (found.cpu().double() - expected.cpu().double()).abs()
+    if not apart.numel():
+        return apart.new_zeros(apart.shape[0], apart.shape[-2])
     return apart.amax(tuple(axis for axis in range(1, apart.ndim) if axis != apart.ndim - 2))
 
 

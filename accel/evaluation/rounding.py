@@ -83,7 +83,8 @@ def in_float64(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _perturbed(model: PreTrainedModel, copies: int, step: float, generator: torch.Generator) -> Iterator[None]:
     """Context in which every embedding that `model` looks up is off by at most one rounding, but in every `copies`-th
-    row. `step`: the distance of 1 and the next larger number of the model's precision."""
+    row. `step`: the distance of 1 and the next larger number of the model's precision.
+    """
 
     def perturb(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:
         if output.ndim < 3 or output.shape[0] % copies:

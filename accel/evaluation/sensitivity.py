@@ -18,7 +18,7 @@ from accel.graph.precision.emulate import round_values
 from accel.graph.precision.formats import Format
 from accel.graph.precision.observer import Range, infer_types
 from accel.runtime.providers import RUNTIME_ERRORS
-from accel.runtime.session import SessionSettings, open_session
+from accel.runtime.session import HostSession, SessionSettings
 
 STEPS = (0, 3, 15, 31)  # of those that follow a batch's first token, the ones that are compared
 SLACK = 1.25  # a smaller plan may be this much further from FP32 than the rules' own, on each kind of input
@@ -27,7 +27,8 @@ SLACK = 1.25  # a smaller plan may be this much further from FP32 than the rules
 @dataclass
 class Result:
     """Kind of input -> how far the outputs of each call were from FP32, the furthest of each; and at how many of the
-    tokens the likeliest was another."""
+    tokens the likeliest was another.
+    """
 
     errors: dict[str, list[float]] = field(default_factory=dict)
     changed: int = 0
@@ -59,21 +60,17 @@ class Recorder:
         self.calls: dict[Role, list[tuple[str, Path]]] = {}
 
     def open(self, role: Role, path: Path, settings: SessionSettings) -> Call:
-        session = open_session(path, settings)
-        wanted = [port.name for port in session.get_inputs()]
-        outputs = [port.name for port in session.get_outputs()]
+        session = HostSession(path, settings)
         kept = self.calls.setdefault(role, [])
         done: dict[int, int] = {}  # batch -> calls so far
 
         def call(number: int, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            given = {name: feeds[name] for name in wanted}
-            values = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
-            found = {name: torch.from_numpy(value) for name, value in zip(outputs, values, strict=True)}
+            found = session(feeds)
             place = done[number] = done.get(number, -1) + 1
             if role is not Role.STEP or place in STEPS:
                 path = self.folder / f"{role}-{number}-{place}.call"
                 kept.append((self.kinds[number], path))
-                tensors = {f"in.{name}": tensor for name, tensor in given.items()}
+                tensors = {f"in.{name}": feeds[name] for name in session.inputs}
                 tensors |= {f"out.{name}": tensor for name, tensor in found.items()}
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
             return found
@@ -104,20 +101,18 @@ class Trial:
         infer_types(model)
         plan.clamp_masks(model, self.format)
         round_values(model, chosen, self.format, self._headroom())
-        session = open_session(files.dump(model), self.settings)
+        session = HostSession(files.dump(model), self.settings)
         del model
-        outputs = [port.name for port in session.get_outputs()]
         result = Result()
         for kind, path in self.calls:
             tensors = load_file(path)
             given = {name.removeprefix("in."): value for name, value in tensors.items() if name.startswith("in.")}
             try:
-                values = session.run(None, {name: value.numpy() for name, value in given.items()})
+                found = session(given)
             except RUNTIME_ERRORS:  # an index made of NaN
                 return Result({kind: [math.inf]})
-            found = {name: torch.from_numpy(value) for name, value in zip(outputs, values, strict=True)}
-            expected = {name: tensors[f"out.{name}"] for name in outputs}
-            errors = [self._error(name, found[name], expected[name], given) for name in outputs]
+            expected = {name: tensors[f"out.{name}"] for name in session.outputs}
+            errors = [self._error(name, found[name], expected[name], given) for name in session.outputs]
             result.errors.setdefault(kind, []).append(max(errors))
             if "logits" in found:
                 likeliest, right = (logits["logits"][:, -1].argmax(-1) for logits in (found, expected))

@@ -48,7 +48,8 @@ def save_graph(model: ir.Model, path: Path) -> None:
 
 def save_beside(model: ir.Model, path: Path, other: Path) -> None:
     """Write the graph alone: weights that it has in common with the one at `other`, in the same folder, stay in that
-    one's data file. What is its own goes into the graph."""
+    one's data file. What is its own goes into the graph.
+    """
     known = {fingerprint(value): value.const_value for value in initializers(load(other))}
     for value in initializers(model):
         value.const_value = known.get(fingerprint(value), value.const_value)

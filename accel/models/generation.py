@@ -104,7 +104,7 @@ class Encoder:
         self.main_input_name = main_input_name
 
     def forward(self, *args: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
-        """ids [batch, source] and mask, or features -> last_hidden_state [batch, source, width]."""
+        """Ids [batch, source] and mask, or features -> last_hidden_state [batch, source, width]."""
         feeds = dict(zip([self.main_input_name], args, strict=False))
         feeds |= {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
         given = feeds[self.main_input_name]
@@ -147,7 +147,8 @@ class AcceleratedModel(DecodingLoops, GenerationMixin):
         max_cache_length: int,
     ) -> Any:
         """Transformers makes empty caches of tensors, which takes it milliseconds. Ours is what the first call returns;
-        only decoding methods that ask a cache something before that, and options about caches, need theirs."""
+        only decoding methods that ask a cache something before that, and options about caches, need theirs.
+        """
         about_caches = (generation_config.cache_implementation, generation_config.prefill_chunk_size)
         if model_kwargs.get("past_key_values") is not None or any(about_caches) or generation_mode not in CACHE_LATER:
             theirs: Any = super()
@@ -267,7 +268,7 @@ class DecoderOnlyModel(AcceleratedModel):
         output_hidden_states: bool | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """ids [batch, new], mask [batch, past + new] -> logits [batch, `logits_to_keep` or new, vocabulary].
+        """Ids [batch, new], mask [batch, past + new] -> logits [batch, `logits_to_keep` or new, vocabulary].
 
         Raises `ValueError` when attentions or hidden states are asked for, which an exported graph doesn't return.
         """

@@ -58,7 +58,8 @@ def _path(module: str) -> Path | None:
 
 def adapter_source(config: Mapping[str, Any], adapter: Architecture) -> str:
     """Hash of the code that an adapter runs: the packages of its class, of those it derives from, and of every wrapper
-    that its config names; of a class that was typed in, as in a notebook, what it was compiled to."""
+    that its config names; of a class that was typed in, as in a notebook, what it was compiled to.
+    """
     kinds = [kind for kind in type(adapter).__mro__ if kind.__module__ not in ("builtins", "typing", "abc")]
     modules = {kind.__module__ for kind in kinds} | {target.rpartition(".")[0] for target in _targets(config)}
     files = sorted({path for module in modules for path in _files(module)})

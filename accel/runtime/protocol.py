@@ -63,12 +63,14 @@ class Runtime(Protocol[S]):
 
     def resume(self, caches: Sequence[Tensor], feeds: Mapping[str, Tensor]) -> S:
         """The state after tokens that were seen elsewhere: their caches, in the order of `State.views`, and `feeds` as
-        for a prefill, of which what does not change is kept."""
+        for a prefill, of which what does not change is kept.
+        """
         ...
 
     def step(self, feeds: Mapping[str, Tensor], state: S) -> Tensor:
         """Any number (>= 1) of new `input_ids` [batch, new], and what else changes with each call (in decoder-only
-        models the mask and the positions) -> logits [batch, new, vocabulary]; the state moves on."""
+        models the mask and the positions) -> logits [batch, new, vocabulary]; the state moves on.
+        """
         ...
 
     def close(self) -> None:

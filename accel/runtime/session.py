@@ -1,7 +1,7 @@
 """ONNX Runtime sessions."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -167,22 +167,19 @@ def obstacle(path: Path) -> str | None:
     return None
 
 
-def plain_run(
-    paths: Mapping[Any, Path], settings: SessionSettings | None = None
-) -> Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]]:
-    """A function that runs the graph of a role on tensors in host memory, one session open at a time.
+class HostSession:
+    """A session called with tensors in host memory, by name. Outputs are copies.
 
-    For checks, where memory counts and speed doesn't: outputs are copies.
+    For checks and observation, where memory counts and speed doesn't. Inputs that the graph doesn't take are left out.
     """
-    opened: dict[Any, Session] = {}
 
-    def run(role: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if role not in opened:
-            opened.clear()
-            opened[role] = open_session(paths[role], settings or SessionSettings())
-        session = opened[role]
-        wanted = {port.name for port in session.get_inputs()}
-        values = session.run(None, {name: value.cpu().numpy() for name, value in inputs.items() if name in wanted})
-        return {port.name: torch.from_numpy(value) for port, value in zip(session.get_outputs(), values, strict=True)}
+    def __init__(self, graph: Path | bytes, settings: SessionSettings) -> None:
+        self._session = open_session(graph, settings)
+        self.inputs = [port.name for port in self._session.get_inputs()]
+        self.outputs = [port.name for port in self._session.get_outputs()]
 
-    return run
+    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run on `feeds` and return every output. Raises `KeyError` if an input is missing."""
+        given = {name: feeds[name].cpu().numpy() for name in self.inputs}
+        values = self._session.run(None, given)
+        return {name: torch.from_numpy(value) for name, value in zip(self.outputs, values, strict=True)}

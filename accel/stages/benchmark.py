@@ -1,5 +1,6 @@
 """One point of the experiment: every setup generates the same number of tokens from the same inputs, in turn, each
-engine in a process of its own."""
+engine in a process of its own.
+"""
 
 import json
 import logging
@@ -168,11 +169,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     given = random_inputs(architecture, description, benchmark)
     with OtherLoad() as others:
         measured = time_setups(names, sources, given, benchmark)
-    threads = config.runtime.threads or torch.get_num_threads()
-    facts = machine(config.runtime.device, config.runtime.threads) | {
-        "torch_threads": threads,
-        "other_load": others.share,
-    }
+    facts = machine(config.runtime.device, config.runtime.threads) | {"other_load": others.share}
     timings = measured.timings
     memory = measure_memory(names, sources, given, benchmark) if benchmark.memory else {}
     setups = summarize(timings, benchmark.new_tokens)

@@ -1,5 +1,6 @@
 """Mixed precision: the graphs with the plan carried out; and what would hide values from the audit, or suits only one
-runtime: attention fused, products with a tied embedding."""
+runtime: attention fused, products with a tied embedding.
+"""
 
 import logging
 import shutil

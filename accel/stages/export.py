@@ -27,7 +27,7 @@ from accel.models.checkpoints import load_model
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime.providers import RUNTIME_ERRORS
-from accel.runtime.session import SessionSettings, plain_run
+from accel.runtime.session import HostSession, SessionSettings
 
 # Every dimension of the example is at least 2 and unlike the others: the exporter freezes an axis of length 1. The
 # source is longer than two of the blocks, 16 each, that some encoders cut it into.
@@ -120,14 +120,14 @@ def compare(
     explain it: see `rounding`. PyTorch goes first, so that each graph is opened once.
     """
     known = by_pytorch(architecture, model, seed)
-    paths = {role: folder / f"{role}.onnx" for role in known}
-    run = plain_run(paths, SessionSettings(session={"session.disable_prepacking": "1"}))  # weights stay in their file
+    settings = SessionSettings(session={"session.disable_prepacking": "1"})  # weights stay in their file
     worst: dict[str, float] = {}
     for role, calls in progress.track(list(known.items()), "comparing with PyTorch"):
         worst[str(role)] = 0.0
+        session = HostSession(folder / f"{role}.onnx", settings)
         for one in calls:
             try:
-                found = run(role, one.inputs)
+                found = session(one.inputs)
             except RUNTIME_ERRORS as error:
                 reason = str(error).splitlines()[0]
                 raise AccelError(f"export of {role}: ONNX Runtime can't run it ({one.shape}): {reason}") from error
@@ -147,8 +147,8 @@ def _differences(role: Role, found: Mapping[str, Tensor], known: Known) -> dict[
                 f"export of {role}: {name} has shape {tuple(found[name].shape)}, PyTorch gives "
                 f"{tuple(value.shape)} ({known.shape})"
             )
-        scale = value.abs().max().clamp_min(1e-6) if value.numel() else torch.ones(())
-        differences[name] = float(((found[name] - value).abs().amax() if value.numel() else 0.0) / scale)
+        errors = token_errors(found[name], value)
+        differences[name] = float(errors.max() / value.abs().max().clamp_min(1e-6)) if errors.numel() else 0.0
     return differences
 
 

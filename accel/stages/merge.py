@@ -70,7 +70,8 @@ def merge(
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Writes `encoder_model.onnx` (if there is an encoder), `decoder_model_merged.onnx`, config and tokenizer files;
-    where `convert` made a static step, that and what makes the caches it only reads, over the same weights."""
+    where `convert` made a static step, that and what makes the caches it only reads, over the same weights.
+    """
     source, checkpoint = inputs["convert"].folder, inputs["checkpoint"].folder
     description = AutoConfig.from_pretrained(checkpoint)
     roles = architecture.roles()

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -28,7 +27,7 @@ from accel.graph.precision import observer, plan
 from accel.graph.precision.formats import FP16
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
-from accel.runtime.session import SessionSettings, open_session
+from accel.runtime.session import HostSession, SessionSettings
 from accel.stages import prompts
 from accel.system.host_memory import release
 
@@ -53,18 +52,15 @@ class ProbedGraph:
 
     def open(self, runtime: RuntimeConfig) -> Call:
         """A session over it."""
-        session = open_session(self.graph, lean(runtime, self.folder))
-        outputs = [port.name for port in session.get_outputs()]
-        wanted = {port.name for port in session.get_inputs()}
+        session = HostSession(self.graph, lean(runtime, self.folder))
 
         def call(number: int, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            given = {name: tensor.numpy() for name, tensor in feeds.items() if name in wanted}
-            found = dict(zip(outputs, session.run(None, given), strict=True))
-            height = len(next(iter(given.values())))
-            columns = [found.pop(name) for name in observer.OUTPUTS]
+            found = session(feeds)
+            columns = [found.pop(name).numpy() for name in observer.OUTPUTS]
+            height = len(feeds[session.inputs[0]])
             for name, seen in observer.read_probes(self.names, columns, self.rows, (number, height)).items():
                 self.ranges[name].widen(seen)
-            return {name: torch.from_numpy(value) for name, value in found.items()}
+            return found
 
         return call
 

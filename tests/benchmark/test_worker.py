@@ -44,7 +44,7 @@ def test_says_the_same(sources: Sources) -> None:
             assert timing.tokens == expected.tolist()
             assert len(timing.latencies) == 6
             assert process.kept_in_fp32() == {}
-        processes = {process._process.result() for process in (merged, eager)}
+        processes = {process.process.pid for process in (merged, eager)}
         assert len(processes & children()) == 2
     assert not processes & children()
 
@@ -54,13 +54,13 @@ def test_errors_come_back(sources: Sources) -> None:
     with Elsewhere(MERGED, replace(sources, deployable="nowhere")) as process:
         with pytest.raises(AccelError, match="'nowhere' holds no decoder_model_merged"):
             process.open(INPUTS)
-        assert process._process.result() in children()
+        assert process.process.pid in children()
 
 
 def test_a_process_that_ends_is_named(sources: Sources) -> None:
     """As when the system takes its memory."""
     with Elsewhere(MERGED, sources) as process:
-        psutil.Process(process._process.result()).kill()
+        psutil.Process(process.process.pid).kill()
         with pytest.raises(AccelError, match=f"the process that runs '{MERGED}' ended"):
             process.open(INPUTS)
 

@@ -23,19 +23,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def test_encode_pads_and_masks(tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]) -> None:
+def test_encode_pads_and_masks(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
     """A batch of texts of different length: ids, padding and mask; nothing to warn about."""
     encoded = texts.encode(tokenizer, ["the same words", "come"])
     assert encoded["input_ids"].tolist() == [[2, 3, 4], [5, 0, 0]]
     assert encoded["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
-def test_text_that_is_too_long(tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_that_is_too_long(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
     """It is cut, and the warning says which text, how long, what the model takes and how much went."""
     encoded = texts.encode(tokenizer, ["the same words come out the same", "come"])
     assert encoded["input_ids"].tolist() == [[2, 3, 4, 5], [5, 0, 0, 0]]
-    warning = capsys.readouterr().err
+    warning = caplog.text
     for part in ("the same words come out the same", "7", "4", "last 3", "cut"):
         assert part in warning
 

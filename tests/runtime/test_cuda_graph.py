@@ -48,7 +48,7 @@ def test_on_a_gpu_it_is_recorded_at_the_second_call() -> None:
 
 
 @pytest.mark.gpu
-def test_what_asks_the_device_is_not_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_asks_the_device_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
     """One warning, and every call counts once all the same."""
     work = Counter(CUDA, asks=True)
     captured = Captured(work, CUDA, "a sum")
@@ -57,7 +57,7 @@ def test_what_asks_the_device_is_not_recorded(capsys: pytest.CaptureFixture[str]
             captured()
         assert set(work.sum.tolist()) == {8.0}
     assert not captured.recorded
-    assert capsys.readouterr().err.count("a sum is not captured") == 1
+    assert caplog.text.count("a sum is not captured") == 1
 
 
 @pytest.mark.gpu

@@ -238,13 +238,13 @@ def test_what_a_static_step_is_opened_with(folder: Path, monkeypatch: pytest.Mon
     assert name not in seen[DECODER].environment
 
 
-def test_a_deployable_without_a_static_step(deployable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_deployable_without_a_static_step(deployable: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It runs as it is, and says so."""
     assert not (deployable / STATIC_STEP).exists()
     with open_model(deployable, STATIC) as opened:
         found = opened.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)
     assert found.shape[1] == 4
-    assert "its caches grow" in capsys.readouterr().err
+    assert "its caches grow" in caplog.text
 
 
 def test_weights_lie_in_the_decoders_file(build: Build) -> None:

@@ -24,7 +24,8 @@ LONGEST = 2**11  # entries of a table
 
 def tabulate(models: Sequence[ir.Model]) -> None:
     """In place: `Gather(weight, f(x))`, x integers and f elementwise, becomes `Gather(table, x)`, x limited to the
-    distances beyond which f no longer changes. Left alone where f goes on changing, or leads out of the weight."""
+    distances beyond which f no longer changes. Left alone where f goes on changing, or leads out of the weight.
+    """
     for model in models:
         for node in list(model.graph):
             if node.op_type == "Gather" and node.domain == "" and node.attributes.get_int("axis", 0) == 0:

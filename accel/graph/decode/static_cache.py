@@ -18,7 +18,8 @@ ON_DATA = (*SUMS, "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "
 @dataclass(frozen=True)
 class Names:
     """Axes of a step: past tokens, new ones, both. Of a static step: the input with the first new token's place, the
-    axis of the tokens there is room for."""
+    axis of the tokens there is room for.
+    """
 
     position: str
     bucket: str

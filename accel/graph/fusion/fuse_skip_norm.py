@@ -74,7 +74,7 @@ def _over_last(norm: ir.Node) -> bool:
 
 
 def _biased(value: ir.Value, shape: Dims) -> tuple[ir.Value, ir.Value] | None:
-    """x and b of a value that is x + b, where b is a weight of one axis and nobody else reads the sum."""
+    """X and b of a value that is x + b, where b is a weight of one axis and nobody else reads the sum."""
     add = made_by(value, "Add")
     for x, bias in () if add is None or not used_once(value) else (tuple(add.inputs), tuple(reversed(add.inputs))):
         if x is not None and bias is not None and _is_weight(bias, shape[-1]) and dims(x) == shape:

@@ -130,7 +130,8 @@ def _drop_unused(graph: ir.Graph) -> None:
 
 def half_share(model: ir.Model) -> dict[str, float]:
     """What a mix is made of: `nodes` and `weight_bytes` in 16 bits, as shares from 0 to 1 of the float ones;
-    `fp32_nodes`, `fp32_bytes` of weights, and `casts`, counted."""
+    `fp32_nodes`, `fp32_bytes` of weights, and `casts`, counted.
+    """
     halves = {format.dtype for format in FORMATS.values()} - {FLOAT}
     nodes = [node for node in model.graph if any(output.dtype in (FLOAT, *halves) for output in node.outputs)]
     work = [node for node in nodes if node.op_type != "Cast"]

@@ -44,7 +44,7 @@ class Choice(ABC):
         return self.length == self.limit
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """logits [rows, new, vocabulary] -> the ids chosen, [rows, 1]; valid until the next call."""
+        """Logits [rows, new, vocabulary] -> the ids chosen, [rows, 1]; valid until the next call."""
         newest = logits[:, -1]
         if self.scores is None:
             self.scores = torch.empty(newest.shape, dtype=torch.float32, device=self.device)
