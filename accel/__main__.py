@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from accel.cli import console
 from accel.cli.messages import USER_ERRORS, explain
 from accel.config import hydra_setup
-from accel.errors import Refused
+from accel.errors import VerificationError
 
 FAILED = 2
 
@@ -42,7 +42,7 @@ def main() -> None:
             message = explain(error)
             failures.append(message)
             console.fail(message)
-            if isinstance(error, Refused):
+            if isinstance(error, VerificationError):
                 summaries["verify"] = error.found
         except Exception as error:  # a defect: in a sweep it is a row too, and Hydra raises it when all jobs are done
             message = f"{type(error).__name__}: {error}"

@@ -12,7 +12,7 @@ UP_TO_VERIFY = "stage=[export,optimize,convert,merge,verify]"  # and what these 
 def build(checkpoint: str | None = None, overrides: Sequence[str] = ()) -> Artifact:
     """Take a checkpoint (folder or hub id; None: the embedded model) through the stages up to `verify`.
 
-    `overrides` are as on the command line. Returns the last stage's artefact; its `folder` holds the deployable, or the
+    `overrides` are as on the command line. Returns the last stage's artifact; its `folder` holds the deployable, or the
     candidate if `stage=[...]` among the overrides stops before `verify`. Raises `AccelError`.
     """
     model = [] if checkpoint is None else ["model=auto", f"model.checkpoint={checkpoint}"]

@@ -11,15 +11,15 @@ class AccelError(Exception):
     """A mistake in the input. The message names the value and, where there are some, the choices."""
 
 
-class Refused(AccelError):
-    """A candidate that `verify` doesn't pass. `found`: the summary it would have had as an artefact, as JSON."""
+class VerificationError(AccelError):
+    """A candidate that `verify` doesn't pass. `found`: the summary it would have had as an artifact, as JSON."""
 
     def __init__(self, message: str, found: Mapping[str, Any]) -> None:
         super().__init__(message)
         self.found = found
 
 
-class OutOfMemory(AccelError):
+class DeviceMemoryError(AccelError):
     """A device has no room for what was asked of it. What was loaded before stays usable."""
 
 

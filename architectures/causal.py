@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from accel.adapters.types import Role, Signature
+from accel.adapters.types import Component, Signature
 from accel.models.model_class import model_class
 
 from .experts import in_turn
-from .parts import Flat, Ports, cache_tensors, random_ids, random_lengths
+from .parts import Flat, TensorSpecs, cache_tensors, random_ids, random_lengths
 
 PARTS = {"key": "past", "value": "past"}  # a layer's caches, in this order
 
@@ -43,15 +43,17 @@ class Causal:
     ) -> None:
         self.model_types = tuple(model_types)
         self.wrapper = wrapper
-        self.ports = Ports(**options)
+        self.specs = TensorSpecs(**options)
 
-    def roles(self) -> tuple[Role, ...]:
-        return (Role.PREFILL, Role.STEP)
+    def components(self) -> tuple[Component, ...]:
+        return (Component.PREFILL, Component.DECODE)
 
-    def wrap(self, model: PreTrainedModel, role: Role) -> nn.Module:
-        return self.wrapper(model, [port.name for port in self.signature(model.config, role).inputs if not port.cached])
+    def wrap(self, model: PreTrainedModel, component: Component) -> nn.Module:
+        return self.wrapper(
+            model, [spec.name for spec in self.signature(model.config, component).inputs if not spec.cached]
+        )
 
-    def signature(self, config: PretrainedConfig, role: Role) -> Signature:
+    def signature(self, config: PretrainedConfig, component: Component) -> Signature:
         taken = inspect.signature(model_class(config).forward).parameters
         axes = {
             "input_ids": {0: "batch", 1: "new"},
@@ -59,12 +61,12 @@ class Causal:
             "position_ids": {0: "batch", 1: "new"},
             "logits_to_keep": {0: "kept"},
         }
-        past, present = self.ports.caches(config, role, PARTS)
-        inputs = [self.ports.of(name, axes[name]) for name in axes if name in taken]
-        logits = self.ports.of("logits", {0: "batch", 1: "kept" if "logits_to_keep" in taken else "new"}, torch.float32)
+        past, present = self.specs.caches(config, component, PARTS)
+        inputs = [self.specs.of(name, axes[name]) for name in axes if name in taken]
+        logits = self.specs.of("logits", {0: "batch", 1: "kept" if "logits_to_keep" in taken else "new"}, torch.float32)
         return Signature((*inputs, *past), (logits, *present))
 
-    def feeds(
+    def sample_inputs(
         self, config: PretrainedConfig, batch: int, length: int, generator: torch.Generator
     ) -> Mapping[str, Tensor]:
         ids = random_ids(config, batch, length, generator)  # [B, S], padded on the left

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from accel.adapters.types import Port, Role
+from accel.adapters.types import Component, TensorSpec
 from accel.errors import AccelError
 
 # Axes of a cache [batch, heads, length, head size]; of its length: `past` going in, `total` coming out.
 BATCH, LENGTH = 0, 2
 
 
-class Ports:
+class TensorSpecs:
     """Builds ports under the names and axes that a YAML gives.
 
     `layers` names the config's attribute that counts the decoder's layers. `past` and `present` are the names of a
@@ -44,14 +44,14 @@ class Ports:
         dtype: torch.dtype = torch.int64,
         source: str | None = None,
         template: str | None = None,
-    ) -> Port:
+    ) -> TensorSpec:
         """A port. `template`: the name of all caches of its kind, for one of them."""
         chosen = self.axes.get(name, self.axes.get(template or name, axes))
-        return Port(name, chosen, dtype, source, cached=template == self.past)
+        return TensorSpec(name, chosen, dtype, source, cached=template == self.past)
 
     def caches(
-        self, config: PretrainedConfig, role: Role, parts: Mapping[str, str | None]
-    ) -> tuple[list[Port], list[Port]]:
+        self, config: PretrainedConfig, component: Component, parts: Mapping[str, str | None]
+    ) -> tuple[list[TensorSpec], list[TensorSpec]]:
         """(inputs, outputs) for the caches of every layer.
 
         `parts` maps the caches of a layer, in order, to the axis they lie along: `past` for those that grow with every
@@ -64,9 +64,9 @@ class Ports:
                 names = {"layer": layer, "part": part}
                 past, present = self.past.format(**names), self.present.format(**names)
                 given, made = (self._axes(name) for name in (along, "total" if along == "past" else along))
-                if role is Role.STEP:
+                if component is Component.DECODE:
                     inputs.append(self.of(past, given, torch.float32, present, self.past))
-                if along == "past" or role is Role.PREFILL:
+                if along == "past" or component is Component.PREFILL:
                     outputs.append(self.of(present, made, torch.float32, template=self.present))
         return inputs, outputs
 

@@ -9,9 +9,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from accel.adapters.types import Port, Role, Signature
+from accel.adapters.types import Component, Signature, TensorSpec
 
-from .parts import Flat, Ports, cache_tensors, random_ids, random_lengths
+from .parts import Flat, TensorSpecs, cache_tensors, random_ids, random_lengths
 
 OWN, CROSS = ("decoder.key", "decoder.value"), ("encoder.key", "encoder.value")  # a layer's caches, in this order
 
@@ -71,36 +71,36 @@ class Seq2Seq:
     ) -> None:
         self.model_types = tuple(model_types)
         self.encoder, self.wrapper = encoder, wrapper
-        self.ports = Ports(**options)
+        self.specs = TensorSpecs(**options)
 
-    def roles(self) -> tuple[Role, ...]:
-        return (Role.ENCODER, Role.PREFILL, Role.STEP)
+    def components(self) -> tuple[Component, ...]:
+        return (Component.ENCODER, Component.PREFILL, Component.DECODE)
 
-    def wrap(self, model: PreTrainedModel, role: Role) -> nn.Module:
-        names = [port.name for port in self.signature(model.config, role).inputs if not port.cached]
-        return (self.encoder if role is Role.ENCODER else self.wrapper)(model, names)
+    def wrap(self, model: PreTrainedModel, component: Component) -> nn.Module:
+        names = [spec.name for spec in self.signature(model.config, component).inputs if not spec.cached]
+        return (self.encoder if component is Component.ENCODER else self.wrapper)(model, names)
 
-    def encoder_inputs(self) -> list[Port]:
-        return [self.ports.of("input_ids", self.source), self.ports.of("attention_mask", self.source)]
+    def encoder_inputs(self) -> list[TensorSpec]:
+        return [self.specs.of("input_ids", self.source), self.specs.of("attention_mask", self.source)]
 
-    def decoder_context(self) -> list[Port]:
+    def decoder_context(self) -> list[TensorSpec]:
         """What the decoder takes of the encoder's inputs and outputs."""
         return [
-            self.ports.of("encoder_hidden_states", self.source, torch.float32, source="last_hidden_state"),
-            self.ports.of("encoder_attention_mask", self.source, source="attention_mask"),
+            self.specs.of("encoder_hidden_states", self.source, torch.float32, source="last_hidden_state"),
+            self.specs.of("encoder_attention_mask", self.source, source="attention_mask"),
         ]
 
-    def signature(self, config: PretrainedConfig, role: Role) -> Signature:
+    def signature(self, config: PretrainedConfig, component: Component) -> Signature:
         batch_new = {0: "batch", 1: "new"}
-        if role is Role.ENCODER:
-            hidden = self.ports.of("last_hidden_state", self.source, torch.float32)
+        if component is Component.ENCODER:
+            hidden = self.specs.of("last_hidden_state", self.source, torch.float32)
             return Signature(tuple(self.encoder_inputs()), (hidden,))
         along = dict.fromkeys(OWN, "past") | dict.fromkeys(CROSS, self.source.get(1))
-        past, present = self.ports.caches(config, role, along)
-        inputs = [self.ports.of("input_ids", batch_new), *self.decoder_context(), *past]
-        return Signature(tuple(inputs), (self.ports.of("logits", batch_new, torch.float32), *present))
+        past, present = self.specs.caches(config, component, along)
+        inputs = [self.specs.of("input_ids", batch_new), *self.decoder_context(), *past]
+        return Signature(tuple(inputs), (self.specs.of("logits", batch_new, torch.float32), *present))
 
-    def feeds(
+    def sample_inputs(
         self, config: PretrainedConfig, batch: int, length: int, generator: torch.Generator
     ) -> Mapping[str, Tensor]:
         ids = random_ids(config, batch, length, generator)  # [B, S]

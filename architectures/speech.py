@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from accel.adapters.types import Port
+from accel.adapters.types import TensorSpec
 
 from .seq2seq import Seq2Seq
 
@@ -17,13 +17,13 @@ class Speech(Seq2Seq):
 
     source: ClassVar[Mapping[int, str]] = {0: "batch"}
 
-    def encoder_inputs(self) -> list[Port]:
-        return [self.ports.of("input_features", self.source, torch.float32)]
+    def encoder_inputs(self) -> list[TensorSpec]:
+        return [self.specs.of("input_features", self.source, torch.float32)]
 
-    def decoder_context(self) -> list[Port]:
-        return [self.ports.of("encoder_hidden_states", self.source, torch.float32, source="last_hidden_state")]
+    def decoder_context(self) -> list[TensorSpec]:
+        return [self.specs.of("encoder_hidden_states", self.source, torch.float32, source="last_hidden_state")]
 
-    def feeds(
+    def sample_inputs(
         self, config: PretrainedConfig, batch: int, length: int, generator: torch.Generator
     ) -> Mapping[str, Tensor]:
         # Two frames a position, for the encoder's second convolution has a stride of 2. `length` is not ours to choose.

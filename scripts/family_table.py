@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from accel import testing
-from accel.adapters.types import Role
+from accel.adapters.types import Component
 from accel.system.quiet import quiet
 from tests.families import FAMILIES
 
@@ -25,9 +25,9 @@ def row(family: str, folder: Path) -> list[str]:
     with testing.prepare(FAMILIES[family], folder / family, artifacts=folder / "artifacts") as subject:
         merged = subject.artifacts["merge"].summary
         equal = [min(made["verify"].summary["identical"].values()) for made in (subject.artifacts, subject.half)]
-        shape = "encoder-decoder" if Role.ENCODER in subject.architecture.roles() else "decoder-only"
+        shape = "encoder-decoder" if Component.ENCODER in subject.architecture.components() else "decoder-only"
     lines = len((CONF / f"{FAMILIES[family]['model_type']}.yaml").read_text().splitlines())
-    shared = merged["shared_bytes"] / merged["step_bytes"]
+    shared = merged["shared_bytes"] / merged["decode_bytes"]
     return [family, shape, str(lines), *(f"{share:.0%}" for share in equal), f"{shared:.1%}"]
 
 

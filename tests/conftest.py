@@ -1,4 +1,4 @@
-"""Models and artefacts that many tests share. Each is made once per run, whatever the number of workers."""
+"""Models and artifacts that many tests share. Each is made once per run, whatever the number of workers."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -75,13 +75,13 @@ def overrides_for(checkpoint: Path, artifacts: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def artifacts(shared: Path) -> Path:
-    """The artefact folder of this run."""
+    """The artifact folder of this run."""
     return shared / "artifacts"
 
 
 @pytest.fixture(scope="session")
 def build(artifacts: Path) -> Build:
-    """Run stages over a checkpoint; artefacts are shared by all tests of this run."""
+    """Run stages over a checkpoint; artifacts are shared by all tests of this run."""
 
     def run(checkpoint: Path, stage: str, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Artifact]]:
         config = compose(overrides_for(checkpoint, artifacts, f"stage={stage}", *overrides))

@@ -67,7 +67,9 @@ def build(config: Mapping[str, Any]) -> Architecture:
         raise AccelError(f"architecture {config['_target_']}: {error.__cause__ or error}") from error
     if not isinstance(adapter, Architecture):
         missing = [
-            name for name in ("model_types", "roles", "wrap", "signature", "feeds") if not hasattr(adapter, name)
+            name
+            for name in ("model_types", "roles", "wrap", "signature", "sample_inputs")
+            if not hasattr(adapter, name)
         ]
         raise AccelError(f"architecture {config['_target_']} is no Architecture: it lacks {', '.join(missing)}")
     return adapter

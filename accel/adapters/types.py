@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 
-class Role(StrEnum):
+class Component(StrEnum):
     """Which graph: the encoder, the decoder without past (`prefill`), or the decoder with past (`step`).
 
-    `static_step` is made of `step`, and exported by no architecture: its caches have a fixed length.
+    `static_decode` is made of `step`, and exported by no architecture: its caches have a fixed length.
     """
 
     ENCODER = "encoder"
     PREFILL = "prefill"
-    STEP = "step"
-    STATIC_STEP = "static_step"
+    DECODE = "decode"
+    STATIC_DECODE = "static_decode"
 
 
 @dataclass(frozen=True)
-class Port:
+class TensorSpec:
     """One graph input or output.
 
     `axes` maps a dimension's index to its name; a dimension that is not listed is fixed by the model.
@@ -42,13 +42,13 @@ class Port:
 class Signature:
     """A role's ports, in the order in which the wrapper takes and returns them."""
 
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
     @property
     def cache(self) -> dict[str, str]:
-        """Cache input name -> name of the output that feeds it at the next step."""
-        return {port.name: port.source for port in self.inputs if port.cached and port.source}
+        """Cache input name -> name of the output that becomes it at the next step."""
+        return {spec.name: spec.source for spec in self.inputs if spec.cached and spec.source}
 
 
 @runtime_checkable
@@ -58,19 +58,19 @@ class Architecture(Protocol):
     model_types: tuple[str, ...]
     """`config.model_type` values it serves."""
 
-    def roles(self) -> tuple[Role, ...]:
+    def components(self) -> tuple[Component, ...]:
         """The graphs to export, in the order in which a generation runs them."""
         ...
 
-    def wrap(self, model: PreTrainedModel, role: Role) -> nn.Module:
+    def wrap(self, model: PreTrainedModel, component: Component) -> nn.Module:
         """A module that takes and returns flat tensors, ordered as in `signature`. Shares the model's parameters."""
         ...
 
-    def signature(self, config: PretrainedConfig, role: Role) -> Signature:
+    def signature(self, config: PretrainedConfig, component: Component) -> Signature:
         """The role's ports."""
         ...
 
-    def feeds(
+    def sample_inputs(
         self, config: PretrainedConfig, batch: int, length: int, generator: torch.Generator
     ) -> Mapping[str, Tensor]:
         """Random inputs of the first role: ids or features [batch, length, ...] and their mask, some padded."""

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from accel.adapters.types import Role
-from accel.benchmark.timer import forced
+from accel.adapters.types import Component
+from accel.benchmark.timer import fixed_length_options
 from accel.config.schema import RuntimeConfig
 from accel.errors import AccelError, unknown
 from accel.models.checkpoints import load_model
 from accel.models.generation import AcceleratedModel, Generates
 from accel.models.loading import as_model, open_model
 from accel.runtime import layout
-from accel.runtime.dynamic_cache import GrowingRuntime
+from accel.runtime.dynamic_cache import DynamicCacheRuntime
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.session import SessionSettings, open_session
 from accel.system import host_memory
@@ -28,7 +28,7 @@ TORCH, TORCH_FP32, MERGED, TWO_FILES, STATIC = "torch", "torch in FP32", "merged
 
 
 @dataclass(frozen=True)
-class Setup:
+class Backend:
     """A row of the benchmark: an engine, which is one model in memory, and how its `generate` is called."""
 
     engine: str
@@ -52,7 +52,7 @@ class Setup:
 
     def options(self, new_tokens: int, num_beams: int) -> dict[str, Any]:
         """Options of `generate` for exactly `new_tokens` tokens."""
-        return {**forced(new_tokens, num_beams, use_cache=self.use_cache), **self.further}
+        return {**fixed_length_options(new_tokens, num_beams, use_cache=self.use_cache), **self.further}
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -65,19 +65,19 @@ class Setup:
             yield
 
 
-BASELINE = "torch+cache"
-OURS = "onnx+cache"
-SEPARATE = "onnx+cache, two files"
-CAPTURED = "onnx static, captured"
-SETUPS: dict[str, Setup] = {
-    "torch": Setup(TORCH, False),
-    BASELINE: Setup(TORCH, True),
-    "torch+cache, autocast": Setup(TORCH_FP32, True, autocast=True, cuda=True),
-    "torch static cache, compiled": Setup(TORCH, True, {"cache_implementation": "static"}, compiled=True, cuda=True),
-    "onnx": Setup(MERGED, False),
-    OURS: Setup(MERGED, True),
-    SEPARATE: Setup(TWO_FILES, True),
-    CAPTURED: Setup(STATIC, True, cuda=True, captured=True),
+BASELINE = "torch_cache"
+OURS = "onnx_merged"
+SEPARATE = "onnx_two_files"
+CAPTURED = "onnx_captured"
+BACKENDS: dict[str, Backend] = {
+    "torch_no_cache": Backend(TORCH, False),
+    BASELINE: Backend(TORCH, True),
+    "torch_autocast": Backend(TORCH_FP32, True, autocast=True, cuda=True),
+    "torch_static_compiled": Backend(TORCH, True, {"cache_implementation": "static"}, compiled=True, cuda=True),
+    "onnx_no_cache": Backend(MERGED, False),
+    OURS: Backend(MERGED, True),
+    SEPARATE: Backend(TWO_FILES, True),
+    CAPTURED: Backend(STATIC, True, cuda=True, captured=True),
 }
 
 
@@ -87,19 +87,19 @@ def ours(runtime: RuntimeConfig) -> str:
 
 
 def chosen(names: Sequence[str], runtime: RuntimeConfig) -> list[str]:
-    """The setups that `benchmark.setups` asks for; all that fit `runtime` if it is empty.
+    """The setups that `benchmark.backends` asks for; all that fit `runtime` if it is empty.
 
     Raises `AccelError` on one that doesn't exist, doesn't fit, or is named twice.
     """
-    fitting = [name for name, setup in SETUPS.items() if setup.fits(runtime)]
+    fitting = [name for name, backend in BACKENDS.items() if backend.fits(runtime)]
     for name in names:
-        if name not in SETUPS:
-            raise unknown("benchmark.setups", name, fitting)
+        if name not in BACKENDS:
+            raise unknown("benchmark.backends", name, fitting)
         if name not in fitting:
-            needed = "runtime=cuda-graph" if SETUPS[name].captured else "runtime=cuda"
-            raise AccelError(f"benchmark.setups: {name!r} needs {needed}. Choices here: {', '.join(fitting)}")
+            needed = "runtime=cuda-graph" if BACKENDS[name].captured else "runtime=cuda"
+            raise AccelError(f"benchmark.backends: {name!r} needs {needed}. Choices here: {', '.join(fitting)}")
     if len(set(names)) < len(names):
-        raise AccelError(f"benchmark.setups={list(names)} names a setup twice")
+        raise AccelError(f"benchmark.backends={list(names)} names a setup twice")
     return list(names) or fitting
 
 
@@ -166,11 +166,13 @@ def free(device: str) -> None:
 def two_files(sources: Sources) -> AcceleratedModel:
     """What other exporters ship: prefill and step in files of their own, which share no weights."""
     sessions = {
-        role: bound(path, SessionSettings.of(sources.runtime), sources.runtime.device)
-        for role in (Role.ENCODER, Role.PREFILL, Role.STEP)
-        if (path := Path(sources.graphs) / f"{role}.onnx").is_file()
+        component: bound(path, SessionSettings.of(sources.runtime), sources.runtime.device)
+        for component in (Component.ENCODER, Component.PREFILL, Component.DECODE)
+        if (path := Path(sources.graphs) / f"{component}.onnx").is_file()
     }
-    runtime = GrowingRuntime(sessions.get(Role.ENCODER), sessions[Role.PREFILL], sessions[Role.STEP], sources.cache)
+    runtime = DynamicCacheRuntime(
+        sessions.get(Component.ENCODER), sessions[Component.PREFILL], sessions[Component.DECODE], sources.cache
+    )
     return as_model(runtime, Path(sources.deployable))
 
 
@@ -192,4 +194,4 @@ def deployed(folder: Path, runtime: RuntimeConfig, traces: Path) -> tuple[Accele
     decoder = sessions["decoder"]
     metadata = decoder.session.get_modelmeta().custom_metadata_map
     cache, flag = json.loads(metadata[layout.CACHE]), metadata[layout.FLAG]
-    return as_model(GrowingRuntime(sessions.get("encoder"), decoder, decoder, cache, flag), folder), sessions
+    return as_model(DynamicCacheRuntime(sessions.get("encoder"), decoder, decoder, cache, flag), folder), sessions

@@ -28,8 +28,8 @@ from accel.benchmark.process import WorkerProcess
 from accel.config.schema import RuntimeConfig
 from accel.errors import AccelError
 from accel.runtime import layout
-from accel.runtime.dynamic_cache import GrowingRuntime, GrowingState
-from accel.runtime.feeds import decoder_feeds
+from accel.runtime.decoder_inputs import decoder_inputs
+from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.session import SessionSettings, open_session
 from accel.runtime.static_cache import open_static
@@ -37,8 +37,8 @@ from accel.system.host_memory import PeakMemory, release, resident
 
 PEAK, SESSION = "peak", "session"
 AT_THE_END = "at the end"  # what sessions hold after all tokens of the setting
-STEP_ALONE, SEPARATE, CAPTURED = "step alone", "onnx+cache, two files", "onnx static, captured"
-PREFILL_FILE, STEP_FILE = "prefill.onnx", "step.onnx"
+DECODE_ALONE, SEPARATE, CAPTURED = "decode alone", "onnx_two_files", "onnx_captured"
+PREFILL_FILE, DECODE_FILE = "prefill.onnx", "decode.onnx"
 STEPS = 4  # decoder calls after which a session holds what it will hold
 
 
@@ -115,23 +115,23 @@ def session_memory(task: Task) -> dict[str, int]:
     if task.name == CAPTURED:
         return {SESSION: _captured_memory(task, device)}
     before = held(device)
-    runtime, prefill, step = _decoder(task, device)
+    runtime, prefill, decode = _decoder(task, device)
     rows = task.batch_size * int(task.options["num_beams"])
     lengths = {"batch": rows, "source": task.source_length, "past": 1}
     ids = torch.ones(rows, 1, dtype=torch.int64, device=device)
 
-    def decode(length: int) -> int:
-        context = _ones(prefill, runtime.fixed, lengths) | _ones(step, runtime.fixed, lengths)
-        if task.name == STEP_ALONE:
-            state = GrowingState(_ones(step, runtime.grown, lengths), context, runtime.axes)
+    def held_after(length: int) -> int:
+        context = _ones(prefill, runtime.constants, lengths) | _ones(decode, runtime.constants, lengths)
+        if task.name == DECODE_ALONE:
+            state = DynamicCacheState(_ones(decode, runtime.self_cache, lengths), context, runtime.axes)
         else:
-            _, state = runtime.prefill(decoder_feeds(ids, ids) | context)
+            _, state = runtime.prefill(decoder_inputs(ids, ids) | context)
         while state.length < length:
-            runtime.step(decoder_feeds(ids, ids.expand(rows, state.length + 1)), state)
+            runtime.decode(decoder_inputs(ids, ids.expand(rows, state.length + 1)), state)
         del context, state
         return max(0, held(device) - before)
 
-    return {SESSION: decode(1 + STEPS), AT_THE_END: decode(int(task.options["max_new_tokens"]))}
+    return {SESSION: held_after(1 + STEPS), AT_THE_END: held_after(int(task.options["max_new_tokens"]))}
 
 
 def _captured_memory(task: Task, device: torch.device) -> int:
@@ -155,37 +155,41 @@ def _captured_memory(task: Task, device: torch.device) -> int:
     runtime.prepare(task.source_length)
     lengths = {"batch": rows, "source": task.source_length}
     ids = torch.ones(rows, 1, dtype=torch.int64, device=device)
-    _, state = runtime.prefill(decoder_feeds(ids, ids) | _ones(runtime.whole.decoder, runtime.whole.fixed, lengths))
+    _, state = runtime.prefill(
+        decoder_inputs(ids, ids) | _ones(runtime.dynamic.decoder, runtime.dynamic.constants, lengths)
+    )
     for _ in range(STEPS):
-        runtime.step(decoder_feeds(ids, ids.expand(rows, state.length + 1)), state)
+        runtime.decode(decoder_inputs(ids, ids.expand(rows, state.length + 1)), state)
     caches = sum(runtime.bytes(rows, bucket) for bucket in buckets)
     return max(0, held(device) - before - caches)
 
 
-def _decoder(task: Task, device: torch.device) -> tuple[GrowingRuntime, BoundSession, BoundSession]:
+def _decoder(task: Task, device: torch.device) -> tuple[DynamicCacheRuntime, BoundSession, BoundSession]:
     """A decoder without its encoder, and the sessions of its prefill and its step."""
     how = SessionSettings.of(RuntimeConfig(**task.sources["runtime"]))
     graphs = Path(task.sources["graphs"])
     flag = None
-    if task.name == STEP_ALONE:
-        prefill = step = BoundSession(open_session(graphs / STEP_FILE, how), device)
+    if task.name == DECODE_ALONE:
+        prefill = decode = BoundSession(open_session(graphs / DECODE_FILE, how), device)
     elif task.name == SEPARATE:
-        prefill, step = (BoundSession(open_session(graphs / file, how), device) for file in (PREFILL_FILE, STEP_FILE))
+        prefill, decode = (
+            BoundSession(open_session(graphs / file, how), device) for file in (PREFILL_FILE, DECODE_FILE)
+        )
     else:
-        prefill = step = BoundSession(open_session(Path(task.sources["deployable"]) / layout.DECODER, how), device)
-        flag = step.session.get_modelmeta().custom_metadata_map[layout.FLAG]
-    return GrowingRuntime(None, prefill, step, task.sources["cache"], flag), prefill, step
+        prefill = decode = BoundSession(open_session(Path(task.sources["deployable"]) / layout.DECODER, how), device)
+        flag = decode.session.get_modelmeta().custom_metadata_map[layout.FLAG]
+    return DynamicCacheRuntime(None, prefill, decode, task.sources["cache"], flag), prefill, decode
 
 
 def _ones(session: BoundSession, names: Collection[str], lengths: Mapping[str, int]) -> dict[str, Tensor]:
     """Ones for the inputs `names` that the session has, their dynamic axes as `lengths` says."""
     return {
         name: torch.ones(
-            [dim if isinstance(dim, int) else lengths[dim] for dim in port.shape],
+            [dim if isinstance(dim, int) else lengths[dim] for dim in spec.shape],
             dtype=session.dtype(name),
             device=session.device,
         )
-        for name, port in session.inputs.items()
+        for name, spec in session.inputs.items()
         if name in names
     }
 
@@ -194,14 +198,14 @@ def peak_memory(task: Task) -> int:
     """Bytes by which the peak rose above what the imports hold, over loading and one generation."""
     from accel.benchmark import backends
 
-    sources, setup = backends.Sources.parse(task.sources), backends.SETUPS[task.name]
+    sources, backend = backends.Sources.parse(task.sources), backends.BACKENDS[task.name]
     device = _device(task)
     _import_model(Path(sources.checkpoint))
     prepare(device)
     before = held(device)
-    with PeakMemory() as used, backends.opened(setup.engine, sources) as model:
+    with PeakMemory() as used, backends.opened(backend.engine, sources) as model:
         inputs = {name: tensor.to(device) for name, tensor in load_file(task.inputs).items()}
-        with setup.context():
+        with backend.context():
             model.generate(**inputs, **task.options)
         after = held(device) if device.type == "cuda" else 0
     return used.added if device.type == "cpu" else after - before

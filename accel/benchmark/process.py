@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import psutil
 
-from accel.errors import AccelError, OutOfMemory
+from accel.errors import AccelError, DeviceMemoryError
 
 T = TypeVar("T")
 
-TOGETHER = "A benchmark holds all that it compares at once: fewer benchmark.setups need less"
+TOGETHER = "A benchmark holds all that it compares at once: fewer benchmark.backends need less"
 
 
 class WorkerProcess:
@@ -44,8 +44,8 @@ class WorkerProcess:
         """
         try:
             return self._pool.submit(function, *arguments).result()
-        except OutOfMemory as error:
-            raise OutOfMemory(f"{self.name!r}: {error}. {TOGETHER}") from error
+        except DeviceMemoryError as error:
+            raise DeviceMemoryError(f"{self.name!r}: {error}. {TOGETHER}") from error
         except BrokenProcessPool as error:
             said = f"the process that runs {self.name!r} ended: was it killed for its memory? {TOGETHER}"
             raise AccelError(said) from error

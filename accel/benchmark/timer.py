@@ -41,7 +41,7 @@ class Timing:
     compiled: bool = False
 
 
-class Clock:
+class GenerationTimer:
     """Context that times the calls of a model's encoder and decoder.
 
     Of a model of ours, the calls of its runtime. PyTorch's decoder calls are not wrapped, because wrapping would end up
@@ -58,7 +58,7 @@ class Clock:
         self._patches = self._of_ours(model) if isinstance(model, AcceleratedModel) else self._of_pytorchs(model)
 
     def _of_ours(self, model: AcceleratedModel) -> list[Patch]:
-        decoder = [(model.runtime, name, self._ending) for name in ("prefill", "step")]
+        decoder = [(model.runtime, name, self._ending) for name in ("prefill", "decode")]
         return [(model.runtime, "encode", self._timed), *decoder]
 
     def _of_pytorchs(self, model: Generates) -> list[Patch]:
@@ -159,13 +159,13 @@ def _seconds(start: Stamp, end: Stamp) -> float:
     return seconds
 
 
-class OtherLoad:
+class BackgroundLoad:
     """Context that measures how busy everything but this process and its children kept the processor: `share`, 0 to 1.
 
     Threads that wait by spinning, as PyTorch's and ONNX Runtime's do, take many times longer when they lack a core.
     """
 
-    def __enter__(self) -> "OtherLoad":
+    def __enter__(self) -> "BackgroundLoad":
         self.share = 0.0
         self._before = self._read()
         return self
@@ -187,7 +187,7 @@ class OtherLoad:
         return total, total - times.idle - getattr(times, "iowait", 0.0) - own
 
 
-def forced(new_tokens: int, num_beams: int, *, use_cache: bool) -> dict[str, Any]:
+def fixed_length_options(new_tokens: int, num_beams: int, *, use_cache: bool) -> dict[str, Any]:
     """Options of `generate` for exactly `new_tokens` tokens: no end-of-sequence token may come before."""
     return {
         "min_new_tokens": new_tokens,
@@ -200,7 +200,7 @@ def forced(new_tokens: int, num_beams: int, *, use_cache: bool) -> dict[str, Any
 
 def time_generation(model: Generates, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Timing:
     """Generate once for `inputs` [batch, source], which must be on the model's device."""
-    with Clock(model) as timing:
+    with GenerationTimer(model) as timing:
         ids = model.generate(**inputs, **options)
     timing.tokens = ids.tolist()
     return timing

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accel.benchmark.backends import SETUPS, Sources, kept_in_fp32, opened
+from accel.benchmark.backends import BACKENDS, Sources, kept_in_fp32, opened
 from accel.benchmark.process import WorkerProcess
 from accel.benchmark.timer import Timing, time_generation
-from accel.runtime.device_memory import enough_memory
+from accel.runtime.device_memory import translate_out_of_memory
 from accel.system.quiet import quiet
 
 
-class Elsewhere:
+class BackendWorker:
     """Context with a process for `engine`, which loads nothing before it is told to `open`."""
 
     def __init__(self, engine: str, sources: Sources) -> None:
@@ -39,7 +39,7 @@ class Elsewhere:
         """What a model of PyTorch's in FP16 holds in FP32: see `backends.kept_in_fp32`."""
         return self.process.call(_kept_in_fp32)
 
-    def __enter__(self) -> "Elsewhere":
+    def __enter__(self) -> "BackendWorker":
         self.process.__enter__()
         return self
 
@@ -58,14 +58,14 @@ def _open(engine: str, sources: Sources, inputs: Mapping[str, np.ndarray]) -> No
     quiet()
     if sources.runtime.threads:
         torch.set_num_threads(sources.runtime.threads)
-    with enough_memory():
+    with translate_out_of_memory():
         context = opened(engine, sources)  # never left: the process ends first
         given = {name: torch.from_numpy(array).to(sources.runtime.device) for name, array in inputs.items()}
         _engine.update(context=context, model=context.__enter__(), inputs=given)
 
 
 def _generate(name: str, options: Mapping[str, Any]) -> Timing:
-    with SETUPS[name].context(), enough_memory():
+    with BACKENDS[name].context(), translate_out_of_memory():
         return time_generation(_engine["model"], _engine["inputs"], options)
 
 

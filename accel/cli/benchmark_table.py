@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from accel.benchmark import footprint
-from accel.benchmark.backends import SETUPS
+from accel.benchmark.backends import BACKENDS
 from accel.cli import console
 from accel.stages.benchmark import describe
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = (
-    *("setup", "runs", "total s", "model s", "ms a token", "last/first"),
-    *("x torch +cache", "x two files", "x limit"),
+    *("backend", "runs", "total s", "model s", "ms a token", "last/first"),
+    *("x torch_cache", "x two_files", "x roofline"),
 )
-RATIOS = ("last_over_first", "vs_torch_cache", "vs_two_files", "over_limit")
+RATIOS = ("last_over_first", "vs_torch_cache", "vs_two_files", "over_roofline")
 MEMORY_COLUMNS = ("memory", "peak MB", "session MB", "at the end MB")
 ABSENT = "-"
 BUSY = 0.1  # share of the processor that others may take before the times say little
@@ -24,8 +24,8 @@ BUSY = 0.1  # share of the processor that others may take before the times say l
 def rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """One row a setup, in the order of `COLUMNS`."""
     drawn: list[list[str]] = []
-    for name in (name for name in SETUPS if name in summary["setups"]):  # a manifest keeps no order
-        values = summary["setups"][name]
+    for name in (name for name in BACKENDS if name in summary["backends"]):  # a manifest keeps no order
+        values = summary["backends"][name]
         total = values["total"]
         drawn.append(
             [
@@ -36,7 +36,7 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
                 f"{values['ms_per_token']:.2f}",
                 *(
                     _ratio(values.get(key))
-                    for key in ("last_over_first", "vs_torch_cache", "vs_two_files", "over_limit")
+                    for key in ("last_over_first", "vs_torch_cache", "vs_two_files", "over_roofline")
                 ),
             ]
         )
@@ -46,7 +46,7 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
 def memory_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """One row a setup whose memory was measured, and one for the step graph alone, in the order of `MEMORY_COLUMNS`."""
     memory = summary["memory"]
-    names = [name for name in (*SETUPS, footprint.STEP_ALONE) if name in memory]
+    names = [name for name in (*BACKENDS, footprint.DECODE_ALONE) if name in memory]
     kinds = (footprint.PEAK, footprint.SESSION, footprint.AT_THE_END)
     return [[name, *(_megabytes(memory[name].get(kind)) for kind in kinds)] for name in names]
 
@@ -54,7 +54,7 @@ def memory_rows(summary: Mapping[str, Any]) -> list[list[str]]:
 def _named(name: str, values: Mapping[str, Any]) -> str:
     """The setup, and what a reader must know to compare it."""
     remarks = [] if values["same_tokens"] else ["other tokens"]
-    if SETUPS[name].compiled and not values["compiled"]:
+    if BACKENDS[name].compiled and not values["compiled"]:
         remarks.append("not compiled")  # transformers' beam search isn't
     return f"{name} ({', '.join(remarks)})" if remarks else name
 
@@ -81,16 +81,16 @@ def show(summary: Mapping[str, Any]) -> None:
             f"session memory of the merged decoder over that of the step graph alone: {ratios[footprint.SESSION]:.2f}x,"
             f" {ratios[footprint.AT_THE_END]:.2f}x after {summary['point']['new_tokens']} tokens"
         )
-    if summary["limit"] is not None:
-        limit = summary["limit"]
+    if summary["roofline"] is not None:
+        limit = summary["roofline"]
         console.out.print(
-            f"x limit: {limit['seconds'] * 1000:.3f} ms a token, which reading {limit['bytes'] / 1e6:.0f} MB of "
+            f"x roofline: {limit['seconds'] * 1000:.3f} ms a token, which reading {limit['bytes'] / 1e6:.0f} MB of "
             f"weights and cache takes at the {limit['bandwidth'] / 1e12:.2f} TB/s of a copy measured in this run"
         )
     if summary["torch_fp32"]:
         kept = ", ".join(f"{count} x {name}" for name, count in summary["torch_fp32"].items())
         console.out.print(f"modules that PyTorch's FP16 model keeps in FP32: {kept}")
-    if (others := summary["machine"]["other_load"]) > BUSY:
+    if (others := summary["machine"]["background_load"]) > BUSY:
         logger.warning(
             f"other programs took {others:.0%} of the processor during the benchmark: threads that wait by spinning, "
             "PyTorch's above all, were slowed many times over, and the ratios say little. Repeat on a quiet machine."

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accel.cli import console
-from accel.stages.profile import COPIES, STEP, describe
+from accel.stages.profile import COPIES, DECODE, describe
 
 NAMED = 3  # nodes that a printed line names
 
@@ -28,7 +28,7 @@ def off_device_lines(path: str, nodes: Sequence[Mapping[str, Any]]) -> list[str]
     """What of one path of the decoder the CPU does and what is copied: a line for each, the first few nodes named."""
     kinds = [("on the CPU", [node for node in nodes if node["operator"] not in COPIES])]
     kinds += [(copy, [node for node in nodes if node["operator"] == copy]) for copy in COPIES]
-    when = "per token" if path == STEP else "once"
+    when = "per token" if path == DECODE else "once"
     lines = []
     for kind, found in kinds:
         calls = sum(node["calls"] for node in found)

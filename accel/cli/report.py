@@ -7,7 +7,7 @@ from typing import Any
 
 from accel.cli import benchmark_table, console, profile_table
 from accel.config.schema import Config
-from accel.models.loading import verdict_of
+from accel.models.loading import verification_of
 from accel.pipeline.runner import RESULTS
 from accel.pipeline.store import Artifact
 from accel.runtime import layout
@@ -25,7 +25,7 @@ def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     if "merge" in artifacts:
         _sharing(artifacts["merge"].summary)
     if (artifact := artifacts.get("verify")) is not None:
-        _verdict(verdict_of(artifact.folder) or {}, artifact.folder / layout.CERTIFICATE_PAGE)
+        _verdict(verification_of(artifact.folder) or {}, artifact.folder / layout.CERTIFICATE_PAGE)
     if (artifact := artifacts.get("generate")) is not None:
         _texts(config, json.loads((artifact.folder / generate.RESULTS).read_text()))
     if (artifact := artifacts.get("benchmark")) is not None:
@@ -39,19 +39,23 @@ def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
 
 
 def _nodes(counts: Mapping[str, Mapping[str, int]]) -> None:
-    roles = list(counts["exported"])
+    components = list(counts["exported"])
     console.table(
-        "nodes after each pass", ("pass", *roles), [[name, *found.values()] for name, found in counts.items()]
+        "nodes after each pass", ("pass", *components), [[name, *found.values()] for name, found in counts.items()]
     )
 
 
 def _plan(summary: Mapping[str, Any]) -> None:
     steps = summary["sizes"]
-    rows = [[role, *(_mix(mixes[role]) for mixes in steps.values())] for role in next(iter(steps.values()))]
+    rows = [
+        [component, *(_mix(mixes[component]) for mixes in steps.values())] for component in next(iter(steps.values()))
+    ]
     console.table(f"left in FP32 by {summary['format']}: nodes, casts, weights", ("graph", *steps), rows)
     rules = dict.fromkeys(rule for found in summary["rules"].values() for rule in found)
     for rule in rules:
-        counts = ", ".join(f"{role} {found[rule]}" for role, found in summary["rules"].items() if rule in found)
+        counts = ", ".join(
+            f"{component} {found[rule]}" for component, found in summary["rules"].items() if rule in found
+        )
         console.out.print(f"kept because of {rule}: {counts}", markup=False)
     nearest = [
         (each["role"], each["value"], f"{each['largest']:.3g}", each["seen_with"]) for each in summary["nearest"]
@@ -64,30 +68,30 @@ def _mix(mix: Mapping[str, float]) -> str:
 
 
 def _sharing(summary: Mapping[str, Any]) -> None:
-    two = summary["step_bytes"] + summary["prefill_bytes"]
+    two = summary["decode_bytes"] + summary["prefill_bytes"]
     console.out.print(
         f"merged decoder: {summary['merged_bytes'] / 1e6:.1f} MB of weights where two files take {two / 1e6:.1f} MB; "
         f"{summary['shared_bytes'] / 1e6:.1f} MB shared"
     )
 
 
-def _verdict(verdict: Mapping[str, Any], page: Path) -> None:
-    name, worst = max(verdict["outputs"].items(), key=lambda item: item[1]["relative"])
-    own = "unknown" if worst["own"] is None else f"{worst['own']:.1e}"
+def _verdict(verification: Mapping[str, Any], page: Path) -> None:
+    name, worst = max(verification["outputs"].items(), key=lambda item: item[1]["error"])
+    own = "unknown" if worst["torch_error"] is None else f"{worst['torch_error']:.1e}"
     rows = [
-        ("precision", f"{verdict['precision']}, {verdict['arithmetic']} on {verdict['runtime']}"),
-        ("outputs compared", len(verdict["outputs"])),
+        ("precision", f"{verification['precision']}, {verification['arithmetic']} on {verification['runtime']}"),
+        ("outputs compared", len(verification["outputs"])),
         ("furthest from float64", f"{name}, {worst['where']}"),
-        ("  of its largest value", f"{worst['relative']:.1e} (allowed {worst['allowed']:.1e}; PyTorch's own {own})"),
+        ("  of its largest value", f"{worst['error']:.1e} (allowed {worst['allowed']:.1e}; PyTorch's own {own})"),
     ]
-    rows += [(f"same tokens, {name}", f"{share:.0%}") for name, share in verdict["identical"].items()]
-    for name, theirs in verdict["metrics"].get("pytorch", {}).items():
-        label = f"{name.replace('_', ' ')}, {verdict['references']} references"
-        rows.append((label, f"{verdict['metrics']['ours'][name]:.2f}% (PyTorch FP32 {theirs:.2f}%)"))
-    console.table("verdict: passed" if verdict["passed"] else "verdict: refused", ("", "against PyTorch"), rows)
+    rows += [(f"same tokens, {name}", f"{share:.0%}") for name, share in verification["identical"].items()]
+    for name, theirs in verification["metrics"].get("pytorch", {}).items():
+        label = f"{name.replace('_', ' ')}, {verification['references']} references"
+        rows.append((label, f"{verification['metrics']['ours'][name]:.2f}% (PyTorch FP32 {theirs:.2f}%)"))
+    console.table("verdict: passed" if verification["passed"] else "verdict: refused", ("", "against PyTorch"), rows)
     console.out.print(f"the certificate, to be opened in a browser: {page}", markup=False)
-    if verdict["samples"]:
-        samples = [(s["input"], s["pytorch"], s["ours"]) for s in verdict["samples"][:SHOWN]]
+    if verification["samples"]:
+        samples = [(s["input"], s["pytorch"], s["ours"]) for s in verification["samples"][:SHOWN]]
         console.table("side by side", ("input", "PyTorch", "ONNX Runtime"), samples)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from accel.benchmark import footprint
-from accel.benchmark.backends import BASELINE, OURS, SEPARATE, SETUPS
+from accel.benchmark.backends import BACKENDS, BASELINE, OURS, SEPARATE
 
 TABLE, RECORD = "table.md", "table.json"
 TOTALS, PER_TOKEN, SPEED_UP = PLOTS = ("sweep.png", "per_token.png", "speed_up.png")
@@ -45,7 +45,7 @@ def record(
         jobs.sort(key=lambda job: int(job["number"]))
         _write(folder / RECORD, json.dumps(jobs, indent=1))
         _write(folder / TABLE, markdown(jobs))
-        if any(job["setups"] for job in jobs):
+        if any(job["backends"] for job in jobs):
             _plot(jobs, folder)
     return folder / TABLE
 
@@ -57,8 +57,8 @@ def _split(override: str) -> tuple[str, str]:
 
 def _kept(summary: Mapping[str, Any] | None) -> dict[str, Any]:
     if summary is None:
-        return {"point": {}, "setups": {}, "session_ratios": {}, "device": None, "precision": None}
-    kept = {key: summary[key] for key in ("point", "setups", "session_ratios", "precision")}
+        return {"point": {}, "backends": {}, "session_ratios": {}, "device": None, "precision": None}
+    kept = {key: summary[key] for key in ("point", "backends", "session_ratios", "precision")}
     return {**kept, "device": summary["machine"]["device"]}
 
 
@@ -84,10 +84,10 @@ def columns(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
     error if any.
     """
     found = dict.fromkeys(name for job in jobs for name in _proved(job))
-    setups = [name for name in SETUPS if any(name in job["setups"] for job in jobs)]
-    ratios = ["x torch+cache", "x two files", "last/first", "session ratio"] if OURS in setups else []
+    backends = [name for name in BACKENDS if any(name in job["backends"] for job in jobs)]
+    ratios = ["x torch_cache", "x two_files", "last/first", "session ratio"] if OURS in backends else []
     errors = ["error"] if any(job["error"] for job in jobs) else []
-    return [*varying(jobs), *found, *(f"{name} (s)" for name in setups), *ratios, *errors]
+    return [*varying(jobs), *found, *(f"{name} (s)" for name in backends), *ratios, *errors]
 
 
 def rows(jobs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -97,10 +97,10 @@ def rows(jobs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _cell(job: Mapping[str, Any], column: str) -> str:
-    ours = job["setups"].get(OURS, {})
+    ours = job["backends"].get(OURS, {})
     ratio = {
-        "x torch+cache": ours.get("vs_torch_cache"),
-        "x two files": ours.get("vs_two_files"),
+        "x torch_cache": ours.get("vs_torch_cache"),
+        "x two_files": ours.get("vs_two_files"),
         "last/first": ours.get("last_over_first"),
         "session ratio": job["session_ratios"].get(footprint.SESSION),
     }
@@ -111,8 +111,8 @@ def _cell(job: Mapping[str, Any], column: str) -> str:
         return found[column]
     if column == "error":
         return shorten(str(job["error"] or ""), LONGEST, placeholder=" ...")
-    if column.endswith(" (s)") and (name := column.removesuffix(" (s)")) in SETUPS:
-        return _time(name, job["setups"][name]) if name in job["setups"] else ABSENT
+    if column.endswith(" (s)") and (name := column.removesuffix(" (s)")) in BACKENDS:
+        return _time(name, job["backends"][name]) if name in job["backends"] else ABSENT
     return str(job["overrides"].get(column, ABSENT))
 
 
@@ -135,13 +135,13 @@ def _proved(job: Mapping[str, Any]) -> dict[str, str]:
         "decoder MB": f"{verify['decoder_bytes'] / 1e6:.1f}",
     }
     if (speed := verify["speed"]) is not None:
-        figures = next(figures for name, figures in speed["setups"].items() if name != BASELINE)
+        figures = next(figures for name, figures in speed["backends"].items() if name != BASELINE)
         cells |= {"seconds": f"{figures['seconds']['median']:.3f}", "x PyTorch": f"{speed['ratio']:.2f}"}
     return cells
 
 
 def _time(name: str, values: Mapping[str, Any]) -> str:
-    missed = SETUPS[name].compiled and not values["compiled"]  # transformers' beam search isn't
+    missed = BACKENDS[name].compiled and not values["compiled"]  # transformers' beam search isn't
     return f"{values['total']['median']:.3f}{' (not compiled)' if missed else ''}"
 
 
@@ -157,7 +157,7 @@ def markdown(jobs: Sequence[Mapping[str, Any]]) -> str:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if any(job["verify"] for job in jobs):
         lines += ["", "Metrics: in brackets PyTorch's in FP32. Logits: the worst difference along what PyTorch said."]
-    if not any(job["setups"] for job in jobs):
+    if not any(job["backends"] for job in jobs):
         return "\n".join(lines) + "\n"
     lines += [
         "",
@@ -169,7 +169,7 @@ def markdown(jobs: Sequence[Mapping[str, Any]]) -> str:
 
 def label(jobs: Sequence[Mapping[str, Any]]) -> str:
     """Device and precision of the jobs that were measured."""
-    return "; ".join(dict.fromkeys(f"{job['device']}, {job['precision']}" for job in jobs if job["setups"]))
+    return "; ".join(dict.fromkeys(f"{job['device']}, {job['precision']}" for job in jobs if job["backends"]))
 
 
 def _plot(jobs: Sequence[Mapping[str, Any]], folder: Path) -> None:
@@ -181,15 +181,15 @@ def _plot(jobs: Sequence[Mapping[str, Any]], folder: Path) -> None:
     for job in jobs:
         panel = ", ".join(f"{key.rsplit('.', 1)[-1]}={job['overrides'].get(key, ABSENT)}" for key in others)
         place = {"new tokens": job["point"].get("new_tokens"), "jobs": panel}
-        for name in (name for name in SETUPS if name in job["setups"]):
-            values = job["setups"][name]
+        for name in (name for name in BACKENDS if name in job["backends"]):
+            values = job["backends"][name]
             figures = {"total (s)": values["total"]["median"], "ms a token": values["ms_per_token"]}
-            lines.append({**place, **figures, "setup": name})
-        if (ratio := job["setups"].get(OURS, {}).get("vs_torch_cache")) is not None:
+            lines.append({**place, **figures, "backend": name})
+        if (ratio := job["backends"].get(OURS, {}).get("vs_torch_cache")) is not None:
             fields.append({**place, "ratio": ratio})
     title = label(jobs)
     for file, y in ((TOTALS, "total (s)"), (PER_TOKEN, "ms a token")):
-        plots.sweep(lines, "new tokens", y, "setup", "jobs", title, folder / file)
+        plots.sweep(lines, "new tokens", y, "backend", "jobs", title, folder / file)
     if fields:
         what = f"{BASELINE} takes so many times as long as {OURS}"
         plots.grid(fields, "new tokens", "jobs", "ratio", f"{what}\n{title}", folder / SPEED_UP)

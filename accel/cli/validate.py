@@ -28,7 +28,7 @@ def validate(config: Config) -> None:
     check_provider(config.runtime.provider)
     checkpoint.check(config.model)
     optimize.check(config.optimize.passes)
-    convert.check(config.convert.one_token_passes)
+    convert.check(config.convert.decode_passes)
     merge.check(config.merge, config.convert.fuse_attention)
     benchmark.check(config.benchmark, config.runtime)
     _positive(config, "audit", ("batches", "max_batches", "batch_size", "max_length"))
@@ -53,13 +53,17 @@ def _check_static(runtime: RuntimeConfig) -> None:
         raise AccelError(f"runtime.buckets={runtime.buckets}: must be lengths of 1 or more, such as [64,256,1024]")
     if runtime.capture and not runtime.static:
         raise AccelError("runtime.capture=true needs runtime.static=true: only what stays where it is can be recorded")
-    if min(runtime.batches, default=1) < 1:
-        raise AccelError(f"runtime.batches={runtime.batches}: must be numbers of sequences, or [] for any")
+    if min(runtime.capture_batch_sizes, default=1) < 1:
+        raise AccelError(
+            f"runtime.capture_batch_sizes={runtime.capture_batch_sizes}: must be numbers of sequences, or [] for any"
+        )
 
 
 def _check_audit(given: AuditConfig) -> None:
-    if given.margin < 1:
-        raise AccelError(f"audit.margin={given.margin}: must be 1 or more (1: only what really overflows)")
+    if given.overflow_margin < 1:
+        raise AccelError(
+            f"audit.overflow_margin={given.overflow_margin}: must be 1 or more (1: only what really overflows)"
+        )
     if given.max_batches < given.batches:
         raise AccelError(f"audit.max_batches={given.max_batches}: must be audit.batches={given.batches} or more")
     if given.trials < 0:
@@ -93,12 +97,12 @@ def _check_precision(config: Config) -> None:
         raise unknown("precision.dtype", dtype, FORMATS)
     if config.precision.plan not in audit.RULES:
         raise unknown("precision.plan", config.precision.plan, audit.RULES)
-    if dtype == "float32" or (dtype in runtime.arithmetic and computes(dtype, runtime.device)):
+    if dtype == "float32" or (dtype in runtime.compute_dtype and computes(dtype, runtime.device)):
         return
     stages = [name for name in chosen(config.stage) if name in ("generate", "benchmark", "profile")]
     if stages or runtime.device != "cpu":
-        lacks = "has no kernels for" if dtype not in runtime.arithmetic else "is on a GPU that lacks"
-        others = ", ".join(name for name in runtime.arithmetic if name != dtype)
+        lacks = "has no kernels for" if dtype not in runtime.compute_dtype else "is on a GPU that lacks"
+        others = ", ".join(name for name in runtime.compute_dtype if name != dtype)
         raise AccelError(
             f"precision.dtype={dtype}: {runtime.provider} {lacks} {dtype}, which {', '.join(stages) or 'verify'} "
             f"would run. Precisions that it runs: {others}. On the CPU, stage=verify proves it by emulation"

@@ -30,26 +30,33 @@ class PrecisionConfig:
 
     name: str = MISSING
     dtype: str = "float32"
-    plan: str = "minimised"
+    plan: str = "minimized"
     operators: list[str] = field(default_factory=list)
 
 
 @dataclass
 class RuntimeConfig:
-    """Where a deployable runs. `session`: ONNX Runtime's configuration keys; `environment`: variables it reads when a
-    session opens; `arithmetic`: the precision of a graph -> what it is computed in there; one that is missing has no
-    kernels.
+    """Where a deployable runs.
 
-    What suits it best: `branches` (see `MergeConfig`), `fuse_attention`, `transposed_products` and `static` (see
-    `ConvertConfig`).
-
-    `buckets`: lengths that a static cache may have, in decoder tokens; it moves to a longer one when it is full.
-
-    `static_session`, `static_environment`: in place of some of `session` and `environment`, for the session of a step
-    over static caches.
-
-    `capture`: record a step over static caches as a CUDA graph and replay it. `batches`: the numbers of sequences,
-    beams counted, to capture when a model is opened, and no others after that; empty: any, when it comes.
+    Attributes:
+        name: The preset's name, that of its YAML file.
+        provider: ONNX Runtime's execution provider.
+        provider_options: Its options, by ONNX Runtime's names.
+        session: ONNX Runtime's session configuration entries.
+        environment: Environment variables that ONNX Runtime reads while a session opens.
+        device: torch's device.
+        threads: Threads of a session; 0 for one a physical core.
+        compute_dtype: A graph's precision -> the one that the provider computes it in; a missing one has no kernels.
+        merge_strategy: What suits it best: see `MergeConfig.strategy`.
+        fuse_attention: What suits it best: see `ConvertConfig`.
+        fuse_transposed_matmul: What suits it best: see `ConvertConfig`.
+        static: Decode over a cache of fixed length, written in place.
+        buckets: Lengths that a static cache may have, in decoder tokens; a full one is replaced by the next longer.
+        static_session: Entries in place of those of `session`, for the session of the static decode graph.
+        static_environment: Variables in place of those of `environment`, for the same.
+        capture: Capture the static decode graph as a CUDA graph and replay it.
+        capture_batch_sizes: Numbers of sequences, beams counted, to capture when a model is opened, and no others
+            later; empty for any, when it comes.
     """
 
     name: str = MISSING
@@ -59,16 +66,16 @@ class RuntimeConfig:
     environment: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
     threads: int = 0
-    arithmetic: dict[str, str] = field(default_factory=lambda: {"float32": "float32"})
-    branches: str = "caches"
+    compute_dtype: dict[str, str] = field(default_factory=lambda: {"float32": "float32"})
+    merge_strategy: str = "shared"
     fuse_attention: list[str] = field(default_factory=list)
-    transposed_products: bool = False
+    fuse_transposed_matmul: bool = False
     static: bool = False
     buckets: list[int] = field(default_factory=list)
     static_session: dict[str, str] = field(default_factory=dict)
     static_environment: dict[str, str] = field(default_factory=dict)
     capture: bool = False
-    batches: list[int] = field(default_factory=list)
+    capture_batch_sizes: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -93,34 +100,41 @@ class AuditConfig:
     seed: int = 0
     texts: str | None = None
     column: str | None = None
-    margin: float = 2.0
+    overflow_margin: float = 2.0
     trials: int = 32
 
 
 @dataclass
 class ConvertConfig:
-    """`fuse_attention`: roles in whose graphs attention of one precision becomes ONNX Runtime's `MultiHeadAttention`.
+    """How graphs are converted for a runtime.
 
-    `transposed_products`: products with a weight that is looked up as well, as a tied embedding is, read it as it lies.
-
-    `static_step`: make a step whose caches have a fixed length as well; `one_token_passes`: over that, and over the
-    branch of one token that `merge.branches=tokens` makes.
+    Attributes:
+        fuse_attention: Components whose attention, where all of it has one precision, becomes
+            `com.microsoft.MultiHeadAttention`.
+        fuse_transposed_matmul: Multiply with a tied embedding by `FusedMatMul(transB=1)`; store no transposed copy.
+        static_decode: Make a decode graph over caches of fixed length as well.
+        decode_passes: Graph passes over decode graphs for exactly one new token: the static one, and the branch of its
+            own that `merge.strategy=three_branch` makes. Name -> whether it runs.
     """
 
     fuse_attention: list[str] = "${runtime.fuse_attention}"  # type: ignore[assignment]
-    transposed_products: bool = "${runtime.transposed_products}"  # type: ignore[assignment]
-    static_step: bool = "${runtime.static}"  # type: ignore[assignment]
-    one_token_passes: dict[str, bool] = field(default_factory=dict)
+    fuse_transposed_matmul: bool = "${runtime.fuse_transposed_matmul}"  # type: ignore[assignment]
+    static_decode: bool = "${runtime.static}"  # type: ignore[assignment]
+    decode_passes: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass
 class MergeConfig:
-    """`branches` says what the `If` holds: `caches` (what only prefill makes), `decoders` (each graph
-    whole) or `tokens` (each whole, and a step of one token in a branch of its own).
+    """How both decoders become one file.
+
+    Attributes:
+        flag: Name of the boolean input that chooses the branch.
+        strategy: What the `If` holds. `shared`: only what prefill alone computes. `two_branch`: each graph as a whole.
+            `three_branch`: the same, and a decode graph for one token in a branch of its own.
     """
 
     flag: str = "enable_cache"
-    branches: str = "${runtime.branches}"
+    strategy: str = "${runtime.merge_strategy}"
 
 
 @dataclass
@@ -152,10 +166,10 @@ class BenchmarkConfig:
     num_beams: int = 1
     batch_size: int = 1
     repeats: int = 5
-    patience: float | None = 60.0
+    time_budget_s: float | None = 60.0
     warmup: int = 1
     warmup_tokens: int | None = 16
-    setups: list[str] = field(default_factory=list)
+    backends: list[str] = field(default_factory=list)
     memory: bool = True
     unverified: bool = False
     seed: int = 0

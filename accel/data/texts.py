@@ -155,4 +155,4 @@ def random_inputs(
     """`count` single inputs of random ids, [1, up to length], of different lengths."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [max(1, length - position * length // (2 * count)) for position in range(count)]
-    return [architecture.feeds(config, 1, size, generator) for size in lengths]
+    return [architecture.sample_inputs(config, 1, size, generator) for size in lengths]

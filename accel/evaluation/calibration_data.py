@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from accel import progress
-from accel.adapters.types import Architecture, Role, Signature
+from accel.adapters.types import Architecture, Component, Signature
 from accel.config.schema import AuditConfig, Config
 from accel.data import texts
 from accel.data.corpus import read_texts
 from accel.errors import AccelError
-from accel.evaluation.component_runner import Chain, Shape, longest, script
-from accel.runtime.feeds import decoder_feeds
+from accel.evaluation.component_runner import ComponentRunner, Shape, component_inputs, longest
+from accel.runtime.decoder_inputs import decoder_inputs
 
 STEPS = {"random": 4, "text": 32}  # tokens decoded greedily after the first
 
@@ -62,18 +62,18 @@ def batches(
 
 def _random(config: AuditConfig, architecture: Architecture, model: PretrainedConfig) -> Iterator[Batch]:
     """Random ids of random lengths; at most a quarter of them is given to the decoder where there is an encoder."""
-    encodes = Role.ENCODER in architecture.roles()
+    encodes = Component.ENCODER in architecture.components()
     generator = torch.Generator().manual_seed(config.seed)
     room = (longest(model) or config.max_length + STEPS["random"]) - STEPS["random"]
     most = min(config.max_length, room)
     while True:
         length, prefix = (int(torch.randint(2, max(3, n), (), generator=generator)) for n in (most, most // 4))
         shape = Shape(config.batch_size, length, prefix if encodes else length, 1)
-        given = script(architecture, model, shape, generator)
-        first = given[Role.PREFILL]
+        given = component_inputs(architecture, model, shape, generator)
+        first = given[Component.PREFILL]
         what = f"random ids, source length {length}" + (f", {prefix} first tokens" if encodes else "")
         rows = [what] * config.batch_size
-        yield Batch("random", given.get(Role.ENCODER, {}), first["input_ids"], first["attention_mask"], rows)
+        yield Batch("random", given.get(Component.ENCODER, {}), first["input_ids"], first["attention_mask"], rows)
 
 
 def _written(
@@ -107,16 +107,16 @@ def _batch(
 ) -> Batch:
     """Texts for the encoder, and one first token for the decoder; or, without an encoder, for the decoder."""
     ids, mask = given["input_ids"], given["attention_mask"]
-    if Role.ENCODER in architecture.roles():
+    if Component.ENCODER in architecture.components():
         start = getattr(model, "decoder_start_token_id", None) or 0
         ids, mask = torch.full((len(ids), 1), start), torch.ones(len(ids), 1, dtype=torch.int64)
     return Batch("text", given, ids, mask, rows)
 
 
 def walk(
-    signatures: Mapping[Role, Signature],
+    signatures: Mapping[Component, Signature],
     work: Sequence[Batch],
-    opened: Callable[[Role], Call],
+    opened: Callable[[Component], Call],
     scratch: Path,
     first: int = 0,
 ) -> None:
@@ -125,27 +125,27 @@ def walk(
     After the decoder's first call come greedy steps, each from the logits and caches of the one before.
     `first`: the number of the first batch of `work`.
     """
-    for role in signatures:
-        call = opened(role)
-        for number, batch in enumerate(progress.track(work, f"the {role}'s values"), first):
-            chain = Chain(signatures, lambda _, inputs, number=number, call=call: call(number, inputs))  # type: ignore
+    for component in signatures:
+        call = opened(component)
+        for number, batch in enumerate(progress.track(work, f"the {component}'s values"), first):
+            runner = ComponentRunner(signatures, lambda _, inputs, number=number, call=call: call(number, inputs))  # type: ignore
             spool = scratch / f"{number}.safetensors"
-            chain.pool = load_file(spool) if spool.is_file() else {}
-            if role is Role.ENCODER:
-                chain(role, batch.given)
-            elif role is Role.PREFILL:
-                chain(role, decoder_feeds(batch.ids, batch.mask))
+            runner.pool = load_file(spool) if spool.is_file() else {}
+            if component is Component.ENCODER:
+                runner(component, batch.given)
+            elif component is Component.PREFILL:
+                runner(component, decoder_inputs(batch.ids, batch.mask))
             else:
-                _decode(chain, batch)
+                _decode(runner, batch)
                 spool.unlink()
                 continue
-            save_file({name: tensor.contiguous() for name, tensor in chain.pool.items()}, spool)
+            save_file({name: tensor.contiguous() for name, tensor in runner.pool.items()}, spool)
         del call
 
 
-def _decode(chain: Chain, batch: Batch) -> None:
+def _decode(runner: ComponentRunner, batch: Batch) -> None:
     """Greedy steps from prefill's logits and caches on."""
     mask = batch.mask
     for _ in range(STEPS[batch.kind]):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        chain(Role.STEP, decoder_feeds(chain.pool["logits"][:, -1:].argmax(-1), mask))
+        runner(Component.DECODE, decoder_inputs(runner.pool["logits"][:, -1:].argmax(-1), mask))

@@ -6,35 +6,35 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from accel.adapters.types import Role
+from accel.adapters.types import Component
 
 
 @dataclass
 class Difference:
     """How far one output is from float64, at the token where it is furthest, or furthest beyond what is allowed.
 
-    All numbers are relative to the output's largest magnitude. `own`: what PyTorch itself is off by there, in the same
-    precision; None where it is not finite or not known. `where`: the inputs, row and token.
+    All numbers are relative to the output's largest magnitude. `torch_error`: what PyTorch itself is off by there, in the same
+    precision; None where it is not finite or not known. `location`: the inputs, row and token.
     """
 
-    relative: float = 0.0
-    own: float | None = None
+    error: float = 0.0
+    torch_error: float | None = None
     allowed: float = 0.0
-    where: str = ""
+    location: str = ""
 
     @property
     def passed(self) -> bool:
-        return self.relative <= self.allowed  # not so for NaN
+        return self.error <= self.allowed  # not so for NaN
 
     @property
     def rank(self) -> tuple[bool, float]:
         """Larger for what is further: beyond what is allowed, or else from float64."""
-        return (not self.passed, self.relative if self.passed else self.used)
+        return (not self.passed, self.error if self.passed else self.used)
 
     @property
     def used(self) -> float:
         """The share of what is allowed that the error takes; infinite for NaN."""
-        return self.relative / self.allowed if math.isfinite(self.relative) else math.inf
+        return self.error / self.allowed if math.isfinite(self.error) else math.inf
 
 
 def token_errors(found: Tensor, expected: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def over_tokens(shown: Tensor, value: Tensor) -> Tensor:
 
 
 def visible(
-    role: Role, name: str, given: Mapping[str, Tensor], value: Tensor, growing: Container[str]
+    component: Component, name: str, given: Mapping[str, Tensor], value: Tensor, growing: Container[str]
 ) -> Tensor | None:
     """A mask [rows, tokens] of output `name` of `role`, 0 where it belongs to padding: nothing ever looks there.
 
@@ -69,6 +69,6 @@ def visible(
     decoder's own keys and values.
     """
     mask = given.get("attention_mask")  # [batch, source], or [batch, past + new] of a decoder
-    if mask is None or not (role is Role.ENCODER or name == "logits" or name in growing):
+    if mask is None or not (component is Component.ENCODER or name == "logits" or name in growing):
         return None
     return mask[:, -value.shape[-2] :]

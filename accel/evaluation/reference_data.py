@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from accel.adapters.types import Architecture, Role
+from accel.adapters.types import Architecture, Component
 from accel.data import texts
-from accel.evaluation.component_runner import Shape, longest, script
+from accel.evaluation.component_runner import Shape, component_inputs, longest
 from accel.evaluation.rounding import Evaluator
-from accel.runtime.feeds import decoder_feeds
+from accel.runtime.decoder_inputs import decoder_inputs
 
 CALLS, CALL = "calls.json", "call-{}.safetensors"
 PATH = "path-{}.safetensors"  # what one greedy generation said, and the logits at each of its tokens
@@ -32,7 +32,7 @@ class Call:
     """
 
     what: str
-    role: Role
+    component: Component
     given: Mapping[str, Tensor]
     expected: Mapping[str, Tensor]
 
@@ -43,14 +43,14 @@ def calls(
     inputs: Sequence[Mapping[str, Tensor]],
     written: Sequence[Sequence[int]],
     seed: int,
-) -> Iterator[tuple[str, dict[Role, Mapping[str, Tensor]]]]:
+) -> Iterator[tuple[str, dict[Component, Mapping[str, Tensor]]]]:
     """What the inputs are, and what the caller gives each component: random ids at `SHAPES`, then real ones.
 
     `written`: the ids that the model generates for each of `inputs`.
     """
     generator = torch.Generator().manual_seed(seed)
     for shape in (shape.within(longest(config)) for shape in SHAPES):
-        yield f"random ids ({shape})", script(architecture, config, shape, generator)
+        yield f"random ids ({shape})", component_inputs(architecture, config, shape, generator)
     yield "the model's own tokens", continuation(architecture, config, inputs[:BATCH], written[:BATCH])
 
 
@@ -59,20 +59,20 @@ def continuation(
     config: PretrainedConfig,
     inputs: Sequence[Mapping[str, Tensor]],
     written: Sequence[Sequence[int]],
-) -> dict[Role, Mapping[str, Tensor]]:
+) -> dict[Component, Mapping[str, Tensor]]:
     """What a generation gives each component: prefill all ids of `written` but the last few, the step those."""
     padding = int(getattr(config, "pad_token_id", None) or 0)
-    encodes = Role.ENCODER in architecture.roles()
+    encodes = Component.ENCODER in architecture.components()
     shortest = min(map(len, written))
     new = max(1, min(NEW, shortest - 1))
     # Where there is an encoder, its input is what is padded, and all sequences are as long as the shortest.
     rows = texts.pad([texts.unpadded(one[:shortest] if encodes else one) for one in written], padding, left=True)
     ids, mask = rows["input_ids"], rows["attention_mask"]
-    given: dict[Role, Mapping[str, Tensor]] = {}
+    given: dict[Component, Mapping[str, Tensor]] = {}
     if encodes:
-        given[Role.ENCODER] = texts.pad(inputs, padding, left=False)
-    given[Role.PREFILL] = decoder_feeds(ids[:, :-new], mask[:, :-new])
-    given[Role.STEP] = decoder_feeds(ids[:, -new:], mask)
+        given[Component.ENCODER] = texts.pad(inputs, padding, left=False)
+    given[Component.PREFILL] = decoder_inputs(ids[:, :-new], mask[:, :-new])
+    given[Component.DECODE] = decoder_inputs(ids[:, -new:], mask)
     return given
 
 
@@ -84,7 +84,7 @@ def read_calls(folder: Path) -> Iterator[Call]:
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
-        yield Call(call["what"], Role(call["role"]), **parts)
+        yield Call(call["what"], Component(call["component"]), **parts)
 
 
 @dataclass(frozen=True)
@@ -107,22 +107,24 @@ def read_paths(folder: Path) -> Iterator[TokenPath]:
         yield TokenPath({name.removeprefix("given."): value for name, value in tensors.items()}, ids, logits)
 
 
-def write_calls(evaluate: Evaluator, asked: Iterator[tuple[str, dict[Role, Mapping[str, Tensor]]]], out: Path) -> int:
+def write_calls(
+    evaluate: Evaluator, asked: Iterator[tuple[str, dict[Component, Mapping[str, Tensor]]]], out: Path
+) -> int:
     """Evaluate and write every call, and say how many there are."""
     described: list[dict[str, str]] = []
     for what, components in asked:
-        for role, given in components.items():
+        for component, given in components.items():
             tensors = {f"given.{name}": value for name, value in given.items()}
-            tensors |= {f"expected.{name}": value for name, value in evaluate(role, given).items()}
+            tensors |= {f"expected.{name}": value for name, value in evaluate(component, given).items()}
             contiguous = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
             save_file(contiguous, out / CALL.format(len(described)))
-            described.append({"what": what, "role": str(role)})
+            described.append({"what": what, "component": str(component)})
     (out / CALLS).write_text(json.dumps(described))
     return len(described)
 
 
 def along(evaluate: Evaluator, given: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     """Logits after each of `ids` [1, tokens], all seen at once: [copies, tokens, vocabulary]."""
-    if Role.ENCODER in evaluate.signatures:
-        evaluate(Role.ENCODER, given)
-    return evaluate(Role.PREFILL, decoder_feeds(ids, torch.ones_like(ids)))["logits"].cpu().contiguous()
+    if Component.ENCODER in evaluate.signatures:
+        evaluate(Component.ENCODER, given)
+    return evaluate(Component.PREFILL, decoder_inputs(ids, torch.ones_like(ids)))["logits"].cpu().contiguous()

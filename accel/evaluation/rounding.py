@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from accel.adapters.types import Role, Signature
+from accel.adapters.types import Component, Signature
 from accel.evaluation.compare import token_errors
-from accel.evaluation.component_runner import Chain, Run
+from accel.evaluation.component_runner import ComponentRunner, Run
 
 SAMPLES = 8  # evaluations whose errors are averaged
 # An error that the input amplifies is nearly Gaussian, and the errors of two implementations are independent draws. So
@@ -114,28 +114,33 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: PreTrainedModel, signatures: Mapping[Role, Signature], run: Run, dtype: torch.dtype, seed: int = 0
+        self,
+        model: PreTrainedModel,
+        signatures: Mapping[Component, Signature],
+        run: Run,
+        dtype: torch.dtype,
+        seed: int = 0,
     ) -> None:
         self.model, self.signatures, self.dtype = model, signatures, dtype
         self.copies = 1 if dtype is torch.float64 else SAMPLES
         self._generator = torch.Generator(model.device).manual_seed(seed)
-        self.chain = Chain(signatures, run)
+        self.runner = ComponentRunner(signatures, run)
 
-    def __call__(self, role: Role, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, component: Component, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs of `role` by name, [rows * copies, ...], the copies of a row beside each other.
 
         Inputs that earlier calls made are taken from there, so errors add up as they do while generating.
         """
         with torch.no_grad(), self._context():
-            return dict(self.chain(role, self._inputs(role, given)))
+            return dict(self.runner(component, self._inputs(component, given)))
 
-    def alone(self, role: Role, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def alone(self, component: Component, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same where `inputs` are all that the component takes."""
         with torch.no_grad(), self._context():
-            return dict(self.chain.run(role, self._inputs(role, inputs)))
+            return dict(self.runner.run(component, self._inputs(component, inputs)))
 
-    def _inputs(self, role: Role, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        axes = {port.name: port.axes for port in self.signatures[role].inputs}
+    def _inputs(self, component: Component, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        axes = {spec.name: spec.axes for spec in self.signatures[component].inputs}
         return {name: self._input(value, axes.get(name, {})) for name, value in given.items()}
 
     def _context(self) -> Any:

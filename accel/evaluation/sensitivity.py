@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from accel.adapters.types import Role
+from accel.adapters.types import Component
 from accel.evaluation.calibration_data import Call
 from accel.evaluation.compare import error, visible
 from accel.graph import files
 from accel.graph.precision import plan
 from accel.graph.precision.emulate import round_values
 from accel.graph.precision.formats import Format
-from accel.graph.precision.observer import Range, infer_types
+from accel.graph.precision.observer import ValueStatistics, infer_types
 from accel.runtime.providers import RUNTIME_ERRORS
 from accel.runtime.session import HostSession, SessionSettings
 
@@ -57,20 +57,20 @@ class Recorder:
 
     def __init__(self, folder: Path, kinds: Sequence[str]) -> None:
         self.folder, self.kinds = folder, kinds
-        self.calls: dict[Role, list[tuple[str, Path]]] = {}
+        self.calls: dict[Component, list[tuple[str, Path]]] = {}
 
-    def open(self, role: Role, path: Path, settings: SessionSettings) -> Call:
+    def open(self, component: Component, path: Path, settings: SessionSettings) -> Call:
         session = HostSession(path, settings)
-        kept = self.calls.setdefault(role, [])
+        kept = self.calls.setdefault(component, [])
         done: dict[int, int] = {}  # batch -> calls so far
 
-        def call(number: int, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            found = session(feeds)
+        def call(number: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = session(inputs)
             place = done[number] = done.get(number, -1) + 1
-            if role is not Role.STEP or place in STEPS:
-                path = self.folder / f"{role}-{number}-{place}.call"
+            if component is not Component.DECODE or place in STEPS:
+                path = self.folder / f"{component}-{number}-{place}.call"
                 kept.append((self.kinds[number], path))
-                tensors = {f"in.{name}": feeds[name] for name in session.inputs}
+                tensors = {f"in.{name}": inputs[name] for name in session.inputs}
                 tensors |= {f"out.{name}": tensor for name, tensor in found.items()}
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
             return found
@@ -79,16 +79,16 @@ class Recorder:
 
 
 @dataclass(frozen=True)
-class Trial:
+class SensitivityTrial:
     """One role's graph, to be tried with other plans. `growing`: outputs that are the decoder's own caches."""
 
-    role: Role
+    component: Component
     graph: Path
     calls: Sequence[tuple[str, Path]]
     settings: SessionSettings
     format: Format
-    margin: float
-    ranges: Mapping[str, Range]
+    overflow_margin: float
+    statistics: Mapping[str, ValueStatistics]
     growing: Container[str]
 
     def __call__(self, chosen: plan.Plan, allowed: float = math.inf) -> Result:
@@ -122,11 +122,13 @@ class Trial:
         return result
 
     def _error(self, name: str, found: Tensor, expected: Tensor, given: Mapping[str, Tensor]) -> float:
-        apart = error(found, expected, visible(self.role, name, given, expected, self.growing))
+        apart = error(found, expected, visible(self.component, name, given, expected, self.growing))
         return apart if math.isfinite(apart) else math.inf  # NaN compares with nothing
 
     def _headroom(self) -> dict[str, float]:
         """Value -> a power of two that takes what lies within the margin beyond the limit."""
-        scale = 2.0 ** torch.tensor(self.margin).log2().ceil().item()
-        near = (name for name, held in self.ranges.items() if held.largest * self.margin > self.format.largest)
+        scale = 2.0 ** torch.tensor(self.overflow_margin).log2().ceil().item()
+        near = (
+            name for name, held in self.statistics.items() if held.largest * self.overflow_margin > self.format.largest
+        )
         return dict.fromkeys(near, scale)

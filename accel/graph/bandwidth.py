@@ -7,17 +7,17 @@ import onnx_ir as ir
 from accel.graph.weights import initializers
 
 
-def bytes_read(step: ir.Model, caches: Collection[str], lengths: Mapping[str, int]) -> int:
+def bytes_read(decode: ir.Model, caches: Collection[str], lengths: Mapping[str, int]) -> int:
     """Bytes of the weights that a step computes with, and of its `caches` (inputs) at `lengths`, axis -> length.
 
     Of a table that is only looked up, one row is read: none of it counts.
     """
     weights = sum(
         value.const_value.nbytes
-        for value in initializers(step)
+        for value in initializers(decode)
         if value.const_value is not None and not _looked_up(value)
     )
-    return weights + sum(_size(value, lengths) for value in step.graph.inputs if value.name in caches)
+    return weights + sum(_size(value, lengths) for value in decode.graph.inputs if value.name in caches)
 
 
 def _looked_up(value: ir.Value) -> bool:

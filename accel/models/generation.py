@@ -16,8 +16,8 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 
 from accel.models.decoding.loops import PREPARE, DecodingLoops
 from accel.models.model_class import model_class
-from accel.runtime.device_memory import enough_memory
-from accel.runtime.feeds import decoder_feeds, positions
+from accel.runtime.decoder_inputs import decoder_inputs, positions
+from accel.runtime.device_memory import translate_out_of_memory
 from accel.runtime.protocol import Runtime, State
 from accel.runtime.streams import on_shared_stream
 from accel.system.process_state import one_openmp_thread
@@ -105,12 +105,12 @@ class Encoder:
 
     def forward(self, *args: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
         """Ids [batch, source] and mask, or features -> last_hidden_state [batch, source, width]."""
-        feeds = dict(zip([self.main_input_name], args, strict=False))
-        feeds |= {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-        given = feeds[self.main_input_name]
+        inputs = dict(zip([self.main_input_name], args, strict=False))
+        inputs |= {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+        given = inputs[self.main_input_name]
         # what an encoder without a mask does not take is left out by the runtime
         mask = given.new_ones(given.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
-        encoded = self.runtime.encode(feeds | {"attention_mask": mask})
+        encoded = self.runtime.encode(inputs | {"attention_mask": mask})
         return BaseModelOutput(last_hidden_state=encoded["last_hidden_state"])
 
     __call__ = forward
@@ -135,7 +135,7 @@ class AcceleratedModel(DecodingLoops, GenerationMixin):
 
         Raises `OutOfMemory` where the device has no room; the model stays usable.
         """
-        with _cores_for_the_runtime(self.device), on_shared_stream(self.device), enough_memory():
+        with _cores_for_the_runtime(self.device), on_shared_stream(self.device), translate_out_of_memory():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
@@ -178,12 +178,12 @@ class AcceleratedModel(DecodingLoops, GenerationMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def _begin(self, feeds: Mapping[str, Tensor], cache: Cache | None) -> tuple[Tensor, Any]:
+    def _begin(self, inputs: Mapping[str, Tensor], cache: Cache | None) -> tuple[Tensor, Any]:
         """Logits and a state, from nothing or from what a transformers cache of tensors holds."""
         if cache is None or cache.get_seq_length() == 0:
-            return self.runtime.prefill(feeds)
-        state = self.runtime.resume(tensors(cache), feeds)
-        return self.runtime.step(feeds, state), state
+            return self.runtime.prefill(inputs)
+        state = self.runtime.resume(tensors(cache), inputs)
+        return self.runtime.decode(inputs, state), state
 
     def close(self) -> None:
         """Free the sessions."""
@@ -229,7 +229,7 @@ class EncoderDecoderModel(AcceleratedModel):
         if decoder_input_ids is None:
             raise ValueError("decoder_input_ids is missing")
         if isinstance(past_key_values, StateCache):
-            logits = self.runtime.step({"input_ids": decoder_input_ids}, past_key_values.state)
+            logits = self.runtime.decode({"input_ids": decoder_input_ids}, past_key_values.state)
             return Seq2SeqLMOutput(logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
         shown = kwargs.get("decoder_attention_mask")
         if shown is not None and not bool(shown.all()):
@@ -241,13 +241,15 @@ class EncoderDecoderModel(AcceleratedModel):
             encoder_outputs = self._encoder(given, attention_mask=attention_mask)
         hidden = encoder_outputs[0]  # [batch, source, width]
         mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
-        feeds = {"input_ids": decoder_input_ids, "encoder_hidden_states": hidden, "encoder_attention_mask": mask}
-        logits, state = self._begin(feeds, past_key_values)
+        inputs = {"input_ids": decoder_input_ids, "encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+        logits, state = self._begin(inputs, past_key_values)
         cache = StateCache(state) if use_cache is not False else None
         # transformers types the cache more narrowly than its own `generate` needs
         return Seq2SeqLMOutput(logits=logits, past_key_values=cache, encoder_last_hidden_state=hidden)  # type: ignore[arg-type]
 
-    def _feeds(self, given: Mapping[str, Any], state: State, room: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    def _decoder_inputs(
+        self, given: Mapping[str, Any], state: State, room: int
+    ) -> Callable[[Tensor], Mapping[str, Tensor]]:
         return lambda ids: {"input_ids": ids}
 
 
@@ -279,15 +281,17 @@ class DecoderOnlyModel(AcceleratedModel):
         cache = past_key_values if isinstance(past_key_values, StateCache) else None
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         mask = input_ids.new_ones(batch, seen + new) if attention_mask is None else attention_mask
-        feeds = decoder_feeds(input_ids, mask, logits_to_keep, position_ids)
+        inputs = decoder_inputs(input_ids, mask, logits_to_keep, position_ids)
         if cache is not None:
-            logits = self.runtime.step(feeds, cache.state)
+            logits = self.runtime.decode(inputs, cache.state)
         else:
-            logits, state = self._begin(feeds, past_key_values)
+            logits, state = self._begin(inputs, past_key_values)
             cache = StateCache(state) if use_cache is not False else None
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    def _feeds(self, given: Mapping[str, Any], state: State, room: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    def _decoder_inputs(
+        self, given: Mapping[str, Any], state: State, room: int
+    ) -> Callable[[Tensor], Mapping[str, Tensor]]:
         """The mask holds the next token already, and grows by one with each; so do the positions."""
         mask = given.get("attention_mask")
         if mask is None:
@@ -297,12 +301,12 @@ class DecoderOnlyModel(AcceleratedModel):
         lengths = itertools.count(mask.shape[1])
         places = positions(mask)[:, -1:] - 1 if known is None else known[:, -1:] - 1
 
-        def feeds(ids: Tensor) -> Mapping[str, Tensor]:
+        def inputs(ids: Tensor) -> Mapping[str, Tensor]:
             nonlocal places
             places = places + 1
-            return decoder_feeds(ids, whole[:, : next(lengths)], 1, places)
+            return decoder_inputs(ids, whole[:, : next(lengths)], 1, places)
 
-        return feeds
+        return inputs
 
 
 def refuse(*asked: bool | None) -> None:

@@ -14,7 +14,7 @@ from accel.config.schema import RuntimeConfig
 from accel.errors import AccelError
 from accel.models.generation import AcceleratedModel, model_over
 from accel.runtime import layout
-from accel.runtime.dynamic_cache import open_growing
+from accel.runtime.dynamic_cache import open_dynamic
 from accel.runtime.protocol import Runtime
 from accel.runtime.providers import check_provider, fastest
 from accel.runtime.session import SessionSettings
@@ -37,10 +37,10 @@ def open_model(folder: Path, runtime: RuntimeConfig) -> AcceleratedModel:
 def _open_runtime(folder: Path, runtime: RuntimeConfig) -> Runtime[Any]:
     settings = SessionSettings.of(runtime)
     if not runtime.static:
-        return open_growing(folder, settings, runtime.device)
-    if not (folder / layout.STATIC_STEP).is_file():
-        logger.warning("%s holds no %s: its caches grow, whatever runtime.static says", folder, layout.STATIC_STEP)
-        return open_growing(folder, settings, runtime.device)
+        return open_dynamic(folder, settings, runtime.device)
+    if not (folder / layout.STATIC_DECODE).is_file():
+        logger.warning("%s holds no %s: its caches grow, whatever runtime.static says", folder, layout.STATIC_DECODE)
+        return open_dynamic(folder, settings, runtime.device)
     opened = open_static(
         folder,
         settings,
@@ -49,7 +49,7 @@ def _open_runtime(folder: Path, runtime: RuntimeConfig) -> Runtime[Any]:
         session=runtime.static_session,
         environment=runtime.static_environment,
         capture=runtime.capture,
-        batches=runtime.batches,
+        batches=runtime.capture_batch_sizes,
     )
     opened.prepare()
     return opened
@@ -63,7 +63,7 @@ def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:
     return model_over(runtime, config, generation)
 
 
-def verdict_of(folder: Path) -> dict[str, object] | None:
+def verification_of(folder: Path) -> dict[str, object] | None:
     """What `verify` wrote into a deployable; None for a candidate."""
     path = folder / layout.VERDICT
     return json.loads(path.read_text()) if path.is_file() else None
@@ -103,7 +103,7 @@ def load(folder: str | Path, runtime: str = "auto", **options: Any) -> Accelerat
         runtime = _preset_for(built)
     where = runtime_preset(runtime, built, **options)
     check_provider(where.provider)
-    if verdict_of(Path(folder)) is None:
+    if verification_of(Path(folder)) is None:
         logger.warning("%s: unverified, no %s", folder, layout.VERDICT)
     return open_model(Path(folder), where)
 

@@ -1,6 +1,6 @@
 """Runs stages in order, and skips what exists.
 
-Every key is computed from the configuration and the checkpoint before anything runs, so a stage whose artefact exists
+Every key is computed from the configuration and the checkpoint before anything runs, so a stage whose artifact exists
 needs none of those before it: they may have been deleted.
 """
 
@@ -26,7 +26,7 @@ from accel.system.hashing import make_key, versions
 # Whose folder a run names as its result: the first of these that was asked for.
 RESULTS = ("verify", "merge")
 # Stages that others need and nobody asks for by name.
-HIDDEN = ("checkpoint", "prompts", "reference", "torch_error", "ranges")
+HIDDEN = ("checkpoint", "prompts", "reference", "torch_error", "calibrate")
 
 
 def chosen(stage: Any, mixed: bool = True) -> list[str]:
@@ -79,7 +79,7 @@ class Pipeline:
         return load_stage(name)
 
     def key(self, name: str) -> str:
-        """SHA-256 of all that the artefact of stage `name` is made from."""
+        """SHA-256 of all that the artifact of stage `name` is made from."""
         if name not in self._keys:
             self._keys[name] = self._checkpoint().key if self._external(name) else make_key(**self._parts(name))
         return self._keys[name]
@@ -117,7 +117,7 @@ class Pipeline:
         return self._artifacts["checkpoint"]
 
     def find(self, name: str) -> Artifact | None:
-        """The finished artefact of stage `name`, if it is there and undamaged."""
+        """The finished artifact of stage `name`, if it is there and undamaged."""
         if name not in self._artifacts:
             found = self._checkpoint() if self._external(name) else self.store.find(name, self.key(name))
             if found is None:
@@ -126,7 +126,7 @@ class Pipeline:
         return self._artifacts[name]
 
     def artifact(self, name: str) -> Artifact:
-        """The artefact of stage `name`: reused, or made from those before it."""
+        """The artifact of stage `name`: reused, or made from those before it."""
         if (found := self.find(name)) is not None:
             return found
         stage = self.stage(name)
@@ -173,7 +173,7 @@ class Pipeline:
         return set(inputs).union(*(self._below(upstream) for upstream in inputs)) if inputs else set()
 
     def run(self, names: Sequence[str]) -> dict[str, Artifact]:
-        """Run `names` in order. Returns the artefacts that are at hand afterwards."""
+        """Run `names` in order. Returns the artifacts that are at hand afterwards."""
         needed = self.needed(names)
         for name in names:
             # What nothing asked for is made from is only looked up for the report, so its files are not read again.

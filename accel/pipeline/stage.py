@@ -10,12 +10,12 @@ from accel.config.schema import Config
 from accel.pipeline.store import Artifact
 
 Run = Callable[[Config, Mapping[str, Artifact], Architecture, Path], Mapping[str, Any]]
-"""(config, artefacts taken, adapter, folder to write into) -> summary for the manifest, as JSON."""
+"""(config, artifacts taken, adapter, folder to write into) -> summary for the manifest, as JSON."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A pure function of `sections` of the config, the artefacts named by `inputs`, the adapter and `files`.
+    """A pure function of `sections` of the config, the artifacts named by `inputs`, the adapter and `files`.
 
     A section may be given as `section.key`, where one value of it is all that counts.
     The pipeline hands `run` a config in which every other section holds its default, so that nothing a stage

@@ -1,6 +1,6 @@
-"""Artefacts: what a stage leaves on disk, named by a hash of everything that made it.
+"""Artifacts: what a stage leaves on disk, named by a hash of everything that made it.
 
-A folder `<root>/<model>/<stage>-<first 12 of the key>` counts as an artefact only if it holds `manifest.json`, which is
+A folder `<root>/<model>/<stage>-<first 12 of the key>` counts as an artifact only if it holds `manifest.json`, which is
 written last, in a temporary sibling that is then renamed. So a kill at any moment leaves either nothing or the whole.
 """
 
@@ -31,8 +31,8 @@ UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)  # what parsing a
 FULL = 2**20  # bytes: a disk with less left is full
 
 
-class Damaged(Exception):
-    """A file of an artefact is missing or differs from its manifest."""
+class DamagedArtifactError(Exception):
+    """A file of an artifact is missing or differs from its manifest."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What made an artefact, what it cost, and the hash of every file in it. Times in seconds, sizes in bytes."""
+    """What made an artifact, what it cost, and the hash of every file in it. Times in seconds, sizes in bytes."""
 
     stage: str
     key: str
@@ -87,9 +87,9 @@ class Artifact:
         for name, record in self.manifest.files.items():
             path = self.folder / name
             if not path.is_file():
-                raise Damaged(f"{path} is missing")
+                raise DamagedArtifactError(f"{path} is missing")
             if path.stat().st_size != record.size or file_hash(path) != record.sha256:
-                raise Damaged(f"{path} differs from its manifest")
+                raise DamagedArtifactError(f"{path} differs from its manifest")
 
 
 def folder_files(folder: Path) -> dict[str, FileRecord]:
@@ -111,7 +111,7 @@ def content_hash(path: Path) -> str:
 
 
 class Store:
-    """The artefacts of one model below one root folder."""
+    """The artifacts of one model below one root folder."""
 
     def __init__(self, root: Path, model: str) -> None:
         self.folder = root / model
@@ -120,18 +120,18 @@ class Store:
         return self.folder / f"{stage}-{key[:12]}"
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """The artefact, or None if it was never finished. A damaged one is named, removed and reported as None."""
+        """The artifact, or None if it was never finished. A damaged one is named, removed and reported as None."""
         folder = self.path(stage, key)
         try:
             artifact = self._read(folder, key)
             artifact.check()
         except FileNotFoundError:
             return None
-        except (Damaged, *UNREADABLE) as error:
+        except (DamagedArtifactError, *UNREADABLE) as error:
             with self._locked(folder):
                 if (repaired := self._attempt(folder, key, check=True)) is not None:
                     return repaired  # by another run, while this one waited
-                logger.warning(f"damaged artefact: {error}; it will be rebuilt")
+                logger.warning(f"damaged artifact: {error}; it will be rebuilt")
                 shutil.rmtree(folder, ignore_errors=True)
             return None
         return artifact
@@ -141,21 +141,21 @@ class Store:
             artifact = self._read(folder, key)
             if check:
                 artifact.check()
-        except (FileNotFoundError, Damaged, *UNREADABLE):
+        except (FileNotFoundError, DamagedArtifactError, *UNREADABLE):
             return None
         return artifact
 
     def peek(self, stage: str, key: str) -> Artifact | None:
-        """The artefact as its manifest describes it, its files unread; None if it was never finished or is damaged."""
+        """The artifact as its manifest describes it, its files unread; None if it was never finished or is damaged."""
         return self._attempt(self.path(stage, key), key, check=False)
 
     def _read(self, folder: Path, key: str) -> Artifact:
         try:
             artifact = Artifact(folder, Manifest.parse((folder / MANIFEST).read_text()))
         except NotADirectoryError as error:
-            raise AccelError(f"can't write to the artefact folder {self.folder}: {error.strerror}") from error
+            raise AccelError(f"can't write to the artifact folder {self.folder}: {error.strerror}") from error
         if artifact.key != key:
-            raise Damaged(f"{folder / MANIFEST} belongs to another key")
+            raise DamagedArtifactError(f"{folder / MANIFEST} belongs to another key")
         return artifact
 
     def build(
@@ -170,7 +170,7 @@ class Store:
     ) -> Artifact:
         """Run `make(folder) -> summary` into a temporary sibling and rename it into place.
 
-        Two processes that want the same artefact take turns; the second finds it made.
+        Two processes that want the same artifact take turns; the second finds it made.
         Raises `AccelError` if the folder can't be written.
         """
         folder = self.path(stage, key)
@@ -212,7 +212,7 @@ class Store:
 
     @contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:
-        """Hold the operating system's lock for one artefact; a kill releases it. Re-entrant within a process."""
+        """Hold the operating system's lock for one artifact; a kill releases it. Re-entrant within a process."""
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{folder}.lock", is_singleton=True)
@@ -222,7 +222,7 @@ class Store:
                 progress.note(f"waiting for another run that makes {folder.name}")
                 lock.acquire()
         except OSError as error:
-            raise AccelError(f"can't write to the artefact folder {self.folder}: {error.strerror or error}") from error
+            raise AccelError(f"can't write to the artifact folder {self.folder}: {error.strerror or error}") from error
         try:
             yield
         finally:

@@ -79,7 +79,7 @@ def grid(points: Sequence[Mapping[str, Any]], x: str, y: str, value: str, title:
 
 
 def value_ranges(
-    ranges: Sequence[tuple[float, float]],
+    statistics: Sequence[tuple[float, float]],
     limits: Mapping[str, float],
     title: str,
     x: str = "value, in the graph's order",
@@ -88,13 +88,13 @@ def value_ranges(
 
     What goes beyond the largest limit has another colour; what is infinite reaches the top.
     """
-    top = 100 * max(*limits.values(), *(largest for _, largest in ranges if isfinite(largest)))
+    top = 100 * max(*limits.values(), *(largest for _, largest in statistics if isfinite(largest)))
     axes = _narrow(title, x, "magnitude")
     axes.vlines(
-        range(len(ranges)),
-        [smallest for smallest, _ in ranges],
-        [min(largest, top) for _, largest in ranges],
-        color=["steelblue" if largest <= max(limits.values()) else "firebrick" for _, largest in ranges],
+        range(len(statistics)),
+        [smallest for smallest, _ in statistics],
+        [min(largest, top) for _, largest in statistics],
+        color=["steelblue" if largest <= max(limits.values()) else "firebrick" for _, largest in statistics],
         linewidth=0.6,
     )
     axes.set_yscale("log")

@@ -56,7 +56,7 @@ __global__ void move_rows(Unit* caches, const long long* index, const bool* chan
 """
 
 
-class Histories:
+class BeamAncestry:
     """For each row and token of caches, the row that computed it. Two rows with the same one hold the same there."""
 
     def __init__(self, rows: int, bucket: int, device: torch.device) -> None:
@@ -68,7 +68,7 @@ class Histories:
         """From token `start` on, every row holds, or will hold, what it computed itself."""
         self._computed_by[:, start:] = self._own
 
-    def take(self, other: "Histories", length: int) -> None:
+    def take(self, other: "BeamAncestry", length: int) -> None:
         """The same rows hold the same first `length` tokens, copied into caches with other room."""
         self._computed_by[:, :length] = other._computed_by[:, :length]
 

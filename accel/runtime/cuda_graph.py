@@ -11,14 +11,14 @@ from contextlib import contextmanager
 
 import torch
 
-from accel.errors import OutOfMemory
+from accel.errors import DeviceMemoryError
 
 logger = logging.getLogger(__name__)
 
 NODE = re.compile(r"running (\w+) node\. Name:'([^']*)'")
 
 
-class Captured:
+class CudaGraphCallable:
     """A function without arguments, over tensors that stay where they are; what it makes, it copies into some of them.
 
     On CUDA the first call is an ordinary one, the second is recorded, and that and all others are replayed. What can't
@@ -40,7 +40,7 @@ class Captured:
             self._work()
 
     @property
-    def recorded(self) -> bool:
+    def captured(self) -> bool:
         return self._graph is not None
 
     def _capture(self) -> None:
@@ -52,7 +52,7 @@ class Captured:
                     self._work()
                 finally:
                     graph.capture_end()
-        except OutOfMemory:
+        except DeviceMemoryError:
             raise
         except Exception as error:  # torch's and ONNX Runtime's errors have no other class in common
             logger.warning(f"{self._name} is not captured: {_reason(error)}")

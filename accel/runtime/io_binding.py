@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.runtime.device_memory import enough_memory
-from accel.runtime.dlpack import TYPES, Bridge, Held, Value, bridge, by_dlpack, hold
+from accel.runtime.device_memory import translate_out_of_memory
+from accel.runtime.dlpack import TYPES, OrtValueHandle, TensorExchange, Value, tensor_exchange, hold, run_with_dlpack
 from accel.runtime.providers import onnxruntime
 from accel.runtime.session import Session
 from accel.runtime.streams import on_shared_stream, run_options
@@ -21,15 +21,15 @@ class BoundSession:
     On CUDA a call returns before the work is done: it is queued on the stream that sessions share with torch.
     """
 
-    def __init__(self, session: Session, device: torch.device, by: "Bridge | None" = None) -> None:
+    def __init__(self, session: Session, device: torch.device, by: "TensorExchange | None" = None) -> None:
         self.session = session
         self.device = device if device.type == "cpu" else torch.device(device.type, device.index or 0)
-        self.inputs = {port.name: port for port in session.get_inputs()}
-        self.outputs = {port.name: port for port in session.get_outputs()}
-        self.types = {name: TYPES[port.type] for name, port in (self.inputs | self.outputs).items()}
+        self.inputs = {spec.name: spec for spec in session.get_inputs()}
+        self.outputs = {spec.name: spec for spec in session.get_outputs()}
+        self.types = {name: TYPES[spec.type] for name, spec in (self.inputs | self.outputs).items()}
         self.place_of_outputs = onnxruntime.OrtDevice.make(device.type, device.index or 0)._get_c_device()
         self.options = run_options(device)
-        self.bridge = by or bridge(device)
+        self.tensor_exchange = by or tensor_exchange(device)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of an input or output."""
@@ -44,26 +44,27 @@ class BoundSession:
             tensor = tensor.detach().to(device, dtype)
         return tensor.contiguous()
 
-    def __call__(self, feeds: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
+    def __call__(self, inputs: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
         """Run on `feeds` and return the outputs `wanted`, in that order. Feeds the graph doesn't take are left out.
 
         Raises `KeyError` if an input is missing, `OutOfMemory` if the device has no room; the session stays usable.
         """
-        return [value if isinstance(value, Tensor) else value.tensor() for value in self.run(feeds, wanted)]
+        return [value if isinstance(value, Tensor) else value.tensor() for value in self.run(inputs, wanted)]
 
-    def run(self, feeds: Mapping[str, Value], wanted: Sequence[str], held: int = 0) -> list[Value]:
+    def run(self, inputs: Mapping[str, Value], wanted: Sequence[str], held: int = 0) -> list[Value]:
         """As a call, but the last `held` outputs may stay ONNX Runtime's, and so may feeds."""
-        with on_shared_stream(self.device), enough_memory():
-            given = {name: feeds[name] for name in self.inputs}
+        with on_shared_stream(self.device), translate_out_of_memory():
+            given = {name: inputs[name] for name in self.inputs}
             placed = {
-                name: value if isinstance(value, Held) else self.place(name, value) for name, value in given.items()
+                name: value if isinstance(value, OrtValueHandle) else self.place(name, value)
+                for name, value in given.items()
             }
-            return self.bridge(self, placed, wanted, held)
+            return self.tensor_exchange(self, placed, wanted, held)
 
     def hold(self, name: str, tensor: Tensor) -> Value:
         """`tensor` as input `name` takes it, made ready once for many runs."""
         placed = self.place(name, tensor)
-        return hold(placed) if self.bridge is by_dlpack and placed.dtype is not torch.bool else placed
+        return hold(placed) if self.tensor_exchange is run_with_dlpack and placed.dtype is not torch.bool else placed
 
 
 class FixedCall:
@@ -101,5 +102,5 @@ class FixedCall:
             self._run(run_options(self.bound.device, shrink=True))
 
     def _run(self, options: Any) -> None:
-        with on_shared_stream(self.bound.device), enough_memory():
+        with on_shared_stream(self.bound.device), translate_out_of_memory():
             self.bound.session.run_with_iobinding(self.binding, options)

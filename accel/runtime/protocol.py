@@ -53,21 +53,21 @@ class Runtime(Protocol[S]):
     device: torch.device
     dtype: torch.dtype
 
-    def encode(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def encode(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Encoder inputs -> its outputs: last_hidden_state [batch, source, width]."""
         ...
 
-    def prefill(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, S]:
+    def prefill(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, S]:
         """Decoder inputs without past -> logits [batch, new, vocabulary] and the state to continue from."""
         ...
 
-    def resume(self, caches: Sequence[Tensor], feeds: Mapping[str, Tensor]) -> S:
+    def resume(self, caches: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> S:
         """The state after tokens that were seen elsewhere: their caches, in the order of `State.views`, and `feeds` as
         for a prefill, of which what does not change is kept.
         """
         ...
 
-    def step(self, feeds: Mapping[str, Tensor], state: S) -> Tensor:
+    def decode(self, inputs: Mapping[str, Tensor], state: S) -> Tensor:
         """Any number (>= 1) of new `input_ids` [batch, new], and what else changes with each call (in decoder-only
         models the mask and the positions) -> logits [batch, new, vocabulary]; the state moves on.
         """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import AccelError
-from accel.runtime.device_memory import enough_memory
+from accel.runtime.device_memory import translate_out_of_memory
 from accel.runtime.providers import CUDA, RUNTIME_ERRORS, missing_library, onnxruntime
 from accel.runtime.streams import stream_options
 from accel.system.process_state import environment
@@ -70,7 +70,7 @@ class Session(onnxruntime.InferenceSession):
     """
 
     on_cuda = False
-    recordable = False  # opened by `open_recordable`, and nothing was against it
+    capturable = False  # opened by `open_recordable`, and nothing was against it
     warm = False  # `FixedCall.warm_up` has run it
 
     def __init__(
@@ -114,7 +114,7 @@ def open_session(graph: Path | bytes, settings: SessionSettings, weights: Mappin
     chosen = {**settings.provider_options, **stream_options(settings.provider)}
     source = graph if isinstance(graph, bytes) else str(graph)
     try:
-        with enough_memory(), environment(settings.environment):
+        with translate_out_of_memory(), environment(settings.environment):
             session = Session(source, options, (settings.provider, chosen), weights or {})
     except NoKernel as error:
         reason = str(error).split(" : ")[-1].splitlines()[0]
@@ -129,7 +129,7 @@ def open_session(graph: Path | bytes, settings: SessionSettings, weights: Mappin
     return session
 
 
-def open_recordable(graph: Path, settings: SessionSettings, weights: Mapping[str, Any] | None = None) -> Session:
+def open_capturable(graph: Path, settings: SessionSettings, weights: Mapping[str, Any] | None = None) -> Session:
     """As `open_session`, for runs that are recorded as a CUDA graph: nothing that they queue calls the host back.
 
     Where the graph can't be recorded, a warning says why, and the session is an ordinary one.
@@ -148,7 +148,7 @@ def open_recordable(graph: Path, settings: SessionSettings, weights: Mapping[str
             raise
         logger.warning(f"{graph.name} is not captured: {str(error).split(' : ')[-1].splitlines()[0]}")
         return open_session(graph, settings, weights)
-    session.recordable = True
+    session.capturable = True
     return session
 
 
@@ -175,11 +175,11 @@ class HostSession:
 
     def __init__(self, graph: Path | bytes, settings: SessionSettings) -> None:
         self._session = open_session(graph, settings)
-        self.inputs = [port.name for port in self._session.get_inputs()]
-        self.outputs = [port.name for port in self._session.get_outputs()]
+        self.inputs = [spec.name for spec in self._session.get_inputs()]
+        self.outputs = [spec.name for spec in self._session.get_outputs()]
 
-    def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run on `feeds` and return every output. Raises `KeyError` if an input is missing."""
-        given = {name: feeds[name].cpu().numpy() for name in self.inputs}
+        given = {name: inputs[name].cpu().numpy() for name in self.inputs}
         values = self._session.run(None, given)
         return {name: torch.from_numpy(value) for name, value in zip(self.outputs, values, strict=True)}

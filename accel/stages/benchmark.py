@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from accel.adapters.types import Architecture, Role
+from accel.adapters.types import Architecture, Component
 from accel.benchmark import footprint
-from accel.benchmark.backends import BASELINE, CAPTURED, OURS, SEPARATE, SETUPS, Sources, chosen
-from accel.benchmark.schedule import time_setups
-from accel.benchmark.timer import OtherLoad, Timing
+from accel.benchmark.backends import BACKENDS, BASELINE, CAPTURED, OURS, SEPARATE, Sources, chosen
+from accel.benchmark.schedule import time_backends
+from accel.benchmark.timer import BackgroundLoad, Timing
 from accel.config.schema import BenchmarkConfig, Config, RuntimeConfig
 from accel.errors import AccelError
 from accel.graph import files
@@ -40,13 +40,13 @@ PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu")
 
 def check(benchmark: BenchmarkConfig, runtime: RuntimeConfig) -> None:
     """Raises `AccelError` on setups that can't be had on `runtime`, or a number that makes no sense."""
-    chosen(benchmark.setups, runtime)
+    chosen(benchmark.backends, runtime)
     if benchmark.warmup < 0:
         raise AccelError(f"benchmark.warmup={benchmark.warmup}: must be 0 or more")
     if benchmark.warmup_tokens is not None and benchmark.warmup_tokens < 1:
         raise AccelError(f"benchmark.warmup_tokens={benchmark.warmup_tokens}: must be 1 or more, or null")
-    if benchmark.patience is not None and benchmark.patience < 0:
-        raise AccelError(f"benchmark.patience={benchmark.patience}: must be 0 or more seconds, or null")
+    if benchmark.time_budget_s is not None and benchmark.time_budget_s < 0:
+        raise AccelError(f"benchmark.time_budget_s={benchmark.time_budget_s}: must be 0 or more seconds, or null")
 
 
 def random_inputs(
@@ -54,7 +54,10 @@ def random_inputs(
 ) -> dict[str, Tensor]:
     """`batch_size` rows of exactly `source_length` random ids, nothing padded."""
     generator = torch.Generator().manual_seed(benchmark.seed)
-    rows = [architecture.feeds(description, 1, benchmark.source_length, generator) for _ in range(benchmark.batch_size)]
+    rows = [
+        architecture.sample_inputs(description, 1, benchmark.source_length, generator)
+        for _ in range(benchmark.batch_size)
+    ]
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
@@ -64,19 +67,19 @@ def measure_memory(
     """Setup -> bytes: `peak` of loading and one generation, and what its decoder's sessions hold: `session` after a few
     tokens, `at the end` after all, with what the caches took on the way.
 
-    `step alone` is the yardstick for the merged decoder: the step graph by itself, which can't begin a generation.
+    `decode alone` is the yardstick for the merged decoder: the step graph by itself, which can't begin a generation.
     """
     sessions = [name for name in (OURS, SEPARATE, CAPTURED) if name in names]
     wanted = [(footprint.PEAK, name) for name in names] + [(footprint.SESSION, name) for name in sessions]
     if OURS in names:
-        wanted.append((footprint.SESSION, footprint.STEP_ALONE))
+        wanted.append((footprint.SESSION, footprint.DECODE_ALONE))
     with TemporaryDirectory() as scratch:
         inputs = Path(scratch) / "inputs.safetensors"
         save_file(dict(given), inputs)
         tasks = []
         for kind, name in wanted:
-            setup = SETUPS[OURS if name == footprint.STEP_ALONE else name]
-            options = setup.options(benchmark.new_tokens, benchmark.num_beams)
+            backend = BACKENDS[OURS if name == footprint.DECODE_ALONE else name]
+            options = backend.options(benchmark.new_tokens, benchmark.num_beams)
             tasks.append(
                 footprint.Task(
                     kind, name, sources.dump(), benchmark.batch_size, benchmark.source_length, str(inputs), options
@@ -134,7 +137,7 @@ def last_over_first(positions: Sequence[float]) -> float | None:
     return statistics.median(rest[-tenth:]) / statistics.median(rest[:tenth]) if len(rest) > 1 else None
 
 
-def read_limit(sources: Sources, benchmark: BenchmarkConfig) -> dict[str, float] | None:
+def measure_roofline(sources: Sources, benchmark: BenchmarkConfig) -> dict[str, float] | None:
     """What a step must read at half of the new tokens, in bytes, and the seconds that takes; none on the CPU.
 
     `bandwidth`: bytes a second that a copy on the device reads and writes, measured here.
@@ -147,8 +150,8 @@ def read_limit(sources: Sources, benchmark: BenchmarkConfig) -> dict[str, float]
         "source": benchmark.source_length,
         "past": benchmark.new_tokens // 2,
     }
-    step = files.load(Path(sources.graphs) / f"{Role.STEP}.onnx")
-    size, bandwidth = bytes_read(step, sources.cache, lengths), copy_bandwidth(device)
+    decode = files.load(Path(sources.graphs) / f"{Component.DECODE}.onnx")
+    size, bandwidth = bytes_read(decode, sources.cache, lengths), copy_bandwidth(device)
     return {"bytes": size, "bandwidth": bandwidth, "seconds": size / bandwidth}
 
 
@@ -161,31 +164,31 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         checkpoint=str(checkpoint),
         deployable=str(inputs[_measured(config)].folder),
         graphs=str(inputs["convert"].folder),
-        cache=architecture.signature(description, Role.STEP).cache,
+        cache=architecture.signature(description, Component.DECODE).cache,
         runtime=config.runtime,
         dtype=config.precision.dtype,
     )
-    names = chosen(benchmark.setups, config.runtime)
+    names = chosen(benchmark.backends, config.runtime)
     given = random_inputs(architecture, description, benchmark)
-    with OtherLoad() as others:
-        measured = time_setups(names, sources, given, benchmark)
-    facts = machine(config.runtime.device, config.runtime.threads) | {"other_load": others.share}
+    with BackgroundLoad() as others:
+        measured = time_backends(names, sources, given, benchmark)
+    facts = machine(config.runtime.device, config.runtime.threads) | {"background_load": others.share}
     timings = measured.timings
     memory = measure_memory(names, sources, given, benchmark) if benchmark.memory else {}
-    setups = summarize(timings, benchmark.new_tokens)
-    limit = read_limit(sources, benchmark)
+    backends = summarize(timings, benchmark.new_tokens)
+    limit = measure_roofline(sources, benchmark)
     if limit is not None:
-        for name, values in setups.items():
+        for name, values in backends.items():
             over = values["total"]["median"] / benchmark.new_tokens / limit["seconds"]
-            values["over_limit"] = over if SETUPS[name].use_cache else None
+            values["over_roofline"] = over if BACKENDS[name].use_cache else None
     summary = {
-        "limit": limit,
-        "point": {key: value for key, value in asdict(benchmark).items() if key not in ("setups", "memory")},
+        "roofline": limit,
+        "point": {key: value for key, value in asdict(benchmark).items() if key not in ("backends", "memory")},
         "precision": config.precision.dtype,
         "machine": facts,
         "packages": versions((*PACKAGES, DISTRIBUTION)),
         "command": command(sys.argv),
-        "setups": setups,
+        "backends": backends,
         "torch_fp32": measured.fp32,
         "memory": memory,
         "session_ratios": _session_ratios(memory),
@@ -203,7 +206,7 @@ def _measured(config: Config) -> str:
 
 def _session_ratios(memory: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
     """When -> memory of the merged decoder's session over that of the step graph alone."""
-    alone = memory.get(footprint.STEP_ALONE, {})
+    alone = memory.get(footprint.DECODE_ALONE, {})
     return {when: memory[OURS][when] / size for when, size in alone.items() if size}
 
 

@@ -1,4 +1,4 @@
-"""The first artefact: a folder with a Hugging Face model. Local, from the hub, or random weights made once."""
+"""The first artifact: a folder with a Hugging Face model. Local, from the hub, or random weights made once."""
 
 from collections.abc import Mapping
 from pathlib import Path

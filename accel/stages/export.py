@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from accel import progress
-from accel.adapters.types import Architecture, Role, Signature
+from accel.adapters.types import Architecture, Component, Signature
 from accel.config.schema import Config
 from accel.errors import AccelError
 from accel.evaluation.compare import token_errors
-from accel.evaluation.component_runner import Chain, Shape, longest, script, signatures, torch_run
-from accel.evaluation.io_check import check_ports
+from accel.evaluation.component_runner import ComponentRunner, Shape, component_inputs, longest, signatures, torch_run
+from accel.evaluation.io_check import check_specs
 from accel.evaluation.rounding import SAMPLES, Evaluator, allowed_errors, root_mean_square
 from accel.graph import files
 from accel.graph.cleanup.widen_bfloat16 import widen_bfloat16
@@ -35,18 +35,20 @@ EXAMPLE = Shape(batch=2, source=37, past=7, new=3)
 SHAPES = (Shape(1, 1, 1, 1), Shape(1, 9, 0, 1), Shape(3, 6, 4, 2), Shape(2, 300, 2, 1), Shape(1, 11, 300, 1))
 
 
-def example(chain: Chain, role: Role, given: Mapping[Role, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def example(
+    runner: ComponentRunner, component: Component, given: Mapping[Component, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
     """The inputs of `role` at the example's shape, made by running the roles before it."""
-    for earlier in chain.signatures:
-        if earlier is role:
-            return chain.inputs(role, given[role])
-        chain(earlier, given[earlier])
-    raise AccelError(f"role {role} is not one of the architecture's: {', '.join(chain.signatures)}")
+    for earlier in runner.signatures:
+        if earlier is component:
+            return runner.inputs(component, given[component])
+        runner(earlier, given[earlier])
+    raise AccelError(f"role {component} is not one of the architecture's: {', '.join(runner.signatures)}")
 
 
 def export_role(wrapper: nn.Module, signature: Signature, inputs: Mapping[str, Tensor], opset: int) -> ir.Model:
     """One graph, with the ports' names, as the exporter leaves it. `inputs` are in the signature's order."""
-    axes: tuple[Any, ...] = tuple(dict(port.axes) for port in signature.inputs)
+    axes: tuple[Any, ...] = tuple(dict(spec.axes) for spec in signature.inputs)
     parameters = inspect.signature(wrapper.forward).parameters.values()
     named = sum(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
     if len(axes) > named:  # the rest arrives in *past, which the exporter describes by a tuple of its own
@@ -67,9 +69,9 @@ def export_role(wrapper: nn.Module, signature: Signature, inputs: Mapping[str, T
         raise AccelError("torch.onnx.export made no program")
     model: ir.Model = program.model
     # An initializer may already hold a port's name, so all are moved out of the way first.
-    for values, ports in ((model.graph.inputs, signature.inputs), (model.graph.outputs, signature.outputs)):
-        for value, port in zip(values, ports, strict=True):
-            value.name = port.name
+    for values, specs in ((model.graph.inputs, signature.inputs), (model.graph.outputs, signature.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            value.name = spec.name
     widen_bfloat16(model)
     return model
 
@@ -95,19 +97,19 @@ class Known:
     shape: Shape
 
 
-def by_pytorch(architecture: Architecture, model: PreTrainedModel, seed: int) -> dict[Role, list[Known]]:
+def by_pytorch(architecture: Architecture, model: PreTrainedModel, seed: int) -> dict[Component, list[Known]]:
     """Every role at every one of `SHAPES`, each fed by the outputs of those before it."""
     generator = torch.Generator().manual_seed(seed)
-    ports = signatures(architecture, model.config)
-    chain = Chain(ports, torch_run(architecture, model))
-    found: dict[Role, list[Known]] = {role: [] for role in ports}
+    specs = signatures(architecture, model.config)
+    runner = ComponentRunner(specs, torch_run(architecture, model))
+    found: dict[Component, list[Known]] = {component: [] for component in specs}
     for shape in progress.track([shape.within(longest(model.config)) for shape in SHAPES], "PyTorch"):
-        given = script(architecture, model.config, shape, generator)
-        for role in ports:
-            if role is Role.STEP and shape.past == 0:
-                chain.forget_past()
-            inputs = chain.inputs(role, given[role])
-            found[role].append(Known(inputs, chain(role, given[role]), shape))
+        given = component_inputs(architecture, model.config, shape, generator)
+        for component in specs:
+            if component is Component.DECODE and shape.past == 0:
+                runner.forget_past()
+            inputs = runner.inputs(component, given[component])
+            found[component].append(Known(inputs, runner(component, given[component]), shape))
     return found
 
 
@@ -122,29 +124,29 @@ def compare(
     known = by_pytorch(architecture, model, seed)
     settings = SessionSettings(session={"session.disable_prepacking": "1"})  # weights stay in their file
     worst: dict[str, float] = {}
-    for role, calls in progress.track(list(known.items()), "comparing with PyTorch"):
-        worst[str(role)] = 0.0
-        session = HostSession(folder / f"{role}.onnx", settings)
+    for component, calls in progress.track(list(known.items()), "comparing with PyTorch"):
+        worst[str(component)] = 0.0
+        session = HostSession(folder / f"{component}.onnx", settings)
         for one in calls:
             try:
                 found = session(one.inputs)
             except RUNTIME_ERRORS as error:
                 reason = str(error).splitlines()[0]
-                raise AccelError(f"export of {role}: ONNX Runtime can't run it ({one.shape}): {reason}") from error
-            differences = _differences(role, found, one)
-            worst[str(role)] = max(worst[str(role)], *differences.values())
+                raise AccelError(f"export of {component}: ONNX Runtime can't run it ({one.shape}): {reason}") from error
+            differences = _differences(component, found, one)
+            worst[str(component)] = max(worst[str(component)], *differences.values())
             if beyond := [name for name, difference in differences.items() if not difference <= tolerance]:
-                _check_rounding(architecture, model, role, found, one, beyond, tolerance)
+                _check_rounding(architecture, model, component, found, one, beyond, tolerance)
     return worst
 
 
-def _differences(role: Role, found: Mapping[str, Tensor], known: Known) -> dict[str, float]:
+def _differences(component: Component, found: Mapping[str, Tensor], known: Known) -> dict[str, float]:
     """Output -> largest difference, relative to its largest magnitude. Raises `AccelError` on another shape."""
     differences = {}
     for name, value in known.outputs.items():
         if value.shape != found[name].shape:
             raise AccelError(
-                f"export of {role}: {name} has shape {tuple(found[name].shape)}, PyTorch gives "
+                f"export of {component}: {name} has shape {tuple(found[name].shape)}, PyTorch gives "
                 f"{tuple(value.shape)} ({known.shape})"
             )
         errors = token_errors(found[name], value)
@@ -155,16 +157,16 @@ def _differences(role: Role, found: Mapping[str, Tensor], known: Known) -> dict[
 def _check_rounding(
     architecture: Architecture,
     model: PreTrainedModel,
-    role: Role,
+    component: Component,
     found: Mapping[str, Tensor],
     known: Known,
     names: Sequence[str],
     tolerance: float,
 ) -> None:
     """Raises `AccelError` unless each output of `names` is as near to float64 as PyTorch itself is, token by token."""
-    ports, run = signatures(architecture, model.config), torch_run(architecture, model)
-    exact = Evaluator(model, ports, run, torch.float64).alone(role, known.inputs)
-    rounded = Evaluator(model, ports, run, torch.float32).alone(role, known.inputs)
+    specs, run = signatures(architecture, model.config), torch_run(architecture, model)
+    exact = Evaluator(model, specs, run, torch.float64).alone(component, known.inputs)
+    rounded = Evaluator(model, specs, run, torch.float32).alone(component, known.inputs)
     for name in names:
         scale = float(exact[name].abs().max().clamp_min(1e-6))
         own = root_mean_square(rounded[name], exact[name], SAMPLES)  # [rows, tokens]
@@ -173,7 +175,7 @@ def _check_rounding(
         row, token = divmod(int(used.argmax()), used.shape[1])
         if not used.max() <= 1:
             raise AccelError(
-                f"export of {role}: {name} is off by {errors[row, token]:.2e} of its largest value, more than "
+                f"export of {component}: {name} is off by {errors[row, token]:.2e} of its largest value, more than "
                 f"export.tolerance={tolerance:.0e}; PyTorch's own float32 is off by {own[row, token] / scale:.2e} "
                 f"there ({known.shape}: row {row + 1}, token {token + 1})"
             )
@@ -192,22 +194,22 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     """Writes `<role>.onnx` (with `<role>.onnx.data` when the weights are large) for every role."""
     model = load_model(inputs["checkpoint"].folder)
     shape, other = (one.within(longest(model.config)) for one in (EXAMPLE, SHAPES[2]))
-    check_ports(architecture, model, (shape, other), config.export.seed)
+    check_specs(architecture, model, (shape, other), config.export.seed)
     generator = torch.Generator().manual_seed(config.export.seed)
-    ports = signatures(architecture, model.config)
-    given = script(architecture, model.config, shape, generator)
-    chain = Chain(ports, torch_run(architecture, model))
+    specs = signatures(architecture, model.config)
+    given = component_inputs(architecture, model.config, shape, generator)
+    runner = ComponentRunner(specs, torch_run(architecture, model))
     nodes: dict[str, int] = {}
-    for role, signature in progress.track(list(ports.items()), "tracing"):
-        wrapper = architecture.wrap(model, role)
+    for component, signature in progress.track(list(specs.items()), "tracing"):
+        wrapper = architecture.wrap(model, component)
         try:
-            graph = export_role(wrapper, signature, example(chain, role, given), config.export.opset)
+            graph = export_role(wrapper, signature, example(runner, component, given), config.export.opset)
         except torch.onnx.OnnxExporterError as error:
             kind = type(model).__name__
-            raise AccelError(f"export of {role}: torch can't trace {kind}: {_cause(error)}") from error
+            raise AccelError(f"export of {component}: torch can't trace {kind}: {_cause(error)}") from error
         name_weights(graph, wrapper, model)
-        files.save(graph, out / f"{role}.onnx")
-        nodes[str(role)] = files.node_count(graph)
+        files.save(graph, out / f"{component}.onnx")
+        nodes[str(component)] = files.node_count(graph)
         del graph
     worst = compare(architecture, model, out, config.export.tolerance, config.export.seed)
     return {"nodes": nodes, "worst_relative_difference": worst}

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from accel.adapters.types import Architecture
 from accel.benchmark.backends import deployed
-from accel.benchmark.timer import forced
+from accel.benchmark.timer import fixed_length_options
 from accel.config.schema import Config
 from accel.models.generation import AcceleratedModel
 from accel.pipeline.stage import Stage, takes
@@ -27,7 +27,7 @@ PLOT = "operators.png"
 SUBGRAPHS = frozenset({"If", "Loop", "Scan"})  # their time includes that of the nodes inside
 COPIES = ("MemcpyToHost", "MemcpyFromHost")
 HOST = "CPUExecutionProvider"
-DECODER, PREFILL, STEP = "decoder", "prefill", "step"
+DECODER, PREFILL, DECODE = "decoder", "prefill", "decode"
 PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits", "MatMulInteger", "TransposeMatMul"})
 WARM_UP = 2  # tokens generated before the measured ones
 SUFFIX = "_kernel_time"
@@ -109,10 +109,10 @@ def calls(events: Iterable[Mapping[str, Any]], skipped_runs: int) -> Iterator[Ca
 
 def off_device(decoder: Iterable[Call]) -> dict[str, list[Node]]:
     """The nodes on the CPU and the copies, in the decoder's first run, which is prefill, and in the others."""
-    runs: dict[str, set[int]] = {PREFILL: set(), STEP: set()}
-    counts: dict[str, Counter[tuple[str, str, str]]] = {PREFILL: Counter(), STEP: Counter()}
+    runs: dict[str, set[int]] = {PREFILL: set(), DECODE: set()}
+    counts: dict[str, Counter[tuple[str, str, str]]] = {PREFILL: Counter(), DECODE: Counter()}
     for call in decoder:
-        path = PREFILL if call.run == 0 else STEP
+        path = PREFILL if call.run == 0 else DECODE
         runs[path].add(call.run)
         if call.provider == HOST or call.operator in COPIES:
             counts[path][call.node, call.operator, call.provider] += 1
@@ -168,7 +168,7 @@ def ranges(model: AcceleratedModel) -> Iterator[None]:
 
         return inside
 
-    names = ("encode", "prefill", "step")
+    names = ("encode", "prefill", "decode")
     for name in names:
         setattr(model.runtime, name, marked(name, getattr(model.runtime, name)))
     try:
@@ -182,12 +182,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     """Writes `profile.json`, `operators.png`, and each session's trace, which chrome://tracing and Perfetto open."""
     settings, folder = config.profile, inputs["verify"].folder
     generator = torch.Generator().manual_seed(settings.seed)
-    given = architecture.feeds(AutoConfig.from_pretrained(folder), 1, settings.source_length, generator)
+    given = architecture.sample_inputs(AutoConfig.from_pretrained(folder), 1, settings.source_length, generator)
     model, sessions = deployed(folder, config.runtime, out)
     with model, ranges(model), torch.inference_mode():
         tensors = {name: tensor.to(model.device) for name, tensor in given.items()}
         for new_tokens in (WARM_UP, settings.new_tokens):
-            model.generate(**tensors, **forced(new_tokens, 1, use_cache=True))
+            model.generate(**tensors, **fixed_length_options(new_tokens, 1, use_cache=True))
         skipped = {"encoder": 1, DECODER: WARM_UP}
         traces: dict[str, list[Call]] = {}
         for name, session in sessions.items():

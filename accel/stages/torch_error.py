@@ -36,7 +36,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     errors: dict[str, Tensor] = {}
     try:
         for number, call in enumerate(progress.track(list(reference_data.read_calls(known)), "PyTorch's own error")):
-            found = evaluate(call.role, call.given)
+            found = evaluate(call.component, call.given)
             for name, value in call.expected.items():
                 errors[f"{number}.{name}"] = root_mean_square(found[name], value, SAMPLES)
         for number, path in enumerate(reference_data.read_paths(known)):

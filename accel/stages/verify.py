@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from accel import progress
-from accel.adapters.types import Architecture, Role
+from accel.adapters.types import Architecture, Component
 from accel.benchmark import latency
 from accel.config.schema import Config
 from accel.data import texts
-from accel.errors import Refused
+from accel.errors import VerificationError
 from accel.evaluation import metrics
-from accel.evaluation.parity import Verdict, compare_outputs, compare_paths
+from accel.evaluation.parity import VerificationResult, compare_outputs, compare_paths
 from accel.graph import files
 from accel.graph.precision.emulate import emulate_half
 from accel.graph.precision.formats import FORMATS, Format
@@ -28,7 +28,7 @@ from accel.pipeline.store import Artifact
 from accel.reporting import certificate
 from accel.runtime import layout
 from accel.runtime.layout import MANIFEST
-from accel.stages import audit, prompts, ranges, reference, torch_error
+from accel.stages import audit, calibrate, prompts, reference, torch_error
 from accel.stages.checkpoint import reference_files
 
 GATED = ("greedy", "beams", "padded")  # sampling draws another token at the least difference
@@ -64,10 +64,10 @@ def compare_tokens(
     config: Config,
     inputs: Sequence[Mapping[str, Tensor]],
     expected: Any,
-    verdict: Verdict,
+    verification: VerificationResult,
 ) -> None:
     """Generate for the reference's inputs under every case, and count the sequences that are the same."""
-    compared, verdict.inputs = reference.cases(config), len(inputs)
+    compared, verification.inputs = reference.cases(config), len(inputs)
     tokenizer = texts.load_tokenizer(folder) if expected["texts"] else None
 
     def readable(number: int, ids: Sequence[int]) -> str:
@@ -82,29 +82,29 @@ def compare_tokens(
         try:
             found = reference.decode_case(model, name, options, inputs, config.verify)
         except RuntimeError as error:  # torch refuses to sample from what is not finite
-            verdict.failures.append(f"{name}: {str(error).splitlines()[0]}")
-            verdict.identical[name] = 0.0
+            verification.failures.append(f"{name}: {str(error).splitlines()[0]}")
+            verification.identical[name] = 0.0
             continue
-        verdict.identical[name] = sum(map(list.__eq__, found, right)) / len(right)
+        verification.identical[name] = sum(map(list.__eq__, found, right)) / len(right)
         for number, (ours, theirs) in enumerate(zip(found, right, strict=True)):
             if ours == theirs:
                 continue
             pairs = enumerate(zip(ours, theirs, strict=False))
             position = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-            verdict.first_difference[f"{name}.{number}"] = position
-            if name in GATED and len(verdict.differing) < SHOWN:
+            verification.first_difference[f"{name}.{number}"] = position
+            if name in GATED and len(verification.differing) < SHOWN:
                 given = expected["texts"][number] if expected["texts"] else f"input {number}"
                 said = {"pytorch": readable(number, theirs), "ours": readable(number, ours)}
-                verdict.differing.append({"case": name, "input": given, "position": position, **said})
+                verification.differing.append({"case": name, "input": given, "position": position, **said})
         if name == "greedy" and expected["texts"]:
-            verdict.samples = [
+            verification.samples = [
                 {"input": line, "pytorch": readable(number, theirs), "ours": readable(number, ours)}
                 for number, (line, theirs, ours) in enumerate(zip(expected["texts"], right, found, strict=True))
             ]
 
 
 def compare_references(
-    model: AcceleratedModel, folder: Path, config: Config, expected: list[str], verdict: Verdict
+    model: AcceleratedModel, folder: Path, config: Config, expected: list[str], verification: VerificationResult
 ) -> None:
     """The metrics on the references, PyTorch's beside ours."""
     known = reference.references(config, folder)
@@ -113,32 +113,34 @@ def compare_references(
         return
     known = known.first(config.verify.references)
     found = reference.decode_texts(model, tokenizer, known.texts, batch_size=50)
-    verdict.references = len(known.texts)
+    verification.references = len(known.texts)
     names = config.verify.metrics
-    verdict.metrics = {
+    verification.metrics = {
         side: metrics.scores(names, outputs, known.accepted)
         for side, outputs in (("pytorch", expected), ("ours", found))
     }
 
 
-def judge(config: Config, verdict: Verdict) -> None:
+def judge(config: Config, verification: VerificationResult) -> None:
     """Add what `verify.min_token_agreement` and `verify.max_metric_loss` refuse to the failures."""
     least = least_agreement(config)
-    below = {name: verdict.identical[name] for name in GATED if verdict.identical[name] < least}
+    below = {name: verification.identical[name] for name in GATED if verification.identical[name] < least}
     if below:
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in verdict.identical.items())
-        verdict.failures.append(f"sequences that are PyTorch's: {shares}; at least {least:.1%} must be, sampling aside")
-    for name, theirs in verdict.metrics.get("pytorch", {}).items():
-        ours = verdict.metrics["ours"][name]
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in verification.identical.items())
+        verification.failures.append(
+            f"sequences that are PyTorch's: {shares}; at least {least:.1%} must be, sampling aside"
+        )
+    for name, theirs in verification.metrics.get("pytorch", {}).items():
+        ours = verification.metrics["ours"][name]
         if metrics.METRICS[name].loss(ours, theirs) > config.verify.max_metric_loss:
-            verdict.failures.append(
+            verification.failures.append(
                 f"{name} is {ours:.2f}%, PyTorch's {theirs:.2f}%; at most verify.max_metric_loss="
                 f"{config.verify.max_metric_loss} points may be lost"
             )
-    if verdict.failures:
-        verdict.failures += [
+    if verification.failures:
+        verification.failures += [
             f"{each['case']}, {each['input'][:60]!r}: token {each['position']} is the first to differ"
-            for each in verdict.differing[:3]
+            for each in verification.differing[:3]
         ]
 
 
@@ -146,9 +148,9 @@ def advice(config: Config) -> str:
     """What to try with a candidate that was refused."""
     if config.precision.dtype == "float32":
         return "FP32 must say what PyTorch says: this is a defect of an adapter or of a graph pass"
-    tries = ["audit.texts=FILE with inputs like yours", "a larger audit.margin (more stays in FP32)"]
-    if config.precision.plan != "ranges":
-        tries.append("precision=fp16-ranges" if config.precision.plan == "minimised" else "precision=fp16")
+    tries = ["audit.texts=FILE with inputs like yours", "a larger audit.overflow_margin (more stays in FP32)"]
+    if config.precision.plan != "rules":
+        tries.append("precision=fp16-rules" if config.precision.plan == "minimized" else "precision=fp16")
     tries += [] if config.precision.dtype == "bfloat16" else ["precision=bf16 where the GPU has it"]
     return f"Try {', '.join(tries)}, or precision=fp32"
 
@@ -158,12 +160,12 @@ def routes(folder: Path) -> bool:
     return any(node.op_type == "TopK" for node in files.load(folder / layout.DECODER).graph.all_nodes())
 
 
-def emulated(candidate: Path, folder: Path, format: Format) -> Path:
+def emulated(bundle: Path, folder: Path, format: Format) -> Path:
     """The candidate with its graphs emulated (`accel.graph.emulate`), in `folder`, over the same weights."""
-    for path in candidate.iterdir():
+    for path in bundle.iterdir():
         if path.suffix != ".onnx":
             shutil.copyfile(path, folder / path.name)
-    for path in candidate.glob("*.onnx"):
+    for path in bundle.glob("*.onnx"):
         model = files.load(path)
         emulate_half(model, format)
         files.save_graph(model, folder / path.name)
@@ -171,59 +173,70 @@ def emulated(candidate: Path, folder: Path, format: Format) -> Path:
 
 
 def examine(
-    folder: Path, config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, verdict: Verdict
+    folder: Path,
+    config: Config,
+    inputs: Mapping[str, Artifact],
+    architecture: Architecture,
+    verification: VerificationResult,
 ) -> None:
     """Fill in the verdict on the model in `folder`."""
     checkpoint, expected = inputs["checkpoint"].folder, inputs["reference"].folder
     own = torch_error.read_errors(inputs["torch_error"].folder)
     asked = texts.read_prompts(inputs["prompts"].folder / prompts.PROMPTS)
     with open_model(folder, config.runtime) as model:
-        layers = len(architecture.signature(model.config, Role.STEP).outputs) // 2
-        verdict.threshold = threshold(config.precision.dtype, layers)
+        layers = len(architecture.signature(model.config, Component.DECODE).outputs) // 2
+        verification.threshold = threshold(config.precision.dtype, layers)
         chosen, _ = reference.fixed_inputs(config, checkpoint, architecture, model.config, asked)
-        if not compare_outputs(model, architecture, expected, own, verdict):
+        if not compare_outputs(model, architecture, expected, own, verification):
             return  # nothing can be decoded
         rerouted = REROUTED if config.precision.dtype != "float32" and routes(folder) else 0.0
-        if not compare_paths(model, architecture, expected, own, verdict, rerouted):
+        if not compare_paths(model, architecture, expected, own, verification, rerouted):
             return
         tokens = json.loads((expected / reference.TOKENS).read_text())
-        compare_tokens(model, checkpoint, config, chosen, tokens, verdict)
-        compare_references(model, checkpoint, config, tokens["references"], verdict)
-    judge(config, verdict)
-    verdict.passed = not verdict.failures
+        compare_tokens(model, checkpoint, config, chosen, tokens, verification)
+        compare_references(model, checkpoint, config, tokens["references"], verification)
+    judge(config, verification)
+    verification.passed = not verification.failures
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Writes the candidate's files, `verdict.json` and the certificate. Raises `Refused` if it doesn't pass."""
-    candidate, dtype = inputs["merge"].folder, config.precision.dtype
-    native = config.runtime.arithmetic.get(dtype) == dtype
-    verdict = Verdict(precision=dtype, arithmetic="native" if native else "emulated", runtime=config.runtime.name)
+    bundle, dtype = inputs["merge"].folder, config.precision.dtype
+    native = config.runtime.compute_dtype.get(dtype) == dtype
+    verification = VerificationResult(
+        precision=dtype, execution="native" if native else "emulated", runtime=config.runtime.name
+    )
     with tempfile.TemporaryDirectory(dir=out) as scratch:
-        tested = candidate if native else emulated(candidate, Path(scratch), FORMATS[dtype])
-        examine(tested, config, inputs, architecture, verdict)
-    if not verdict.passed:
-        kept = "\n".join(list(dict.fromkeys(verdict.failures))[:7])
-        message = f"verify refuses the candidate ({dtype}, {verdict.arithmetic}):\n{kept}\n{advice(config)}"
-        raise Refused(message, summarize(verdict, inputs, None))
-    for path in candidate.iterdir():  # copied: onnx refuses weights in a file with more than one hard link
+        tested = bundle if native else emulated(bundle, Path(scratch), FORMATS[dtype])
+        examine(tested, config, inputs, architecture, verification)
+    if not verification.passed:
+        kept = "\n".join(list(dict.fromkeys(verification.failures))[:7])
+        message = f"verify refuses the candidate ({dtype}, {verification.execution}):\n{kept}\n{advice(config)}"
+        raise VerificationError(message, summarize(verification, inputs, None))
+    for path in bundle.iterdir():  # copied: onnx refuses weights in a file with more than one hard link
         if path.name != MANIFEST:
             shutil.copyfile(path, out / path.name)
-    (out / layout.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
+    (out / layout.VERDICT).write_text(json.dumps(asdict(verification), indent=1))
     measured = latency.beside_torch(out, config, inputs, architecture) if config.verify.latency else None
     explained = {}
     if "audit" in inputs:
-        plans, (held, rows) = audit.read_plans(inputs["audit"].folder), ranges.read_ranges(inputs["ranges"].folder)
+        plans, (held, rows) = (
+            audit.read_plans(inputs["audit"].folder),
+            calibrate.read_statistics(inputs["calibrate"].folder),
+        )
         explained = certificate.explain(plans, held, rows)
-    certificate.write(out, asdict(verdict), measured, explained, config, inputs)
-    return summarize(verdict, inputs, measured)
+    certificate.write(out, asdict(verification), measured, explained, config, inputs)
+    return summarize(verification, inputs, measured)
 
 
-def summarize(verdict: Verdict, inputs: Mapping[str, Artifact], measured: Mapping[str, Any] | None) -> dict[str, Any]:
+def summarize(
+    verification: VerificationResult, inputs: Mapping[str, Artifact], measured: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """What the manifest and a sweep's table say of a candidate."""
     mixes = inputs["convert"].summary.values()
     return {
-        **{key: getattr(verdict, key) for key in ("passed", "arithmetic", "identical", "metrics")},
-        "worst_logits": max(verdict.drift.worst, default=None),
+        **{key: getattr(verification, key) for key in ("passed", "execution", "identical", "metrics")},
+        "worst_logits": max(verification.drift.worst, default=None),
         "fp32_nodes": sum(mix["fp32_nodes"] for mix in mixes) if mixes else "all",
         "casts": sum(mix["casts"] for mix in mixes),
         "decoder_bytes": inputs["merge"].summary["merged_bytes"],
@@ -232,7 +245,7 @@ def summarize(verdict: Verdict, inputs: Mapping[str, Artifact], measured: Mappin
 
 
 def taken(config: Config) -> tuple[str, ...]:
-    mixed = ("ranges", "audit") if config.precision.dtype != "float32" else ()
+    mixed = ("calibrate", "audit") if config.precision.dtype != "float32" else ()
     return ("checkpoint", "prompts", "convert", "merge", "reference", "torch_error", *mixed)
 
 

@@ -76,7 +76,7 @@ def commit() -> str | None:
 def command(arguments: Sequence[str]) -> str | None:
     """The command line that began this process, to be repeated elsewhere; None if it wasn't accel's own.
 
-    `arguments`: `sys.argv`. Where artefacts and tables lie is left out, other folders are cut to their last part.
+    `arguments`: `sys.argv`. Where artifacts and tables lie is left out, other folders are cut to their last part.
     """
     program, *given = arguments
     if Path(program).name not in ("accel", "accel.exe", "__main__.py"):

@@ -11,7 +11,7 @@ from transformers.cache_utils import EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from accel.models.generation import StateCache
-from accel.models.loading import verdict_of
+from accel.models.loading import verification_of
 from accel.testing.subject import TOKENS, UNIQUE, Subject
 
 BEAMS = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.3}
@@ -21,10 +21,10 @@ SAMPLE = {"do_sample": True, "top_k": 0, "temperature": 1.3}
 def verified(subject: Subject) -> None:
     """Outputs at unseen shapes, logits along a path and tokens are PyTorch's; in FP16, outputs within rounding."""
     for made, precision in ((subject.artifacts, "float32"), (subject.half, "float16")):
-        verdict = verdict_of(made["verify"].folder)
-        assert verdict is not None, "verify wrote no verdict"
-        assert verdict["passed"], verdict["failures"]
-        assert verdict["precision"] == precision
+        verification = verification_of(made["verify"].folder)
+        assert verification is not None, "verify wrote no verdict"
+        assert verification["passed"], verification["failures"]
+        assert verification["precision"] == precision
     assert set(subject.artifacts["verify"].summary["identical"].values()) == {1.0}
 
 
@@ -32,17 +32,17 @@ def weights_once(subject: Subject) -> None:
     """The merged decoder holds each weight once: it is as large as the larger of its two graphs."""
     for made in (subject.artifacts, subject.half):
         summary = made["merge"].summary
-        small = 4096 + 0.02 * summary["step_bytes"]  # constants that belong to one branch
+        small = 4096 + 0.02 * summary["decode_bytes"]  # constants that belong to one branch
         own = summary["prefill_bytes"] - summary["shared_bytes"]  # what prefill alone computes with
-        assert summary["merged_bytes"] <= summary["step_bytes"] + own + small, summary
-        assert summary["shared_bytes"] >= 0.95 * summary["step_bytes"], summary
+        assert summary["merged_bytes"] <= summary["decode_bytes"] + own + small, summary
+        assert summary["shared_bytes"] >= 0.95 * summary["decode_bytes"], summary
 
 
 def mostly_half(subject: Subject) -> None:
     """The audit leaves most of the graph to FP16."""
-    for role in subject.architecture.roles():
-        share = subject.half["convert"].summary[str(role)]
-        assert share["nodes"] > 0.5, (role, share)
+    for component in subject.architecture.components():
+        share = subject.half["convert"].summary[str(component)]
+        assert share["nodes"] > 0.5, (component, share)
 
 
 def greedy(subject: Subject) -> None:
@@ -186,13 +186,13 @@ def assisted(subject: Subject) -> None:
     """A PyTorch model drafts, several ids a step are checked, wrong ones leave the cache."""
     drafter = type(subject.eager)(subject.eager.config).eval().to(subject.model.device)
     calls: list[tuple[int, int]] = []  # ids of a step, tokens seen before it
-    runtime, step = subject.model.runtime, subject.model.runtime.step
+    runtime, decode = subject.model.runtime, subject.model.runtime.decode
 
-    def noted(feeds: Mapping[str, Tensor], state: Any) -> Tensor:
-        calls.append((feeds["input_ids"].shape[1], state.length))
-        return step(feeds, state)
+    def noted(inputs: Mapping[str, Tensor], state: Any) -> Tensor:
+        calls.append((inputs["input_ids"].shape[1], state.length))
+        return decode(inputs, state)
 
-    runtime.step = noted  # type: ignore[method-assign]
+    runtime.decode = noted  # type: ignore[method-assign]
     try:
         for noise in (0.0, 0.05):  # a drafter that is always right, and one that is not
             drafter.load_state_dict(subject.eager.state_dict())
@@ -202,7 +202,7 @@ def assisted(subject: Subject) -> None:
                     parameter.add_(other.to(parameter.device), alpha=noise)
             subject.same(**subject.inputs(), assistant_model=drafter)
     finally:
-        runtime.step = step  # type: ignore[method-assign]
+        runtime.decode = decode  # type: ignore[method-assign]
     assert max(new for new, _ in calls) > 1, "no step checked several drafted ids"
     ends = [seen + new for new, seen in calls]
     assert any(seen < end for (_, seen), end in zip(calls[1:], ends, strict=False)), "nothing ever left the cache"

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from accel.adapters import registry
-from accel.adapters.types import Architecture, Role
+from accel.adapters.types import Architecture, Component
 from accel.api import UP_TO_VERIFY
 from accel.cli.compose import compose, execute
 from accel.models.generation import AcceleratedModel
@@ -57,12 +57,12 @@ class Subject:
 
     @property
     def encodes(self) -> bool:
-        return Role.ENCODER in self.architecture.roles()
+        return Component.ENCODER in self.architecture.components()
 
     def inputs(self, rows: int = 1, length: int = 9) -> dict[str, Any]:
         """Random inputs, padded where there are several."""
         generator = torch.Generator().manual_seed(rows)
-        given = self.architecture.feeds(self.eager.config, rows, length, generator)
+        given = self.architecture.sample_inputs(self.eager.config, rows, length, generator)
         return {name: value.to(self.model.device) for name, value in given.items()}
 
     def ids(self, rows: int, length: int, seed: int = 5) -> Tensor:
@@ -114,15 +114,20 @@ def prepare(
         UP_TO_VERIFY,
         "verify.unique_tokens=true",
         "verify.latency=false",
-        "convert.static_step=true",
-        "convert.transposed_products=true",
-        *(["convert.fuse_attention=[static_step]"] if runtime == "cpu" else []),  # as it is on a GPU
+        "convert.static_decode=true",
+        "convert.fuse_transposed_matmul=true",
+        *(["convert.fuse_attention=[static_decode]"] if runtime == "cpu" else []),  # as it is on a GPU
         *overrides,
     ]
     composed = compose([*common, "precision=fp32"])
     made = execute(composed)
     # random weights decide nearly at random: what counts in FP16 is that outputs are within rounding
-    halved = [*common, "precision=fp16", "verify.min_token_agreement=0", "merge.branches=tokens"]  # as it is on a GPU
+    halved = [
+        *common,
+        "precision=fp16",
+        "verify.min_token_agreement=0",
+        "merge.strategy=three_branch",
+    ]  # as it is on a GPU
     half = execute(compose(halved))
     kind = model_class(AutoConfig.from_pretrained(checkpoint))
     eager = kind.from_pretrained(checkpoint, attn_implementation="eager").eval()
@@ -130,6 +135,6 @@ def prepare(
     with ExitStack() as opened:
         model = opened.enter_context(load(folder, runtime=runtime))
         static = None
-        if (folder / layout.STATIC_STEP).is_file():
+        if (folder / layout.STATIC_DECODE).is_file():
             static = opened.enter_context(load(folder, runtime, static=True, capture=True, buckets=BUCKETS))
         yield Subject(eager.to(model.device), model, registry.build(composed.architecture), made, half, static)

@@ -121,7 +121,7 @@ AXES = "{attention_mask: {0: batch, 1: new}}"
             "+architecture.axes={input_ids: {0: batch, 1: length}}",
             ("input_ids", "'length'", "batch, kept, new"),
         ),
-        ("llama", f"+architecture.axes={AXES}", ("step: attention_mask", "axis 1", "new, here 3", "[2, 10]")),
+        ("llama", f"+architecture.axes={AXES}", ("decode: attention_mask", "axis 1", "new, here 3", "[2, 10]")),
         ("llama", "+architecture.axes={logits: {0: batch, 3: new}}", ("logits", "axis 3", "[2, 7, 120]")),
         ("llama", "+architecture.axes={logits: {0: batch}}", ("logits", "axis 1 has no name", "[3, 4, 120]")),
         ("llama", f"architecture._target_={SEQ2SEQ}", ("encoder", "LlamaForCausalLM")),

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from accel.benchmark.backends import (
+    BACKENDS,
     CAPTURED,
     OURS,
-    SETUPS,
     TORCH,
     TORCH_FP32,
     Sources,
@@ -19,23 +19,23 @@ from accel.benchmark.backends import (
     opened,
     ours,
 )
-from accel.benchmark.schedule import take_turns, time_setups, warmup_tokens
+from accel.benchmark.schedule import run_interleaved, time_backends, warmup_tokens
 from accel.benchmark.timer import Timing
 from accel.config.schema import BenchmarkConfig, RuntimeConfig
 from accel.errors import AccelError
 from accel.models.checkpoints import load_model
 
-COMPILED, AUTOCAST = "torch static cache, compiled", "torch+cache, autocast"
+COMPILED, AUTOCAST = "torch_static_compiled", "torch_autocast"
 
 
 def test_setups_fit_the_device() -> None:
     """Without a choice all that fit run: on CUDA also compiled PyTorch and autocast."""
     cpu, cuda = RuntimeConfig(name="cpu"), RuntimeConfig(name="cuda", device="cuda:0")
-    assert chosen([], replace(cuda, capture=True)) == list(SETUPS)
-    assert set(SETUPS) - set(chosen([], cuda)) == {CAPTURED}
-    assert set(SETUPS) - set(chosen([], cpu)) == {COMPILED, AUTOCAST, CAPTURED}
+    assert chosen([], replace(cuda, capture=True)) == list(BACKENDS)
+    assert set(BACKENDS) - set(chosen([], cuda)) == {CAPTURED}
+    assert set(BACKENDS) - set(chosen([], cpu)) == {COMPILED, AUTOCAST, CAPTURED}
     assert chosen([COMPILED], cuda) == [COMPILED]
-    with pytest.raises(AccelError, match="'onnx static, captured' needs runtime=cuda-graph"):
+    with pytest.raises(AccelError, match="'onnx_captured' needs runtime=cuda-graph"):
         chosen([CAPTURED], cuda)
 
 
@@ -51,7 +51,7 @@ def test_what_captures_is_compared_with_what_grows(monkeypatch: pytest.MonkeyPat
     graph, plain = RuntimeConfig(name="g", static=True, capture=True), RuntimeConfig(name="p", static=True)
     for runtime in (graph, plain):
         for name in (CAPTURED, OURS):
-            with opened(SETUPS[name].engine, Sources("", "", "", {}, runtime)):
+            with opened(BACKENDS[name].engine, Sources("", "", "", {}, runtime)):
                 pass
     assert asked == [(True, True), (False, False), (True, False), (True, False)]
     assert (ours(graph), ours(plain)) == (CAPTURED, OURS)
@@ -59,32 +59,36 @@ def test_what_captures_is_compared_with_what_grows(monkeypatch: pytest.MonkeyPat
 
 def test_patience() -> None:
     """A setup past its patience gets no more repeats, each gets one at least, and no warm-up is counted."""
-    seconds = {"torch": 50.0, "torch+cache": 20.0, "onnx+cache": 1.0}
+    seconds = {"torch_no_cache": 50.0, "torch_cache": 20.0, "onnx_merged": 1.0}
     asked: list[tuple[str, int]] = []
 
     def generate(name: str, new_tokens: int) -> Timing:
         asked.append((name, new_tokens))
         return Timing(total=seconds[name])
 
-    point = BenchmarkConfig(new_tokens=200, repeats=5, warmup=2, warmup_tokens=16, patience=45.0)
-    found = take_turns(list(seconds), point, generate)
-    assert {name: len(timings) for name, timings in found.items()} == {"torch": 1, "torch+cache": 3, "onnx+cache": 5}
+    point = BenchmarkConfig(new_tokens=200, repeats=5, warmup=2, warmup_tokens=16, time_budget_s=45.0)
+    found = run_interleaved(list(seconds), point, generate)
+    assert {name: len(timings) for name, timings in found.items()} == {
+        "torch_no_cache": 1,
+        "torch_cache": 3,
+        "onnx_merged": 5,
+    }
     assert asked[:6] == [(name, 16) for name in seconds] * 2
     assert {tokens for _, tokens in asked[6:]} == {200}
     assert [name for name, _ in asked[6:9]] == list(seconds)  # in turns
     asked.clear()
-    found = take_turns(list(seconds), BenchmarkConfig(repeats=5, patience=None), generate)
+    found = run_interleaved(list(seconds), BenchmarkConfig(repeats=5, time_budget_s=None), generate)
     assert {len(timings) for timings in found.values()} == {5}
-    assert len(take_turns(["torch"], BenchmarkConfig(patience=0.0), generate)["torch"]) == 1
+    assert len(run_interleaved(["torch_no_cache"], BenchmarkConfig(time_budget_s=0.0), generate)["torch_no_cache"]) == 1
 
 
 def test_warm_up_of_what_compiles_is_whole() -> None:
     point = BenchmarkConfig(new_tokens=100, warmup_tokens=16)
-    assert [warmup_tokens(name, point) for name in ("torch+cache", COMPILED, CAPTURED)] == [16, 100, 100]
+    assert [warmup_tokens(name, point) for name in ("torch_cache", COMPILED, CAPTURED)] == [16, 100, 100]
     point.num_beams = 4  # transformers' beam search doesn't compile
     assert warmup_tokens(COMPILED, point) == 16
-    assert warmup_tokens("torch", BenchmarkConfig(new_tokens=100, warmup_tokens=None)) == 100
-    assert warmup_tokens("torch", BenchmarkConfig(new_tokens=4, warmup_tokens=16)) == 4
+    assert warmup_tokens("torch_no_cache", BenchmarkConfig(new_tokens=100, warmup_tokens=None)) == 100
+    assert warmup_tokens("torch_no_cache", BenchmarkConfig(new_tokens=4, warmup_tokens=16)) == 4
 
 
 def test_torch_baseline_is_what_people_run(tiny: Path) -> None:
@@ -109,7 +113,7 @@ def test_torch_engines_on_cuda(tiny: Path) -> None:
     sources = Sources(str(tiny), "", "", {}, RuntimeConfig(name="cuda", device="cuda"), "float16")
     with opened(TORCH, sources) as model:
         assert kept_in_fp32(model) == {"wo": 5}
-    with opened(TORCH_FP32, sources) as model, SETUPS[AUTOCAST].context():
+    with opened(TORCH_FP32, sources) as model, BACKENDS[AUTOCAST].context():
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         ids = torch.arange(2, 9, device="cuda")[None]
         assert model(input_ids=ids, decoder_input_ids=ids[:, :1]).logits.dtype == torch.float16
@@ -123,8 +127,8 @@ def test_cuda_only_setups(tiny: Path, beams: int) -> None:
     ids = torch.arange(2, 9)[None]
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     point = BenchmarkConfig(new_tokens=20, num_beams=beams, repeats=2, warmup=1)
-    measured = time_setups([COMPILED, AUTOCAST], sources, given, point)
+    measured = time_backends([COMPILED, AUTOCAST], sources, given, point)
     for name, timings in measured.timings.items():
         assert [len(timing.tokens[0]) for timing in timings] == [1 + 20] * 2
-        assert all(timing.compiled is (SETUPS[name].compiled and beams == 1) for timing in timings)
+        assert all(timing.compiled is (BACKENDS[name].compiled and beams == 1) for timing in timings)
     assert measured.fp32 == {"wo": 5}

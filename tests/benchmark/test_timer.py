@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from accel.benchmark.backends import SETUPS, TORCH, Sources, opened
-from accel.benchmark.timer import Clock, OtherLoad, forced, time_generation
+from accel.benchmark.backends import BACKENDS, TORCH, Sources, opened
+from accel.benchmark.timer import BackgroundLoad, GenerationTimer, fixed_length_options, time_generation
 from accel.config.schema import RuntimeConfig
 from accel.models.loading import open_model
 from tests.conftest import Build
 
-COMPILED, AUTOCAST = "torch static cache, compiled", "torch+cache, autocast"
+COMPILED, AUTOCAST = "torch_static_compiled", "torch_autocast"
 PATCHED = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "get_compiled_call", "forward"}
-PATCHED_RUNTIME = {"encode", "prefill", "step"}
+PATCHED_RUNTIME = {"encode", "prefill", "decode"}
 
 
 @pytest.mark.parametrize("engine", ["torch", "merged"])
@@ -31,8 +31,8 @@ def test_clock_leaves_no_trace(build: Build, tiny: Path, engine: str) -> None:
     ids = torch.arange(2, 9)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with opened(engine, sources) as model:
-        plain = model.generate(**inputs, **forced(5, 1, use_cache=True))
-        timing = time_generation(model, inputs, forced(5, 1, use_cache=True))
+        plain = model.generate(**inputs, **fixed_length_options(5, 1, use_cache=True))
+        timing = time_generation(model, inputs, fixed_length_options(5, 1, use_cache=True))
         assert timing.tokens == plain.tolist()
         assert len(timing.latencies) == 5
         assert min(timing.latencies) > 0
@@ -54,18 +54,18 @@ def test_clock_and_compiled_calls(tiny: Path, beams: int) -> None:
 
     compiling = CompileConfig(backend=backend, mode="default")
     compiling._compile_all_devices = True  # the CPU too
-    further = {**SETUPS[COMPILED].further, "compile_config": compiling}
+    further = {**BACKENDS[COMPILED].further, "compile_config": compiling}
     ids = torch.arange(2, 9)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     sources = Sources(str(tiny), "", "", {}, RuntimeConfig(name="cpu"))
     with opened(TORCH, sources) as model:
-        plain = model.generate(**inputs, **forced(6, beams, use_cache=True))
-        options = forced(6, beams, use_cache=True) | further
-        with SETUPS[COMPILED].context():
+        plain = model.generate(**inputs, **fixed_length_options(6, beams, use_cache=True))
+        options = fixed_length_options(6, beams, use_cache=True) | further
+        with BACKENDS[COMPILED].context():
             first = time_generation(model, inputs, options)
             made = len(graphs)
             second = time_generation(model, inputs, options)
-        assert first.compiled is second.compiled is (beams == 1) is SETUPS[COMPILED].prepares(beams)
+        assert first.compiled is second.compiled is (beams == 1) is BACKENDS[COMPILED].prepares(beams)
         assert (made > 0) is (beams == 1)
         assert len(graphs) == made
         assert first.tokens == second.tokens == plain.tolist()
@@ -76,7 +76,7 @@ def test_clock_and_compiled_calls(tiny: Path, beams: int) -> None:
 def test_clock_restores_after_an_error(build: Build, tiny: Path) -> None:
     config, artifacts = build(tiny, "merge")
     with open_model(artifacts["merge"].folder, config.runtime) as model:
-        with pytest.raises(ValueError, match="decoder_input_ids"), Clock(model):
+        with pytest.raises(ValueError, match="decoder_input_ids"), GenerationTimer(model):
             model.forward()
         assert not PATCHED & set(vars(model))
         assert not PATCHED_RUNTIME & set(vars(model.runtime))
@@ -101,7 +101,7 @@ def test_other_load() -> None:
         process = psutil.Process(spinning(orphan))
         try:
             time.sleep(0.2)
-            with OtherLoad() as load:
+            with BackgroundLoad() as load:
                 time.sleep(1.0)
                 taken = process.cpu_times()
         finally:
@@ -120,13 +120,13 @@ def test_clock_on_cuda(tiny: Path) -> None:
     sources = Sources(str(tiny), "", "", {}, RuntimeConfig(name="cuda", device="cuda"), "float16")
     ids = torch.arange(2, 9, device="cuda")[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    for name in ("torch+cache", AUTOCAST, COMPILED):
-        setup = SETUPS[name]
-        with opened(setup.engine, sources) as model, setup.context():
+    for name in ("torch_cache", AUTOCAST, COMPILED):
+        backend = BACKENDS[name]
+        with opened(backend.engine, sources) as model, backend.context():
             for _ in range(3):
-                timing = time_generation(model, inputs, setup.options(40, 1))
+                timing = time_generation(model, inputs, backend.options(40, 1))
         assert len(timing.latencies) == 40
         assert min(timing.latencies) >= 0
         assert 0 < timing.inside < timing.total
         assert 0.8 * timing.total < sum(timing.latencies) < 1.05 * timing.total
-        assert timing.compiled is setup.compiled
+        assert timing.compiled is backend.compiled

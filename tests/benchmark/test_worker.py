@@ -9,21 +9,21 @@ import torch
 from transformers import AutoConfig
 
 from accel.adapters import registry
-from accel.adapters.types import Role
+from accel.adapters.types import Component
 from accel.benchmark.backends import MERGED, TORCH, Sources, opened
-from accel.benchmark.timer import forced
-from accel.benchmark.worker import Elsewhere
-from accel.errors import AccelError, OutOfMemory
+from accel.benchmark.timer import fixed_length_options
+from accel.benchmark.worker import BackendWorker
+from accel.errors import AccelError, DeviceMemoryError
 from tests.conftest import Build
 
 INPUTS = {"input_ids": torch.tensor([[5, 9, 7, 3]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
-OPTIONS = forced(6, 2, use_cache=True)
+OPTIONS = fixed_length_options(6, 2, use_cache=True)
 
 
 @pytest.fixture(scope="module")
 def sources(build: Build, tiny: Path) -> Sources:
     config, artifacts = build(tiny, "[convert,merge]")
-    cache = registry.build(config.architecture).signature(AutoConfig.from_pretrained(tiny), Role.STEP).cache
+    cache = registry.build(config.architecture).signature(AutoConfig.from_pretrained(tiny), Component.DECODE).cache
     folders = (str(tiny), str(artifacts["merge"].folder), str(artifacts["convert"].folder))
     return Sources(*folders, cache, replace(config.runtime, threads=1))
 
@@ -36,10 +36,10 @@ def test_says_the_same(sources: Sources) -> None:
     """The tokens of the engine opened here, one latency each; its process is another, and goes at the end."""
     with opened(MERGED, sources) as model:
         expected = model.generate(**INPUTS, **OPTIONS)
-    with Elsewhere(MERGED, sources) as merged, Elsewhere(TORCH, sources) as eager:
+    with BackendWorker(MERGED, sources) as merged, BackendWorker(TORCH, sources) as eager:
         for process in (merged, eager):
             process.open(INPUTS)
-        for process, name in ((merged, "onnx+cache"), (eager, "torch+cache")):
+        for process, name in ((merged, "onnx_merged"), (eager, "torch_cache")):
             timing = process.generate(name, OPTIONS)
             assert timing.tokens == expected.tolist()
             assert len(timing.latencies) == 6
@@ -51,7 +51,7 @@ def test_says_the_same(sources: Sources) -> None:
 
 def test_errors_come_back(sources: Sources) -> None:
     """With their message; the process goes on."""
-    with Elsewhere(MERGED, replace(sources, deployable="nowhere")) as process:
+    with BackendWorker(MERGED, replace(sources, deployable="nowhere")) as process:
         with pytest.raises(AccelError, match="'nowhere' holds no decoder_model_merged"):
             process.open(INPUTS)
         assert process.process.pid in children()
@@ -59,7 +59,7 @@ def test_errors_come_back(sources: Sources) -> None:
 
 def test_a_process_that_ends_is_named(sources: Sources) -> None:
     """As when the system takes its memory."""
-    with Elsewhere(MERGED, sources) as process:
+    with BackendWorker(MERGED, sources) as process:
         psutil.Process(process.process.pid).kill()
         with pytest.raises(AccelError, match=f"the process that runs '{MERGED}' ended"):
             process.open(INPUTS)
@@ -67,9 +67,9 @@ def test_a_process_that_ends_is_named(sources: Sources) -> None:
 
 def test_no_room_for_all(sources: Sources) -> None:
     """The engine that had none left is named, and what would need less; it can still be asked for less itself."""
-    with Elsewhere(MERGED, sources) as process:
+    with BackendWorker(MERGED, sources) as process:
         process.open(INPUTS)
-        said = r"'merged': the device has no room for \d+ MB more.*fewer benchmark.setups"
-        with pytest.raises(OutOfMemory, match=said):
-            process.generate("onnx+cache", forced(10**15, 1, use_cache=True))  # petabytes
-        assert len(process.generate("onnx+cache", OPTIONS).latencies) == 6
+        said = r"'merged': the device has no room for \d+ MB more.*fewer benchmark.backends"
+        with pytest.raises(DeviceMemoryError, match=said):
+            process.generate("onnx_merged", fixed_length_options(10**15, 1, use_cache=True))  # petabytes
+        assert len(process.generate("onnx_merged", OPTIONS).latencies) == 6

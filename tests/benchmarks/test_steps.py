@@ -14,9 +14,9 @@ import torch
 from transformers import AutoConfig
 
 from accel.adapters import registry
-from accel.adapters.types import Role
+from accel.adapters.types import Component
 from accel.benchmark.backends import Sources, torch_model, two_files
-from accel.benchmark.timer import forced
+from accel.benchmark.timer import fixed_length_options
 from accel.config.schema import Config
 from accel.graph import files
 from accel.models.loading import open_model
@@ -44,7 +44,7 @@ def made(build: Build, shared: Path) -> tuple[Config, dict[str, Artifact], Path]
 @pytest.fixture(scope="module")
 def sources(made: tuple[Config, dict[str, Artifact], Path]) -> Sources:
     config, artifacts, folder = made
-    signature = registry.build(config.architecture).signature(AutoConfig.from_pretrained(folder), Role.STEP)
+    signature = registry.build(config.architecture).signature(AutoConfig.from_pretrained(folder), Component.DECODE)
     return Sources(
         str(folder), str(artifacts["merge"].folder), str(artifacts["convert"].folder), signature.cache, config.runtime
     )
@@ -68,8 +68,8 @@ def _prefilled(model: Any, tokens: int) -> Any:
     """A state that has seen `tokens` tokens."""
     ids, mask = _source()
     hidden = model.runtime.encode({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
-    feeds = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
-    return model.runtime.prefill({"input_ids": torch.full((1, tokens), 5), **feeds})
+    inputs = {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+    return model.runtime.prefill({"input_ids": torch.full((1, tokens), 5), **inputs})
 
 
 @pytest.mark.benchmark(group="one decoder step")
@@ -77,11 +77,11 @@ def test_onnx_step(benchmark: Benchmark, accelerated: Any) -> None:
     _, state = _prefilled(accelerated, PAST)
     ids = torch.full((1, 1), 5)
 
-    def step() -> None:
-        accelerated.runtime.step({"input_ids": ids}, state)
+    def decode() -> None:
+        accelerated.runtime.decode({"input_ids": ids}, state)
         state.crop(PAST)
 
-    benchmark(step)
+    benchmark(decode)
     assert state.length == PAST
 
 
@@ -94,11 +94,11 @@ def test_torch_step(benchmark: Benchmark, sources: Sources) -> None:
         given = {"encoder_outputs": encoded, "attention_mask": mask, "use_cache": True}
         cache = model(decoder_input_ids=torch.full((1, PAST), 5), **given).past_key_values
 
-        def step() -> None:
+        def decode() -> None:
             model(decoder_input_ids=torch.full((1, 1), 5), past_key_values=cache, **given)
             cache.crop(-1)
 
-        benchmark(step)
+        benchmark(decode)
     assert cache.get_seq_length() == PAST
 
 
@@ -113,7 +113,7 @@ def test_onnx_prefill(benchmark: Benchmark, accelerated: Any) -> None:
 @pytest.mark.parametrize("beams", [1, 4])
 def test_generate(benchmark: Benchmark, accelerated: Any, beams: int) -> None:
     ids, mask = _source()
-    options = forced(16, beams, use_cache=True)
+    options = fixed_length_options(16, beams, use_cache=True)
     found = benchmark(lambda: accelerated.generate(input_ids=ids, attention_mask=mask, **options))
     assert found.shape == (1, 17)
 
@@ -129,9 +129,14 @@ def test_merge_pass(benchmark: Benchmark, made: tuple[Config, dict[str, Artifact
     folder = artifacts["convert"].folder
 
     def load() -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (files.load(folder / "step.onnx"), files.load(folder / "prefill.onnx"), config.merge, sources.cache), {}
+        return (
+            files.load(folder / "decode.onnx"),
+            files.load(folder / "prefill.onnx"),
+            config.merge,
+            sources.cache,
+        ), {}
 
-    merged = benchmark.pedantic(merge.merge, setup=load, rounds=5)
+    merged = benchmark.pedantic(merge.merge, backend=load, rounds=5)
     assert files.node_count(merged) > 0
 
 

@@ -1,4 +1,4 @@
-"""Bad input on the command line: one message that names value and choices, exit code 2, artefacts untouched."""
+"""Bad input on the command line: one message that names value and choices, exit code 2, artifacts untouched."""
 
 import json
 import os
@@ -19,11 +19,13 @@ from tests.conftest import overrides_for
 
 LINES = 12
 ROOT = Path(__file__).parents[2]
-Refused = Callable[..., str]
+VerificationError = Callable[..., str]
 
 
 @pytest.fixture
-def refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+def refused(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> VerificationError:
     """Runs the command line over the tiny model and some overrides, and returns the message it was refused with.
 
     `runs` allows a stage to begin: there is no telling before."""
@@ -81,22 +83,22 @@ def assert_names(message: str, *words: str) -> None:
         ("precision=fp8", ("fp8", "fp16", "fp32", "auto")),
         ("precision.dtype=int8", ("int8", "float16", "float32")),
         ("runtime=gpu", ("gpu", "cuda", "cpu")),
-        ("merge.branches=other", ("other", "caches", "decoders", "tokens")),
+        ("merge.strategy=other", ("other", "shared", "three_branch", "two_branch")),
         ("merge.flag='two words'", ("two words", "enable_cache")),
         ("+optimize.passes.nothing=false", ("nothing", "fold_constants")),
-        ("benchmark.setups=[fastest]", ("fastest", "onnx+cache")),
+        ("benchmark.backends=[fastest]", ("fastest", "onnx_merged")),
         ("model.weights=none", ("none", "pretrained", "random")),
         ("generate.num_beam=4", ("generate.num_beam", "generate.num_beams")),
         ("+generate.num_beam=4", ("generate.num_beam", "generate.num_beams")),
         ("generate.txt=word", ("generate.txt", "generate.text")),
     ],
 )
-def test_unknown_name(refused: Refused, override: str, named: tuple[str, ...]) -> None:
+def test_unknown_name(refused: VerificationError, override: str, named: tuple[str, ...]) -> None:
     """A stage, key, group choice or option that doesn't exist: named, with what there is."""
     assert_names(refused(override), *named)
 
 
-def test_unknown_model(refused: Refused) -> None:
+def test_unknown_model(refused: VerificationError) -> None:
     """The models that can be chosen are listed."""
     message = refused(base=["model=t5-smal", "runtime=cpu"])
     assert_names(message, "t5-smal", "t5-small", "t5-large", "t5-g2p", "auto")
@@ -121,31 +123,31 @@ def folder_with(root: Path, **config: object) -> Path:
     return folder
 
 
-def test_missing_checkpoint(refused: Refused, tmp_path: Path) -> None:
+def test_missing_checkpoint(refused: VerificationError, tmp_path: Path) -> None:
     """A folder that isn't there is named."""
     missing = tmp_path / "nowhere"
     assert_names(refused(base=["model=auto", f"model.checkpoint={missing}"]), str(missing), "doesn't exist")
 
 
-def test_no_checkpoint_at_all(refused: Refused) -> None:
+def test_no_checkpoint_at_all(refused: VerificationError) -> None:
     """model=auto alone says which value is needed."""
     assert_names(refused(base=["model=auto"]), "model.checkpoint")
 
 
-def test_empty_checkpoint(refused: Refused, tmp_path: Path) -> None:
+def test_empty_checkpoint(refused: VerificationError, tmp_path: Path) -> None:
     """A folder without a model says what it lacks."""
     folder = folder_with(tmp_path)
     assert_names(refused(base=["model=auto", f"model.checkpoint={folder}"]), str(folder), "config.json")
 
 
-def test_checkpoint_without_weights(refused: Refused, tmp_path: Path) -> None:
+def test_checkpoint_without_weights(refused: VerificationError, tmp_path: Path) -> None:
     """A config alone is not enough, unless random weights are asked for."""
     folder = folder_with(tmp_path, model_type="t5", architectures=["T5ForConditionalGeneration"])
     message = refused(base=["model=auto", f"model.checkpoint={folder}", "runtime=cpu", "stage=export"])
     assert_names(message, str(folder), "weights", "safetensors")
 
 
-def test_what_a_later_stage_reads_is_looked_for_first(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+def test_what_a_later_stage_reads_is_looked_for_first(refused: VerificationError, tiny: Path, tmp_path: Path) -> None:
     """References and tokenizer lie in the checkpoint's folder; without them no stage begins."""
     assert_names(refused("model.references=heldout.tsv"), "can't read", str(tiny / "heldout.tsv"))
     (tmp_path / "words.txt").write_text("one\n")
@@ -154,7 +156,7 @@ def test_what_a_later_stage_reads_is_looked_for_first(refused: Refused, tiny: Pa
         assert_names(message, f"{key}={tmp_path / 'words.txt'}", "has no tokenizer")
 
 
-def test_checkpoint_of_a_file(refused: Refused, tiny: Path) -> None:
+def test_checkpoint_of_a_file(refused: VerificationError, tiny: Path) -> None:
     """The weights' file instead of their folder."""
     path = tiny / "model.safetensors"
     assert_names(refused(base=["model=auto", f"model.checkpoint={path}"]), str(path))
@@ -171,7 +173,7 @@ def test_checkpoint_of_a_file(refused: Refused, tiny: Path) -> None:
 )
 @pytest.mark.parametrize("architecture", ["auto", "t5"])
 def test_checkpoint_of_another_type(
-    refused: Refused, tmp_path: Path, config: dict[str, object], named: tuple[str, ...], architecture: str
+    refused: VerificationError, tmp_path: Path, config: dict[str, object], named: tuple[str, ...], architecture: str
 ) -> None:
     """The model's type is named beside those that are served, also when an architecture is forced on it."""
     folder = folder_with(tmp_path, **config)
@@ -179,14 +181,14 @@ def test_checkpoint_of_another_type(
     assert_names(message, *named)
 
 
-def test_config_that_is_no_json(refused: Refused, tmp_path: Path) -> None:
+def test_config_that_is_no_json(refused: VerificationError, tmp_path: Path) -> None:
     """Half a config.json is named, not shown as a parser's traceback."""
     folder = folder_with(tmp_path, model_type="t5")
     (folder / "config.json").write_text('{"model_type": ')
     assert_names(refused(base=["model=auto", f"model.checkpoint={folder}"]), str(folder))
 
 
-def test_weights_that_are_no_weights(refused: Refused, tiny: Path, tmp_path: Path) -> None:
+def test_weights_that_are_no_weights(refused: VerificationError, tiny: Path, tmp_path: Path) -> None:
     """A damaged weights file is named when it is opened."""
     folder = folder_with(tmp_path, **json.loads((tiny / "config.json").read_text()))
     (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header at all")
@@ -195,7 +197,7 @@ def test_weights_that_are_no_weights(refused: Refused, tiny: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("checkpoint", ["somebody/some-model", "bert-base-uncased"])
-def test_hub_out_of_reach(refused: Refused, checkpoint: str) -> None:
+def test_hub_out_of_reach(refused: VerificationError, checkpoint: str) -> None:
     """The message says how to do without the hub."""
     message = refused(base=["model=auto", f"model.checkpoint={checkpoint}"])
     assert_names(message, checkpoint, "model.checkpoint=FOLDER", "model.weights=random")
@@ -229,13 +231,13 @@ def test_hub_out_of_reach(refused: Refused, checkpoint: str) -> None:
         "verify.source_length=1000000000000",
         "audit.max_length=0",
         "audit.batches=0",
-        "audit.margin=0",
+        "audit.overflow_margin=0",
         "export.tolerance=-1",
         "export.opset=3",
         "runtime.threads=-1",
     ],
 )
-def test_number_out_of_range(refused: Refused, override: str) -> None:
+def test_number_out_of_range(refused: VerificationError, override: str) -> None:
     """Zero, negative and absurd numbers are refused before any stage, with the key and the value."""
     key, _, value = override.partition("=")
     message = refused(override)
@@ -243,42 +245,42 @@ def test_number_out_of_range(refused: Refused, override: str) -> None:
     assert value in message or f"{float(value):g}" in message
 
 
-@pytest.mark.parametrize("override", ["benchmark.new_tokens=many", "export.opset=[1]", "audit.margin=wide"])
-def test_value_of_another_type(refused: Refused, override: str) -> None:
+@pytest.mark.parametrize("override", ["benchmark.new_tokens=many", "export.opset=[1]", "audit.overflow_margin=wide"])
+def test_value_of_another_type(refused: VerificationError, override: str) -> None:
     """Hydra's own complaint about a type names key and value, in a few lines."""
     key, _, value = override.partition("=")
     assert_names(refused(override), key, value)
 
 
 @pytest.mark.parametrize("buckets", ["[]", "[0,64]"])
-def test_buckets_without_room(refused: Refused, buckets: str) -> None:
+def test_buckets_without_room(refused: VerificationError, buckets: str) -> None:
     """A static cache needs lengths, all of them of one token or more."""
     assert_names(refused("runtime.static=true", f"runtime.buckets={buckets}"), "runtime.buckets", "[64,256,1024]")
 
 
-def test_capture_without_a_static_cache(refused: Refused) -> None:
+def test_capture_without_a_static_cache(refused: VerificationError) -> None:
     """What moves can't be recorded."""
     assert_names(refused("runtime.capture=true"), "runtime.capture=true", "runtime.static=true")
 
 
-def test_batches_of_nothing(refused: Refused) -> None:
-    assert_names(refused("runtime.batches=[0,4]"), "runtime.batches=[0, 4]", "[] for any")
+def test_batches_of_nothing(refused: VerificationError) -> None:
+    assert_names(refused("runtime.capture_batch_sizes=[0,4]"), "runtime.capture_batch_sizes=[0, 4]", "[] for any")
 
 
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("convert.fuse_attention=[encoders]", ("'encoders'", "encoder, prefill", "static_step")),
-        ("+convert.one_token_passes.fuse_rotation=false", ("'fuse_rotation'", "fuse_rotary")),
-        ("convert.fuse_attention=[step]", ("convert.fuse_attention=[step]", "merge.branches=decoders")),
+        ("convert.fuse_attention=[encoders]", ("'encoders'", "encoder, prefill", "static_decode")),
+        ("+convert.decode_passes.fuse_rotation=false", ("'fuse_rotation'", "fuse_rotary")),
+        ("convert.fuse_attention=[decode]", ("convert.fuse_attention=[decode]", "merge.strategy=two_branch")),
     ],
 )
-def test_attention_fused_where_it_cannot_be(refused: Refused, override: str, named: tuple[str, ...]) -> None:
+def test_attention_fused_where_it_cannot_be(refused: VerificationError, override: str, named: tuple[str, ...]) -> None:
     """In a graph that doesn't exist; in one whose caches are looked for one by one."""
     assert_names(refused(override), *named)
 
 
-def test_conflicting_options(refused: Refused) -> None:
+def test_conflicting_options(refused: VerificationError) -> None:
     """What GenerationConfig refuses, and inputs given twice."""
     assert_names(refused("generate.num_beams=2", "generate.num_return_sequences=5"), "num_return_sequences")
     assert_names(refused("generate.text=a", "generate.file=b"), "generate.text", "generate.file")
@@ -288,7 +290,7 @@ def test_conflicting_options(refused: Refused) -> None:
 # texts and files
 
 
-def test_text_with_signs_of_its_own(refused: Refused) -> None:
+def test_text_with_signs_of_its_own(refused: VerificationError) -> None:
     """Hydra's grammar takes no bare `!` and `'`: the message shows what to type, and that works."""
     for text in ("hello!", "don't", "what's that!"):
         message = refused(f"generate.text={text}", base=["runtime=cpu"])
@@ -314,7 +316,7 @@ def test_quoted_text_is_taken(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsy
     ids=["empty", "blank", "not UTF-8", "missing"],
 )
 @pytest.mark.parametrize("key", ["generate.file", "audit.texts"])
-def test_input_file(refused: Refused, tmp_path: Path, content: bytes | None, named: str, key: str) -> None:
+def test_input_file(refused: VerificationError, tmp_path: Path, content: bytes | None, named: str, key: str) -> None:
     """An input file that can't be used is named before any stage runs."""
     path = tmp_path / "input.txt"
     if content is not None:
@@ -322,7 +324,7 @@ def test_input_file(refused: Refused, tmp_path: Path, content: bytes | None, nam
     assert_names(refused(f"{key}={path}"), str(path), named)
 
 
-def test_input_file_that_is_a_folder(refused: Refused, tmp_path: Path) -> None:
+def test_input_file_that_is_a_folder(refused: VerificationError, tmp_path: Path) -> None:
     """A folder is no file."""
     assert_names(refused(f"generate.file={tmp_path}"), str(tmp_path))
 
@@ -330,14 +332,14 @@ def test_input_file_that_is_a_folder(refused: Refused, tmp_path: Path) -> None:
 # places
 
 
-def test_unwritable_artefact_folder(refused: Refused, tmp_path: Path) -> None:
+def test_unwritable_artifact_folder(refused: VerificationError, tmp_path: Path) -> None:
     """Where nothing can be written (here: below a file), the folder is named."""
     (tmp_path / "file").write_text("no folder")
     assert_names(refused("stage=export", folder=tmp_path / "file", runs=True), str(tmp_path / "file"), "write")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_artefact_folder(refused: Refused, tmp_path: Path) -> None:
+def test_read_only_artifact_folder(refused: VerificationError, tmp_path: Path) -> None:
     """A folder without write permission is named."""
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o555)

@@ -14,9 +14,9 @@ def test_what_stays_in_fp32_is_shown(capsys: pytest.CaptureFixture[str]) -> None
     mix = {"nodes": 0.75, "weight_bytes": 0.5, "fp32_nodes": 12, "fp32_bytes": 2_500_000, "casts": 7}
     summary = {
         "format": "float16",
-        "sizes": {"by the rule": {"step": mix}, "after trials": {"step": mix | {"fp32_nodes": 4, "nodes": 0.9}}},
-        "rules": {"step": {"overflow": 3, "underflow": 1}, "encoder": {"overflow": 2}},
-        "nearest": [{"role": "step", "value": "add_7", "largest": 31234.5, "seen_with": "text 3: harke"}],
+        "sizes": {"by the rule": {"decode": mix}, "after trials": {"decode": mix | {"fp32_nodes": 4, "nodes": 0.9}}},
+        "rules": {"decode": {"overflow": 3, "underflow": 1}, "encoder": {"overflow": 2}},
+        "nearest": [{"role": "decode", "value": "add_7", "largest": 31234.5, "seen_with": "text 3: harke"}],
     }
     report.finish(Config(), {"audit": Artifact(Path(), Manifest("audit", "key", {}, {}, {}, 0.0, 0, 0, summary, {}))})
     shown = capsys.readouterr().out

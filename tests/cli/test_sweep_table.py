@@ -25,7 +25,7 @@ def _summary(new_tokens: int, seconds: float) -> dict[str, Any]:
 
     return {
         "point": {"new_tokens": new_tokens},
-        "setups": {"torch+cache": figures(2.5), "torch static cache, compiled": figures(2), "onnx+cache": figures(1)},
+        "backends": {"torch_cache": figures(2.5), "torch_static_compiled": figures(2), "onnx_merged": figures(1)},
         "session_ratios": {"session": 1.08},
         "machine": {"device": "a GPU"},
         "precision": "float16",
@@ -51,18 +51,49 @@ def test_rows_come_one_by_one(tmp_path: Path) -> None:
     assert drawn[0] == [
         "benchmark.new_tokens",
         "benchmark.num_beams",
-        "torch+cache (s)",
+        "torch_cache (s)",
         "torch static cache, compiled (s)",
-        "onnx+cache (s)",
-        "x torch+cache",
-        "x two files",
+        "onnx_merged (s)",
+        "x torch_cache",
+        "x two_files",
         "last/first",
         "session ratio",
         "error",
     ]
-    assert drawn[2][:9] == ["8", "1", "0.312", "0.250 (not compiled)", "0.125", "2.50", "-", "1.04", "1.08"]
-    assert drawn[3][:9] == ["16", "1", "0.625", "0.500 (not compiled)", "0.250", "2.50", "-", "1.04", "1.08"]
-    assert drawn[4] == ["16", "0", "-", "-", "-", "-", "-", "-", "-", "benchmark.num_beams=0: must be from 1 \\| up"]
+    assert drawn[2][:9] == [
+        "8",
+        "1",
+        "0.312",
+        "0.250 (not compiled)",
+        "0.125",
+        "2.50",
+        "-",
+        "1.04",
+        "1.08",
+    ]
+    assert drawn[3][:9] == [
+        "16",
+        "1",
+        "0.625",
+        "0.500 (not compiled)",
+        "0.250",
+        "2.50",
+        "-",
+        "1.04",
+        "1.08",
+    ]
+    assert drawn[4] == [
+        "16",
+        "0",
+        "-",
+        "-",
+        "-",
+        "-",
+        "-",
+        "-",
+        "-",
+        "benchmark.num_beams=0: must be from 1 \\| up",
+    ]
     jobs = json.loads((tmp_path / sweep_table.RECORD).read_text())
     assert [job["number"] for job in jobs] == [0, 1, 2]
     for plot in sweep_table.PLOTS:
@@ -98,7 +129,7 @@ def test_defect_in_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         application.main()
     jobs = json.loads((tmp_path / sweep_table.RECORD).read_text())
     assert [job["error"] for job in jobs] == [None, "RuntimeError: CUDA error: an illegal memory access", None]
-    assert [bool(job["setups"]) for job in jobs] == [True, False, True]
+    assert [bool(job["backends"]) for job in jobs] == [True, False, True]
 
 
 @pytest.mark.slow
@@ -121,7 +152,7 @@ def test_multirun(build: Build, tiny: Path, shared: Path, tmp_path: Path) -> Non
     jobs = json.loads((tmp_path / sweep_table.RECORD).read_text())
     assert [job["overrides"]["benchmark.num_beams"] for job in jobs] == ["0", "2", "0", "2"]
     assert ["must be from 1" in (job["error"] or "") for job in jobs] == [True, False, True, False]
-    assert [set(job["setups"]) != set() for job in jobs] == [False, True, False, True]
+    assert [set(job["backends"]) != set() for job in jobs] == [False, True, False, True]
     table = (tmp_path / sweep_table.TABLE).read_text()
     assert table.count("benchmark.num_beams=0") == 2
     assert made == set((shared / "artifacts" / tiny.name).glob("export-*/manifest.json"))
@@ -130,10 +161,10 @@ def test_multirun(build: Build, tiny: Path, shared: Path, tmp_path: Path) -> Non
 def test_ways_to_choose_a_precision_side_by_side(tmp_path: Path) -> None:
     """What verify found is in the row, whether it passed the candidate or refused it."""
     passed = {
-        **{"passed": True, "arithmetic": "emulated", "identical": {"greedy": 1.0, "beams": 0.875}},
+        **{"passed": True, "execution": "emulated", "identical": {"greedy": 1.0, "beams": 0.875}},
         "metrics": {"pytorch": {"exact_match": 76.0}, "ours": {"exact_match": 75.5}},
         **{"worst_logits": 0.0123, "fp32_nodes": 12, "casts": 3, "decoder_bytes": 1.26e6},
-        "speed": {"ratio": 2.5, "setups": {"onnx+cache": {"seconds": {"median": 0.125}}}},
+        "speed": {"ratio": 2.5, "backends": {"onnx_merged": {"seconds": {"median": 0.125}}}},
     }
     refused = passed | {"passed": False, "identical": {}, "metrics": {}, "worst_logits": None, "speed": None}
     sweep_table.record(_settings(tmp_path, 0), ["precision=fp16"], {"verify": passed}, None)
@@ -147,5 +178,16 @@ def test_ways_to_choose_a_precision_side_by_side(tmp_path: Path) -> None:
     assert drawn[2][:11] == [
         *("fp16", "yes, emulated", "100.0%", "87.5%", "1.2e-02", "75.50% (76.00%)", *kept, "0.125", "2.50")
     ]
-    assert drawn[3] == ["fp16-blanket", "no, emulated", "-", "-", "not finite", "-", *kept, "-", "-", "refused"]
+    assert drawn[3] == [
+        "fp16-blanket",
+        "no, emulated",
+        "-",
+        "-",
+        "not finite",
+        "-",
+        *kept,
+        "-",
+        "-",
+        "refused",
+    ]
     assert not list(tmp_path.glob("*.png"))

@@ -85,7 +85,7 @@ def test_architecture_builds(name: str) -> None:
     adapter = registry.build(config)
     assert isinstance(adapter, Architecture)
     assert bool(adapter.model_types) is (name not in ("causal", "seq2seq"))  # those take any of their shape
-    assert adapter.roles()
+    assert adapter.components()
 
 
 @pytest.mark.parametrize("name", choices("runtime"))
@@ -255,9 +255,9 @@ def test_build_returns_the_deployable(tiny: Path, artifacts: Path, deployable: P
     built = accel.build(str(tiny), given[1:])
     assert built.folder == deployable
     assert (built.folder / "verdict.json").is_file()
-    candidate = accel.build(str(tiny), [*given[1:], "stage=[export,merge]"])
-    assert candidate.manifest.stage == "merge"
-    assert not (candidate.folder / "verdict.json").exists()
+    bundle = accel.build(str(tiny), [*given[1:], "stage=[export,merge]"])
+    assert bundle.manifest.stage == "merge"
+    assert not (bundle.folder / "verdict.json").exists()
     with pytest.raises(AccelError, match="merge"):
         accel.build(str(tiny), [*given[1:], "stage=export"])
 

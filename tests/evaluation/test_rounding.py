@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from accel.adapters import registry
-from accel.adapters.types import Role
-from accel.evaluation.component_runner import Shape, script, signatures, torch_run
+from accel.adapters.types import Component
+from accel.evaluation.component_runner import Shape, component_inputs, signatures, torch_run
 from accel.evaluation.rounding import FACTOR, SAMPLES, Evaluator, allowed_errors, in_float64, root_mean_square
 from accel.testing import random_model
 from tests.families import FAMILIES
@@ -40,13 +40,13 @@ def test_float64_means_float64(family: str) -> None:
     model = random_model(FAMILIES[family])
     before = {name: (value.dtype, value.data_ptr()) for name, value in model.named_parameters()}
     adapter = registry.build(OmegaConf.load(ARCHITECTURES / f"{model.config.model_type}.yaml"))
-    ports, run = signatures(adapter, model.config), torch_run(adapter, model)
-    given = script(adapter, model.config, Shape(1, 9, 4, 2), torch.Generator().manual_seed(0))
-    exact, rounded = (Evaluator(model, ports, run, dtype) for dtype in (torch.float64, torch.float32))
-    for role, one in given.items():
+    specs, run = signatures(adapter, model.config), torch_run(adapter, model)
+    given = component_inputs(adapter, model.config, Shape(1, 9, 4, 2), torch.Generator().manual_seed(0))
+    exact, rounded = (Evaluator(model, specs, run, dtype) for dtype in (torch.float64, torch.float32))
+    for component, one in given.items():
         with NothingNarrower():
-            right = exact(role, one)
-        found = rounded(role, one)
+            right = exact(component, one)
+        found = rounded(component, one)
         for output, value in right.items():
             assert value.dtype is torch.float64
             own = root_mean_square(found[output], value, SAMPLES)
@@ -63,13 +63,13 @@ def errors() -> tuple[Tensor, Tensor, float]:
         right = model(input_ids=ids).logits
     adapter = registry.build(OmegaConf.load(ARCHITECTURES / "llama.yaml"))
     evaluate = Evaluator(model, signatures(adapter, model.config), torch_run(adapter, model), torch.float32)
-    feeds = {
+    inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "position_ids": torch.arange(ids.shape[1])[None],
         "logits_to_keep": torch.arange(ids.shape[1]),
     }
-    own = root_mean_square(evaluate(Role.PREFILL, feeds)["logits"], right, SAMPLES)
+    own = root_mean_square(evaluate(Component.PREFILL, inputs)["logits"], right, SAMPLES)
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
         other = (model(input_ids=ids).logits.double() - right).abs().amax(-1)

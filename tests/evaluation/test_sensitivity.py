@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from accel.adapters.types import Role
-from accel.evaluation.sensitivity import Result, Trial
+from accel.adapters.types import Component
+from accel.evaluation.sensitivity import Result, SensitivityTrial
 from accel.graph import files
 from accel.graph.precision.formats import FP16
-from accel.graph.precision.observer import Range
+from accel.graph.precision.observer import ValueStatistics
 from accel.graph.precision.plan import Plan, Reason
 from accel.runtime.session import SessionSettings
 from tests.graph import text
@@ -40,17 +40,23 @@ def test_errors_of_a_kind_are_pooled() -> None:
     assert KNOWN.error("random") == pytest.approx(math.sqrt((9 + 16) / 2) / 100)
 
 
-@pytest.mark.parametrize(("margin", "scale"), [(1.0, 1.0), (2.0, 2.0), (3.0, 4.0)])
-def test_a_trial_keeps_the_margin(tmp_path: Path, margin: float, scale: float) -> None:
+@pytest.mark.parametrize(("overflow_margin", "scale"), [(1.0, 1.0), (2.0, 2.0), (3.0, 4.0)])
+def test_a_trial_keeps_the_margin(tmp_path: Path, overflow_margin: float, scale: float) -> None:
     """What comes within the margin of the limit overflows in a trial: its value is scaled up, by a power of two."""
-    held = {"far": Range(20000.0, 1.0), "near": Range(40000.0, 1.0), "beyond": Range(70000.0, 1.0)}
+    held = {
+        "far": ValueStatistics(20000.0, 1.0),
+        "near": ValueStatistics(40000.0, 1.0),
+        "beyond": ValueStatistics(70000.0, 1.0),
+    }
     graph = text.parse("g (float[n] x) => (float[n] near) { near = Neg (x) }", {})
-    files.save(graph, tmp_path / "step.onnx")
+    files.save(graph, tmp_path / "decode.onnx")
     tensors = {"in.x": torch.tensor([40000.0, 1.0]), "out.near": torch.tensor([-40000.0, -1.0])}
     save_file(tensors, tmp_path / "0.call")
     calls = [("random", tmp_path / "0.call")]
-    trial = Trial(Role.STEP, tmp_path / "step.onnx", calls, SessionSettings(), FP16, margin, held, ())
-    expected = [name for name, seen in held.items() if seen.largest * margin > 65504]
+    trial = SensitivityTrial(
+        Component.DECODE, tmp_path / "decode.onnx", calls, SessionSettings(), FP16, overflow_margin, held, ()
+    )
+    expected = [name for name, seen in held.items() if seen.largest * overflow_margin > 65504]
     assert trial._headroom() == dict.fromkeys(expected, scale)
-    assert trial(Plan()).finite == (margin == 1)
-    assert trial(Plan({"near": Reason("overflow", "near")}, ports={"near": Reason("overflow", "near")})).finite
+    assert trial(Plan()).finite == (overflow_margin == 1)
+    assert trial(Plan({"near": Reason("overflow", "near")}, specs={"near": Reason("overflow", "near")})).finite

@@ -13,7 +13,7 @@ from accel.graph import files
 from tests.graph.text import numbers, parse, run
 
 TEXT = "g (float[n, 600] x) => (float[n, 4] y) { h = MatMul(x, w)\n y = MatMul(h, v) }"
-FEEDS = {"x": numbers(2, 600)}
+INPUTS = {"x": numbers(2, 600)}
 
 
 def model(width: int) -> ir.Model:
@@ -22,14 +22,14 @@ def model(width: int) -> ir.Model:
 
 
 def session(path: Path) -> np.ndarray:
-    return onnxruntime.InferenceSession(str(path)).run(None, FEEDS)[0]
+    return onnxruntime.InferenceSession(str(path)).run(None, INPUTS)[0]
 
 
 @pytest.mark.parametrize(("width", "external"), [(8, False), (500, True)])
 def test_weights_move_out_above_a_megabyte(tmp_path: Path, width: int, external: bool) -> None:
     """Below, one file; above, the graph and one data file. Loaded again, by us or ONNX Runtime, the same numbers."""
     graph = model(width)
-    expected = run(graph, FEEDS)["y"]
+    expected = run(graph, INPUTS)["y"]
     path = tmp_path / "decoder.onnx"
     files.save(graph, path)
     assert {entry.name for entry in tmp_path.iterdir()} == (
@@ -38,7 +38,7 @@ def test_weights_move_out_above_a_megabyte(tmp_path: Path, width: int, external:
     assert (path.stat().st_size < 10_000) == external
     np.testing.assert_array_equal(session(path), expected)
     loaded = files.load(path)
-    np.testing.assert_array_equal(run(inlined(loaded), FEEDS)["y"], expected)
+    np.testing.assert_array_equal(run(inlined(loaded), INPUTS)["y"], expected)
     assert files.weight_bytes(loaded) == files.weight_bytes(graph) == 4 * (600 * width + width * 4)
 
 
@@ -61,7 +61,7 @@ def test_weights_that_shrank_come_back_inline(tmp_path: Path) -> None:
     other.mkdir()
     files.save(graph, other / "small.onnx")
     os.remove(tmp_path / "large.onnx.data")
-    expected = run(parse(TEXT, {"w": numbers(600, 8, seed=1), "v": numbers(8, 4)}), FEEDS)["y"]
+    expected = run(parse(TEXT, {"w": numbers(600, 8, seed=1), "v": numbers(8, 4)}), INPUTS)["y"]
     assert [entry.name for entry in other.iterdir()] == ["small.onnx"]
     np.testing.assert_array_equal(session(other / "small.onnx"), expected)
 
@@ -100,7 +100,7 @@ def test_saving_leaves_the_model_usable(tmp_path: Path) -> None:
     files.save(graph, tmp_path / "first.onnx")
     os.remove(tmp_path / "first.onnx.data")
     files.save(graph, tmp_path / "second.onnx")
-    np.testing.assert_array_equal(session(tmp_path / "second.onnx"), run(model(500), FEEDS)["y"])
+    np.testing.assert_array_equal(session(tmp_path / "second.onnx"), run(model(500), INPUTS)["y"])
 
 
 def test_nodes_are_sorted_and_subgraph_weights_counted(tmp_path: Path) -> None:

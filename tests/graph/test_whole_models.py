@@ -13,7 +13,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from accel.evaluation.component_runner import Chain, script, signatures, torch_run
+from accel.evaluation.component_runner import ComponentRunner, component_inputs, signatures, torch_run
 from accel.graph import files
 from accel.graph.fusion.fuse_attention import fuse_attention
 from accel.graph.weights import initializers, shared_bytes
@@ -22,7 +22,7 @@ from accel.stages.optimize import PASSES
 from tests.conftest import Build
 from tests.graph import text
 
-ROLES = ("encoder", "prefill", "step")
+ROLES = ("encoder", "prefill", "decode")
 # batch, source, past, new
 SHAPES = ((1, 1, 1, 1), (1, 9, 0, 1), (3, 6, 4, 2), (2, 30, 2, 1), (4, 3, 5, 7))
 BART = {
@@ -55,22 +55,22 @@ def bart(shared: Path) -> Path:
     """The three exported graphs of a tiny BART: norms with bias, products with bias, scores that are scaled."""
     folder = shared / "bart-graphs"
     with FileLock(shared / "bart-graphs.lock"):
-        if not (folder / "step.onnx").exists():
+        if not (folder / "decode.onnx").exists():
             folder.mkdir(exist_ok=True)
             torch.manual_seed(0)
             model = shaken(BartForConditionalGeneration(BartConfig(**BART)))
             adapter = importlib.import_module("accel.architectures.seq2seq").Seq2Seq(["bart"])
-            chain = Chain(signatures(adapter, model.config), torch_run(adapter, model))
-            given = script(adapter, model.config, export.EXAMPLE, torch.Generator().manual_seed(0))
-            for role, signature in chain.signatures.items():
-                wrapper, example = adapter.wrap(model, role), export.example(chain, role, given)
+            chain = ComponentRunner(signatures(adapter, model.config), torch_run(adapter, model))
+            given = component_inputs(adapter, model.config, export.EXAMPLE, torch.Generator().manual_seed(0))
+            for component, signature in chain.signatures.items():
+                wrapper, example = adapter.wrap(model, component), export.example(chain, component, given)
                 graph = export.export_role(wrapper, signature, example, 20)
                 export.name_weights(graph, wrapper, model)
-                files.save(graph, folder / f"{role}.onnx")
+                files.save(graph, folder / f"{component}.onnx")
     return folder
 
 
-def feeds(model: ir.Model) -> Iterator[Mapping[str, np.ndarray]]:
+def inputs(model: ir.Model) -> Iterator[Mapping[str, np.ndarray]]:
     """Random inputs at every shape, some of the source masked."""
     generator = np.random.default_rng(0)
     for lengths in SHAPES:
@@ -90,14 +90,14 @@ def feeds(model: ir.Model) -> Iterator[Mapping[str, np.ndarray]]:
 
 def optimised(folder: Path, *more: Callable[[Sequence[ir.Model]], None]) -> dict[str, ir.Model]:
     """The graphs after all passes and `more`, with every output compared with those before."""
-    models = {role: files.load(folder / f"{role}.onnx") for role in ROLES}
-    inputs = {role: list(feeds(model)) for role, model in models.items()}
-    before = {role: [text.run(model, feed) for feed in inputs[role]] for role, model in models.items()}
+    models = {component: files.load(folder / f"{component}.onnx") for component in ROLES}
+    inputs = {component: list(inputs(model)) for component, model in models.items()}
+    before = {component: [text.run(model, feed) for feed in inputs[component]] for component, model in models.items()}
     for transform in (*PASSES.values(), *more):
         transform([models["encoder"]])
-        transform([models["prefill"], models["step"]])
-    for role, model in models.items():
-        for feed, right in zip(inputs[role], before[role], strict=True):
+        transform([models["prefill"], models["decode"]])
+    for component, model in models.items():
+        for feed, right in zip(inputs[component], before[component], strict=True):
             found = text.run(model, feed)
             assert list(found) == list(right)
             for name, array in right.items():
@@ -117,14 +117,14 @@ def layer_ops(model: ir.Model, layers: int = 2) -> dict[str, float]:
 def test_rms_norms_and_position_bias(build: Build, tiny: Path) -> None:
     """T5: nothing of the norms' chains is left, a bias and a mask are added once, and the decoders share all bytes."""
     models = optimised(build(tiny, "export")[1]["export"].folder)
-    step = models["step"]
-    found = Counter(node.op_type for node in step.graph)
+    decode = models["decode"]
+    found = Counter(node.op_type for node in decode.graph)
     assert found["SkipSimplifiedLayerNormalization"] == 6
     assert found["SimplifiedLayerNormalization"] == 1  # of the embedding, which is no sum
     assert not {"Pow", "ReduceMean", "Sqrt", "Reciprocal"} & found.keys()
-    assert sum(node.op_type == "Add" and node.outputs[0].dtype == ir.DataType.FLOAT for node in step.graph) == 5
-    assert files.node_count(step) < 150
-    assert shared_bytes(initializers(models["prefill"]), initializers(step)) == files.weight_bytes(step)
+    assert sum(node.op_type == "Add" and node.outputs[0].dtype == ir.DataType.FLOAT for node in decode.graph) == 5
+    assert files.node_count(decode) < 150
+    assert shared_bytes(initializers(models["prefill"]), initializers(decode)) == files.weight_bytes(decode)
     prefill = models["prefill"].graph.initializers
     assert any("SelfAttention.q+k+v" in name for name in prefill)
     assert "decoder.block.0.layer.1.EncDecAttention.k.weight" in prefill  # what step lacks stays apart
@@ -133,12 +133,12 @@ def test_rms_norms_and_position_bias(build: Build, tiny: Path) -> None:
 def test_norms_and_products_with_bias(bart: Path) -> None:
     """BART: biases go into the joined product and into the norm behind the sum."""
     models = optimised(bart)
-    step = models["step"]
-    assert layer_ops(step)["SkipLayerNormalization"] == 3
-    assert all(len(node.inputs) == 5 for node in step.graph if node.op_type == "SkipLayerNormalization")
-    assert any("self_attn.q+k+v_proj.bias" in name for name in step.graph.initializers)
-    assert files.node_count(step) < 140
-    assert shared_bytes(initializers(models["prefill"]), initializers(step)) == files.weight_bytes(step)
+    decode = models["decode"]
+    assert layer_ops(decode)["SkipLayerNormalization"] == 3
+    assert all(len(node.inputs) == 5 for node in decode.graph if node.op_type == "SkipLayerNormalization")
+    assert any("self_attn.q+k+v_proj.bias" in name for name in decode.graph.initializers)
+    assert files.node_count(decode) < 140
+    assert shared_bytes(initializers(models["prefill"]), initializers(decode)) == files.weight_bytes(decode)
 
 
 @pytest.mark.parametrize("family", ["T5", "BART"])
@@ -146,13 +146,13 @@ def test_attention_is_one_node(build: Build, tiny: Path, bart: Path, family: str
     """Biased by positions or scaled, over growing caches, fixed ones or none: nothing of the heads' turning is left."""
     folder = bart if family == "BART" else build(tiny, "export")[1]["export"].folder
     models = optimised(folder, fuse_attention)
-    found = {role: Counter(node.op_type for node in model.graph) for role, model in models.items()}
+    found = {component: Counter(node.op_type for node in model.graph) for component, model in models.items()}
     layers = {"T5": (3, 4, 4), "BART": (2, 4, 4)}[family]
-    assert tuple(found[role]["MultiHeadAttention"] for role in ROLES) == layers
-    assert all(found[role]["Softmax"] == 0 for role in ROLES)
-    assert found["step"]["Reshape"] <= 5  # of lengths
-    assert shared_bytes(initializers(models["prefill"]), initializers(models["step"])) > 0.99 * files.weight_bytes(
-        models["step"]
+    assert tuple(found[component]["MultiHeadAttention"] for component in ROLES) == layers
+    assert all(found[component]["Softmax"] == 0 for component in ROLES)
+    assert found["decode"]["Reshape"] <= 5  # of lengths
+    assert shared_bytes(initializers(models["prefill"]), initializers(models["decode"])) > 0.99 * files.weight_bytes(
+        models["decode"]
     )
 
 

@@ -21,15 +21,15 @@ def parse(body: str, weights: Arrays | None = None, header: str = HEADER) -> ir.
     return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
-def run(model: ir.Model, feeds: Arrays) -> dict[str, np.ndarray]:
+def run(model: ir.Model, inputs: Arrays) -> dict[str, np.ndarray]:
     """Every output by name. Feeds that the graph doesn't take are left out."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
-    taken = {port.name for port in session.get_inputs()}
-    values = session.run(None, {name: value for name, value in feeds.items() if name in taken})
-    return dict(zip((port.name for port in session.get_outputs()), values, strict=True))
+    taken = {spec.name for spec in session.get_inputs()}
+    values = session.run(None, {name: value for name, value in inputs.items() if name in taken})
+    return dict(zip((spec.name for spec in session.get_outputs()), values, strict=True))
 
 
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:
@@ -43,16 +43,16 @@ def flag(value: bool, name: str = "enable_cache") -> dict[str, np.ndarray]:
 
 
 def rewritten(
-    transform: Callable[[list[ir.Model]], None], models: list[ir.Model], feeds: Sequence[Arrays], rtol: float = 1e-5
+    transform: Callable[[list[ir.Model]], None], models: list[ir.Model], inputs: Sequence[Arrays], rtol: float = 1e-5
 ) -> list[list[str]]:
     """Run a pass over `models`; every output must keep its name, shape and numbers for each of `feeds`.
 
     Returns the operators left in each graph, in order. The graphs are read back from what would be saved.
     """
-    before = [[run(model, feed) for feed in feeds] for model in models]
+    before = [[run(model, feed) for feed in inputs] for model in models]
     transform(models)
     for model, expected in zip(models, before, strict=True):
-        for feed, right in zip(feeds, expected, strict=True):
+        for feed, right in zip(inputs, expected, strict=True):
             found = run(ir.from_proto(ir.to_proto(model)), feed)
             assert list(found) == list(right)
             for name, array in right.items():

@@ -10,10 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import T5ForConditionalGeneration
 
 from accel import testing
-from accel.errors import OutOfMemory, Refused
+from accel.errors import DeviceMemoryError, VerificationError
 from accel.models.generation import AcceleratedModel
-from accel.models.loading import load, open_model, verdict_of
-from accel.runtime.dlpack import by_cupy, by_dlpack
+from accel.models.loading import load, open_model, verification_of
+from accel.runtime.dlpack import run_with_cupy, run_with_dlpack
 from tests.conftest import Build
 from tests.families import FAMILIES
 from tests.integration.test_precision import WORDS, breaking  # noqa: F401  (a fixture)
@@ -51,9 +51,9 @@ def inputs() -> dict[str, torch.Tensor]:
 
 def test_fp32_is_pytorchs(folder: Path) -> None:
     """Every output and every decoding method, computed on the GPU in both."""
-    verdict = verdict_of(folder)
-    assert verdict is not None
-    assert (verdict["runtime"], verdict["arithmetic"], verdict["identical"]) == ("cuda", "native", SAME)
+    verification = verification_of(folder)
+    assert verification is not None
+    assert (verification["runtime"], verification["execution"], verification["identical"]) == ("cuda", "native", SAME)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_fp32_is_pytorchs(folder: Path) -> None:
     ],
     ids=["greedy", "beams", "sampling", "beam-sample", "prompt lookup"],
 )
-@pytest.mark.parametrize("by", [by_dlpack, by_cupy])
+@pytest.mark.parametrize("by", [run_with_dlpack, run_with_cupy])
 def test_decoding_methods(
     model: AcceleratedModel, eager: T5ForConditionalGeneration, options: dict[str, object], by: object
 ) -> None:
@@ -76,7 +76,7 @@ def test_decoding_methods(
     if "prompt_lookup_num_tokens" in options:
         given = {name: tensor[:1] for name, tensor in given.items()}
     settings = {"max_new_tokens": 17, "no_repeat_ngram_size": 1, **options}
-    model.runtime._step.bridge = model.runtime.encoder.bridge = by
+    model.runtime._decode.tensor_exchange = model.runtime.encoder.tensor_exchange = by
     found = []
     for one in (eager, model):
         torch.manual_seed(5)
@@ -87,23 +87,23 @@ def test_decoding_methods(
 
 def test_fp16_is_native(build: Build, tiny: Path) -> None:
     """Audit, conversion and verification run on the GPU, in FP16 proper."""
-    verdict = verdict_of(build(tiny, "verify", (*CUDA, "precision=fp16"))[1]["verify"].folder)
-    assert verdict is not None
-    assert (verdict["precision"], verdict["arithmetic"]) == ("float16", "native")
-    assert min(verdict["identical"].values()) > 0.5
+    verification = verification_of(build(tiny, "verify", (*CUDA, "precision=fp16"))[1]["verify"].folder)
+    assert verification is not None
+    assert (verification["precision"], verification["execution"]) == ("float16", "native")
+    assert min(verification["identical"].values()) > 0.5
 
 
-@pytest.mark.parametrize("plan", ["minimised", "ranges"])
+@pytest.mark.parametrize("plan", ["minimized", "rules"])
 def test_the_audited_mix_says_the_words_of_fp32(build: Build, breaking: Path, plan: str) -> None:  # noqa: F811
     """The T5 that FP16 breaks, natively: 200 inputs, greedy and with beams."""
     given = (*WORDS, *CUDA, "verify.inputs=200", f"precision.plan={plan}")
     found = build(breaking, "verify", given)[1]["verify"].summary
-    assert found["arithmetic"] == "native"
+    assert found["execution"] == "native"
     assert found["identical"]["greedy"] == found["identical"]["beams"] == 1.0
 
 
 def test_blanket_fp16_is_refused(build: Build, breaking: Path) -> None:  # noqa: F811
-    with pytest.raises(Refused, match=r"verify refuses the candidate \(float16, native\)"):
+    with pytest.raises(VerificationError, match=r"verify refuses the candidate \(float16, native\)"):
         build(breaking, "verify", (*WORDS, *CUDA, "precision.plan=blanket"))
 
 
@@ -112,10 +112,10 @@ def test_latency_is_measured_beside_pytorchs(build: Build, precision: str) -> No
     """The embedded model in both formats of 16 bits, computed in them, with its words and figures."""
     given = (*CUDA, f"precision={precision}", "model.references=heldout.tsv", "verify.unique_tokens=false")
     found = build("accel://t5-g2p", "verify", (*given, "verify.latency=true"))[1]["verify"].summary
-    assert found["arithmetic"] == "native"
+    assert found["execution"] == "native"
     assert min(found["identical"][name] for name in ("greedy", "beams", "padded")) >= 0.75
-    assert found["speed"]["arithmetic"] == {"fp16": "float16", "bf16": "bfloat16"}[precision]
-    assert all(figures["peak_memory"] > 0 for figures in found["speed"]["setups"].values())
+    assert found["speed"]["compute_dtype"] == {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    assert all(figures["peak_memory"] > 0 for figures in found["speed"]["backends"].values())
 
 
 def test_no_hidden_traffic(build: Build, tiny: Path) -> None:
@@ -131,9 +131,9 @@ def test_a_length_that_is_copied_to_the_device(build: Build, tiny: Path) -> None
     plain = (*CUDA, "precision=fp32", "optimize.passes.shift_ranges=false", "convert.fuse_attention=[]")
     _, artifacts = build(tiny, "[verify,profile]", plain)
     assert artifacts["profile"].summary["copies"]["MemcpyFromHost"] > 0
-    verdict = verdict_of(artifacts["verify"].folder)
-    assert verdict is not None
-    assert verdict["identical"] == SAME
+    verification = verification_of(artifacts["verify"].folder)
+    assert verification is not None
+    assert verification["identical"] == SAME
 
 
 def test_out_of_memory_leaves_the_model_usable(build: Build, tiny: Path, folder: Path) -> None:
@@ -144,7 +144,7 @@ def test_out_of_memory_leaves_the_model_usable(build: Build, tiny: Path, folder:
     with open_model(folder, config.runtime) as small:
         before = small.generate(**inputs(), **settings)
         wide = {name: tensor.repeat(2000, 1) for name, tensor in inputs().items()}
-        with pytest.raises(OutOfMemory, match="fewer beams"):
+        with pytest.raises(DeviceMemoryError, match="fewer beams"):
             small.generate(**wide, **settings)
         assert torch.equal(small.generate(**inputs(), **settings), before)
 
@@ -197,10 +197,10 @@ def test_a_replayed_step_reads_nothing_of_the_hosts(family: testing.Subject, mon
     runtime: Any = family.static.runtime
     monkeypatch.setattr(runtime, "batches", [2])
     runtime.prepare()
-    slot = runtime._spare[-1][1]
-    assert slot.run_step.recorded
+    buffers = runtime._spare[-1][1]
+    assert buffers.run_decode.captured
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        slot.run()
+        buffers.run()
         torch.cuda.synchronize()
     names = [event.name for event in profiler.events()]
     assert len(names) > 20, names
@@ -245,14 +245,14 @@ def test_captured_steps_say_the_same(
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     runtime: Any = captured.runtime
-    assert all(slot.run_step.recorded for _, slot in runtime._spare)
-    assert any(slot.run_cross.recorded for _, slot in runtime._spare)
-    assert any(desk.run.recorded for desk in runtime._encode._desks.values())
+    assert all(buffers.run_decode.captured for _, buffers in runtime._spare)
+    assert any(buffers.run_cross.captured for _, buffers in runtime._spare)
+    assert any(entry.run.captured for entry in runtime._encode._entries.values())
 
 
 def test_too_little_room_for_a_bucket_is_foretold(captured: AcceleratedModel) -> None:
     """Sizes and what to do, and the model goes on."""
     captured.generate(**inputs(), max_new_tokens=5)
-    with pytest.raises(OutOfMemory, match=r"for 50000000 sequences of 64 tokens needs \d+ MB.*runtime.buckets"):
-        captured.runtime._slot(50_000_000, 64, {})
+    with pytest.raises(DeviceMemoryError, match=r"for 50000000 sequences of 64 tokens needs \d+ MB.*runtime.buckets"):
+        captured.runtime._buffers(50_000_000, 64, {})
     captured.generate(**inputs(), max_new_tokens=5)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import T5ForConditionalGeneration
 
-from accel.models.loading import load, verdict_of
+from accel.models.loading import load, verification_of
 from tests.conftest import Build
 
 
@@ -13,10 +13,10 @@ def test_verified_and_same_tokens(build: Build, tiny: Path) -> None:
     """The merged decoder writes PyTorch's tokens, for inputs and options that verify did not see."""
     _, artifacts = build(tiny, "verify")
     folder = artifacts["verify"].folder
-    verdict = verdict_of(folder)
-    assert verdict is not None
-    assert verdict["passed"]
-    assert set(verdict["identical"].values()) == {1.0}
+    verification = verification_of(folder)
+    assert verification is not None
+    assert verification["passed"]
+    assert set(verification["identical"].values()) == {1.0}
     eager = T5ForConditionalGeneration.from_pretrained(tiny).eval()
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, 120, (3, 13), generator=generator)

@@ -11,7 +11,7 @@ from transformers import GenerationMixin
 
 from accel import testing
 from accel.models.generation import PREPARE
-from accel.runtime.layout import STATIC_STEP
+from accel.runtime.layout import STATIC_DECODE
 from tests.families import FAMILIES
 
 
@@ -42,7 +42,7 @@ def test_conformance(check: testing.Check, subject: testing.Subject) -> None:
 @pytest.mark.parametrize("subject", [pytest.param("llama", marks=pytest.mark.xdist_group("llama"))], indirect=True)
 def test_nodes_of_a_static_step(subject: testing.Subject) -> None:
     """Each rotation is one node, keys and values are not repeated, and nothing is turned around one token."""
-    graph = onnx.load(subject.artifacts["verify"].folder / STATIC_STEP, load_external_data=False).graph
+    graph = onnx.load(subject.artifacts["verify"].folder / STATIC_DECODE, load_external_data=False).graph
     found, layers = Counter(node.op_type for node in graph.node), subject.eager.config.num_hidden_layers
     assert found["RotaryEmbedding"] == 2 * layers
     assert found["TensorScatter"] == 2 * layers

@@ -8,9 +8,9 @@ import torch
 from filelock import FileLock
 from transformers import T5ForConditionalGeneration
 
-from accel.errors import AccelError, Refused
+from accel.errors import AccelError, VerificationError
 from accel.graph import files
-from accel.models.loading import load, verdict_of
+from accel.models.loading import load, verification_of
 from accel.stages import audit
 from scripts.scaled_t5 import save, scaled_t5
 from tests.conftest import Build
@@ -48,13 +48,13 @@ def test_scaling_changes_nothing_in_fp32() -> None:
 def test_blind_fp16_is_refused_and_the_audited_mix_passes(build: Build, breaking: Path) -> None:
     """The audit finds what overflows; without its plan, the same emulated graph gives other numbers and is refused."""
     _, artifacts = build(breaking, "verify", WORDS)
-    verdict = verdict_of(artifacts["verify"].folder)
-    assert verdict is not None
-    assert verdict["arithmetic"] == "emulated"
-    assert len({sample["pytorch"] for sample in verdict["samples"]}) == 8
-    assert verdict["identical"] == dict.fromkeys(("greedy", "beams", "sampling", "padded"), 1.0)
+    verification = verification_of(artifacts["verify"].folder)
+    assert verification is not None
+    assert verification["execution"] == "emulated"
+    assert len({sample["pytorch"] for sample in verification["samples"]}) == 8
+    assert verification["identical"] == dict.fromkeys(("greedy", "beams", "sampling", "padded"), 1.0)
 
-    with pytest.raises(Refused, match=r"verify refuses the candidate \(float16, emulated\)") as caught:
+    with pytest.raises(VerificationError, match=r"verify refuses the candidate \(float16, emulated\)") as caught:
         build(breaking, "verify", (*WORDS, "precision.plan=blanket"))
     assert caught.value.found["worst_logits"] is None or caught.value.found["worst_logits"] > 1
 
@@ -94,11 +94,11 @@ def test_what_the_rule_keeps_too_carefully_is_dropped(build: Build, shared: Path
     plain = (*WORDS, "optimize.passes.fuse_norms=false")
     _, made = build(folder, "[audit,verify]", plain)
     sizes = made["audit"].summary["sizes"]
-    for role, plan in audit.read_plans(made["audit"].folder).items():
+    for component, plan in audit.read_plans(made["audit"].folder).items():
         kept = [reason for reason in plan.nodes.values() if reason.rule == "underflow"]
-        assert 0 < len(kept) < len(plan.dropped), role
+        assert 0 < len(kept) < len(plan.dropped), component
         assert {reason.rule for reason in plan.dropped.values()} == {"underflow"}
-        before, after = sizes["by the rule"][role], sizes["with the fewest casts"][role]
+        before, after = sizes["by the rule"][component], sizes["with the fewest casts"][component]
         assert after["fp32_nodes"] <= before["fp32_nodes"] / 2
         assert after["casts"] <= before["casts"] / 2
     metrics = made["verify"].summary["metrics"]
@@ -112,7 +112,7 @@ def test_bfloat16_passes_by_emulation(build: Build) -> None:
     """On the CPU, where the graph itself can't run: every value rounded to 8 bits, nothing overflows."""
     given = ("precision=bf16", "model.references=heldout.tsv", "verify.unique_tokens=false")
     _, made = build("accel://t5-g2p", "[convert,verify]", given)
-    assert made["verify"].summary["arithmetic"] == "emulated"
+    assert made["verify"].summary["execution"] == "emulated"
     assert min(made["verify"].summary["identical"][name] for name in ("greedy", "beams", "padded")) >= 0.75
     assert 1e-3 < made["verify"].summary["worst_logits"] < 1
     decoder = files.load(made["verify"].folder / "decoder_model_merged.onnx")

@@ -12,7 +12,7 @@ from accel.config.presets import runtime_preset
 from accel.data import texts
 from accel.evaluation.metrics import exact_match, scores
 from accel.graph.precision.formats import FP16
-from accel.models.loading import load, open_model, verdict_of
+from accel.models.loading import load, open_model, verification_of
 from accel.pipeline.store import Artifact
 from accel.stages.reference import decode_texts
 from accel.stages.verify import emulated
@@ -46,9 +46,9 @@ def test_phonemes_are_pytorchs(made: dict[str, Artifact], checkpoint: Path, tmp_
     tokenizer = texts.load_tokenizer(checkpoint)
     eager = BartForConditionalGeneration.from_pretrained(checkpoint).eval()
     expected = decode_texts(eager, tokenizer, known.texts, batch_size=100)
-    verdict = verdict_of(made["verify"].folder)
-    assert verdict is not None
-    if verdict["arithmetic"] == "emulated":
+    verification = verification_of(made["verify"].folder)
+    assert verification is not None
+    if verification["execution"] == "emulated":
         model = open_model(emulated(made["merge"].folder, tmp_path, FP16), runtime_preset("cpu"))
     else:
         model = load(made["verify"].folder, runtime="cpu")
@@ -56,10 +56,10 @@ def test_phonemes_are_pytorchs(made: dict[str, Artifact], checkpoint: Path, tmp_
         found = decode_texts(model, tokenizer, known.texts, batch_size=100)
     assert len(set(expected)) > 390
     same = sum(ours == theirs for ours, theirs in zip(found, expected, strict=True))
-    assert same == WORDS if verdict["precision"] == "float32" else same >= 0.99 * WORDS
+    assert same == WORDS if verification["precision"] == "float32" else same >= 0.99 * WORDS
     names = ["exact_match", "word_error_rate"]
     right, ours = (scores(names, said, known.accepted) for said in (expected, found))
-    assert verdict["metrics"] == {"pytorch": right, "ours": ours}
+    assert verification["metrics"] == {"pytorch": right, "ours": ours}
     assert right["exact_match"] == 72.0  # 288 of 400: what the published weights reach
     assert abs(ours["exact_match"] - 72.0) <= 0.5
 

@@ -19,7 +19,7 @@ from accel.adapters import registry
 from accel.data import audio, texts
 from accel.data.corpus import sample_lines
 from accel.models.generation import AcceleratedModel
-from accel.models.loading import load, verdict_of
+from accel.models.loading import load, verification_of
 from accel.pipeline.runner import Pipeline
 from accel.pipeline.store import Artifact
 from accel.stages import verify
@@ -56,11 +56,11 @@ def models(llama: Case) -> Iterator[tuple[Any, AcceleratedModel]]:
 
 def test_a_trained_llama_passes(llama: Case) -> None:
     """In FP32: all tokens equal, asked with text of its own and of the page; both errors are in the verdict."""
-    verdict = verdict_of(llama.inputs["verify"].folder)
-    assert verdict is not None
-    assert set(verdict["identical"].values()) == {1.0}
+    verification = verification_of(llama.inputs["verify"].folder)
+    assert verification is not None
+    assert set(verification["identical"].values()) == {1.0}
     assert llama.inputs["prompts"].summary["kinds"] == ["chat", "page"]
-    assert all(error["own"] > 0 for error in verdict["outputs"].values())
+    assert all(error["torch_error"] > 0 for error in verification["outputs"].values())
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -95,13 +95,13 @@ def test_steps_in_vain(
     options: dict[str, Any],
 ) -> None:
     """As many steps after the end as the watch is late, and none where it isn't."""
-    step, seen = model.runtime.step, []
+    decode, seen = model.runtime.decode, []
 
-    def counted(feeds: Any, state: Any) -> torch.Tensor:
+    def counted(inputs: Any, state: Any) -> torch.Tensor:
         seen.append(state.length)
-        return step(feeds, state)
+        return decode(inputs, state)
 
-    monkeypatch.setattr(model.runtime, "step", counted)
+    monkeypatch.setattr(model.runtime, "decode", counted)
     ends = []
     for late in (None, 0, 5):
         with monkeypatch.context() as patch:

@@ -213,7 +213,7 @@ def test_encoder_outputs_from_the_caller(
     given = batch(3, padded=True)
     with torch.no_grad():
         hidden = eager.get_encoder()(**given).last_hidden_state
-    monkeypatch.setattr(model.runtime, "encode", lambda feeds: pytest.fail("the encoder ran"))
+    monkeypatch.setattr(model.runtime, "encode", lambda inputs: pytest.fail("the encoder ran"))
     options = {"attention_mask": given["attention_mask"], "num_beams": beams}
     outputs = [
         subject.generate(encoder_outputs=BaseModelOutput(last_hidden_state=hidden.clone()), **options, **UNIQUE)
@@ -255,21 +255,21 @@ def test_transformers_makes_caches_only_where_it_needs_them(
 def test_assisted(model: AcceleratedModel, eager: T5ForConditionalGeneration, options: dict[str, Any]) -> None:
     """A small PyTorch model drafts, several ids a step are checked, wrong ones are cropped from the cache."""
     seen: list[tuple[int, int]] = []
-    real = model.runtime.step
+    real = model.runtime.decode
     drafter = random_t5(seed=0)  # the model itself, so that drafts are accepted, and then a little wrong
     with torch.no_grad():
         for parameter in drafter.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
-    def step(feeds: Mapping[str, Tensor], state: Any) -> Tensor:
-        seen.append((feeds["input_ids"].shape[1], state.length))
-        return real(feeds, state)
+    def decode(inputs: Mapping[str, Tensor], state: Any) -> Tensor:
+        seen.append((inputs["input_ids"].shape[1], state.length))
+        return real(inputs, state)
 
-    model.runtime.step = step  # type: ignore[method-assign]
+    model.runtime.decode = decode  # type: ignore[method-assign]
     try:
         same(model, eager, assistant_model=drafter, **batch(), **options)
     finally:
-        model.runtime.step = real  # type: ignore[method-assign]
+        model.runtime.decode = real  # type: ignore[method-assign]
     assert max(count for count, _ in seen) > 1, "no step checked several drafted ids"
     if not options:
         lengths = [length for _, length in seen]

@@ -150,9 +150,9 @@ def test_lengths_and_beams_are_in_no_key_before_generate(tiny: Path, override: s
         ("verify.seed=9", {"reference", "verify"}, {"checkpoint", "export", "optimize", "convert", "merge"}),
         ("runtime.threads=1", {"verify", "benchmark", "profile"}, {"checkpoint", "export", "optimize", "reference"}),
         ("precision=fp16", {"convert", *AFTER_MERGE}, {"checkpoint", "export", "optimize"}),
-        ("audit.seed=5", {"ranges", "audit"}, {"checkpoint", "reference", "export", "optimize", "convert"}),
-        ("audit.trials=0", {"audit"}, {"ranges", "reference", "convert"}),
-        ("precision.plan=ranges", {"audit", "verify"}, {"ranges", "reference", "convert"}),  # FP32 has no plan
+        ("audit.seed=5", {"calibrate", "audit"}, {"checkpoint", "reference", "export", "optimize", "convert"}),
+        ("audit.trials=0", {"audit"}, {"calibrate", "reference", "convert"}),
+        ("precision.plan=rules", {"audit", "verify"}, {"calibrate", "reference", "convert"}),  # FP32 has no plan
         ("verify.max_metric_loss=5", {"verify"}, {"reference", "merge"}),
     ],
 )
@@ -179,7 +179,7 @@ def test_keys_depend_on_the_weights(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_keys_depend_on_the_adapter_and_the_packages(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another adapter source, or another version of a package that a stage uses, is another artefact."""
+    """Another adapter source, or another version of a package that a stage uses, is another artifact."""
     before = keys(tiny)
     with monkeypatch.context() as patch:
         patch.setattr(module, "adapter_source", lambda config, adapter: "other source")
@@ -261,7 +261,7 @@ def toys(monkeypatch: pytest.MonkeyPatch, work: Callable[[str, Config, Path], An
 
 
 def order_of_all(tiny: Path, root: Path) -> list[str]:
-    """The order in which a fresh `stage=all` makes its artefacts."""
+    """The order in which a fresh `stage=all` makes its artifacts."""
     fresh = pipeline(tiny, root)
     fresh.run(chosen("all"))
     return fresh.built
@@ -360,7 +360,7 @@ def test_the_folder_that_a_run_names_is_undamaged(tiny: Path, tmp_path: Path, mo
 
 @pytest.fixture
 def copied(build: Build, tiny: Path, artifacts: Path, tmp_path: Path) -> Path:
-    """A copy of the artefacts that lead to the tiny model's deployable."""
+    """A copy of the artifacts that lead to the tiny model's deployable."""
     config, _ = build(tiny, "[export,optimize,audit,convert,merge,verify]")
     subject = Pipeline(config, registry.build(config.architecture))
     for name in (*HIDDEN, *STAGES[: STAGES.index("generate")]):
@@ -382,7 +382,7 @@ def test_verified_without_its_intermediates(copied: Path, tiny: Path) -> None:
 
 
 def test_real_stages_resume(copied: Path, tiny: Path) -> None:
-    """Without optimize's and later artefacts, a run makes those from the export that is there, to the same bytes."""
+    """Without optimize's and later artifacts, a run makes those from the export that is there, to the same bytes."""
     before = {path.name: path.read_bytes() for path in copied.glob("*/merge-*/*.onnx")}
     assert before
     for name in ("optimize", "audit", "convert", "merge", "verify"):

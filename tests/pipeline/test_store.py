@@ -1,4 +1,4 @@
-"""Artefacts on disk: keys, manifests, damage, kills, and several processes at once."""
+"""Artifacts on disk: keys, manifests, damage, kills, and several processes at once."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ PARTS = st.dictionaries(NAMES, JSON, min_size=1, max_size=5)
 
 
 def build(store: Store, make: Callable[[Path], Mapping[str, Any]], stage: str = "toy", key: str = KEY) -> Artifact:
-    """An artefact made by `make`, without upstream, config or packages."""
+    """An artifact made by `make`, without upstream, config or packages."""
     return store.build(stage, key, make, upstream={}, config={}, packages={})
 
 
@@ -149,7 +149,7 @@ def flip(path: Path) -> None:
 def test_damage_is_named_and_rebuilt(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], Any], named: str
 ) -> None:
-    """A damaged artefact is never used: a warning names the file, and the next build makes it anew."""
+    """A damaged artifact is never used: a warning names the file, and the next build makes it anew."""
     store = Store(tmp_path, "model")
     folder = build(store, write).folder
     harm(folder)
@@ -175,7 +175,7 @@ def test_folder_without_manifest_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_failed_stage_leaves_nothing(tmp_path: Path) -> None:
-    """A stage that raises leaves neither an artefact nor its temporary folder."""
+    """A stage that raises leaves neither an artifact nor its temporary folder."""
     store = Store(tmp_path, "model")
 
     def fail(folder: Path) -> Mapping[str, Any]:
@@ -189,7 +189,7 @@ def test_failed_stage_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_stale_temporaries_are_removed(tmp_path: Path) -> None:
-    """What a killed run left beside the artefact goes with the next build of it; that of other artefacts stays."""
+    """What a killed run left beside the artifact goes with the next build of it; that of other artifacts stays."""
     store = Store(tmp_path, "model")
     stale = store.path("toy", KEY).with_name(f"toy-{KEY[:12]}.tmp99999")
     other = store.path("toy", KEY).with_name("toy-000000000000.tmp99999")
@@ -253,7 +253,7 @@ def make_hanging(root: str) -> None:
 
 
 def test_two_processes_build_once(tmp_path: Path) -> None:
-    """Three processes that want the same artefact take turns: one makes it, the others find it whole."""
+    """Three processes that want the same artifact take turns: one makes it, the others find it whole."""
     processes = [SPAWN.Process(target=make_slow, args=(str(tmp_path), KEY)) for _ in range(3)]
     for process in processes:
         process.start()
@@ -288,7 +288,7 @@ def test_kill_releases_the_lock(tmp_path: Path) -> None:
 
 
 def test_damage_repaired_meanwhile_is_not_removed(tmp_path: Path) -> None:
-    """Another run rebuilds a damaged artefact while this one waits for its lock: the new one must stay."""
+    """Another run rebuilds a damaged artifact while this one waits for its lock: the new one must stay."""
     folder = build(Store(tmp_path, "model"), write).folder
     flip(folder / "weights.bin")
 

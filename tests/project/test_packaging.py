@@ -119,7 +119,7 @@ def test_code_comes_from_the_installation(python: tuple[Path, Path], tiny: Path,
     executable, home = python
     code = (
         "import accel, accel.conf, accel.architectures.seq2seq as adapter\n"
-        "from accel import registry\nfrom accel.cli.compose import compose\n"
+        "from accel.adapters import registry\nfrom accel.cli.compose import compose\n"
         f"config = compose(['model=auto', 'model.checkpoint={tiny}', 'runtime=cpu'])\n"
         "built = registry.build(config.architecture)\n"
         "assert type(built) is adapter.Seq2Seq and config.precision.name == 'fp32'\n"

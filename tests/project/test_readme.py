@@ -1,6 +1,6 @@
 """Every command in README.md and docs/precision.md runs.
 
-Fenced blocks marked `bash` or `python` are run in order of appearance, in one folder, with the artefacts of this run.
+Fenced blocks marked `bash` or `python` are run in order of appearance, in one folder, with the artifacts of this run.
 An HTML comment on the line before a block changes that: `<!-- test: needs hub -->` or `<!-- test: needs gpu -->`
 leaves it to a machine that has one, `<!-- test: tests -->` is the test run itself, which can't run within itself, and
 `<!-- test: installs -->` is run by `.ci/run` on a clean clone, `<!-- test: large -->` takes a quarter of an hour.
@@ -70,7 +70,7 @@ def test_readme_holds_its_promises() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, artifacts: Path) -> Path:
-    """Where a reader would stand: beside the checkout's files, with the artefacts of this run."""
+    """Where a reader would stand: beside the checkout's files, with the artifacts of this run."""
     place = tmp_path_factory.mktemp("readme")
     for name in ("conf", "scripts", "architectures", "tests", "accel", "constraints.txt", "pyproject.toml"):
         if (ROOT / name).exists():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from accel.models.loading import verdict_of
+from accel.models.loading import verification_of
 from accel.pipeline.store import Artifact
 from accel.reporting.certificate import page
 from tests.conftest import Build
@@ -27,7 +27,9 @@ def made(request: pytest.FixtureRequest, build: Build) -> dict[str, Artifact]:
     given = [f"precision={request.param}", "model.references=heldout.tsv", "verify.references=50"]
     given += ["verify.unique_tokens=false", f"verify.latency={request.param == 'fp32'}"]
     if request.param == "fp16":
-        given.append("optimize.passes.tabulate=false")  # else nothing of it must stay in FP32, and no reason is shown
+        given.append(
+            "optimize.passes.precompute_position_bias=false"
+        )  # else nothing of it must stay in FP32, and no reason is shown
     return build("accel://t5-g2p", "[convert,verify]", given)[1]
 
 
@@ -35,27 +37,28 @@ def test_it_holds_what_was_found(made: dict[str, Artifact]) -> None:
     """The verdict, on what and with what; latency where it was measured; in FP16 each node in FP32 with its reason."""
     folder = made["verify"].folder
     certificate = json.loads((folder / "certificate.json").read_text())
-    assert certificate["verdict"] == verdict_of(folder)
+    assert certificate["verification"] == verification_of(folder)
     assert certificate["compared"] | {"inputs": 8, "kind": "texts", "num_beams": 4} == certificate["compared"]
     assert certificate["packages"]["torch"].startswith("2.")
-    assert len(certificate["verdict"]["drift"]["p99"]) > 5
+    assert len(certificate["verification"]["drift"]["p99"]) > 5
     for mean, p99, worst in zip(
-        *(certificate["verdict"]["drift"][key] for key in ("mean", "p99", "worst")), strict=True
+        *(certificate["verification"]["drift"][key] for key in ("mean", "p99", "worst")), strict=True
     ):
         assert 0 < mean < p99 < worst
-    if certificate["verdict"]["precision"] == "float32":
+    if certificate["verification"]["precision"] == "float32":
         speed = certificate["speed"]
-        assert speed["setups"].keys() == {"torch+cache", "onnx+cache"}
+        assert speed["backends"].keys() == {"torch_cache", "onnx_merged"}
         assert speed["ratio"] == pytest.approx(
-            speed["setups"]["torch+cache"]["seconds"]["median"] / speed["setups"]["onnx+cache"]["seconds"]["median"]
+            speed["backends"]["torch_cache"]["seconds"]["median"]
+            / speed["backends"]["onnx_merged"]["seconds"]["median"]
         )
-        assert min(figures["peak_memory"] for figures in speed["setups"].values()) > 10**6
+        assert min(figures["peak_memory"] for figures in speed["backends"].values()) > 10**6
         assert "kept" not in certificate
     else:
         assert certificate["speed"] is None
         assert certificate["mix"] == made["convert"].summary
-        assert {node["role"] for node in certificate["kept"]} == {"encoder", "prefill", "step"}
-        assert certificate["ranges"]["step"]["logits"][0] > 1
+        assert {node["role"] for node in certificate["kept"]} == {"encoder", "prefill", "decode"}
+        assert certificate["statistics"]["decode"]["logits"][0] > 1
     assert str(Path.home()) not in json.dumps(certificate)
     assert str(folder) not in json.dumps(certificate)
 
@@ -85,20 +88,20 @@ def test_the_page_needs_no_other_file(made: dict[str, Artifact]) -> None:
     assert not found.tags & {"script", "link", "img", "iframe"}
     assert all(link.startswith("#") for link in found.links)
     assert not re.search(r"url\((?!#)", html)
-    verdict = verdict_of(made["verify"].folder)
-    assert verdict is not None
+    verification = verification_of(made["verify"].folder)
+    assert verification is not None
     words = " ".join(found.text.split())
-    assert f"exact match {verdict['metrics']['pytorch']['exact_match']:.2f}%" in words
-    for name in verdict["identical"]:
+    assert f"exact match {verification['metrics']['pytorch']['exact_match']:.2f}%" in words
+    for name in verification["identical"]:
         assert name in words
     assert found.tags >= {"svg", "table"}
-    assert ("largest float16" in words) == (verdict["precision"] == "float16")
+    assert ("largest float16" in words) == (verification["precision"] == "float16")
 
 
 def test_what_a_model_says_is_text(made: dict[str, Artifact]) -> None:
     """Signs that mean something in HTML are written out, whatever an input or an output holds."""
     certificate = json.loads((made["verify"].folder / "certificate.json").read_text())
-    certificate["verdict"]["differing"] = [
+    certificate["verification"]["differing"] = [
         {"case": "greedy", "input": "<script>alert(1)</script>", "position": 3, "pytorch": "a & b", "ours": "<b>"}
     ]
     html = page.render(certificate)

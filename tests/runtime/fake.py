@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from accel.adapters.types import Architecture, Role
+from accel.adapters.types import Architecture, Component
 
 CAPACITY = 64  # decoder tokens that a state has room for
 
@@ -17,8 +17,8 @@ CAPACITY = 64  # decoder tokens that a state has room for
 class TableState:
     """Buffers that never move. Token t of sequence b lies in row `origin[b, t]`, at position t."""
 
-    def __init__(self, fixed: dict[str, Tensor], batch: int) -> None:
-        self.fixed = fixed
+    def __init__(self, constants: dict[str, Tensor], batch: int) -> None:
+        self.constants = constants
         self.buffers: dict[str, Tensor] = {}  # cache input -> [rows, heads, CAPACITY, head size]
         self.origin = torch.arange(batch)[:, None].repeat(1, CAPACITY)  # [batch, CAPACITY]
         self.length = 0
@@ -56,12 +56,14 @@ class TableState:
 
     def select(self, index: Tensor) -> None:
         self.reorder(index)
-        self.fixed = {name: tensor[index] for name, tensor in self.fixed.items()}
+        self.constants = {name: tensor[index] for name, tensor in self.constants.items()}
 
     def views(self) -> Mapping[str, Tensor]:
         rows, positions = self.origin[:, : self.length], torch.arange(self.length)
-        own = {name: buffer[rows, :, positions].transpose(1, 2) for name, buffer in self.buffers.items()}
-        return own | {name: tensor for name, tensor in self.fixed.items() if name.startswith("past_key_values.")}
+        self_caches = {name: buffer[rows, :, positions].transpose(1, 2) for name, buffer in self.buffers.items()}
+        return self_caches | {
+            name: tensor for name, tensor in self.constants.items() if name.startswith("past_key_values.")
+        }
 
 
 class FakeRuntime:
@@ -69,43 +71,45 @@ class FakeRuntime:
 
     def __init__(self, architecture: Architecture, model: PreTrainedModel) -> None:
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.signatures = {role: architecture.signature(model.config, role) for role in architecture.roles()}
-        self.wrappers = {role: architecture.wrap(model, role) for role in architecture.roles()}
-        self.cache = self.signatures[Role.STEP].cache
+        self.signatures = {
+            component: architecture.signature(model.config, component) for component in architecture.components()
+        }
+        self.wrappers = {component: architecture.wrap(model, component) for component in architecture.components()}
+        self.cache = self.signatures[Component.DECODE].cache
 
     @torch.no_grad()
-    def _run(self, role: Role, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        signature = self.signatures[role]
-        outputs = self.wrappers[role](*(feeds[port.name] for port in signature.inputs))
+    def _run(self, component: Component, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        signature = self.signatures[component]
+        outputs = self.wrappers[component](*(inputs[spec.name] for spec in signature.inputs))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return dict(zip((port.name for port in signature.outputs), outputs, strict=True))
+        return dict(zip((spec.name for spec in signature.outputs), outputs, strict=True))
 
-    def encode(self, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self._run(Role.ENCODER, feeds)
+    def encode(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self._run(Component.ENCODER, inputs)
 
-    def prefill(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, TableState]:
-        outputs = self._run(Role.PREFILL, feeds)
-        return outputs["logits"], self._state({name: outputs[source] for name, source in self.cache.items()}, feeds)
+    def prefill(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, TableState]:
+        outputs = self._run(Component.PREFILL, inputs)
+        return outputs["logits"], self._state({name: outputs[source] for name, source in self.cache.items()}, inputs)
 
-    def resume(self, caches: Sequence[Tensor], feeds: Mapping[str, Tensor]) -> TableState:
+    def resume(self, caches: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> TableState:
         names = sorted(self.cache, key=lambda name: not self._grows(name))
-        return self._state(dict(zip(names, caches, strict=True)), feeds)
+        return self._state(dict(zip(names, caches, strict=True)), inputs)
 
     def _grows(self, name: str) -> bool:
-        return self.cache[name] in {port.name for port in self.signatures[Role.STEP].outputs}
+        return self.cache[name] in {spec.name for spec in self.signatures[Component.DECODE].outputs}
 
-    def _state(self, caches: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> TableState:
-        ports = {port.name: port for port in self.signatures[Role.STEP].inputs}
-        fixed = {name: value for name, value in feeds.items() if name in ports and ports[name].source}
-        fixed |= {name: tensor for name, tensor in caches.items() if not self._grows(name)}
-        state = TableState(fixed, feeds["input_ids"].shape[0])
+    def _state(self, caches: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> TableState:
+        specs = {spec.name: spec for spec in self.signatures[Component.DECODE].inputs}
+        constants = {name: value for name, value in inputs.items() if name in specs and specs[name].source}
+        constants |= {name: tensor for name, tensor in caches.items() if not self._grows(name)}
+        state = TableState(constants, inputs["input_ids"].shape[0])
         state.write({name: tensor for name, tensor in caches.items() if self._grows(name)})
         return state
 
-    def step(self, feeds: Mapping[str, Tensor], state: TableState) -> Tensor:
-        outputs = self._run(Role.STEP, {**feeds, **state.fixed, **state.views()})
+    def decode(self, inputs: Mapping[str, Tensor], state: TableState) -> Tensor:
+        outputs = self._run(Component.DECODE, {**inputs, **state.constants, **state.views()})
         present = {name: outputs[source] for name, source in self.cache.items() if source in outputs}
-        state.write({name: tensor[:, :, -feeds["input_ids"].shape[1] :] for name, tensor in present.items()})
+        state.write({name: tensor[:, :, -inputs["input_ids"].shape[1] :] for name, tensor in present.items()})
         return outputs["logits"]
 
     def close(self) -> None:

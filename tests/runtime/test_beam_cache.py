@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from accel.runtime import beam_cache
-from accel.runtime.beam_cache import Histories, mover
+from accel.runtime.beam_cache import BeamAncestry, mover
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SHAPES = {  # of one cache, with 6 rows and room for 600 tokens, and the axis of its tokens
@@ -23,15 +23,15 @@ def test_as_copying_whole_rows(device: str, shape: str, dtype: torch.dtype) -> N
     size, axis = SHAPES[shape]
     random = torch.Generator().manual_seed(0)
     stack = torch.randn(4, *size, generator=random).to(device, dtype)
-    expected, rows = stack.clone(), Histories(6, 600, torch.device(device))
+    expected, rows = stack.clone(), BeamAncestry(6, 600, torch.device(device))
     length = 500
-    for step in range(30):
-        index = orders(random, step).to(device)
-        rows.reorder(index.int() if step % 2 else index, length, [(stack, axis + 1)])
+    for decode in range(30):
+        index = orders(random, decode).to(device)
+        rows.reorder(index.int() if decode % 2 else index, length, [(stack, axis + 1)])
         kept = expected.narrow(axis + 1, 0, length)
         kept.copy_(kept.index_select(1, index))
-        assert torch.equal(stack, expected), step
-        if step == 20:
+        assert torch.equal(stack, expected), decode
+        if decode == 20:
             length -= 40
             rows.begin(length)
         new = torch.randn(4, *size, generator=random).to(device, dtype).narrow(axis + 1, length, 1)
@@ -40,10 +40,10 @@ def test_as_copying_whole_rows(device: str, shape: str, dtype: torch.dtype) -> N
         length += 1
 
 
-def orders(random: torch.Generator, step: int) -> Tensor:
-    if step % 3 == 0:
+def orders(random: torch.Generator, decode: int) -> Tensor:
+    if decode % 3 == 0:
         return torch.randperm(6, generator=random)
-    return torch.randint(0, 6, (6,), generator=random) if step % 3 == 1 else torch.arange(6)
+    return torch.randint(0, 6, (6,), generator=random) if decode % 3 == 1 else torch.arange(6)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_what_rows_have_in_common_stays(moved: list[int]) -> None:
     """Once all descend from one row, what it computed until then is never moved again."""
-    rows, stack = Histories(3, 10, torch.device("cpu")), torch.zeros(1, 3, 1, 10, 4)
+    rows, stack = BeamAncestry(3, 10, torch.device("cpu")), torch.zeros(1, 3, 1, 10, 4)
 
     def follow(index: list[int], length: int) -> None:
         rows.reorder(torch.tensor(index), length, [(stack, 3)])
@@ -78,7 +78,7 @@ def test_what_rows_have_in_common_stays(moved: list[int]) -> None:
 
 def test_a_larger_bucket(moved: list[int]) -> None:
     """What rows had in common they have in common in the larger caches that theirs were copied into."""
-    rows, larger = (Histories(3, bucket, torch.device("cpu")) for bucket in (4, 8))
+    rows, larger = (BeamAncestry(3, bucket, torch.device("cpu")) for bucket in (4, 8))
     rows.reorder(torch.tensor([1, 1, 1]), 3, [(torch.zeros(1, 3, 1, 4, 2), 3)])
     larger.take(rows, 4)
     larger.reorder(torch.tensor([0, 2, 1]), 4, [(torch.zeros(1, 3, 1, 8, 2), 3)])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from accel.config.presets import runtime_preset
-from accel.errors import OutOfMemory
-from accel.runtime.device_memory import check_room
+from accel.errors import DeviceMemoryError
+from accel.runtime.device_memory import check_weights_fit
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.providers import CUDA
 from accel.runtime.session import SessionSettings, open_session
@@ -145,7 +145,7 @@ def test_a_full_device_says_so_and_the_session_goes_on(tmp_path: Path, limit: bo
     filled = torch.empty(max(0, taken), dtype=torch.uint8, device=DEVICE)
     elements = room // 4 // 8  # eight times what there is
     (before,) = session({"x": torch.arange(1000.0)}, ["y"])
-    with pytest.raises(OutOfMemory, match=r"no room for \d+ MB more.*fewer beams"):
+    with pytest.raises(DeviceMemoryError, match=r"no room for \d+ MB more.*fewer beams"):
         session({"x": torch.ones(elements, device=DEVICE)}, ["y"])
     del filled
     (after,) = session({"x": torch.arange(1000.0)}, ["y"])
@@ -159,8 +159,8 @@ def test_a_gpu_too_small_is_foretold(tmp_path: Path) -> None:
     graph.write_bytes(b"")
     with data.open("wb") as file:
         file.truncate(torch.cuda.mem_get_info()[1])  # a sparse file: it takes no room on the disk
-    with pytest.raises(OutOfMemory, match=r"too small: the model has \d+ MB of weights"):
-        check_room([graph], DEVICE)
+    with pytest.raises(DeviceMemoryError, match=r"too small: the model has \d+ MB of weights"):
+        check_weights_fit([graph], DEVICE)
     with data.open("wb") as file:
         file.truncate(1000)
-    check_room([graph], DEVICE)
+    check_weights_fit([graph], DEVICE)

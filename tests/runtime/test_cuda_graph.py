@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from accel.runtime.cuda_graph import Captured, _reason
+from accel.runtime.cuda_graph import CudaGraphCallable, _reason
 from accel.runtime.streams import on_shared_stream
 
 CUDA = torch.device("cuda")
@@ -25,25 +25,25 @@ class Counter:
 
 def test_on_the_cpu_it_is_called() -> None:
     work = Counter(torch.device("cpu"))
-    captured = Captured(work, torch.device("cpu"), "a sum")
+    captured = CudaGraphCallable(work, torch.device("cpu"), "a sum")
     for _ in range(4):
         captured()
     assert work.calls == 4
     assert set(work.sum.tolist()) == {8.0}
-    assert not captured.recorded
+    assert not captured.captured
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_is_recorded_at_the_second_call() -> None:
     """Replays read what is there then: the number changes between them."""
     work = Counter(CUDA)
-    captured = Captured(work, CUDA, "a sum")
+    captured = CudaGraphCallable(work, CUDA, "a sum")
     with on_shared_stream(CUDA):
         for number in (1, 10, 100, 1000):
             work.number.fill_(number)
             captured()
         assert work.calls == 2
-        assert captured.recorded
+        assert captured.captured
         assert set(work.sum.tolist()) == {2222.0}
 
 
@@ -51,12 +51,12 @@ def test_on_a_gpu_it_is_recorded_at_the_second_call() -> None:
 def test_what_asks_the_device_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
     """One warning, and every call counts once all the same."""
     work = Counter(CUDA, asks=True)
-    captured = Captured(work, CUDA, "a sum")
+    captured = CudaGraphCallable(work, CUDA, "a sum")
     with on_shared_stream(CUDA):
         for _ in range(4):
             captured()
         assert set(work.sum.tolist()) == {8.0}
-    assert not captured.recorded
+    assert not captured.captured
     assert caplog.text.count("a sum is not captured") == 1
 
 
@@ -66,7 +66,7 @@ def test_recordings_that_come_and_go() -> None:
     with on_shared_stream(CUDA):
         for _ in range(5):
             first, second = Counter(CUDA), Counter(CUDA)
-            both = [Captured(work, CUDA, "a sum") for work in (first, second)]
+            both = [CudaGraphCallable(work, CUDA, "a sum") for work in (first, second)]
             for _ in range(4):
                 for captured in both:
                     captured()

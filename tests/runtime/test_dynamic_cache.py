@@ -15,8 +15,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from accel.models.generation import AcceleratedModel
 from accel.models.loading import load
-from accel.runtime.dlpack import Held, Value
-from accel.runtime.dynamic_cache import GrowingState
+from accel.runtime.dlpack import OrtValueHandle, Value
+from accel.runtime.dynamic_cache import DynamicCacheState
 from accel.runtime.io_binding import BoundSession
 
 BATCH, SOURCE, PAST = 3, 9, 5
@@ -72,7 +72,7 @@ class Both:
         for new in (1, 3):
             ids = torch.arange(3, 3 + self.state.batch * new).view(-1, new)
             torch.testing.assert_close(
-                self.model.runtime.step({"input_ids": ids}, self.state), self.pytorch(ids), rtol=1e-4, atol=1e-4
+                self.model.runtime.decode({"input_ids": ids}, self.state), self.pytorch(ids), rtol=1e-4, atol=1e-4
             )
         self.assert_same_caches()
 
@@ -127,7 +127,7 @@ def test_expand_then_reorder(both: Both) -> None:
 def test_reorder_moves_the_right_rows(both: Both) -> None:
     """Every cache of the decoder's own follows the index, and the sequences do differ."""
     both.state.expand(2)
-    both.model.runtime.step({"input_ids": torch.arange(10, 16)[:, None]}, both.state)
+    both.model.runtime.decode({"input_ids": torch.arange(10, 16)[:, None]}, both.state)
     before = {name: view.clone() for name, view in both.state.views().items()}
     index = torch.tensor([1, 1, 3, 2, 4, 4])
     both.state.reorder(index)
@@ -151,7 +151,7 @@ def test_states_are_independent(model: AcceleratedModel, eager: T5ForConditional
     """Two generations at once over one runtime don't touch each other's caches."""
     first, second = Both(model, eager), Both(model, eager)
     second.state.select(torch.tensor([0]))
-    model.runtime.step({"input_ids": torch.tensor([[4]])}, second.state)
+    model.runtime.decode({"input_ids": torch.tensor([[4]])}, second.state)
     first.assert_same()
 
 
@@ -177,9 +177,9 @@ def test_encoder_runs_once(model: AcceleratedModel, monkeypatch: pytest.MonkeyPa
     calls: list[int] = []
     real = model.runtime.encode
 
-    def encode(feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        calls.append(feeds["input_ids"].shape[0])
-        return real(feeds)
+    def encode(inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        calls.append(inputs["input_ids"].shape[0])
+        return real(inputs)
 
     monkeypatch.setattr(model.runtime, "encode", encode)
     model.generate(**inputs(), **options)
@@ -190,14 +190,14 @@ def test_prefill_once_then_one_token_a_step(model: AcceleratedModel, monkeypatch
     """The cache is used: one prefill, and every step is given one new id and a past that is one longer."""
     steps: list[tuple[int, int]] = []
     prefills: list[int] = []
-    step, prefill = model.runtime.step, model.runtime.prefill
+    decode, prefill = model.runtime.decode, model.runtime.prefill
 
-    def count(feeds: Mapping[str, Tensor], state: GrowingState) -> Tensor:
-        steps.append((feeds["input_ids"].shape[1], state.length))
-        return step(feeds, state)
+    def count(inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
+        steps.append((inputs["input_ids"].shape[1], state.length))
+        return decode(inputs, state)
 
-    monkeypatch.setattr(model.runtime, "step", count)
-    monkeypatch.setattr(model.runtime, "prefill", lambda feeds: prefills.append(1) or prefill(feeds))
+    monkeypatch.setattr(model.runtime, "decode", count)
+    monkeypatch.setattr(model.runtime, "prefill", lambda inputs: prefills.append(1) or prefill(inputs))
     model.generate(**inputs(), min_new_tokens=12)
     assert prefills == [1]
     assert steps == [(1, length) for length in range(1, 12)]
@@ -224,11 +224,11 @@ def test_caches_stay_where_onnx_runtime_put_them(model: AcceleratedModel, monkey
     real = BoundSession.run
 
     def place(value: Value) -> int:
-        return int(value.value.data_ptr() if isinstance(value, Held) else value.data_ptr())
+        return int(value.value.data_ptr() if isinstance(value, OrtValueHandle) else value.data_ptr())
 
-    def run(self: BoundSession, feeds: Mapping[str, Value], wanted: list[str], held: int = 0) -> list[Value]:
-        outputs = real(self, feeds, wanted, held)
-        taken = {name: place(value) for name, value in feeds.items()}
+    def run(self: BoundSession, inputs: Mapping[str, Value], wanted: list[str], held: int = 0) -> list[Value]:
+        outputs = real(self, inputs, wanted, held)
+        taken = {name: place(value) for name, value in inputs.items()}
         runs.append((taken, dict(zip(wanted, map(place, outputs), strict=True))))
         return outputs
 

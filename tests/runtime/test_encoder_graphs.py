@@ -36,7 +36,7 @@ def test_the_same_at_any_length(session: BoundSession) -> None:
             assert found.shape == expected.shape
             kept = given["attention_mask"].bool()
             torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-5)
-    assert len(encoder._desks) == 4  # 16 and 32, of one row and of three
+    assert len(encoder._entries) == 4  # 16 and 32, of one row and of three
 
 
 def test_what_it_returned_stays(session: BoundSession) -> None:
@@ -52,8 +52,8 @@ def test_few_shapes_are_kept(session: BoundSession) -> None:
     encoder = CapturedEncoder(session)
     for rows in (1, 2, 3, 4, 1, 5, 6):
         encoder(inputs(rows, 4))
-    assert [kind[0][1] for kind in encoder._desks] == [(4, 16), (1, 16), (5, 16), (6, 16)]
-    assert len(encoder._desks) == KEPT
+    assert [kind[0][1] for kind in encoder._entries] == [(4, 16), (1, 16), (5, 16), (6, 16)]
+    assert len(encoder._entries) == KEPT
 
 
 def test_large_outputs_are_not_kept(session: BoundSession, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_large_outputs_are_not_kept(session: BoundSession, monkeypatch: pytest.M
         monkeypatch.setattr("accel.runtime.encoder_graphs.LARGEST", largest)
         encoder = CapturedEncoder(session)
         torch.testing.assert_close(encoder(given)["last_hidden_state"][0], expected[0], rtol=1e-4, atol=1e-5)
-        assert len(encoder._desks) == kept
+        assert len(encoder._entries) == kept
 
 
 def test_only_where_it_is_recorded(session: BoundSession, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
-from accel.runtime.dlpack import Bridge, by_cupy, by_dlpack
+from accel.runtime.dlpack import TensorExchange, run_with_cupy, run_with_dlpack
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.providers import CPU, CUDA
 from accel.runtime.session import SessionSettings, open_session
@@ -29,7 +29,7 @@ TEXT = """g (float[n, m] x, int64[k] ids, bool negate) => (float[n, m] y, float[
 ON, OFF = torch.tensor(True), torch.tensor(False)
 
 
-def open_bound(folder: Path, device: str, by: Bridge) -> BoundSession:
+def open_bound(folder: Path, device: str, by: TensorExchange) -> BoundSession:
     """A fresh session over the text."""
     path = folder / "text.onnx"
     path.write_bytes(ir.to_proto(parse(TEXT)).SerializeToString())
@@ -40,9 +40,9 @@ def open_bound(folder: Path, device: str, by: Bridge) -> BoundSession:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(("cpu", by_dlpack), id="cpu-dlpack"),
-        pytest.param(("cuda", by_dlpack), id="cuda-dlpack", marks=pytest.mark.gpu),
-        pytest.param(("cuda", by_cupy), id="cuda-cupy", marks=pytest.mark.gpu),
+        pytest.param(("cpu", run_with_dlpack), id="cpu-dlpack"),
+        pytest.param(("cuda", run_with_dlpack), id="cuda-dlpack", marks=pytest.mark.gpu),
+        pytest.param(("cuda", run_with_cupy), id="cuda-cupy", marks=pytest.mark.gpu),
     ],
 )
 def bound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BoundSession:
@@ -74,15 +74,15 @@ def numbers(bound: BoundSession, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(bound.device)
 
 
-def feeds(x: torch.Tensor, negate: torch.Tensor = OFF) -> dict[str, torch.Tensor]:
+def inputs(x: torch.Tensor, negate: torch.Tensor = OFF) -> dict[str, torch.Tensor]:
     return {"x": x, "ids": torch.tensor([1, 0]), "negate": negate}
 
 
 def test_outputs_are_onnx_runtimes_own_memory(bound: BoundSession) -> None:
     """Each tensor starts where ONNX Runtime put the output: nothing was copied."""
     recording = Recording(bound.session)
-    subject = BoundSession(recording, bound.device, bound.bridge)  # type: ignore[arg-type]
-    outputs = subject(feeds(numbers(bound, 3, 5)), ["y", "rows"])
+    subject = BoundSession(recording, bound.device, bound.tensor_exchange)  # type: ignore[arg-type]
+    outputs = subject(inputs(numbers(bound, 3, 5)), ["y", "rows"])
     assert [output.data_ptr() for output in outputs] == recording.pointers
     assert len(set(recording.pointers)) == 2
 
@@ -90,10 +90,10 @@ def test_outputs_are_onnx_runtimes_own_memory(bound: BoundSession) -> None:
 def test_numbers_order_and_types(bound: BoundSession) -> None:
     """Outputs come in the order asked for, whichever that is, with the graph's shapes and types."""
     x = numbers(bound, 3, 5)
-    rows, y = bound(feeds(x), ["rows", "y"])
+    rows, y = bound(inputs(x), ["rows", "y"])
     assert torch.equal(y, 2 * x)
     assert torch.equal(rows, x[[1, 0]])
-    (y,) = bound(feeds(x, ON), ["y"])
+    (y,) = bound(inputs(x, ON), ["y"])
     assert torch.equal(y, -2 * x)
     assert bound.dtype("x") == bound.dtype("y") == torch.float32
     assert bound.dtype("ids") == torch.int64
@@ -103,7 +103,7 @@ def test_numbers_order_and_types(bound: BoundSession) -> None:
 def test_last_outputs_are_not_overwritten(bound: BoundSession) -> None:
     """Tensors of earlier runs keep their numbers and have memory of their own."""
     inputs = [numbers(bound, 3, 5) + number for number in range(20)]
-    outputs = [bound(feeds(x), ["y", "rows"]) for x in inputs]
+    outputs = [bound(inputs(x), ["y", "rows"]) for x in inputs]
     for x, (y, rows) in zip(inputs, outputs, strict=True):
         assert torch.equal(y, 2 * x)
         assert torch.equal(rows, x[[1, 0]])
@@ -112,9 +112,9 @@ def test_last_outputs_are_not_overwritten(bound: BoundSession) -> None:
 
 def test_outputs_outlive_the_session(bound: BoundSession, tmp_path: Path) -> None:
     """The memory belongs to the tensor: it stays when session and binding are gone."""
-    subject = open_bound(tmp_path, bound.device.type, bound.bridge)
+    subject = open_bound(tmp_path, bound.device.type, bound.tensor_exchange)
     x = numbers(bound, 300, 500)
-    y, rows = subject(feeds(x), ["y", "rows"])
+    y, rows = subject(inputs(x), ["y", "rows"])
     del subject
     gc.collect()
     churn = [torch.full((300, 500), float(number), device=bound.device) for number in range(20)]
@@ -128,7 +128,7 @@ def test_output_fed_back(bound: BoundSession) -> None:
     x = numbers(bound, 3, 5)
     y = x
     for _ in range(10):
-        (y,) = bound(feeds(y), ["y"])
+        (y,) = bound(inputs(y), ["y"])
     assert torch.equal(y, 1024 * x)
 
 
@@ -147,7 +147,7 @@ def test_output_fed_back(bound: BoundSession) -> None:
 def test_any_tensor_is_a_feed(bound: BoundSession, change: Any) -> None:
     """Order in memory, type and offset of a feed make no difference."""
     x = numbers(bound, 3, 5)
-    y, rows = bound(feeds(change(x)), ["y", "rows"])
+    y, rows = bound(inputs(change(x)), ["y", "rows"])
     assert torch.equal(y, 2 * x)
     assert torch.equal(rows, x[[1, 0]])
 
@@ -178,5 +178,5 @@ def test_empty_inputs_and_outputs(bound: BoundSession) -> None:
 def test_boolean_output(bound: BoundSession) -> None:
     """DLPack knows no bool in ONNX Runtime's hands; the tensor must come out all the same."""
     x = numbers(bound, 3, 5)
-    (positive,) = bound(feeds(x), ["positive"])
+    (positive,) = bound(inputs(x), ["positive"])
     assert torch.equal(positive.bool(), x > 0)

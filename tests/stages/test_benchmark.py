@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from accel.adapters import registry
 from accel.benchmark import footprint
-from accel.benchmark.backends import SETUPS, Sources, chosen, torch_model
+from accel.benchmark.backends import BACKENDS, Sources, chosen, torch_model
 from accel.benchmark.timer import Timing
 from accel.cli import benchmark_table
 from accel.cli.compose import compose, execute
@@ -25,7 +25,7 @@ from tests.conftest import Build, overrides_for
 POINT = ["benchmark.source_length=5", "benchmark.new_tokens=6", "benchmark.repeats=3", "benchmark.warmup=1"]
 QUICK = [*POINT, "benchmark.memory=false"]
 PNG = b"\x89PNG"
-COMPILED = "torch static cache, compiled"
+COMPILED = "torch_static_compiled"
 
 
 def test_figures(build: Build, tiny: Path) -> None:
@@ -34,14 +34,14 @@ def test_figures(build: Build, tiny: Path) -> None:
     artifact = artifacts["benchmark"]
     summary = artifact.summary
     measured = json.loads((artifact.folder / benchmark.MEASUREMENT).read_text())
-    assert set(summary["setups"]) == set(measured["latencies"]) == set(chosen([], RuntimeConfig(name="cpu")))
+    assert set(summary["backends"]) == set(measured["latencies"]) == set(chosen([], RuntimeConfig(name="cpu")))
     assert summary["point"] | {"new_tokens": 6, "num_beams": 2, "batch_size": 3} == summary["point"]
-    assert set(summary["machine"]) >= {"device", "threads", "processor", "other_load"}
+    assert set(summary["machine"]) >= {"device", "threads", "processor", "background_load"}
     assert summary["packages"]["torch"] == torch.__version__
     assert summary["torch_fp32"] == {}
     assert "command" in summary
-    totals = {name: values["total"]["median"] for name, values in summary["setups"].items()}
-    for name, values in summary["setups"].items():
+    totals = {name: values["total"]["median"] for name, values in summary["backends"].items()}
+    for name, values in summary["backends"].items():
         assert values["same_tokens"]
         assert 0 < values["total"]["min"] <= totals[name] <= values["total"]["max"]
         assert 0 < values["inside"]["median"] < totals[name]
@@ -49,8 +49,8 @@ def test_figures(build: Build, tiny: Path) -> None:
         assert values["last_over_first"] == benchmark.last_over_first(measured["latencies"][name])
         assert not values["compiled"]
         assert values["ms_per_token"] == pytest.approx(1000 * totals[name] / 6)
-        assert values["vs_torch_cache"] == pytest.approx(totals["torch+cache"] / totals[name])
-        assert values["vs_two_files"] == pytest.approx(totals["onnx+cache, two files"] / totals[name])
+        assert values["vs_torch_cache"] == pytest.approx(totals["torch_cache"] / totals[name])
+        assert values["vs_two_files"] == pytest.approx(totals["onnx_two_files"] / totals[name])
         repeats = measured["repeats"][name]
         assert len(repeats) == 3
         assert statistics.median(repeat["total"] for repeat in repeats) == totals[name]
@@ -64,26 +64,29 @@ def test_figures(build: Build, tiny: Path) -> None:
 
 def test_memory(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each process reports what it added; the merged decoder is set against the step graph alone, and shown."""
-    chosen = 'benchmark.setups=[onnx+cache,"onnx+cache, two files"]'
+    chosen = 'benchmark.backends=[onnx_merged,"onnx_two_files"]'
     _, artifacts = build(tiny, "benchmark", [*POINT, chosen])
     summary = artifacts["benchmark"].summary
     memory = summary["memory"]
-    assert set(memory) == {"onnx+cache", "onnx+cache, two files", footprint.STEP_ALONE}
-    for name in ("onnx+cache", "onnx+cache, two files"):
+    assert set(memory) == {"onnx_merged", "onnx_two_files", footprint.DECODE_ALONE}
+    for name in ("onnx_merged", "onnx_two_files"):
         assert memory[name][footprint.PEAK] > 0
         assert memory[name][footprint.AT_THE_END] >= memory[name][footprint.SESSION] > 0
-    alone = memory[footprint.STEP_ALONE]
+    alone = memory[footprint.DECODE_ALONE]
     assert summary["session_ratios"] == pytest.approx(
-        {when: memory["onnx+cache"][when] / alone[when] for when in alone}
+        {when: memory["onnx_merged"][when] / alone[when] for when in alone}
     )
-    assert all(values["vs_torch_cache"] is None for values in summary["setups"].values())  # it did not take part
+    assert all(values["vs_torch_cache"] is None for values in summary["backends"].values())  # it did not take part
     drawn = benchmark_table.rows(summary)
-    assert [row[0] for row in drawn] == ["onnx+cache", "onnx+cache, two files"]
+    assert [row[0] for row in drawn] == ["onnx_merged", "onnx_two_files"]
     assert {len(row) for row in drawn} == {len(benchmark_table.COLUMNS)}
     drawn = benchmark_table.memory_rows(summary)
-    assert [row[0] for row in drawn] == ["onnx+cache", "onnx+cache, two files", footprint.STEP_ALONE]
+    assert [row[0] for row in drawn] == ["onnx_merged", "onnx_two_files", footprint.DECODE_ALONE]
     assert {len(row) for row in drawn} == {len(benchmark_table.MEMORY_COLUMNS)}
-    assert drawn[2][1:] == [benchmark_table.ABSENT, *(f"{alone[when] / 1e6:.0f}" for when in ("session", "at the end"))]
+    assert drawn[2][1:] == [
+        benchmark_table.ABSENT,
+        *(f"{alone[when] / 1e6:.0f}" for when in ("session", "at the end")),
+    ]
     benchmark_table.show(summary)
     told = " ".join(capsys.readouterr().out.split())
     assert (
@@ -94,31 +97,31 @@ def test_memory(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_failing_process_is_named(build: Build, tiny: Path) -> None:
     config, artifacts = build(tiny, "merge")
     sources = Sources(str(tiny), str(artifacts["merge"].folder), "nowhere", {}, config.runtime)
-    task = footprint.Task(footprint.SESSION, footprint.STEP_ALONE, sources.dump(), 1, 4, "", {"num_beams": 1})
-    with pytest.raises(AccelError, match=r"'step alone' failed.*step\.onnx"):
+    task = footprint.Task(footprint.SESSION, footprint.DECODE_ALONE, sources.dump(), 1, 4, "", {"num_beams": 1})
+    with pytest.raises(AccelError, match=r"'decode alone' failed.*step\.onnx"):
         footprint.measure_all([task], weight_bytes=0)
 
 
 def test_candidate_only_if_asked(build: Build, tiny: Path) -> None:
     """What is measured has passed `verify`, unless `benchmark.unverified=true`."""
-    few = [*QUICK, "benchmark.setups=[onnx+cache]", "benchmark.repeats=1", "benchmark.warmup=0"]
+    few = [*QUICK, "benchmark.backends=[onnx_merged]", "benchmark.repeats=1", "benchmark.warmup=0"]
     _, verified = build(tiny, "benchmark", few)
-    _, candidate = build(tiny, "benchmark", [*few, "benchmark.unverified=true"])
+    _, bundle = build(tiny, "benchmark", [*few, "benchmark.unverified=true"])
     assert "verify" in verified["benchmark"].manifest.upstream
     assert "merge" not in verified["benchmark"].manifest.upstream
-    assert "merge" in candidate["benchmark"].manifest.upstream
-    assert "verify" not in candidate["benchmark"].manifest.upstream
+    assert "merge" in bundle["benchmark"].manifest.upstream
+    assert "verify" not in bundle["benchmark"].manifest.upstream
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"setups": ["torch", "tensorrt"]}, r"'tensorrt'.*onnx\+cache, two files.*torch\+cache"),
-        ({"setups": ["torch", "torch"]}, "twice"),
-        ({"setups": [COMPILED]}, r"'torch static cache, compiled' needs runtime=cuda.*torch\+cache, onnx"),
+        ({"backends": ["torch_cache", "tensorrt"]}, r"'tensorrt'.*onnx_two_files.*torch_cache"),
+        ({"backends": ["torch_cache", "torch_cache"]}, "twice"),
+        ({"backends": [COMPILED]}, r"'torch_static_compiled' needs runtime=cuda.*torch_cache, onnx"),
         ({"warmup": -1}, "warmup=-1"),
         ({"warmup_tokens": 0}, "warmup_tokens=0"),
-        ({"patience": -1.0}, "patience=-1"),
+        ({"time_budget_s": -1.0}, "time_budget_s=-1"),
     ],
 )
 def test_refused(values: dict[str, Any], message: str) -> None:
@@ -139,16 +142,16 @@ def test_remarks() -> None:
     """A row says when its tokens differ, and when what should compile didn't."""
     point = {"new_tokens": 4, "num_beams": 4, "source_length": 4, "batch_size": 1}
     timings = {
-        "torch+cache": [Timing(2.0, 1.0, [0.5] * 4, [[1, 2]])],
+        "torch_cache": [Timing(2.0, 1.0, [0.5] * 4, [[1, 2]])],
         COMPILED: [Timing(1.0, 0.5, [0.25] * 4, [[1, 3]])],
-        "onnx+cache": [Timing(0.5, 0.4, [0.1] * 4, [[1, 2]])] * 2,
+        "onnx_merged": [Timing(0.5, 0.4, [0.1] * 4, [[1, 2]])] * 2,
     }
     figures = benchmark.summarize(timings, 4)
-    drawn = benchmark_table.rows({"point": point, "setups": figures, "memory": {}})
+    drawn = benchmark_table.rows({"point": point, "backends": figures, "memory": {}})
     assert [row[:2] for row in drawn] == [
-        ["torch+cache", "1"],
+        ["torch_cache", "1"],
         [f"{COMPILED} (other tokens, not compiled)", "1"],
-        ["onnx+cache", "2"],
+        ["onnx_merged", "2"],
     ]
     assert [row[5] for row in drawn] == ["1.00x"] * 3
     timings[COMPILED][0].compiled = True
@@ -159,10 +162,11 @@ def test_command() -> None:
     """What to type elsewhere: no folders of this machine, quotes where the shell needs them."""
     given = [
         *("/home/a/venv/bin/accel", "-m", "+sweep=long", "artifacts=/tmp/x", "hydra.sweep.dir=/tmp/y"),
-        *("model.checkpoint=/data/models/mine", "benchmark.setups=[torch,onnx]", "model=t5-large"),
+        *("model.checkpoint=/data/models/mine", "benchmark.backends=[torch_cache,onnx_merged]", "model=t5-large"),
     ]
     assert command(given) == (
-        "python -m accel -m +sweep=long model.checkpoint=mine 'benchmark.setups=[torch,onnx]' model=t5-large"
+        "python -m accel -m +sweep=long model.checkpoint=mine "
+        "'benchmark.backends=[torch_cache,onnx_merged]' model=t5-large"
     )
     assert command(["/usr/bin/pytest", "-q"]) is None
 
@@ -172,7 +176,7 @@ def test_one_process_at_a_time_on_a_gpu() -> None:
 
     def tasks(device: str) -> list[footprint.Task]:
         sources = {"runtime": {"device": device}}
-        return [footprint.Task(footprint.PEAK, name, sources, 1, 4, "", {}) for name in ("torch", "onnx")]
+        return [footprint.Task(footprint.PEAK, name, sources, 1, 4, "", {}) for name in ("torch_cache", "onnx_merged")]
 
     assert footprint.at_once(tasks("cuda:0"), 0) == 1
     assert footprint.at_once(tasks("cpu"), 0) == min(os.cpu_count() or 1, 2**20)
@@ -195,17 +199,17 @@ def test_inputs_are_not_padded(tiny: Path, build: Build) -> None:
 def test_busy_machine_is_told(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     point = {"new_tokens": 4, "num_beams": 1, "source_length": 4, "batch_size": 1}
     for share in (0.02, 0.6):
-        facts = {"device": "cpu", "threads": 2, "other_load": share}
+        facts = {"device": "cpu", "threads": 2, "background_load": share}
         benchmark_table.show(
             {
                 "point": point,
                 "precision": "float32",
                 "machine": facts,
-                "setups": {},
+                "backends": {},
                 "torch_fp32": {"wo": 48} if share == 0.6 else {},
                 "memory": {},
                 "session_ratios": {},
-                "limit": {"seconds": 3e-4, "bytes": 9e8, "bandwidth": 3e12} if share == 0.6 else None,
+                "roofline": {"seconds": 3e-4, "bytes": 9e8, "bandwidth": 3e12} if share == 0.6 else None,
             }
         )
         printed = capsys.readouterr()
@@ -230,15 +234,15 @@ def test_benchmark_on_cuda(tiny: Path, shared: Path) -> None:
     """Every setup takes part, memory is what processes took of the device, and the machine is named."""
     asked = on_gpu(tiny, shared, *POINT, "stage=benchmark", "benchmark.new_tokens=20", runtime="cuda-graph")
     summary = execute(compose(asked))["benchmark"].summary
-    assert set(summary["setups"]) == set(SETUPS)
-    assert summary["limit"]["bandwidth"] > 1e11
-    assert summary["setups"]["onnx static, captured"]["over_limit"] > 1
+    assert set(summary["backends"]) == set(BACKENDS)
+    assert summary["roofline"]["bandwidth"] > 1e11
+    assert summary["backends"]["onnx_captured"]["over_roofline"] > 1
     assert summary["machine"]["device"] == torch.cuda.get_device_name()
     assert summary["machine"]["driver"]
     assert summary["torch_fp32"] == {"wo": 5}
-    for name in SETUPS:
+    for name in BACKENDS:
         assert summary["memory"][name][footprint.PEAK] > 0
-    for name in ("onnx+cache", footprint.STEP_ALONE, footprint.CAPTURED):
+    for name in ("onnx_merged", footprint.DECODE_ALONE, footprint.CAPTURED):
         assert summary["memory"][name][footprint.SESSION] > 0
     assert summary["session_ratios"]["session"] > 0
 

@@ -12,21 +12,21 @@ from accel.models.checkpoints import load_model
 from accel.stages import export
 from tests.conftest import Build
 
-ROLES = ("encoder", "prefill", "step")
+ROLES = ("encoder", "prefill", "decode")
 
 
 @pytest.mark.parametrize("damaged", [None, *ROLES])
 def test_every_role_is_compared(build: Build, tiny: Path, tmp_path: Path, damaged: str | None) -> None:
     """One weight of one role changed by a hundredth is found, and the role named; untouched, all pass."""
     config, artifacts = build(tiny, "export")
-    for role in ROLES:
-        graph = files.load(artifacts["export"].folder / f"{role}.onnx")
-        if role == damaged:
+    for component in ROLES:
+        graph = files.load(artifacts["export"].folder / f"{component}.onnx")
+        if component == damaged:
             norm = next(name for name in graph.graph.initializers if name.endswith("final_layer_norm.weight"))
             changed = graph.graph.initializers[norm].const_value.numpy().copy()
             changed[3] *= 1.01
             graph.graph.initializers[norm].const_value = ir.tensor(changed, name=norm)
-        files.save(graph, tmp_path / f"{role}.onnx")
+        files.save(graph, tmp_path / f"{component}.onnx")
     architecture, model = registry.build(config.architecture), load_model(tiny)
     if damaged is None:
         worst = export.compare(architecture, model, tmp_path, 1e-4, seed=1)

@@ -20,13 +20,13 @@ from accel.evaluation.rounding import FACTOR
 from accel.pipeline.runner import Pipeline
 from accel.pipeline.store import Artifact
 from accel.runtime import layout
-from accel.runtime.dynamic_cache import GrowingRuntime, GrowingState
+from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState
 from accel.stages import verify
 from tests.conftest import Build
 from tests.ill_conditioned import ill_conditioned_llama
 from tests.integration.test_precision import saved
 
-Step = Callable[[dict[str, Tensor], GrowingState], None]
+Step = Callable[[dict[str, Tensor], DynamicCacheState], None]
 Array = np.ndarray[Any, Any]
 FAST = ("verify.inputs=4", "verify.num_beams=2", "verify.max_new_tokens=16", "verify.references=0")
 
@@ -42,12 +42,12 @@ class Case:
     def encodes(self) -> bool:
         return (self.inputs["merge"].folder / layout.ENCODER).is_file()
 
-    def examine(self, folder: Path | None = None) -> parity.Verdict:
+    def examine(self, folder: Path | None = None) -> parity.VerificationResult:
         """The verdict on the candidate, or on the one in `folder`."""
         architecture = registry.build(self.config.architecture)
-        verdict = parity.Verdict(precision=self.config.precision.dtype)
-        verify.examine(folder or self.inputs["merge"].folder, self.config, self.inputs, architecture, verdict)
-        return verdict
+        verification = parity.VerificationResult(precision=self.config.precision.dtype)
+        verify.examine(folder or self.inputs["merge"].folder, self.config, self.inputs, architecture, verification)
+        return verification
 
     def edited(self, folder: Path, change: Callable[[onnx.GraphProto], None]) -> Path:
         """A copy of the candidate in `folder`, with another decoder."""
@@ -79,50 +79,50 @@ pytestmark = pytest.mark.xdist_group("faults")
 
 def test_rounding_is_no_fault(case: Case) -> None:
     """The candidate passes: also where PyTorch itself is further off than any formula of the depth allows."""
-    verdict = case.examine()
-    assert verdict.failures == []
-    assert min(verdict.identical.values()) == 1
-    beyond = [one for one in verdict.outputs.values() if one.relative > verdict.threshold]
+    verification = case.examine()
+    assert verification.failures == []
+    assert min(verification.identical.values()) == 1
+    beyond = [one for one in verification.outputs.values() if one.error > verification.threshold]
     assert bool(beyond) is not case.encodes, "the ill-conditioned point should be seen, and only there"
-    assert all(one.own is not None and one.relative <= FACTOR * one.own for one in beyond)
+    assert all(one.torch_error is not None and one.error <= FACTOR * one.torch_error for one in beyond)
 
 
 @contextmanager
 def every_step(change: Step) -> Iterator[None]:
     """The inputs or the caches of every step are changed before it runs."""
-    real = GrowingRuntime.step
+    real = DynamicCacheRuntime.decode
 
-    def step(self: GrowingRuntime, feeds: Mapping[str, Tensor], state: GrowingState) -> Tensor:
-        given = dict(feeds)
+    def decode(self: DynamicCacheRuntime, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
+        given = dict(inputs)
         change(given, state)
         return real(self, given, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GrowingRuntime, "step", step)
+        patch.setattr(DynamicCacheRuntime, "decode", decode)
         yield
 
 
-def shift_positions(feeds: dict[str, Tensor], state: GrowingState) -> None:
-    feeds["position_ids"] = feeds["position_ids"] + 1
+def shift_positions(inputs: dict[str, Tensor], state: DynamicCacheState) -> None:
+    inputs["position_ids"] = inputs["position_ids"] + 1
 
 
-def hide_a_token(feeds: dict[str, Tensor], state: GrowingState) -> None:
+def hide_a_token(inputs: dict[str, Tensor], state: DynamicCacheState) -> None:
     if "encoder_attention_mask" in state.fixed:
         mask = state.fixed["encoder_attention_mask"].clone()
         mask[:, 0] = 0
         state.fixed["encoder_attention_mask"], state.ready = mask, None
     else:
-        feeds["attention_mask"] = feeds["attention_mask"].clone()
-        feeds["attention_mask"][:, 0] = 0
+        inputs["attention_mask"] = inputs["attention_mask"].clone()
+        inputs["attention_mask"][:, 0] = 0
 
 
-def repeat_a_row(feeds: dict[str, Tensor], state: GrowingState) -> None:
+def repeat_a_row(inputs: dict[str, Tensor], state: DynamicCacheState) -> None:
     """The newest row of the last layer's caches is what was there before it."""
-    own = {name: tensor.clone() for name, tensor in state.own.items()}
+    own = {name: tensor.clone() for name, tensor in state.self_caches.items()}
     for name in list(own)[-2:]:
         if own[name].shape[2] > 1:
             own[name][:, :, -1] = own[name][:, :, -2]
-    state.own = own
+    state.self_caches = own
 
 
 def with_weight(name: str, change: Callable[[Array], Array]) -> Callable[[onnx.GraphProto], None]:
@@ -177,12 +177,12 @@ def refused(case: Case, fault: str, folder: Path) -> None:
     }
     if fault in steps:
         with every_step(steps[fault]):
-            verdict = case.examine()
+            verification = case.examine()
     else:
-        verdict = case.examine(case.edited(folder / "edited", edits[fault]))
-    assert not verdict.passed
-    worst = max(verdict.outputs.values(), key=lambda one: one.rank)
+        verification = case.examine(case.edited(folder / "edited", edits[fault]))
+    assert not verification.passed
+    worst = max(verification.outputs.values(), key=lambda one: one.rank)
     assert worst.used > 2, worst
-    (named, *_) = [failure for failure in verdict.failures if f"{worst.relative:.1e}" in failure]
-    assert f"allowed {worst.allowed:.1e}, PyTorch's own float32 {worst.own:.1e}" in named
-    assert worst.where in named
+    (named, *_) = [failure for failure in verification.failures if f"{worst.error:.1e}" in failure]
+    assert f"allowed {worst.allowed:.1e}, PyTorch's own float32 {worst.torch_error:.1e}" in named
+    assert worst.location in named

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from accel.config.schema import Config, ModelConfig, PrecisionConfig, VerifyConfig
-from accel.errors import AccelError, Refused
+from accel.errors import AccelError, VerificationError
 from accel.stages import verify
 from tests.conftest import Build
 
@@ -37,12 +37,12 @@ def config(dtype: str, **changes: object) -> Config:
 def test_the_least_share_of_sequences(
     dtype: str, changes: dict[str, object], identical: dict[str, float], passes: bool
 ) -> None:
-    verdict = verify.Verdict(identical=ALL | identical)
-    verify.judge(config(dtype, **changes), verdict)
-    assert (not verdict.failures) == passes
+    verification = verify.VerificationResult(identical=ALL | identical)
+    verify.judge(config(dtype, **changes), verification)
+    assert (not verification.failures) == passes
     if not passes:
         (name, share) = next(iter(identical.items()))
-        assert f"{name} {share:.1%}" in verdict.failures[0]
+        assert f"{name} {share:.1%}" in verification.failures[0]
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,11 @@ def test_the_least_share_of_sequences(
     ],
 )
 def test_the_most_that_a_metric_may_lose(metric: str, theirs: float, ours: float, passes: bool) -> None:
-    verdict = verify.Verdict(identical=ALL, metrics={"pytorch": {metric: theirs}, "ours": {metric: ours}})
-    verify.judge(config("float16"), verdict)
-    assert (not verdict.failures) == passes
+    verification = verify.VerificationResult(
+        identical=ALL, metrics={"pytorch": {metric: theirs}, "ours": {metric: ours}}
+    )
+    verify.judge(config("float16"), verification)
+    assert (not verification.failures) == passes
 
 
 def test_a_refusal_names_inputs_and_what_to_try(build: Build, tiny: Path, artifacts: Path) -> None:
@@ -67,13 +69,13 @@ def test_a_refusal_names_inputs_and_what_to_try(build: Build, tiny: Path, artifa
     agreed = made["verify"].summary["identical"]
     assert min(agreed[name] for name in verify.GATED) < 1  # random weights decide nearly at random
     before = set((artifacts / tiny.name).glob("verify-*/manifest.json"))
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(VerificationError) as caught:
         build(tiny, "verify", [*given, "verify.min_token_agreement=1"])
     message = str(caught.value)
     assert "at least 100.0% must be" in message
     assert "'input " in message
     assert "precision=bf16" in message
-    assert "audit.margin" in message
+    assert "audit.overflow_margin" in message
     assert len(message.splitlines()) <= 12  # all of it is shown
     assert caught.value.found["identical"] == agreed
     assert caught.value.found["passed"] is False
@@ -93,7 +95,7 @@ def test_a_refusal_names_inputs_and_what_to_try(build: Build, tiny: Path, artifa
         ("audit.trials=-1", "audit.trials=-1: must be 0"),
         (
             "precision.plan=mine",
-            "unknown precision.plan: 'mine'. Did you mean minimised? Choices: blanket, minimised, operators, ranges",
+            "unknown precision.plan: 'mine'. Did you mean minimized? Choices: blanket, minimized, operators, rules",
         ),
         ("precision.dtype=float8", "unknown precision.dtype: 'float8'"),
         ("precision=bf16", "CPUExecutionProvider has no kernels for bfloat16, which generate would run"),

@@ -82,16 +82,16 @@ def test_off_the_device() -> None:
     found = profile.digest({"decoder": decoder, "encoder": encoder}).off_device
     assert found == {
         "prefill": [profile.Node("length", "Shape", cpu, 1.0), profile.Node("first", "MemcpyToHost", gpu, 1.0)],
-        "step": [
+        "decode": [
             profile.Node("twice", "Gather", cpu, 2.0),
             profile.Node("length", "Shape", cpu, 1.0),
             profile.Node("last", "MemcpyFromHost", gpu, 0.5),
         ],
     }
-    assert profile_table.off_device_lines("step", [asdict(node) for node in found["step"]]) == [
-        "decoder, step: 2 nodes on the CPU, 3.0 calls per token: twice (Gather), length (Shape)",
-        "decoder, step: 0 nodes MemcpyToHost, 0.0 calls per token",
-        "decoder, step: 1 nodes MemcpyFromHost, 0.5 calls per token: last (MemcpyFromHost)",
+    assert profile_table.off_device_lines("decode", [asdict(node) for node in found["decode"]]) == [
+        "decoder, decode: 2 nodes on the CPU, 3.0 calls per token: twice (Gather), length (Shape)",
+        "decoder, decode: 0 nodes MemcpyToHost, 0.0 calls per token",
+        "decoder, decode: 1 nodes MemcpyFromHost, 0.5 calls per token: last (MemcpyFromHost)",
     ]
 
 
@@ -103,11 +103,11 @@ def test_description_on_cuda(capsys: pytest.CaptureFixture[str]) -> None:
     """Times on CUDA are the host's, and the summary says so."""
     point = {"new_tokens": 2, "source_length": 3, "top": 4}
     summary = {"point": point, "device": "a GPU", "seconds": 0.5, "share": 0.5, "operators": {}, "providers": {}}
-    summary |= {"copies": {}, "off_device": {"prefill": [], "step": []}}
+    summary |= {"copies": {}, "off_device": {"prefill": [], "decode": []}}
     profile_table.show(summary)
     printed = capsys.readouterr().out
     assert "launching kernels (not the device's time)" in printed
-    assert "decoder, step: 0 nodes on the CPU" in printed
+    assert "decoder, decode: 0 nodes on the CPU" in printed
 
 
 def test_profile_of_a_deployable(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,10 +145,10 @@ def test_profile_on_cuda(tiny: Path, shared: Path) -> None:
     summary = execute(compose([item for item in given if item != "runtime=cpu"]))["profile"].summary
     assert summary["device"] == torch.cuda.get_device_name()
     assert summary["providers"]["CUDAExecutionProvider"]["calls"] > 0
-    assert set(summary["off_device"]) == {"prefill", "step"}
+    assert set(summary["off_device"]) == {"prefill", "decode"}
     copies = sum(
         node["calls"] * runs
-        for path, runs in (("prefill", 1), ("step", 4))
+        for path, runs in (("prefill", 1), ("decode", 4))
         for node in summary["off_device"][path]
         if node["operator"] in profile.COPIES
     )

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from accel.adapters import registry
-from accel.adapters.types import Role
+from accel.adapters.types import Component
 from accel.evaluation import parity
 from accel.evaluation.compare import visible
 from accel.models.loading import open_model
 from accel.pipeline.runner import Pipeline
-from accel.runtime.dynamic_cache import GrowingRuntime, GrowingState
+from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState
 from accel.stages import torch_error, verify
 from tests.conftest import Build
 
@@ -28,44 +28,44 @@ def test_a_step_that_sees_a_stale_cache_is_found(
     pipeline = Pipeline(config, architecture)
     expected = pipeline.artifact("reference").folder
     own = torch_error.read_errors(pipeline.artifact("torch_error").folder)
-    real, calls = GrowingRuntime.step, iter(range(10_000))
+    real, calls = DynamicCacheRuntime.decode, iter(range(10_000))
 
-    def step(self: GrowingRuntime, feeds: Mapping[str, Tensor], state: GrowingState) -> Tensor:
+    def decode(self: DynamicCacheRuntime, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
         if next(calls) == late:
             state.crop(state.length - 1)
-        return real(self, feeds, state)
+        return real(self, inputs, state)
 
-    monkeypatch.setattr(GrowingRuntime, "step", step)
-    verdict = parity.Verdict(threshold=verify.threshold("float32", 2))
+    monkeypatch.setattr(DynamicCacheRuntime, "decode", decode)
+    verification = parity.VerificationResult(threshold=verify.threshold("float32", 2))
     with open_model(artifacts["verify"].folder, config.runtime) as model:
-        parity.compare_paths(model, architecture, expected, own, verdict)
-    assert "path.logits" in verdict.outputs
-    assert bool(verdict.failures) is (late is not None)
-    assert all(failure.startswith("path.logits") for failure in verdict.failures)
+        parity.compare_paths(model, architecture, expected, own, verification)
+    assert "path.logits" in verification.outputs
+    assert bool(verification.failures) is (late is not None)
+    assert all(failure.startswith("path.logits") for failure in verification.failures)
 
 
 @pytest.mark.parametrize(
-    ("role", "name", "shape", "padding"),
+    ("component", "name", "shape", "padding"),
     [
-        (Role.ENCODER, "last_hidden_state", (2, 5, 8), (1, 4)),
-        (Role.PREFILL, "logits", (2, 5, 7), (1, 4)),
-        (Role.STEP, "logits", (2, 2, 7), (1, 1)),  # the last two of five
-        (Role.STEP, "present.0.key", (2, 4, 5, 8), (1, slice(None), 4)),
+        (Component.ENCODER, "last_hidden_state", (2, 5, 8), (1, 4)),
+        (Component.PREFILL, "logits", (2, 5, 7), (1, 4)),
+        (Component.DECODE, "logits", (2, 2, 7), (1, 1)),  # the last two of five
+        (Component.DECODE, "present.0.key", (2, 4, 5, 8), (1, slice(None), 4)),
     ],
 )
 def test_padding_is_not_compared(
-    role: Role, name: str, shape: tuple[int, ...], padding: tuple[int | slice, ...]
+    component: Component, name: str, shape: tuple[int, ...], padding: tuple[int | slice, ...]
 ) -> None:
     """What lies under the mask may differ, what doesn't may not; what is not finite may stand nowhere."""
     mask = torch.ones(2, 5, dtype=torch.int64)
     mask[1, 4] = 0
     expected = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shown = visible(role, name, {"attention_mask": mask}, expected, {"present.0.key"})
+    shown = visible(component, name, {"attention_mask": mask}, expected, {"present.0.key"})
     results = []
     for place, number in ((padding, 9.0), (padding, torch.nan), ((0, *padding[1:]), 9.0)):
         found = expected.clone()
         found[place] = number
-        verdict = parity.Verdict(threshold=1e-3)
-        parity.measure(verdict, name, "random ids", found, expected, None, shown)
-        results.append(bool(verdict.failures))
+        verification = parity.VerificationResult(threshold=1e-3)
+        parity.measure(verification, name, "random ids", found, expected, None, shown)
+        results.append(bool(verification.failures))
     assert results == [False, True, True]

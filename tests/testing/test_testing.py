@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from accel import testing
-from accel.runtime.decode_buffers import Slot
-from accel.runtime.dynamic_cache import GrowingState
-from accel.runtime.static_cache import StaticState
+from accel.runtime.decode_buffers import DecodeBuffers
+from accel.runtime.dynamic_cache import DynamicCacheState
+from accel.runtime.static_cache import StaticCacheState
 from accel.testing import checks
 
 pytestmark = pytest.mark.xdist_group("gpt2")  # the family's own tests export the same model
@@ -24,58 +24,58 @@ def changed(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Break:
 
     def apply(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
         runtime = subject.model.runtime
-        step, prefill = runtime.step, runtime.prefill
-        patch.setattr(runtime, "step", lambda feeds, state: step(change(dict(feeds)), state))
-        patch.setattr(runtime, "prefill", lambda feeds: prefill(change(dict(feeds))))
+        decode, prefill = runtime.decode, runtime.prefill
+        patch.setattr(runtime, "decode", lambda inputs, state: decode(change(dict(inputs)), state))
+        patch.setattr(runtime, "prefill", lambda inputs: prefill(change(dict(inputs))))
 
     return apply
 
 
-def later(feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-    return feeds | {"position_ids": feeds["position_ids"] + 1}
+def later(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return inputs | {"position_ids": inputs["position_ids"] + 1}
 
 
-def unmasked(feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-    return feeds | {"attention_mask": torch.ones_like(feeds["attention_mask"])}
+def unmasked(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
 
 
 def forgetful(method: str) -> Break:
     """The caches are left as they were where they should change."""
-    return lambda subject, patch: patch.setattr(GrowingState, method, lambda self, argument: None)
+    return lambda subject, patch: patch.setattr(DynamicCacheState, method, lambda self, argument: None)
 
 
 def in_place(name: str) -> Break:
     """A slot, or the state over it, that does not do one of the things it should."""
-    kind = StaticState if hasattr(StaticState, name) else Slot
+    kind = StaticCacheState if hasattr(StaticCacheState, name) else DecodeBuffers
     return lambda subject, patch: patch.setattr(kind, name, lambda self, *given: None)
 
 
 def displaced(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
     """New entries one place too far back."""
-    give = Slot.give
-    patch.setattr(Slot, "give", lambda self, feeds, length: give(self, feeds, length - 1))
+    give = DecodeBuffers.write_inputs
+    patch.setattr(DecodeBuffers, "write_inputs", lambda self, inputs, length: give(self, inputs, length - 1))
 
 
 def louder(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
     """Logits one percent too large: the same words, other scores."""
-    step = subject.model.runtime.step
-    patch.setattr(subject.model.runtime, "step", lambda feeds, state: 1.01 * step(feeds, state))
+    decode = subject.model.runtime.decode
+    patch.setattr(subject.model.runtime, "decode", lambda inputs, state: 1.01 * decode(inputs, state))
 
 
 def refused(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
     """A verdict that isn't one."""
-    patch.setattr(checks, "verdict_of", lambda folder: {"passed": False, "failures": ["logits"]})
+    patch.setattr(checks, "verification_of", lambda folder: {"passed": False, "failures": ["logits"]})
 
 
 def twice(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
     """Every weight stored twice."""
     summary: Mapping[str, Any] = subject.artifacts["merge"].summary
-    patch.setitem(summary, "merged_bytes", 2 * summary["step_bytes"])  # type: ignore[arg-type]
+    patch.setitem(summary, "merged_bytes", 2 * summary["decode_bytes"])  # type: ignore[arg-type]
 
 
 def wide(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
     """Most of a graph left in FP32."""
-    patch.setitem(subject.half["convert"].summary["step"], "nodes", 0.4)
+    patch.setitem(subject.half["convert"].summary["decode"], "nodes", 0.4)
 
 
 def silent(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ ELEMENTWISE = {
 SAME_PLACES = ("Unsqueeze", "Expand", "Identity", "Cast")  # true everywhere before, true everywhere after
 
 
-def late_broadcasts(models: Sequence[ir.Model]) -> None:
+def eliminate_expand(models: Sequence[ir.Model]) -> None:
     """In place: an `Expand` goes, and an `And` with what is true everywhere, where those that read them broadcast.
 
     What any other reader further down is left with has the shape it had.

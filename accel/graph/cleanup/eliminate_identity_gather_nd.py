@@ -10,7 +10,7 @@ from accel.graph.cleanup.shift_ranges import views_of_range
 from accel.graph.shapes import Dims, dims, integers, made_by, scalar
 
 
-def direct_lookups(models: Sequence[ir.Model]) -> None:
+def eliminate_identity_gather_nd(models: Sequence[ir.Model]) -> None:
     """In place: `GatherND` of `data` at (0, 1, ...) along each axis is `data` with axes of length 1 between its own.
 
     So come masks out of the exporter where the model's code says `mask[rows, columns]` with two ranges: a dozen nodes.
@@ -52,9 +52,9 @@ def _place(column: ir.Value | None, length: int | str, made: Dims) -> int | None
     views, shape = views_of_range(value), dims(value)
     if not views or shape is None or len(shape) != len(made) or dims(views[0].outputs[0]) != (length,):
         return None
-    start, _, step = views[0].inputs
+    start, _, decode = views[0].inputs
     axes = [axis for axis, dim in enumerate(shape) if dim != 1]
-    if scalar(start) != 0 or scalar(step) != 1 or len(axes) != 1:
+    if scalar(start) != 0 or scalar(decode) != 1 or len(axes) != 1:
         return None
     return axes[0] if shape[axes[0]] == length == made[axes[0]] else None
 

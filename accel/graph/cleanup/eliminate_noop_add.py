@@ -9,7 +9,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from accel.graph.shapes import dims, made_by, scalar
 
 
-def drop_zeros(models: Sequence[ir.Model]) -> None:
+def eliminate_noop_add(models: Sequence[ir.Model]) -> None:
     """In place: `x + 0` is `x`, such as the position bias of an attention that has none.
 
     Only where the sum has the shape of `x`, and the zero didn't stretch it.

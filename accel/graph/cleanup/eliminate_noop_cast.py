@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnx_ir import convenience
 
 
-def drop_casts(models: Sequence[ir.Model]) -> None:
+def eliminate_noop_cast(models: Sequence[ir.Model]) -> None:
     """In place: a `Cast` between equal types goes, such as is left where the conversion lowered both sides of one."""
     for model in models:
         for graph in model.graphs():

@@ -22,7 +22,7 @@ REACH = 2**16  # distances that are looked at, in both directions; beyond, the f
 LONGEST = 2**11  # entries of a table
 
 
-def tabulate(models: Sequence[ir.Model]) -> None:
+def precompute_position_bias(models: Sequence[ir.Model]) -> None:
     """In place: `Gather(weight, f(x))`, x integers and f elementwise, becomes `Gather(table, x)`, x limited to the
     distances beyond which f no longer changes. Left alone where f goes on changing, or leads out of the weight.
     """

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx_ir import convenience
 
 
-def split_stacks(models: Sequence[ir.Model]) -> None:
+def unstack_expert_weights(models: Sequence[ir.Model]) -> None:
     """In place: a weight that every graph only takes layers of, by constant numbers, is stored layer by layer."""
     whole = {value.name for model in models for value in model.graph.initializers.values() if not _cut(value)}
     for model in models:

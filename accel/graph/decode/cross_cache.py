@@ -9,14 +9,14 @@ from accel.graph.decode.static_cache import Names
 from accel.graph.shapes import dims
 
 
-def cross_cache(prefill: ir.Model, step: ir.Model, cache: Mapping[str, str]) -> ir.Model | None:
+def cross_cache(prefill: ir.Model, decode: ir.Model, cache: Mapping[str, str]) -> ir.Model | None:
     """A graph of its own for them, over the same weights; None where there are none, as in decoder-only models.
 
     `cache`: cache input of `step` -> the output, of both, that feeds it.
     """
     fixed = [
         cache[value.name]
-        for value in step.graph.inputs
+        for value in decode.graph.inputs
         if value.name is not None and value.name in cache and Names.past not in (dims(value) or ())
     ]
     if not fixed:

@@ -8,20 +8,20 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from accel.graph.shapes import dims, integers, made_by, order, reshape_target
 
 
-def one_token(step: ir.Model, new: str) -> None:
+def one_token(decode: ir.Model, new: str) -> None:
     """In place: the axis `new` has length 1."""
-    graph = step.graph
+    graph = decode.graph
     for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         if value.shape is not None:
             value.shape = ir.Shape([1 if _is(dim, new) else dim for dim in value.shape])
 
 
-def straighten(step: ir.Model) -> None:
+def transpose_to_reshape(decode: ir.Model) -> None:
     """In place: a `Transpose` that only moves axes of length 1 becomes a `Reshape`, and parts are cut once.
 
     A transposition reads and writes everything, a reshape nothing: heads of one token lie the same both ways.
     """
-    graph = step.graph
+    graph = decode.graph
     for node in list(graph):
         target = _untouched(node) if node.op_type == "Transpose" and node.domain == "" else None
         if target is not None:
@@ -33,7 +33,7 @@ def straighten(step: ir.Model) -> None:
             graph.remove(node, safe=True)
             made.outputs[0].name = old.name
     _split_once(graph)
-    RemoveUnusedNodesPass()(step)
+    RemoveUnusedNodesPass()(decode)
 
 
 def _split_once(graph: ir.Graph) -> None:

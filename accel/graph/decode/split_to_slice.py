@@ -7,7 +7,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from accel.graph.shapes import integers
 
 
-def slice_uneven(model: ir.Model) -> None:
+def split_to_slice(model: ir.Model) -> None:
     """In place: a `Split` into parts of different sizes becomes a `Slice` for each part that is used.
 
     On CUDA, ONNX Runtime (1.31) hands such a `Split` its sizes in four copies from host memory at every run. They take

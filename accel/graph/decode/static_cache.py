@@ -28,14 +28,14 @@ class Names:
     total: str = "total"
 
 
-class NotStatic(ValueError):
+class NotStaticError(ValueError):
     """The graph does something with the number of past tokens that a cache of fixed length can't answer."""
 
     def __init__(self, node: ir.Node | None, reason: str) -> None:
         super().__init__(f"node {node.name} ({node.op_type}): {reason}" if node is not None else reason)
 
 
-def static_cache(step: ir.Model, cache: Mapping[str, str], names: Names) -> None:
+def static_cache(decode: ir.Model, cache: Mapping[str, str], names: Names) -> None:
     """In place: a decoder with past becomes one with caches of a fixed length, a bucket's, as input and as output.
 
     `cache`: cache input -> the output that feeds it. Those with an axis of past tokens grow: where the graph appends to
@@ -45,7 +45,7 @@ def static_cache(step: ir.Model, cache: Mapping[str, str], names: Names) -> None
     Raises `NotStatic` where the graph uses the number of past tokens in another way.
     ONNX specification, from opset 24 on: https://onnx.ai/onnx/operators/onnx__TensorScatter.html
     """
-    graph = step.graph
+    graph = decode.graph
     grown = {
         value: axis for value in graph.inputs if value.name in cache and (axis := _axis(value, names.past)) is not None
     }
@@ -56,10 +56,10 @@ def static_cache(step: ir.Model, cache: Mapping[str, str], names: Names) -> None
     writes = Writes(graph, position)
     for value, axis in grown.items():
         writes.append(value, outputs[cache[value.name or ""]], axis)
-    step.opset_imports[""] = max(OPSET, step.opset_imports[""])
+    decode.opset_imports[""] = max(OPSET, decode.opset_imports[""])
     _rename(graph, names)
-    RemoveUnusedNodesPass()(step)
-    TopologicalSortPass()(step)
+    RemoveUnusedNodesPass()(decode)
+    TopologicalSortPass()(decode)
 
 
 def _axis(value: ir.Value, symbol: str) -> int | None:
@@ -113,7 +113,7 @@ class Lengths:
             if not start <= axis < end:
                 continue
             if end - start > 1:
-                raise NotStatic(node, "it takes the number of past tokens together with other lengths")
+                raise NotStaticError(node, "it takes the number of past tokens together with other lengths")
             yield node.outputs[0]
             for user, _ in list(node.outputs[0].uses()):
                 if user.op_type in ("Gather", "Squeeze"):
@@ -160,7 +160,7 @@ class Lengths:
         elif node.op_type in ON_DATA and sum_ == PAST and axes == 0:
             node.replace_input_with(index, self.position)
         else:
-            raise NotStatic(
+            raise NotStaticError(
                 node, "it uses the number of past tokens in a way that a cache of fixed length can't answer"
             )
 
@@ -168,7 +168,7 @@ class Lengths:
         """A count of all tokens goes over the bucket; one of the new ones begins at `position`."""
         start, limit = (self._sum(value) for value in node.inputs[:2])
         if start is None or limit is None or scalar(node.inputs[2]) != 1:
-            raise NotStatic(node, "it counts by what a cache of fixed length can't answer")
+            raise NotStaticError(node, "it counts by what a cache of fixed length can't answer")
         if start == Sum() and limit == TOTAL:
             node.replace_input_with(1, self.pasts[0])
         elif start == Sum(past=1, rest=start.rest) and limit == start.plus(NEW):
@@ -177,7 +177,7 @@ class Lengths:
             counted.shape = node.outputs[0].shape
             _replace(self.graph, node, ir.node("Add", [counted, self.position]))
         else:
-            raise NotStatic(node, "it counts neither all tokens nor the new ones")
+            raise NotStaticError(node, "it counts neither all tokens nor the new ones")
 
     def _new_plus(self, before: ir.Node, rest: int) -> ir.Value:
         """The number of new tokens, and `rest`."""
@@ -207,9 +207,9 @@ class Writes:
         rank = len(cache.shape or ())
         entries = node.inputs[1] if node is not None and node.op_type == "Concat" and len(node.inputs) == 2 else None
         if node is None or entries is None or node.inputs[0] is not cache:
-            raise NotStatic(node, f"{grown.name} is not {cache.name} with new entries behind it")
+            raise NotStaticError(node, f"{grown.name} is not {cache.name} with new entries behind it")
         if node.attributes.get_int("axis", 0) % rank != axis or axis == 0:
-            raise NotStatic(node, f"{cache.name} grows along another axis than its tokens'")
+            raise NotStaticError(node, f"{cache.name} grows along another axis than its tokens'")
         if self.places is None:
             sequences = _insert(self.graph, node, "Shape", [cache], start=0, end=1)
             self.places = _insert(self.graph, node, "Expand", [self.position, sequences])

@@ -26,13 +26,13 @@ class Grouped:
     values: ir.Value  # [B, G, T, D]
 
 
-def group_queries(step: ir.Model) -> None:
+def fuse_gqa(decode: ir.Model) -> None:
     """In place, in a graph of one token."""
-    for node in list(step.graph):
+    for node in list(decode.graph):
         found = _grouped(node) if node.op_type == "Softmax" and node.domain == "" else None
         if found is not None:
-            _rewrite(step.graph, found)
-    RemoveUnusedNodesPass()(step)
+            _rewrite(decode.graph, found)
+    RemoveUnusedNodesPass()(decode)
 
 
 def _grouped(softmax: ir.Node) -> Grouped | None:

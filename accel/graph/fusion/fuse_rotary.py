@@ -28,9 +28,9 @@ class Rotation:
     last: ir.Node
 
 
-def fuse_rotary(step: ir.Model) -> None:
+def fuse_rotary(decode: ir.Model) -> None:
     """In place, in a graph of one token: the angles are cut in half once, and each rotation is one node."""
-    graph = step.graph
+    graph = decode.graph
     tables: dict[Pair, list[ir.Value]] = {}
     for node in list(graph):
         found = next(_rotations(node), None) if node.op_type == "Add" and node.domain == "" else None
@@ -44,7 +44,7 @@ def fuse_rotary(step: ir.Model) -> None:
         graph.insert_before(node, turned)
         convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
         graph.opset_imports.setdefault(DOMAIN, 1)
-    RemoveUnusedNodesPass()(step)
+    RemoveUnusedNodesPass()(decode)
 
 
 def _rotations(add: ir.Node) -> Iterator[Rotation]:

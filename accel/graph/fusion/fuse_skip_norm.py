@@ -34,7 +34,7 @@ class Residual:
     bias: ir.Value | None = None
 
 
-def fuse_residuals(models: Sequence[ir.Model]) -> None:
+def fuse_skip_norm(models: Sequence[ir.Model]) -> None:
     """In place: a sum of two values of one shape, a norm over its last axis, and the bias of a product before the sum.
 
     Where other nodes read the sum too, it comes from the same node. A sum that broadcasts is left alone: the kernel

@@ -11,7 +11,7 @@ FUSED = "FusedMatMul"
 KINDS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
-def transposed_products(model: ir.Model) -> None:
+def fuse_transposed_matmul(model: ir.Model) -> None:
     """In place: the product with a transposed weight that is looked up as well, as tied embeddings are, is one node.
 
     ONNX Runtime would transpose the weight when a session opens, and hold that copy beside it, in each branch of an

@@ -38,7 +38,7 @@ class Heads:
     width: int
 
 
-def join_products(models: Sequence[ir.Model]) -> None:
+def pack_qkv(models: Sequence[ir.Model]) -> None:
     """In place: joined are weights that every graph multiplies with one common input, and uses for nothing else.
 
     So all graphs keep holding equal bytes, and what one graph alone computes stays apart, such as the keys and values

@@ -16,7 +16,7 @@ from accel.graph.control import has_subgraph
 from accel.graph.merging.merge_branches import absent, join_inputs, join_opsets, share_weights
 
 
-def merge_caches(step: ir.Model, prefill: ir.Model, flag: str, cache: Mapping[str, str]) -> ir.Model:
+def merge_caches(decode: ir.Model, prefill: ir.Model, flag: str, cache: Mapping[str, str]) -> ir.Model:
     """One model that runs `step` if the input `flag` holds, and what `prefill` would give for past length 0 if not.
 
     `cache` maps each cache input of step to the output that feeds it. Inputs are the union by name, outputs those of
@@ -24,11 +24,11 @@ def merge_caches(step: ir.Model, prefill: ir.Model, flag: str, cache: Mapping[st
     step, or if inputs or opsets contradict each other.
     """
     order = [output.name or "" for output in prefill.graph.outputs]
-    inputs = join_inputs(prefill.graph.inputs, step.graph.inputs, flag)
-    initial = share_weights((step, prefill))
-    opsets = join_opsets(step, prefill)
-    graph = step.graph
-    for model in (step, prefill):
+    inputs = join_inputs(prefill.graph.inputs, decode.graph.inputs, flag)
+    initial = share_weights((decode, prefill))
+    opsets = join_opsets(decode, prefill)
+    graph = decode.graph
+    for model in (decode, prefill):
         for value in model.graph.inputs:
             convenience.replace_all_uses_with(value, inputs[value.name or ""], replace_graph_outputs=True)
         model.graph.inputs.clear()
@@ -45,13 +45,13 @@ def merge_caches(step: ir.Model, prefill: ir.Model, flag: str, cache: Mapping[st
     graph.outputs.clear()
     graph.outputs.extend(results[name] for name in order)
     graph.opset_imports.update(opsets)
-    return ir.Model(graph, ir_version=max(step.ir_version, prefill.ir_version), producer_name="accel")
+    return ir.Model(graph, ir_version=max(decode.ir_version, prefill.ir_version), producer_name="accel")
 
 
 def _choose(graph: ir.Graph, flag: ir.Value, given: ir.Value, made: ir.Value) -> ir.Value:
     """Put an `If` around each use of the cache input `given`; `made` is prefill's value for it. Returns the output."""
     if any(user.graph is not graph for user in given.consumers()):
-        raise ValueError(f"input {given.name!r} of step is read inside a subgraph")
+        raise ValueError(f"input {given.name!r} of the decode graph is read inside a subgraph")
     present: ir.Value | None = None
     uses = sorted((_chain(user, given) for user in set(given.consumers())), key=lambda chain: graph.index(chain[-1]))
     for number, chain in enumerate(uses):
@@ -78,13 +78,13 @@ def _choose(graph: ir.Graph, flag: ir.Value, given: ir.Value, made: ir.Value) ->
         }
         for branch in branches.values():
             _rename(branch)
-        choice = ir.node("If", [flag], attributes=branches, outputs=outputs, name=f"{given.name}.choose.{number}")
-        graph.insert_before(chain[-1], choice)
+        selector = ir.node("If", [flag], attributes=branches, outputs=outputs, name=f"{given.name}.choose.{number}")
+        graph.insert_before(chain[-1], selector)
         convenience.replace_all_uses_with(old, outputs[0], replace_graph_outputs=True)
         for node in reversed(chain):
             graph.remove(node, safe=True)
     if present is None:
-        raise ValueError(f"input {given.name!r} of step is never used")
+        raise ValueError(f"input {given.name!r} of the decode graph is never used")
     return present
 
 

@@ -28,5 +28,5 @@ def by_operators(model: ir.Model, operators: Collection[str], format: Format) ->
         content = weight.const_value.numpy()
         if float(np.abs(content - content.astype(format.dtype.numpy()).astype(np.float32)).max()) >= EXACT:
             reason = Reason(LAST, "logits")
-            plan.nodes[last.outputs[0].name or ""] = plan.weights[weight.name or ""] = plan.ports["logits"] = reason
+            plan.nodes[last.outputs[0].name or ""] = plan.weights[weight.name or ""] = plan.specs["logits"] = reason
     return plan

@@ -22,7 +22,7 @@ def convert_half(model: ir.Model, plan: Plan, format: Format = FP16) -> None:
     half = format.dtype
     nodes = list(graph)
     casts = Casts(graph)
-    wanted = {value: _port_type(value, plan, half) for value in (*graph.inputs, *graph.outputs) if value.dtype == FLOAT}
+    wanted = {value: _io_dtype(value, plan, half) for value in (*graph.inputs, *graph.outputs) if value.dtype == FLOAT}
     for value in graph.inputs:
         if value in wanted:
             value.type = ir.TensorType(wanted[value])
@@ -89,8 +89,8 @@ class Casts:
         return output
 
 
-def _port_type(value: ir.Value, plan: Plan, half: ir.DataType) -> ir.DataType:
-    return FLOAT if (value.name or "") in plan.ports else half
+def _io_dtype(value: ir.Value, plan: Plan, half: ir.DataType) -> ir.DataType:
+    return FLOAT if (value.name or "") in plan.specs else half
 
 
 def _halve(value: ir.Value, half: ir.DataType) -> None:

@@ -73,13 +73,13 @@ def round_values(model: ir.Model, plan: Plan, format: Format, headroom: Mapping[
         if producer is not None:
             wide = (producer.outputs[0].name or "") in plan.nodes
         else:
-            wide = name in (plan.weights if value.is_initializer() else plan.ports)
+            wide = name in (plan.weights if value.is_initializer() else plan.specs)
         users = [
             (node, place)
             for node, place in value.uses()
             if not (has_subgraph(node) or (wide and (node.op_type in ANY_TYPE or _kept(node, plan))))
         ]
-        at_end = value.is_graph_output() and not (wide and name in plan.ports)
+        at_end = value.is_graph_output() and not (wide and name in plan.specs)
         if not users and not at_end:
             continue
         rounded = _there_and_back(graph, value, format, headroom.get(name, 1.0), scales)

@@ -27,7 +27,7 @@ from accel.graph.precision.plan import (
     is_weight,
 )
 
-TRIABLE = (UNDERFLOW, NOT_FINITE, OVERFLOW)  # rules that a trial may overrule, the likeliest first
+DROPPABLE = (UNDERFLOW, NOT_FINITE, OVERFLOW)  # rules that a trial may overrule, the likeliest first
 WIDER = 0.01  # of a cast: what one more node in FP32 costs where nothing else decides
 KEPT, LOWERED = "in FP32", "in 16 bits"  # the two ends of the cut
 
@@ -42,8 +42,8 @@ def groups(model: ir.Model, plan: Plan) -> list[list[str]]:
         name = node.outputs[0].name or ""
         reason = plan.nodes.get(name)
         fixed = any(value is not None and _beyond(plan, value.name or "") for value in node.inputs)
-        if reason is not None and reason.rule in TRIABLE and not fixed:
-            found.setdefault((TRIABLE.index(reason.rule), reason.value), []).append(name)
+        if reason is not None and reason.rule in DROPPABLE and not fixed:
+            found.setdefault((DROPPABLE.index(reason.rule), reason.value), []).append(name)
     return [found[key] for key in sorted(found, key=lambda key: key[0])]
 
 
@@ -60,7 +60,7 @@ def without(model: ir.Model, plan: Plan, names: Collection[str]) -> Plan:
     return Plan(
         nodes,
         weights={name: why for name, why in plan.weights.items() if name in touched or _beyond(plan, name)},
-        ports={name: why for name, why in plan.ports.items() if name in touched},
+        specs={name: why for name, why in plan.specs.items() if name in touched},
         dropped={name: plan.nodes[name] for name in names},
     )
 
@@ -95,7 +95,7 @@ def droppable(groups: Sequence[Sequence[str]], passes: Callable[[list[str]], boo
     return dropped
 
 
-def fewest_casts(model: ir.Model, plan: Plan) -> dict[str, Reason]:
+def minimize_casts(model: ir.Model, plan: Plan) -> dict[str, Reason]:
     """Nodes to keep in FP32 beside those of `plan`, because that saves casts. None of them reads or becomes a weight.
 
     Small constants and what is computed from constants are stored in either precision and count for nothing.
@@ -118,8 +118,8 @@ def fewest_casts(model: ir.Model, plan: Plan) -> dict[str, Reason]:
             continue
         producer = value.producer()
         readers = [number[user] for user in value.consumers() if user in number and user.op_type not in ANY_TYPE]
-        port = (value.name or "") in plan.ports
-        source = KEPT if port else LOWERED
+        spec = (value.name or "") in plan.specs
+        source = KEPT if spec else LOWERED
         writer: int | str = source if producer is None else number[producer]
         ends: list[object] = [*readers]
         if value.is_graph_output():

@@ -24,7 +24,7 @@ OUTPUTS = (*(f"{PREFIX}.{name}" for name in ("largest", "smallest", "place", "el
 
 
 @dataclass
-class Range:
+class ValueStatistics:
     """What a value was seen to hold.
 
     `largest` and `smallest` non-zero magnitude; how many `elements`, and of those how many are NaN or infinite, how
@@ -43,7 +43,7 @@ class Range:
     source: tuple[int, int | None] | None = None
     reached: list[tuple[int, float, float]] = field(default_factory=list)
 
-    def widen(self, other: "Range") -> None:
+    def widen(self, other: "ValueStatistics") -> None:
         """Take in what was seen elsewhere."""
         if self.source is None or other.largest > self.largest:
             self.source = other.source
@@ -94,7 +94,7 @@ def float_values(graph: ir.Graph) -> list[ir.Value]:
     return [value for value in values if value.dtype == FLOAT and value.name]
 
 
-def add_probes(model: ir.Model) -> list[str]:
+def insert_observers(model: ir.Model) -> list[str]:
     """In place: append `OUTPUTS`, vectors with one element for each returned value name, in that order.
 
     A zero is added to the elements of each value: a maximum over nothing is not defined, and values may be empty.
@@ -142,9 +142,9 @@ def by_row(model: ir.Model) -> set[str]:
     }
 
 
-def read_probes(
+def read_observers(
     names: Sequence[str], columns: Iterable[np.ndarray], rows: Collection[str] = (), batch: tuple[int, int] = (0, 1)
-) -> dict[str, Range]:
+) -> dict[str, ValueStatistics]:
     """The vectors of one run -> a range for each value. `batch`: its number, and how many rows it has."""
     found = {}
     number, height = batch
@@ -155,7 +155,7 @@ def read_probes(
         largest = float("inf") if largest != largest else largest  # NaN: whatever the reduction made of it
         real = elements - 1
         row = place // (real // height) if name in rows and real > 0 and real % height == 0 and place < real else None
-        found[name] = Range(
+        found[name] = ValueStatistics(
             largest,
             smallest,
             elements - finite,

@@ -6,7 +6,7 @@ The rest is lowered to a format of 16 bits, FP16 or bfloat16, whose limits the r
   the format's largest number.
 - Underflow counts only where zero or a lost digit changes the result: what is divided by, taken the logarithm or the
   root of, and the sums that lead there. Elsewhere an element near zero may well become zero. A fused norm has no such
-  values: it computes in FP32 inside (see `fuse_norms` and `fuse_residuals`), and only what goes in and out counts.
+  values: it computes in FP32 inside (see `fuse_norms` and `fuse_skip_norm`), and only what goes in and out counts.
 - A float that becomes an integer or a truth value by way of arithmetic on positions stays: rounding would change it.
 - What FP32 itself can't hold (a logarithm of zero that a later `Where` discards) stays as it is.
 """
@@ -22,7 +22,7 @@ from onnx_ir.analysis import analyze_implicit_usage
 
 from accel.graph.control import has_subgraph
 from accel.graph.precision.formats import FLOAT, FP16, Format
-from accel.graph.precision.observer import Range
+from accel.graph.precision.observer import ValueStatistics
 
 ANY_TYPE = frozenset({"Cast", "Shape", "Size"})  # read a value of either precision as it is
 ROOTS = frozenset({"Sqrt", "Reciprocal", "Log"})  # zero in, or a digit lost, changes everything that follows
@@ -56,7 +56,7 @@ class Plan:
 
     nodes: dict[str, Reason] = field(default_factory=dict)
     weights: dict[str, Reason] = field(default_factory=dict)
-    ports: dict[str, Reason] = field(default_factory=dict)
+    specs: dict[str, Reason] = field(default_factory=dict)
     dropped: dict[str, Reason] = field(default_factory=dict)
 
     def dump(self) -> dict[str, Any]:
@@ -83,17 +83,21 @@ def clamp_masks(model: ir.Model, format: Format = FP16) -> None:
             value.const_value = ir.tensor(np.full(shape, format.mask, np.float32), name=value.name)
 
 
-def make_plan(model: ir.Model, ranges: Mapping[str, Range], margin: float, format: Format = FP16) -> Plan:
+def make_plan(
+    model: ir.Model, statistics: Mapping[str, ValueStatistics], overflow_margin: float, format: Format = FP16
+) -> Plan:
     """The plan for a graph whose masks are clamped. `ranges`: value name -> what it held; `margin` >= 1, a factor."""
     graph = model.graph
     plan = Plan()
     beyond = {
-        name: reason for name, held in ranges.items() if (reason := _beyond(name, held, margin, format)) is not None
+        name: reason
+        for name, held in statistics.items()
+        if (reason := _beyond(name, held, overflow_margin, format)) is not None
     }
     for value in graph.initializers.values():
         if (reason := _weight(value, format)) is not None:
             beyond[value.name or ""] = plan.weights[value.name or ""] = reason
-    low = _underflows(graph, ranges, margin, format)
+    low = _underflows(graph, statistics, overflow_margin, format)
     positions = _position_arithmetic(graph)
     for node in graph:
         name = node.outputs[0].name or ""
@@ -106,7 +110,7 @@ def make_plan(model: ir.Model, ranges: Mapping[str, Range], margin: float, forma
                 plan.nodes[name] = reason
     for value in (*graph.inputs, *graph.outputs):
         if value.name in beyond:
-            plan.ports[value.name or ""] = beyond[value.name or ""]
+            plan.specs[value.name or ""] = beyond[value.name or ""]
     _keep_captured(graph, plan)
     return plan
 
@@ -129,13 +133,13 @@ def _keep_captured(graph: ir.Graph, plan: Plan) -> None:
             if producer is not None:
                 plan.nodes.setdefault(producer.outputs[0].name or "", reason)
             else:
-                (plan.weights if value.is_initializer() else plan.ports).setdefault(value.name or "", reason)
+                (plan.weights if value.is_initializer() else plan.specs).setdefault(value.name or "", reason)
 
 
-def _beyond(name: str, held: Range, margin: float, format: Format) -> Reason | None:
+def _beyond(name: str, held: ValueStatistics, overflow_margin: float, format: Format) -> Reason | None:
     if held.not_finite:
         return Reason(NOT_FINITE, name, held.largest, held.smallest)
-    if held.largest * margin > format.largest:
+    if held.largest * overflow_margin > format.largest:
         return Reason(OVERFLOW, name, held.largest, held.smallest)
     return None
 
@@ -152,7 +156,9 @@ def _weight(value: ir.Value, format: Format) -> Reason | None:
     return None if largest <= format.largest else Reason(OVERFLOW, value.name or "", largest)
 
 
-def _underflows(graph: ir.Graph, ranges: Mapping[str, Range], margin: float, format: Format) -> dict[str, Reason]:
+def _underflows(
+    graph: ir.Graph, statistics: Mapping[str, ValueStatistics], overflow_margin: float, format: Format
+) -> dict[str, Reason]:
     """Nodes around a root or divisor that comes too near zero, back to the elements that are summed up."""
     found: dict[str, Reason] = {}
 
@@ -176,8 +182,8 @@ def _underflows(graph: ir.Graph, ranges: Mapping[str, Range], margin: float, for
         elif node.op_type in ("Div", "Pow"):
             watched = [node.inputs[1 if node.op_type == "Div" else 0]] if _divides(node) else []
         for value in watched:
-            held = ranges.get(value.name or "") if value is not None else None
-            if value is not None and held is not None and held.smallest < format.smallest * margin:
+            held = statistics.get(value.name or "") if value is not None else None
+            if value is not None and held is not None and held.smallest < format.smallest * overflow_margin:
                 reason = Reason(UNDERFLOW, value.name or "", held.largest, held.smallest)
                 keep(node, reason)
                 keep(value.producer(), reason)
@@ -236,14 +242,14 @@ def has_float(node: ir.Node) -> bool:
     return any(value is not None and value.dtype == FLOAT for value in (*node.inputs, *node.outputs))
 
 
-def unite(plans: Mapping[Any, Plan], models: Mapping[Any, ir.Model], feeds: Mapping[str, str]) -> None:
+def unite(plans: Mapping[Any, Plan], models: Mapping[Any, ir.Model], inputs: Mapping[str, str]) -> None:
     """In place: plans of graphs that share weights and caches agree, so that every weight and cache has one type.
 
     A weight that a kept node reads is kept everywhere, and with it the nodes that read it. `feeds`: input -> output
     that feeds it at the next step.
     """
     before = None
-    while before != (before := sum(len(plan.nodes) + len(plan.weights) + len(plan.ports) for plan in plans.values())):
+    while before != (before := sum(len(plan.nodes) + len(plan.weights) + len(plan.specs) for plan in plans.values())):
         for key, model in models.items():
             for node in model.graph:
                 why = plans[key].nodes.get(node.outputs[0].name or "")
@@ -257,13 +263,13 @@ def unite(plans: Mapping[Any, Plan], models: Mapping[Any, ir.Model], feeds: Mapp
                 for user in value.consumers() if value is not None else ():
                     if has_float(user):
                         plans[key].nodes.setdefault(user.outputs[0].name or "", why)
-        ports = {name: why for plan in plans.values() for name, why in plan.ports.items()}
-        for given, made in feeds.items():
-            why = ports.get(given) or ports.get(made)
+        specs = {name: why for plan in plans.values() for name, why in plan.specs.items()}
+        for given, made in inputs.items():
+            why = specs.get(given) or specs.get(made)
             if why is not None:
-                ports |= {given: why, made: why}
+                specs |= {given: why, made: why}
         for plan in plans.values():
-            plan.ports.update(ports)
+            plan.specs.update(specs)
 
 
 def is_weight(value: ir.Value) -> bool:

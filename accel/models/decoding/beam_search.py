@@ -4,12 +4,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from accel.models.decoding.token_selector import Choice, drawn
+from accel.models.decoding.token_selector import TokenSelector, sample_without_replacement
 
 NEVER = -1e9  # score of what can't be chosen
 
 
-class Beams(Choice):
+class BeamSearch(TokenSelector):
     """The running sequences of every input, and the best that have ended: [batch, beams, ...].
 
     What transformers calls `_beam_search`, as of 5.23:
@@ -56,7 +56,7 @@ class Beams(Choice):
         vocabulary = scores.shape[-1]
         total = (scores.view(self.batch, self.beams, -1) + self.running_scores[:, :, None]).view(self.batch, -1)
         if self.config.do_sample:
-            places = drawn(total, self.kept)
+            places = sample_without_replacement(total, self.kept)
             best = total.gather(1, places)
         else:
             best, places = total.topk(self.kept)

@@ -20,11 +20,11 @@ from transformers import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
-from accel.models.decoding.beam_search import Beams
+from accel.models.decoding.beam_search import BeamSearch
 from accel.models.decoding.processors import PURE
-from accel.models.decoding.sampling import Sample
-from accel.models.decoding.stop_poller import Watch
-from accel.models.decoding.token_selector import Choice
+from accel.models.decoding.sampling import Sampler
+from accel.models.decoding.stop_poller import StopPoller
+from accel.models.decoding.token_selector import TokenSelector
 from accel.runtime.protocol import Runtime, State
 
 logger = logging.getLogger("accel.decoding")
@@ -51,19 +51,19 @@ def reason_against(
     return None if criteria.max_length is not None else "no largest length"
 
 
-def decode(choice: Choice, logits: Tensor, follow: Callable[[Tensor], Tensor]) -> Tensor:
+def decode(selector: TokenSelector, logits: Tensor, follow: Callable[[Tensor], Tensor]) -> Tensor:
     """The sequences that `choice` makes. `logits` [rows, new, vocabulary]: what the model says to the prompt.
 
     `follow`: the ids chosen [rows, 1] -> the logits of what comes after them.
     """
-    watch = Watch(choice.device)
-    with choice:
-        while not choice.last:
-            ids = choice(logits)
-            if choice.last or watch(choice.over):
+    poller = StopPoller(selector.device)
+    with selector:
+        while not selector.last:
+            ids = selector(logits)
+            if selector.last or poller(selector.over):
                 break
             logits = follow(ids)
-        return choice.result()
+        return selector.result()
 
 
 class DecodingLoops:
@@ -90,7 +90,7 @@ class DecodingLoops:
             return theirs._sample(*given, synced_gpus, streamer, **model_kwargs)
         outputs, follow = self._prefilled(input_ids, stopping_criteria, generation_config, model_kwargs)
         cache, seen = outputs.past_key_values, outputs.past_key_values.get_seq_length()
-        sequences = decode(Sample(*given), outputs.logits, follow)
+        sequences = decode(Sampler(*given), outputs.logits, follow)
         if not generation_config.return_dict_in_generate:
             return sequences
         length = seen + sequences.shape[1] - input_ids.shape[1] - 1  # the last token is said, not yet seen
@@ -114,7 +114,7 @@ class DecodingLoops:
             theirs: Any = super()
             return theirs._beam_search(*given, synced_gpus, **model_kwargs)
         outputs, follow = self._prefilled(input_ids, stopping_criteria, generation_config, model_kwargs)
-        beams, state = Beams(*given), outputs.past_key_values.state
+        beams, state = BeamSearch(*given), outputs.past_key_values.state
 
         def followed(ids: Tensor) -> Tensor:
             state.reorder(beams.rows)
@@ -147,9 +147,11 @@ class DecodingLoops:
         outputs = mixin._prefill(ids, config, model_kwargs, is_first_iteration=True)
         given = mixin._update_model_kwargs_for_generation(outputs, model_kwargs, self.config.is_encoder_decoder)
         state = outputs.past_key_values.state
-        feeds = self._feeds(given, state, (criteria.max_length or 0) - ids.shape[1])
-        return outputs, lambda new: self.runtime.step(feeds(new), state)
+        inputs = self._decoder_inputs(given, state, (criteria.max_length or 0) - ids.shape[1])
+        return outputs, lambda new: self.runtime.decode(inputs(new), state)
 
-    def _feeds(self, given: Mapping[str, Any], state: State, room: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    def _decoder_inputs(
+        self, given: Mapping[str, Any], state: State, room: int
+    ) -> Callable[[Tensor], Mapping[str, Tensor]]:
         """A function from new ids [batch, 1] to what the runtime's step takes, called for at most `room` tokens."""
         raise NotImplementedError

@@ -34,7 +34,7 @@ PURE = (
 )
 
 
-def recordable(processors: LogitsProcessorList) -> bool:
+def capturable(processors: LogitsProcessorList) -> bool:
     """Whether what they do between two tokens depends on the scores and on `phase` alone."""
     return all(type(one) in SCORES_ONLY | COUNTING for one in processors)
 

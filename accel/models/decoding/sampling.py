@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from accel.models.decoding.token_selector import Choice, drawn
+from accel.models.decoding.token_selector import TokenSelector, sample_without_replacement
 
 
-class Sample(Choice):
+class Sampler(TokenSelector):
     """Every sequence goes on by itself. What transformers calls `_sample`, as of 5.23:
     https://github.com/huggingface/transformers/blob/main/src/transformers/generation/utils.py
     """
@@ -24,7 +24,7 @@ class Sample(Choice):
         return self.tokens[:, : self.length]
 
     def choose(self, scores: Tensor) -> None:
-        chosen = drawn(scores, 1) if self.config.do_sample else scores.argmax(-1, keepdim=True)
+        chosen = sample_without_replacement(scores, 1) if self.config.do_sample else scores.argmax(-1, keepdim=True)
         if self.ends is not None:
             chosen = torch.where(self.ended, self.pad, chosen) if self.pad is not None else chosen
             self.ended |= (chosen == self.ends).any(-1, keepdim=True)

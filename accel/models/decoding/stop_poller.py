@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-LAG = 3  # tokens that a GPU has queued while the host reads whether an earlier one was the last
+POLL_LAG = 3  # tokens that a GPU has queued while the host reads whether an earlier one was the last
 
 
-class Watch:
+class StopPoller:
     """Says whether a flag on the device was true some calls ago: at once on the CPU, `LAG` calls late on a GPU.
 
     What comes after the end is computed in vain, and at most so often; but the device always has something to do. It
@@ -14,11 +14,11 @@ class Watch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.lag = device, lag(device)
+        self.device, self.poll_lag = device, poll_lag(device)
         self.calls = 0
         cuda = device.type == "cuda"
-        self.flags = torch.zeros(self.lag + 1, dtype=torch.bool, pin_memory=cuda)  # the newest calls', in turn
-        self.copied = [torch.cuda.Event() for _ in range(self.lag + 1)] if cuda else []
+        self.flags = torch.zeros(self.poll_lag + 1, dtype=torch.bool, pin_memory=cuda)  # the newest calls', in turn
+        self.copied = [torch.cuda.Event() for _ in range(self.poll_lag + 1)] if cuda else []
         self.stream = torch.cuda.Stream(device) if cuda else None
 
     def __call__(self, flag: Tensor) -> bool:
@@ -30,13 +30,13 @@ class Watch:
         if self.copied:
             self.copied[newest].record(self.stream)
         self.calls += 1
-        if self.calls <= self.lag:
+        if self.calls <= self.poll_lag:
             return False
         if self.copied:
             self.copied[oldest].synchronize()
         return bool(self.flags[oldest])
 
 
-def lag(device: torch.device) -> int:
+def poll_lag(device: torch.device) -> int:
     """Calls by which a `Watch` is late."""
-    return LAG if device.type == "cuda" else 0
+    return POLL_LAG if device.type == "cuda" else 0

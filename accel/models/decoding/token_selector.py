@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from accel.models.decoding.processors import phase, process, recordable
-from accel.runtime.cuda_graph import Captured
+from accel.models.decoding.processors import capturable, phase, process
+from accel.runtime.cuda_graph import CudaGraphCallable
 
 
-class Choice(ABC):
+class TokenSelector(ABC):
     """What a decoding method keeps between two tokens, and how it takes the next one.
 
     `ids`: [rows, prompt], rows being the batch, beams counted. What a choice does is the same at every token, so that a
@@ -35,8 +35,8 @@ class Choice(ABC):
         self.chosen = torch.empty_like(ids[:, :1])  # [rows, 1]
         self.over = torch.zeros((), dtype=torch.bool, device=ids.device)
         self.scores: Tensor | None = None  # [rows, vocabulary], float32
-        self._inside = recordable(processors)  # whether a choice calls them
-        self._by_phase: dict[Hashable, Captured] = {}
+        self._inside = capturable(processors)  # whether a choice calls them
+        self._by_phase: dict[Hashable, CudaGraphCallable] = {}
 
     @property
     def last(self) -> bool:
@@ -54,12 +54,12 @@ class Choice(ABC):
         key = phase(self.processors, self.length) if self._inside else None
         if key not in self._by_phase:
             work = partial(self._work, self.scores)
-            self._by_phase[key] = Captured(work, self.device, "the choice of a token")
+            self._by_phase[key] = CudaGraphCallable(work, self.device, "the choice of a token")
         self._by_phase[key]()
         self.length += 1
         return self.chosen
 
-    def __enter__(self) -> "Choice":
+    def __enter__(self) -> "TokenSelector":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,6 +88,6 @@ class Choice(ABC):
         """The sequences, [rows that are returned, length]."""
 
 
-def drawn(scores: Tensor, count: int) -> Tensor:
+def sample_without_replacement(scores: Tensor, count: int) -> Tensor:
     """[batch, choices] -> the places of `count` of them, drawn without replacement."""
     return torch.multinomial(scores.softmax(-1), count)

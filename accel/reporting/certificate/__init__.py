@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accel.adapters.types import Role
+from accel.adapters.types import Component
 from accel.config.schema import Config
-from accel.graph.precision.minimize import TRIABLE
-from accel.graph.precision.observer import Range
+from accel.graph.precision.minimize import DROPPABLE
+from accel.graph.precision.observer import ValueStatistics
 from accel.graph.precision.plan import Plan
 from accel.pipeline.store import Artifact
 from accel.reporting.certificate import page
@@ -17,13 +17,13 @@ from accel.runtime import layout
 from accel.system.environment import commit, machine
 from accel.system.hashing import DISTRIBUTION, versions
 
-MIXED = {"mix": "convert", "plan": "audit", "audited": "ranges"}  # whose summaries are about a mix of precisions
+MIXED = {"mix": "convert", "plan": "audit", "audited": "calibrate"}  # whose summaries are about a mix of precisions
 PACKAGES = (DISTRIBUTION, "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "sacrebleu")
 
 
 def write(
     out: Path,
-    verdict: Mapping[str, Any],
+    verification: Mapping[str, Any],
     speed: Mapping[str, Any] | None,
     explained: Mapping[str, Any],
     config: Config,
@@ -34,13 +34,13 @@ def write(
     `speed`: what `accel.speed.beside_torch` measured; `explained`: what `explain` says of a mix of precisions.
     """
     mixed = {name: inputs[stage].summary for name, stage in MIXED.items()} if explained else {}
-    certificate = gather(verdict, speed, config, inputs) | mixed | dict(explained)
+    certificate = gather(verification, speed, config, inputs) | mixed | dict(explained)
     (out / layout.CERTIFICATE).write_text(json.dumps(certificate, indent=1, allow_nan=False))
     (out / layout.CERTIFICATE_PAGE).write_text(page.render(certificate), encoding="utf-8")
 
 
 def gather(
-    verdict: Mapping[str, Any], speed: Mapping[str, Any] | None, config: Config, inputs: Mapping[str, Artifact]
+    verification: Mapping[str, Any], speed: Mapping[str, Any] | None, config: Config, inputs: Mapping[str, Artifact]
 ) -> dict[str, Any]:
     """The content of `certificate.json`, but for what is about a mix of precisions."""
     verify, checkpoint = config.verify, inputs["checkpoint"]
@@ -54,14 +54,14 @@ def gather(
         "machine": machine(config.runtime.device, config.runtime.threads),
         "made_from": made,
         "compared": {
-            "inputs": verdict["inputs"],
-            "kind": "texts" if verdict["samples"] else "random ids",
+            "inputs": verification["inputs"],
+            "kind": "texts" if verification["samples"] else "random ids",
             "max_new_tokens": verify.max_new_tokens,
             "num_beams": verify.num_beams,
             "batch_size": verify.batch_size,
             "seed": verify.seed,
         },
-        "verdict": dict(verdict),
+        "verification": dict(verification),
         "speed": speed,
     }
 
@@ -72,29 +72,33 @@ def _hub_commit(folder: Path) -> str | None:
 
 
 def explain(
-    plans: Mapping[Role, Plan], ranges: Mapping[Role, Mapping[str, Range]], rows: Sequence[Sequence[str]]
+    plans: Mapping[Component, Plan],
+    statistics: Mapping[Component, Mapping[str, ValueStatistics]],
+    rows: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
     """What stayed in FP32 and why, and what every value was seen to hold; None is infinite, which JSON can't say.
 
     `rows`: what each row of each batch was.
     """
     kept = []
-    for role, plan in plans.items():
+    for component, plan in plans.items():
         for name, reason in plan.nodes.items():
-            held = ranges[role].get(reason.value, Range(reason.largest or 0.0, reason.smallest or math.inf))
+            held = statistics[component].get(
+                reason.value, ValueStatistics(reason.largest or 0.0, reason.smallest or math.inf)
+            )
             kept.append(
                 {
-                    **{"role": role, "node": name, "rule": reason.rule, "value": reason.value},
+                    **{"component": component, "node": name, "rule": reason.rule, "value": reason.value},
                     **{"largest": _finite(held.largest), "smallest": _finite(held.smallest)},
                     "overflow": held.overflow / max(1, held.elements),
-                    "source": held.seen_with(rows) if reason.rule in TRIABLE else "",
+                    "source": held.seen_with(rows) if reason.rule in DROPPABLE else "",
                 }
             )
     seen = {
-        role: {name: [_finite(held.largest), _finite(held.smallest)] for name, held in values.items()}
-        for role, values in ranges.items()
+        component: {name: [_finite(held.largest), _finite(held.smallest)] for name, held in values.items()}
+        for component, values in statistics.items()
     }
-    return {"kept": kept, "ranges": seen}
+    return {"kept": kept, "statistics": seen}
 
 
 def _finite(number: float) -> float | None:

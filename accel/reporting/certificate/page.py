@@ -10,7 +10,7 @@ from accel.graph.precision.formats import FORMATS, FP16
 from accel.reporting import plots
 
 TEMPLATE = "certificate.html.jinja"
-DRIFT = {"mean": "mean", "p99": "99th percentile", "worst": "worst", "own": "PyTorch's worst"}
+DRIFT = {"mean": "mean", "p99": "99th percentile", "worst": "worst", "torch_worst": "PyTorch's worst"}
 MOST = 200  # rows of the table of nodes in FP32
 
 
@@ -23,16 +23,16 @@ def render(certificate: Mapping[str, Any]) -> str:
         trim_blocks=True,
     )
     pages.filters |= {"number": number, "share": share, "megabytes": megabytes}
-    verdict = certificate["verdict"]
+    verification = certificate["verification"]
     # Logits first: tokens are chosen by them.
-    outputs = sorted(verdict["outputs"].items(), key=lambda item: ("logits" not in item[0], -item[1]["relative"]))
+    outputs = sorted(verification["outputs"].items(), key=lambda item: ("logits" not in item[0], -item[1]["error"]))
     return pages.get_template(TEMPLATE).render(
         certificate=certificate,
-        verdict=verdict,
+        verification=verification,
         outputs=outputs,
-        firsts=_firsts(verdict),
-        drift=plots.drift({label: verdict["drift"][name] for name, label in DRIFT.items()}, ""),
-        ranges=_range_plots(certificate),
+        firsts=_firsts(verification),
+        drift=plots.drift({label: verification["drift"][name] for name, label in DRIFT.items()}, ""),
+        statistics=_range_plots(certificate),
         kept=certificate.get("kept", [])[:MOST],
         left_out=max(0, len(certificate.get("kept", [])) - MOST),
     )
@@ -52,24 +52,24 @@ def megabytes(value: float) -> str:
     return f"{value / 1e6:,.1f} MB"
 
 
-def _firsts(verdict: Mapping[str, Any]) -> dict[str, list[int]]:
+def _firsts(verification: Mapping[str, Any]) -> dict[str, list[int]]:
     """Decoding method -> the positions at which its differing sequences begin to differ, in order."""
-    found: dict[str, list[int]] = {name: [] for name in verdict["identical"]}
-    for key, position in verdict["first_difference"].items():
+    found: dict[str, list[int]] = {name: [] for name in verification["identical"]}
+    for key, position in verification["first_difference"].items():
         found[key.rpartition(".")[0]].append(position)
     return {name: sorted(positions) for name, positions in found.items()}
 
 
 def _range_plots(certificate: Mapping[str, Any]) -> dict[str, str]:
     """Role -> plot of what its values held, in the graph's order, with the limits of the format drawn in."""
-    if "ranges" not in certificate:
+    if "statistics" not in certificate:
         return {}
-    format = FORMATS[certificate["verdict"]["precision"]]
+    format = FORMATS[certificate["verification"]["precision"]]
     limits = {f"largest {format.name}": format.largest, f"smallest with all digits, {format.name}": format.smallest}
     if format is not FP16:
         limits |= {"largest float16": FP16.largest}
     drawn = {}
-    for role, values in certificate["ranges"].items():
+    for component, values in certificate["statistics"].items():
         held = [(low, inf if high is None else high) for high, low in values.values() if low is not None and high != 0]
-        drawn[role] = plots.value_ranges(held, limits, role)
+        drawn[component] = plots.value_ranges(held, limits, component)
     return drawn

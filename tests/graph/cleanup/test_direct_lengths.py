@@ -19,7 +19,7 @@ HEAD = """
     length = Squeeze (past_shape)
     total = Add (new, length)
 """
-FEEDS = [
+INPUTS = [
     {"x": numbers(rows, new, 4), "past": numbers(rows, past)} for rows, new, past in ((3, 5, 2), (2, 1, 7), (1, 3, 0))
 ]
 
@@ -52,7 +52,7 @@ def test_a_shape_of_lengths(widen: str) -> None:
         y = Reshape (flat, shape)"""
     model = graph(body, "float[b, n, k] y, int64[n] counted")
     assert views_of_lengths(model)
-    (left,) = rewritten(direct_lengths, [model], FEEDS)
+    (left,) = rewritten(direct_lengths, [model], INPUTS)
     assert views_of_lengths(model) == []
     assert left.count("Squeeze") == 0
     assert left.count("Reshape") == 2
@@ -66,7 +66,7 @@ def test_a_sum_of_lengths() -> None:
         ones = Expand (one, wide)
         y = Range (zero, more, one)"""
     model = graph(body, "int64[t] ones, int64[t] y")
-    rewritten(direct_lengths, [model], FEEDS)
+    rewritten(direct_lengths, [model], INPUTS)
     assert views_of_lengths(model) == []
 
 
@@ -79,8 +79,8 @@ def test_no_length() -> None:
         column = Shape <start: int = 2, end: int = 3> (x)
         y = Reshape (past, rest)"""
     model = graph(body, "float[1] wide, int64[3] whole, int64[1] column, float[m] y")
-    feeds = [feed for feed in FEEDS if feed["past"].size]
-    (left,) = rewritten(direct_lengths, [model], feeds)
+    inputs = [feed for feed in INPUTS if feed["past"].size]
+    (left,) = rewritten(direct_lengths, [model], inputs)
     assert left.count("Unsqueeze") == 1
     assert "Gather" not in left
 

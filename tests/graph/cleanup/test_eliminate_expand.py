@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from accel.graph.cleanup.eliminate_expand import late_broadcasts
+from accel.graph.cleanup.eliminate_expand import eliminate_expand
 from tests.graph.text import numbers, parse, rewritten
 
 INPUTS = "int64[batch, source] mask, float[batch, 4, new, source] scores"
@@ -27,7 +27,7 @@ MASK = """
 """
 
 
-def feeds() -> list[dict[str, np.ndarray]]:
+def inputs() -> list[dict[str, np.ndarray]]:
     found = []
     for batch, new, source in ((1, 1, 5), (3, 2, 4), (2, 3, 1)):
         mask = np.ones((batch, source), np.int64)
@@ -44,7 +44,7 @@ def graph(body: str, start: str = "zero", outputs: str = "float[batch, 4, new, s
 def test_true_everywhere() -> None:
     """Counting from zero, nothing is below zero: the mask over new tokens goes, with all that made it."""
     model = parse(graph(MASK))
-    (left,) = rewritten(late_broadcasts, [model], feeds())
+    (left,) = rewritten(eliminate_expand, [model], inputs())
     assert not {"And", "GreaterOrEqual", "Range", "Gather"} & set(left)
     bias = next(node.outputs[0] for node in model.graph if node.op_type == "Where")
     assert [str(dim) for dim in bias.shape or ()] == ["batch", "1", "1", "source"]
@@ -52,7 +52,7 @@ def test_true_everywhere() -> None:
 
 def test_not_true_everywhere() -> None:
     """The first place fails: the mask stays."""
-    (left,) = rewritten(late_broadcasts, [parse(graph(MASK, "one"))], feeds())
+    (left,) = rewritten(eliminate_expand, [parse(graph(MASK, "one"))], inputs())
     assert {"And", "GreaterOrEqual", "Range"} <= set(left)
 
 
@@ -61,7 +61,7 @@ def test_expanded_for_nothing() -> None:
     sums = "wide = Expand (bias, lengths)\n half = Div (wide, two_) \n y = Add (scores, half)"
     body = MASK.replace("y = Add (scores, bias)", sums).replace("Where (visible", "Where (row")
     two = "two_ = Constant <value = float {2.0}> ()\n"
-    (left,) = rewritten(late_broadcasts, [parse(graph(two + body))], feeds())
+    (left,) = rewritten(eliminate_expand, [parse(graph(two + body))], inputs())
     assert "Expand" not in left
 
 
@@ -87,5 +87,5 @@ def test_what_must_be_wide(last: str, outputs: str) -> None:
     for node in model.graph:  # as the exporter notes what inference doesn't follow
         if node.outputs[0].name in ("wide", "a", "b", "y"):
             node.outputs[0].shape = model.graph.inputs[1].shape
-    (left,) = rewritten(late_broadcasts, [model], feeds())
+    (left,) = rewritten(eliminate_expand, [model], inputs())
     assert "Expand" in left

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.graph.cleanup.eliminate_identity_gather_nd import direct_lookups
+from accel.graph.cleanup.eliminate_identity_gather_nd import eliminate_identity_gather_nd
 from tests.graph.text import numbers, parse, run
 
 # As the exporter writes mask[rows, columns] with rows [n, 1, 1, 1] and columns [1, 1, 1, m].
@@ -65,7 +65,7 @@ def test_nothing_is_looked_up(shape: tuple[int, int]) -> None:
     """The tensor itself, with two axes in the middle, at several lengths."""
     model, feed = graph(), {"mask": numbers(*shape)}
     before = run(model, feed)["y"]
-    direct_lookups([model])
+    eliminate_identity_gather_nd([model])
     assert operators(model) == ["Unsqueeze"]
     found = run(model, feed)["y"]
     assert found.shape == (shape[0], 1, 1, shape[1])
@@ -85,12 +85,12 @@ def test_nothing_is_looked_up(shape: tuple[int, int]) -> None:
 def test_other_lookups_stay(body: str) -> None:
     """Not from the start, not one by one, not in this order."""
     model = graph(body)
-    direct_lookups([model])
+    eliminate_identity_gather_nd([model])
     assert "GatherND" in operators(model)
 
 
 def test_a_range_of_another_length_stays() -> None:
     """Fewer rows than there are: a part of the tensor, not all of it."""
     model = graph(row_range=("k",), rows=("k", 1, 1, 1), y=("k", 1, 1, "m"))
-    direct_lookups([model])
+    eliminate_identity_gather_nd([model])
     assert "GatherND" in operators(model)

@@ -2,16 +2,16 @@
 
 import pytest
 
-from accel.graph.cleanup.eliminate_noop_add import drop_zeros
+from accel.graph.cleanup.eliminate_noop_add import eliminate_noop_add
 from tests.graph.text import numbers, parse, rewritten
 
-FEEDS = [{"x": numbers(2, 3, 4)}, {"x": numbers(1, 1, 4)}]
+INPUTS = [{"x": numbers(2, 3, 4)}, {"x": numbers(1, 1, 4)}]
 
 
 def graph(body: str, made: str = "b, t, 4") -> str:
     """A graph in which the sum p, like the output, is annotated with the shape `made`."""
-    ports = f"(float[b, t, 4] x) => (float[{made}] y)"
-    return f"g {ports} <float[{made}] p> {{ zero = Constant <value = float {{0.0}}> ()\n {body} }}"
+    specs = f"(float[b, t, 4] x) => (float[{made}] y)"
+    return f"g {specs} <float[{made}] p> {{ zero = Constant <value = float {{0.0}}> ()\n {body} }}"
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def graph(body: str, made: str = "b, t, 4") -> str:
 )
 def test_zero_is_not_added(body: str) -> None:
     """Stretched by Expand, made by ConstantOfShape, a scalar; on either side. What made the zero goes too."""
-    left = rewritten(drop_zeros, [parse(graph(body))], FEEDS)[0]
+    left = rewritten(eliminate_noop_add, [parse(graph(body))], INPUTS)[0]
     assert [op for op in left if op != "Constant"] == ["Neg"]
 
 
@@ -49,5 +49,5 @@ def test_left_alone(body: str, made: str) -> None:
     """A zero that widens the sum, another number, a sum that the caller reads, another operator."""
     model = parse(graph(body, made))
     before = [node.op_type for node in model.graph]
-    left = rewritten(drop_zeros, [model], FEEDS)[0]
+    left = rewritten(eliminate_noop_add, [model], INPUTS)[0]
     assert [op for op in left if op != "Constant"] == [op for op in before if op != "Constant"]

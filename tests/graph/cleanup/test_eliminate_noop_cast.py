@@ -1,6 +1,6 @@
 """Casts to the type that a value has."""
 
-from accel.graph.cleanup.eliminate_noop_cast import drop_casts
+from accel.graph.cleanup.eliminate_noop_cast import eliminate_noop_cast
 from tests.graph.text import numbers, parse, rewritten
 
 
@@ -16,7 +16,7 @@ def test_what_changes_nothing_goes() -> None:
             z = Cast <to: int = 1> (a)
         }"""
     )
-    assert rewritten(drop_casts, [model], [{"x": numbers(5)}]) == [["Neg", "Cast", "Cast", "Abs", "Cast"]]
+    assert rewritten(eliminate_noop_cast, [model], [{"x": numbers(5)}]) == [["Neg", "Cast", "Cast", "Abs", "Cast"]]
 
 
 def test_inside_a_branch() -> None:
@@ -28,5 +28,5 @@ def test_inside_a_branch() -> None:
             >
         }"""
     )
-    drop_casts([model])
+    eliminate_noop_cast([model])
     assert "Cast" not in {node.op_type for graph in model.graphs() for node in graph}

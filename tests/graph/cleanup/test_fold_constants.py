@@ -11,7 +11,7 @@ from accel.graph.files import node_count, weight_bytes
 from tests.graph.text import numbers, parse, run
 
 WEIGHT = numbers(8, 4)
-FEEDS = {"x": numbers(2, 8)}
+INPUTS = {"x": numbers(2, 8)}
 
 
 def ops(model: ir.Model) -> list[str]:
@@ -35,11 +35,11 @@ def test_chain_of_constants_becomes_one() -> None:
             >
         }"""
     )
-    feeds = [FEEDS | {"c": np.array(value)} for value in (True, False)]
-    before = [run(model, feed)["y"] for feed in feeds]
+    inputs = [INPUTS | {"c": np.array(value)} for value in (True, False)]
+    before = [run(model, feed)["y"] for feed in inputs]
     fold_constants([model])
     assert sorted(ops(model)) == ["If", "Mul", "Mul"]
-    for feed, expected in zip(feeds, before, strict=True):
+    for feed, expected in zip(inputs, before, strict=True):
         np.testing.assert_allclose(run(model, feed)["y"], expected, rtol=1e-6)
 
 
@@ -91,9 +91,9 @@ def test_pass_keeps_names_weights_and_numbers(transform: Callable[[list[ir.Model
         }""",
         {"w": WEIGHT},
     )
-    expected = run(model, FEEDS)["y"]
+    expected = run(model, INPUTS)["y"]
     transform([model])
-    np.testing.assert_allclose(run(model, FEEDS)["y"], expected, rtol=1e-6)
+    np.testing.assert_allclose(run(model, INPUTS)["y"], expected, rtol=1e-6)
     assert model.graph.initializers["w"].const_value is not None
     assert [value.name for value in (*model.graph.inputs, *model.graph.outputs)] == ["x", "y"]
     assert [str(dim) for dim in model.graph.inputs[0].shape or ()] == ["batch", "8"]

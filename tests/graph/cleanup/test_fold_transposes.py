@@ -9,7 +9,7 @@ from accel.graph.weights import fingerprint, initializers, shared_bytes
 from tests.graph.text import Arrays, numbers, parse, run
 
 WEIGHT = numbers(4, 8)  # [out, in], as torch.nn.Linear keeps it
-FEEDS = {"x": numbers(2, 3, 8), "ids": np.array([[0, 3, 1]])}
+INPUTS = {"x": numbers(2, 3, 8), "ids": np.array([[0, 3, 1]])}
 
 LINEAR = """g (float[n, m, 8] x) => (float[n, m, 4] y)
 { turned = Transpose <perm: ints = [1, 0]> (linear)
@@ -29,10 +29,10 @@ TIED = """g (float[n, m, 8] x, int64[n, k] ids) => (float[n, m, 4] y, float[n, k
 def folded(*texts: str) -> list[ir.Model]:
     """The graphs after the pass, with every number checked against those before."""
     models = [parse(text, {"linear": WEIGHT}) for text in texts]
-    before: list[Arrays] = [run(model, FEEDS) for model in models]
+    before: list[Arrays] = [run(model, INPUTS) for model in models]
     fold_transposes(models)
     for model, expected in zip(models, before, strict=True):
-        found = run(model, FEEDS)
+        found = run(model, INPUTS)
         for name, array in expected.items():
             np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
     return models
@@ -83,11 +83,11 @@ def test_two_graphs_that_transpose_differently_keep_sharing() -> None:
         for perm in ("0, 2, 1", "2, 1, 0")
     ]
     models = [parse(text, {"linear": cube}) for text in texts]
-    feeds = {"x": numbers(3, 3, 3, seed=1)}
-    before = [run(model, feeds)["y"] for model in models]
+    inputs = {"x": numbers(3, 3, 3, seed=1)}
+    before = [run(model, inputs)["y"] for model in models]
     fold_transposes(models)
     for model, expected in zip(models, before, strict=True):
-        np.testing.assert_array_equal(run(model, feeds)["y"], expected)
+        np.testing.assert_array_equal(run(model, inputs)["y"], expected)
     assert shared_bytes(initializers(models[0]), initializers(models[1])) == cube.nbytes
 
 
@@ -100,10 +100,10 @@ def test_transposed_weight_that_is_an_output_or_used_in_a_subgraph() -> None:
  p = MatMul(x, inner)
  z = Neg(p) }> }"""
     model = parse(branch, {"linear": WEIGHT})
-    feeds = [FEEDS | {"c": np.array(value)} for value in (True, False)]
-    before = [run(model, feed)["y"] for feed in feeds]
+    inputs = [INPUTS | {"c": np.array(value)} for value in (True, False)]
+    before = [run(model, feed)["y"] for feed in inputs]
     fold_transposes([model])
-    for feed, expected in zip(feeds, before, strict=True):
+    for feed, expected in zip(inputs, before, strict=True):
         np.testing.assert_allclose(run(model, feed)["y"], expected, rtol=1e-5, atol=1e-6)
     returned = parse(
         "g (float[n, 8] x) => (float[n, 4] y, float[8, 4] t) "
@@ -111,5 +111,5 @@ def test_transposed_weight_that_is_an_output_or_used_in_a_subgraph() -> None:
         {"linear": WEIGHT},
     )
     fold_transposes([returned])
-    found = run(returned, {"x": FEEDS["x"][0]})
+    found = run(returned, {"x": INPUTS["x"][0]})
     np.testing.assert_array_equal(found["t"], WEIGHT.T)

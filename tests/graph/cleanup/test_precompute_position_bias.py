@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from accel.graph.cleanup.precompute_position_bias import REACH, tabulate
+from accel.graph.cleanup.precompute_position_bias import REACH, precompute_position_bias
 from accel.graph.shapes import made_by, scalar
 from tests.conftest import Build
 from tests.graph.text import numbers, parse, rewritten, weight
@@ -57,8 +57,13 @@ def distances(least: int, most: int) -> Mapping[str, np.ndarray]:
 def test_buckets_become_a_table() -> None:
     """The same rows, near and far, left and right, and beyond what was looked at; three nodes are left of fifteen."""
     model = graph(BUCKETS)
-    feeds = [distances(-3000, 3000), distances(0, 0), distances(REACH - 2, REACH + 3), distances(-REACH - 3, 2 - REACH)]
-    rewritten(tabulate, [model], feeds)
+    inputs = [
+        distances(-3000, 3000),
+        distances(0, 0),
+        distances(REACH - 2, REACH + 3),
+        distances(-REACH - 3, 2 - REACH),
+    ]
+    rewritten(precompute_position_bias, [model], inputs)
     assert operators(model) == ["Max", "Min", "Gather"]
     table = weight(model, "w.by_distance")
     assert 1000 < len(table) < 2049
@@ -69,7 +74,7 @@ def test_only_one_way() -> None:
     """As in a decoder, which looks back: what lies ahead is all alike."""
     back = "b = Min (x, zero)\n far = Neg (b)\n c = Min (far, top)\n d = Add (c, two)\n i = Mul (d, two)"
     model = graph(back)
-    rewritten(tabulate, [model], [distances(-30, 30)])
+    rewritten(precompute_position_bias, [model], [distances(-30, 30)])
     assert len(weight(model, "w.by_distance")) == 16
 
 
@@ -86,7 +91,7 @@ def test_others_stay(body: str) -> None:
     """A function that goes on changing, a short one, one that leads out of the weight, one of several values."""
     model = graph(body)
     before = operators(model)
-    tabulate([model])
+    precompute_position_bias([model])
     assert operators(model) == before
 
 
@@ -96,7 +101,7 @@ def test_one_weight_by_two_functions() -> None:
     model = graph(
         back + "f = Add (e, two)\n p = Gather (w, e)\n q = Gather (w, f)\n z = Add (p, q)\n i = Add (e, zero)"
     )
-    rewritten(tabulate, [model], [distances(-30, 30)])
+    rewritten(precompute_position_bias, [model], [distances(-30, 30)])
 
 
 def test_a_whole_t5(build: Build, tiny: Path) -> None:
@@ -105,8 +110,8 @@ def test_a_whole_t5(build: Build, tiny: Path) -> None:
     weights = load_file(tiny / "model.safetensors")
     _, made = build(tiny, "optimize")
     reached = torch.arange(-500, 501)
-    for role, both_ways in (("encoder", True), ("prefill", False), ("step", False)):
-        model = ir.load(made["optimize"].folder / f"{role}.onnx")
+    for component, both_ways in (("encoder", True), ("prefill", False), ("decode", False)):
+        model = ir.load(made["optimize"].folder / f"{component}.onnx")
         names = [name for name in model.graph.initializers if name.endswith(".by_distance")]
         ((lookup, _),) = model.graph.initializers[names[0]].uses()
         value, limits = lookup.inputs[1], []

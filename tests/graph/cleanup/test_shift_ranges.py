@@ -23,10 +23,10 @@ def graph(body: str, output: str = "int64[n] y") -> ir.Model:
 
 def checked(model: ir.Model) -> ir.Model:
     """The graph after the pass, its numbers the same at several lengths, none of them the other's."""
-    feeds = [{"x": numbers(new), "past": numbers(past)} for new, past in ((1, 5), (3, 0), (4, 2), (2, 7))]
-    before = [run(model, given) for given in feeds]
+    inputs = [{"x": numbers(new), "past": numbers(past)} for new, past in ((1, 5), (3, 0), (4, 2), (2, 7))]
+    before = [run(model, given) for given in inputs]
     shift_ranges([model])
-    for given, expected in zip(feeds, before, strict=True):
+    for given, expected in zip(inputs, before, strict=True):
         for name, array in run(model, given).items():
             np.testing.assert_array_equal(array, expected[name])
     return model

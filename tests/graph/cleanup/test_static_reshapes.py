@@ -12,7 +12,7 @@ LENGTHS = """
     rest = Constant <value_ints = [{rest}]> ()
     target = Concat <axis: int = 0> ({parts}, rest)
 """
-FEEDS = [{"x": numbers(2, 3, 8)}, {"x": numbers(1, 1, 8)}, {"x": numbers(4, 0, 8)}]
+INPUTS = [{"x": numbers(2, 3, 8)}, {"x": numbers(1, 1, 8)}, {"x": numbers(4, 0, 8)}]
 
 
 def graph(given: str, made: str, rest: str, parts: str = "b, t", allowzero: int = 1) -> str:
@@ -33,9 +33,9 @@ def graph(given: str, made: str, rest: str, parts: str = "b, t", allowzero: int 
 )
 def test_axes_that_keep_their_place_are_copied(given: str, made: str, rest: str, target: list[int]) -> None:
     """One Reshape is left, with 0 for what stays, also for a length of 0, which -1 could not tell."""
-    feeds = FEEDS if "-1" not in rest else FEEDS[:2]  # as exported, -1 beside a length of 0 is refused
+    inputs = INPUTS if "-1" not in rest else INPUTS[:2]  # as exported, -1 beside a length of 0 is refused
     model = parse(graph(given, made, rest))
-    assert rewritten(static_reshapes, [model], feeds) == [["Reshape"]]
+    assert rewritten(static_reshapes, [model], inputs) == [["Reshape"]]
     (name,) = model.graph.initializers
     assert weight(model, name).tolist() == target
     assert next(iter(model.graph)).attributes.get_int("allowzero", 0) == 0
@@ -53,7 +53,7 @@ def test_all_graphs_name_a_target_alike() -> None:
         z = Reshape (n, second)
     }"""
     models = [parse(twice), parse(graph("batch, new, 8", "batch, new, 2, 4", "2, 4", allowzero=0))]
-    rewritten(static_reshapes, models, FEEDS[:2])
+    rewritten(static_reshapes, models, INPUTS[:2])
     assert list(models[0].graph.initializers) == list(models[1].graph.initializers) == ["shape_0_0_2_4"]
 
 
@@ -66,7 +66,7 @@ def test_one_axis_may_be_left_open_where_all_others_are_fixed() -> None:
         target = Concat <axis: int = 0> (rows, eight)
         y = Reshape (x, target)
     }""")
-    assert rewritten(static_reshapes, [model], FEEDS) == [["Reshape"]]
+    assert rewritten(static_reshapes, [model], INPUTS) == [["Reshape"]]
     assert weight(model, "shape_-1_8").tolist() == [-1, 8]
 
 
@@ -92,7 +92,7 @@ def test_one_axis_may_be_left_open_where_all_others_are_fixed() -> None:
 def test_left_alone_where_a_constant_cannot_say_it(body: str) -> None:
     """Another order of symbols, or a new length beside a copied one."""
     model = parse(body)
-    left = rewritten(static_reshapes, [model], FEEDS[:2])[0]
+    left = rewritten(static_reshapes, [model], INPUTS[:2])[0]
     assert "Concat" in left
 
 
@@ -103,7 +103,7 @@ def test_unknown_lengths_are_not_taken_for_equal() -> None:
         if node.op_type == "Reshape":
             node.outputs[0].shape = type(node.outputs[0].shape)([None, None, 2, 4])
     model.graph.inputs[0].shape = type(model.graph.inputs[0].shape)([None, None, 8])
-    assert "Concat" in rewritten(static_reshapes, [model], FEEDS[:2])[0]
+    assert "Concat" in rewritten(static_reshapes, [model], INPUTS[:2])[0]
 
 
 def test_a_fixed_length_of_zero_is_not_written() -> None:
@@ -115,6 +115,6 @@ def test_a_fixed_length_of_zero_is_not_written() -> None:
         start = Slice (empty, zero, zero)
         y = Reshape <allowzero: int = 1> (start, target)
     }""")
-    feeds = [{"x": numbers(3, 8), "target": np.array([0, 5])}]
-    rewritten(static_reshapes, [model], feeds)
+    inputs = [{"x": numbers(3, 8), "target": np.array([0, 5])}]
+    rewritten(static_reshapes, [model], inputs)
     assert not model.graph.initializers

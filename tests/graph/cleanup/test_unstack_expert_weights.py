@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from accel.graph.cleanup.unstack_expert_weights import split_stacks
+from accel.graph.cleanup.unstack_expert_weights import unstack_expert_weights
 from tests.graph.text import numbers, parse, rewritten
 
 STACK = {"w": numbers(3, 4, 5)}
-FEEDS = [{"x": numbers(2, 4)}, {"x": numbers(1, 4)}]
+INPUTS = [{"x": numbers(2, 4)}, {"x": numbers(1, 4)}]
 
 
 def graph(body: str, out: str = "5") -> str:
@@ -25,7 +25,7 @@ def test_layers_become_weights() -> None:
         "r = MatMul (x, c)\n s = Add (p, q)\n y = Sub (s, r)"
     )
     model = parse(graph(body), STACK)
-    left = rewritten(split_stacks, [model], FEEDS)[0]
+    left = rewritten(unstack_expert_weights, [model], INPUTS)[0]
     assert "Gather" not in left
     assert set(model.graph.initializers) >= {"w.0", "w.2"}
     assert "w" not in model.graph.initializers
@@ -45,7 +45,7 @@ def test_layers_become_weights() -> None:
 )
 def test_other_uses_keep_the_stack(body: str) -> None:
     model = parse(graph(body, "k"), STACK)
-    assert "Gather" in rewritten(split_stacks, [model], FEEDS)[0]
+    assert "Gather" in rewritten(unstack_expert_weights, [model], INPUTS)[0]
     assert "w" in model.graph.initializers
 
 
@@ -53,6 +53,6 @@ def test_both_graphs_or_neither() -> None:
     """What one graph reads whole stays whole in the other, so that they go on sharing it."""
     taken = parse(graph("a = Gather (w, zero)\n y = MatMul (x, a)"), STACK)
     read = parse(graph("s = ReduceSum <keepdims = 0> (w)\n y = Mul (x, s)", "4"), STACK)
-    rewritten(split_stacks, [taken, read], FEEDS)
+    rewritten(unstack_expert_weights, [taken, read], INPUTS)
     assert "w" in taken.graph.initializers
     assert "w" in read.graph.initializers

@@ -25,15 +25,15 @@ g (float[n, 5] x, float[n, 5] z) => (float[n, 5] y)
 def test_numbers_are_those_of_bfloat16() -> None:
     """Every number is PyTorch's, who computes in bfloat16; computed in FP32 throughout, they would differ."""
     model = parse(BODY)
-    feeds = {"x": numbers(400, 5), "z": numbers(400, 5, seed=1)}
+    inputs = {"x": numbers(400, 5), "z": numbers(400, 5, seed=1)}
     with pytest.raises(RUNTIME_ERRORS, match="Mul"):
-        run(model, feeds)
+        run(model, inputs)
     widen_bfloat16(model)
-    a, b = (torch.from_numpy(feeds[name]).bfloat16() for name in ("x", "z"))
+    a, b = (torch.from_numpy(inputs[name]).bfloat16() for name in ("x", "z"))
     expected = ((a * b + a) / b).float().numpy()
-    found = run(model, feeds)["y"]
+    found = run(model, inputs)["y"]
     assert np.array_equal(found, expected)
-    wide = (feeds["x"] * feeds["z"] + feeds["x"]) / feeds["z"]
+    wide = (inputs["x"] * inputs["z"] + inputs["x"]) / inputs["z"]
     assert not np.allclose(found, wide, rtol=1e-3)
 
 

@@ -22,7 +22,7 @@ g (float[b, new, 4] x, float[b, source, 4] hidden)
 """
 
 
-def step(cross: str) -> ir.Model:
+def decode(cross: str) -> ir.Model:
     return parse(
         f"g (float[b, past, 4] past_own, float[b, {cross}, 4] past_cross) => (float[b, n, 4] y)"
         "{ y = Concat <axis = 1> (past_own, past_cross) }"
@@ -32,21 +32,21 @@ def step(cross: str) -> ir.Model:
 def test_only_what_they_are_made_of() -> None:
     """Nodes, inputs and weights of the rest stay behind, and the prefill is as it was."""
     prefill = parse(PREFILL, WEIGHTS)
-    feeds = {"x": numbers(2, 3, 4), "hidden": numbers(2, 5, 4)}
-    whole = run(prefill, feeds)
-    made = cross_cache(prefill, step("source"), CACHE)
+    inputs = {"x": numbers(2, 3, 4), "hidden": numbers(2, 5, 4)}
+    whole = run(prefill, inputs)
+    made = cross_cache(prefill, decode("source"), CACHE)
     assert made is not None
     assert [node.op_type for node in made.graph] == ["Tanh", "MatMul"]
     assert [value.name for value in made.graph.inputs] == ["hidden"]
     assert set(made.graph.initializers) == {"v"}
     assert np.array_equal(weight(made, "v"), WEIGHTS["v"])
-    found = run(made, feeds)
+    found = run(made, inputs)
     assert list(found) == ["cross"]
     assert np.array_equal(found["cross"], whole["cross"])
-    for name, value in run(prefill, feeds).items():
+    for name, value in run(prefill, inputs).items():
         assert np.array_equal(value, whole[name])
 
 
 def test_where_all_caches_grow() -> None:
     """Nothing to make."""
-    assert cross_cache(parse(PREFILL, WEIGHTS), step("past"), CACHE) is None
+    assert cross_cache(parse(PREFILL, WEIGHTS), decode("past"), CACHE) is None

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from accel.graph.decode.one_token import one_token, straighten
+from accel.graph.decode.one_token import one_token, transpose_to_reshape
 from tests.graph.text import numbers, parse, run
 
 
@@ -12,7 +12,7 @@ def checked(body: str, inputs: str, outputs: str, *shape: int) -> list[str]:
     text = f"g ({inputs}) => ({outputs}) {{ {body} }}"
     before, after = parse(text), parse(text)
     one_token(after, "new")
-    straighten(after)
+    transpose_to_reshape(after)
     after = ir.from_proto(ir.to_proto(after))
     for batch in (1, 3):
         given = {"x": numbers(batch, *shape)}

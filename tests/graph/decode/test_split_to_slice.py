@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 
-from accel.graph.decode.split_to_slice import slice_uneven
+from accel.graph.decode.split_to_slice import split_to_slice
 from tests.graph.text import numbers, parse, rewritten
 
-FEEDS = [{"x": numbers(b, 8, 6)} for b in (1, 3)]
+INPUTS = [{"x": numbers(b, 8, 6)} for b in (1, 3)]
 OUT = {"q": "float[b, 5, 6] q", "k": "float[b, 2, 6] k", "v": "float[b, 1, 6] v"}
 
 
 def operators(sizes: list[int], body: str, *outputs: str) -> list[str]:
     """Those left of `body`, which cuts `x` [b, 8, 6]."""
     model = parse(f"g (float[b, 8, 6] x) => ({', '.join(outputs)}) {{ {body} }}", {"sizes": np.array(sizes)})
-    return rewritten(lambda models: slice_uneven(models[0]), [model], FEEDS)[0]
+    return rewritten(lambda models: split_to_slice(models[0]), [model], INPUTS)[0]
 
 
 @pytest.mark.parametrize("axis", [1, -2])

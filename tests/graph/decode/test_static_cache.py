@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.graph.decode.static_cache import Names, NotStatic, static_cache
+from accel.graph.decode.static_cache import Names, NotStaticError, static_cache
 from tests.graph.text import Arrays, numbers, parse, run
 
 NAMES = Names("position", "bucket")
@@ -40,13 +40,13 @@ ATTENTION = """
 INPUTS = "float[batch, new, 4] x, int64[batch, total] attention_mask, float[batch, past, 4] past_k"
 
 
-def step(body: str, outputs: str) -> ir.Model:
+def decode(body: str, outputs: str) -> ir.Model:
     ones = "    ones = Constant <value = int64[1] {1}> ()\n"
     present = f"{outputs}, float[batch, sum, 4] present_k" if outputs else "float[batch, sum, 4] present_k"
     return parse(f"g ({INPUTS}) => ({present}) {{ {HEAD}{ones}{body} }}")
 
 
-def feeds(batch: int, past: int, new: int) -> Arrays:
+def inputs(batch: int, past: int, new: int) -> Arrays:
     mask = np.ones((batch, past + new), np.int64)
     mask[-1, : min(2, past)] = 0
     return {"x": numbers(batch, new, 4), "past_k": numbers(batch, past, 4, seed=5), "attention_mask": mask}
@@ -54,10 +54,10 @@ def feeds(batch: int, past: int, new: int) -> Arrays:
 
 def checked(body: str, outputs: str) -> ir.Model:
     """Both steps say the same at several lengths; what lies behind the tokens is noise, and stays as it was."""
-    growing, static = step(body, outputs), step(body, outputs)
+    growing, static = decode(body, outputs), decode(body, outputs)
     static_cache(static, CACHE, NAMES)
     for batch, past, new, bucket in ((1, 3, 1, 4), (2, 5, 1, 9), (3, 4, 3, 8), (2, 1, 2, 16)):
-        given = feeds(batch, past, new)
+        given = inputs(batch, past, new)
         right = run(growing, given)
         room = numbers(batch, bucket, 4, seed=9) * 3
         room[:, :past] = given["past_k"]
@@ -122,8 +122,8 @@ def test_all_tokens_in_a_shape() -> None:
 )
 def test_what_a_fixed_length_cannot_answer(body: str, outputs: str, reason: str) -> None:
     """Refused by the node's name, instead of computed otherwise."""
-    with pytest.raises(NotStatic, match=reason):
-        static_cache(step(body, outputs), CACHE, NAMES)
+    with pytest.raises(NotStaticError, match=reason):
+        static_cache(decode(body, outputs), CACHE, NAMES)
 
 
 def test_a_cache_that_does_not_simply_grow() -> None:
@@ -131,5 +131,5 @@ def test_a_cache_that_does_not_simply_grow() -> None:
     model = parse(
         f"g ({INPUTS}) => (float[batch, sum, 4] present_k) {{ present_k = Concat <axis: int = 1> (x, past_k) }}"
     )
-    with pytest.raises(NotStatic, match=r"\(Concat\): present_k is not past_k with new entries behind it"):
+    with pytest.raises(NotStaticError, match=r"\(Concat\): present_k is not past_k with new entries behind it"):
         static_cache(model, CACHE, NAMES)

@@ -67,7 +67,7 @@ def graph(*parts: str, inputs: str = INPUTS, outputs: str = GROWN) -> ir.Model:
     return model
 
 
-def feeds(batch: int, new: int, past: int) -> dict[str, np.ndarray]:
+def inputs(batch: int, new: int, past: int) -> dict[str, np.ndarray]:
     bias = numbers(batch, 1, new, past + new)
     mask = np.where(bias > 1, np.float32(-1e9), bias)
     cache = {"past_key": numbers(batch, 3, past, 4), "past_value": numbers(batch, 3, past, 4, seed=4)}
@@ -76,7 +76,7 @@ def feeds(batch: int, new: int, past: int) -> dict[str, np.ndarray]:
 
 def checked(model: ir.Model, nodes: int) -> ir.Model:
     """The graph after the pass with `nodes` attentions in it, every output what it was at several lengths."""
-    given = [feeds(*lengths) for lengths in ((1, 1, 5), (2, 1, 3), (3, 4, 2), (2, 3, 1))]
+    given = [inputs(*lengths) for lengths in ((1, 1, 5), (2, 1, 3), (3, 4, 2), (2, 3, 1))]
     before = [run(model, feed) for feed in given]
     fuse_attention([model])
     assert [node.op_type for node in model.graph].count("MultiHeadAttention") == nodes
@@ -107,7 +107,7 @@ def test_fixed_caches_are_read_as_they_are() -> None:
         ),
         {name: WEIGHTS[name] for name in ("wq", "wk", "wv", "heads", "flat")},
     )
-    given = feeds(2, 1, 6) | {"mask": numbers(2, 1, 1, 6)}
+    given = inputs(2, 1, 6) | {"mask": numbers(2, 1, 1, 6)}
     before = run(model, given)
     fuse_attention([model])
     node = next(node for node in model.graph if node.op_type == "MultiHeadAttention")

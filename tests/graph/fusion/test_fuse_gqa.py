@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from accel.graph.fusion.fuse_gqa import group_queries
+from accel.graph.fusion.fuse_gqa import fuse_gqa
 from tests.graph.text import numbers, parse, rewritten
 
 INPUTS = "float[batch, 6, 1, 4] query, float[batch, 2, t, 4] key, float[batch, 2, t, 4] value, float[BIAS] bias"
@@ -38,7 +38,7 @@ def left(body: str = BODY, bias: str = "batch, 1, 1, t", heads: int = 1) -> list
         if node.outputs[0].name in ("keys", "values"):
             key = model.graph.inputs[1]
             node.outputs[0].shape = type(key.shape)([key.shape[0], 6, key.shape[2], 4])  # type: ignore[index, call-arg, misc]
-    feeds = [
+    inputs = [
         {
             "query": numbers(batch, 6, 1, 4),
             "key": numbers(batch, 2, length, 4, seed=1),
@@ -47,7 +47,7 @@ def left(body: str = BODY, bias: str = "batch, 1, 1, t", heads: int = 1) -> list
         }
         for batch, length in ((1, 5), (3, 2))
     ]
-    (found,) = rewritten(lambda models: group_queries(models[0]), [model], feeds)
+    (found,) = rewritten(lambda models: fuse_gqa(models[0]), [model], inputs)
     return found
 
 

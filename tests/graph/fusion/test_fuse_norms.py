@@ -8,7 +8,7 @@ from tests.graph.text import numbers, parse, rewritten
 
 NORM = "SimplifiedLayerNormalization"
 WEIGHTS = {"w": numbers(8), "table": numbers(3, 8)}
-FEEDS = [{"x": numbers(2, 3, 8)}, {"x": 1e-3 * numbers(1, 3, 8, seed=4)}, {"x": numbers(4, 3, 8, seed=1) * 50}]
+INPUTS = [{"x": numbers(2, 3, 8)}, {"x": 1e-3 * numbers(1, 3, 8, seed=4)}, {"x": numbers(4, 3, 8, seed=1) * 50}]
 
 CONSTANTS = """float two = {2.0}, float half = {0.5}, float minus = {-0.5}, float one = {1.0}, float three = {3.0},
     float eps = {1e-5}, float[1] eps1 = {1e-5}, int64[1] last = {-1}, int64[1] second = {2}, int64[1] middle = {1}"""
@@ -52,7 +52,7 @@ def changed(*lines: str) -> tuple[str, ...]:
 def test_spellings(lines: tuple[str, ...]) -> None:
     """One node, with the chain's epsilon and its numbers, and a shape and type that are known."""
     model = parse(graph(lines), WEIGHTS)
-    assert rewritten(fuse_norms, [model], FEEDS) == [[NORM]]
+    assert rewritten(fuse_norms, [model], INPUTS) == [[NORM]]
     node = model.graph[0]
     assert node.attributes.get_float("epsilon", 0.0) == pytest.approx(1e-5)
     assert [value.name for value in node.inputs if value] == ["x", "w"]
@@ -62,7 +62,7 @@ def test_spellings(lines: tuple[str, ...]) -> None:
 def test_weight_may_be_computed() -> None:
     """A weight of 1 + w is as good as one that is stored."""
     model = parse(graph(("u = Add (one, w)", *changed("y = Mul (n, u)"))), WEIGHTS)
-    assert rewritten(fuse_norms, [model], FEEDS) == [["Add", NORM]]
+    assert rewritten(fuse_norms, [model], INPUTS) == [["Add", NORM]]
 
 
 @pytest.mark.parametrize(
@@ -89,5 +89,5 @@ def test_weight_may_be_computed() -> None:
 )  # fmt: skip
 def test_left_alone(lines: tuple[str, ...], outputs: str) -> None:
     """What is not the norm, or is needed in parts."""
-    feeds = [{"x": np.abs(feed["x"]) + 0.1} for feed in FEEDS]
-    assert NORM not in rewritten(fuse_norms, [parse(graph(lines, outputs), WEIGHTS)], feeds)[0]
+    inputs = [{"x": np.abs(feed["x"]) + 0.1} for feed in INPUTS]
+    assert NORM not in rewritten(fuse_norms, [parse(graph(lines, outputs), WEIGHTS)], inputs)[0]

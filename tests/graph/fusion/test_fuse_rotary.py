@@ -37,13 +37,13 @@ def left(batch: str, tokens: str = "1", second: str = "angle", sliced: str = "se
     body = (ANGLES + TURN).replace("SECOND", second).replace("SLICED", sliced).replace("OTHER", other)
     inputs = f"float[batch, 2, {tokens}, 6] x, float[{batch}, {tokens}, 1] places"
     model = parse(f"g ({inputs}) => (float[batch, 2, {tokens}, 6] y) {{ {body} }}", WEIGHTS)
-    feeds = [
+    inputs = [
         {"x": numbers(rows, 2, 1, 6), "places": 7.0 + np.arange(rows if batch == "batch" else 1, dtype=np.float32)}
         for rows in (1, 3)
     ]
-    for one in feeds:
+    for one in inputs:
         one["places"] = one["places"].reshape(-1, 1, 1)
-    (found,) = rewritten(lambda models: fuse_rotary(models[0]), [model], feeds)
+    (found,) = rewritten(lambda models: fuse_rotary(models[0]), [model], inputs)
     return found
 
 

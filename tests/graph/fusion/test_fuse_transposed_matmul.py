@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.graph.fusion.fuse_transposed_matmul import transposed_products
-from tests.graph.cleanup.test_fold_transposes import FEEDS, TIED, TWICE, WEIGHT
+from accel.graph.fusion.fuse_transposed_matmul import fuse_transposed_matmul
+from tests.graph.cleanup.test_fold_transposes import INPUTS, TIED, TWICE, WEIGHT
 from tests.graph.text import numbers, parse, run
 
 BRANCH = """g (float[n, m, 8] x, int64[n, k] ids, bool c) => (float[n, m, 4] y, float[n, k, 8] e)
@@ -21,13 +21,13 @@ BRANCH = """g (float[n, m, 8] x, int64[n, k] ids, bool c) => (float[n, m, 4] y, 
 
 def fused(text: str, **weights: np.ndarray) -> tuple[ir.Model, Counter[str]]:
     """The graph after the pass, its numbers checked against those before; and its operators."""
-    feeds = [FEEDS | {"c": np.array(value)} for value in (True, False)]
+    inputs = [INPUTS | {"c": np.array(value)} for value in (True, False)]
     model = parse(text, weights or {"linear": WEIGHT})
     wanted = [value.name for value in model.graph.inputs]
-    feeds = [{name: feed[name] for name in wanted if name in feed} for feed in feeds]
-    before = [run(model, feed) for feed in feeds]
-    transposed_products(model)
-    for feed, expected in zip(feeds, before, strict=True):
+    inputs = [{name: feed[name] for name in wanted if name in feed} for feed in inputs]
+    before = [run(model, feed) for feed in inputs]
+    fuse_transposed_matmul(model)
+    for feed, expected in zip(inputs, before, strict=True):
         found = run(model, feed)
         for name, array in expected.items():
             np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6, err_msg=name)

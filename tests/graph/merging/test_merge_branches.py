@@ -24,7 +24,7 @@ prefill (float[batch, new, 4] x, float[batch, source, 4] context)
     mixed = Add(own, summed)
     logits = MatMul(mixed, head)
 }"""
-STEP = """
+DECODE = """
 step (float[batch, new, 4] x, float[batch, past, 4] past_own, float[batch, source, 4] past_cross)
     => (float[batch, new, 3] logits, float[batch, total, 4] own)
 {
@@ -35,7 +35,7 @@ step (float[batch, new, 4] x, float[batch, past, 4] past_own, float[batch, sourc
     logits = MatMul(mixed, output)
 }"""
 OWN, CROSS, HEAD, AXIS = numbers(4, 4), numbers(4, 4, seed=1), numbers(4, 3), np.array([1])
-FEEDS = {
+INPUTS = {
     "x": numbers(2, 3, 4),
     "context": numbers(2, 5, 4),
     "past_own": numbers(2, 7, 4),
@@ -50,18 +50,18 @@ def prefill() -> ir.Model:
 STEP_WEIGHTS = {"weight": OWN, "output": HEAD, "axis": AXIS}
 
 
-def step() -> ir.Model:
+def decode() -> ir.Model:
     """The same weights as prefill's under other names."""
-    return parse(STEP, STEP_WEIGHTS)
+    return parse(DECODE, STEP_WEIGHTS)
 
 
-def assert_branches(when_true: ir.Model, when_false: ir.Model, feeds: Arrays, name: str = FLAG) -> ir.Model:
+def assert_branches(when_true: ir.Model, when_false: ir.Model, inputs: Arrays, name: str = FLAG) -> ir.Model:
     """Merge, and compare each branch with its graph run alone. What only one graph has must come out empty."""
-    alone = {True: run(when_true, feeds), False: run(when_false, feeds)}
+    alone = {True: run(when_true, inputs), False: run(when_false, inputs)}
     merged = merge_if(when_true, when_false, name)
     onnx.checker.check_model(ir.to_proto(merged), full_check=True)
     for value, expected in alone.items():
-        found = run(merged, {**feeds, **flag(value, name)})
+        found = run(merged, {**inputs, **flag(value, name)})
         assert list(found) == list(alone[False])
         for output, array in found.items():
             if output in expected:
@@ -73,15 +73,15 @@ def assert_branches(when_true: ir.Model, when_false: ir.Model, feeds: Arrays, na
 
 def test_each_branch_gives_its_graphs_numbers() -> None:
     """Both values of the flag, every output, bit for bit; the output that step lacks has length 0."""
-    merged = assert_branches(step(), prefill(), FEEDS)
-    absent = run(merged, FEEDS | flag(True))["cross"]
+    merged = assert_branches(decode(), prefill(), INPUTS)
+    absent = run(merged, INPUTS | flag(True))["cross"]
     assert absent.shape == (0, 0, 4)
     assert absent.dtype == np.float32
 
 
 def test_weights_are_stored_once_whatever_their_names() -> None:
     """A weight with two names, in one graph or in both, takes its bytes once; another of its shape stays apart."""
-    merged = merge_if(step(), prefill(), FLAG)
+    merged = merge_if(decode(), prefill(), FLAG)
     assert weight_bytes(merged) == OWN.nbytes + CROSS.nbytes + HEAD.nbytes + 2 * AXIS.nbytes
     twice = parse(
         "g (float[n, 4] x) => (float[n, 4] y) { a = MatMul(x, first)\n b = MatMul(a, second)\n y = MatMul(b, other) }",
@@ -95,7 +95,7 @@ def test_weights_are_stored_once_whatever_their_names() -> None:
 
 def test_what_a_provider_wants_on_the_host_stays_in_its_branch() -> None:
     """Axes and lengths are no weights: outside, ONNX Runtime would keep them on the device and copy them each run."""
-    merged = merge_if(step(), prefill(), FLAG)
+    merged = merge_if(decode(), prefill(), FLAG)
     assert all(value.const_value.size > 8 for value in merged.graph.initializers.values())
     branches = [graph for graph in merged.graphs() if graph is not merged.graph]
     assert [list(branch.initializers) for branch in branches] == [["with_past/axis"], ["without_past/axis"]]
@@ -159,11 +159,11 @@ def test_nested_subgraphs_that_capture_outer_values(choose: bool) -> None:
     def weights() -> dict[str, np.ndarray]:
         return {"w": OWN, "bias": numbers(4)}
 
-    feeds = {"x": numbers(3, 4), "choose": np.array(choose), "times": np.array(3)}
+    inputs = {"x": numbers(3, 4), "choose": np.array(choose), "times": np.array(3)}
     plain = parse("g (float[n, 4] x) => (float[n, 4] y) { hidden = Neg(x)\n y = MatMul(hidden, w) }", {"w": OWN})
-    merged = assert_branches(parse(NESTED, weights()), plain, feeds)
+    merged = assert_branches(parse(NESTED, weights()), plain, inputs)
     assert weight_bytes(merged) == OWN.nbytes + numbers(4).nbytes
-    assert_branches(parse(NESTED, weights()), parse(NESTED.replace("Mul(hidden", "Div(hidden"), weights()), feeds)
+    assert_branches(parse(NESTED, weights()), parse(NESTED.replace("Mul(hidden", "Div(hidden"), weights()), inputs)
 
 
 def test_two_opset_domains() -> None:
@@ -193,7 +193,7 @@ def test_two_opset_domains() -> None:
 
 def test_dimensions() -> None:
     """Fixed dimensions stay, symbols of inputs stay, and every `If` output gets fresh symbols: lengths may differ."""
-    merged = merge_if(step(), prefill(), FLAG)
+    merged = merge_if(decode(), prefill(), FLAG)
     inputs = {value.name: [str(dim) for dim in value.shape] for value in merged.graph.inputs if value.shape is not None}
     assert inputs == {
         "x": ["batch", "new", "4"],
@@ -268,14 +268,14 @@ def test_contradictions_are_named(when_true: ir.Model, when_false: ir.Model, nam
 
 def test_flag_is_a_name_of_your_choice() -> None:
     """Optimum and Transformers.js call it `use_cache_branch`."""
-    merged = assert_branches(step(), prefill(), FEEDS, "use_cache_branch")
+    merged = assert_branches(decode(), prefill(), INPUTS, "use_cache_branch")
     assert merged.graph.inputs[-1].name == "use_cache_branch"
     assert merged.graph.inputs[-1].dtype == ir.DataType.BOOL
 
 
 def test_names_do_not_clash() -> None:
     """Every value and node of the merged graph has a name of its own, subgraphs included."""
-    merged = merge_if(step(), prefill(), FLAG)
+    merged = merge_if(decode(), prefill(), FLAG)
     nodes = [node.name for node in merged.graph.all_nodes()]
     values = [value.name for node in merged.graph.all_nodes() for value in node.outputs if value.name]
     assert len(nodes) == len(set(nodes))
@@ -284,27 +284,29 @@ def test_names_do_not_clash() -> None:
 
 def forked() -> ir.Model:
     """`step`, and for one token a graph that says something else, so that it shows which of them ran."""
-    single = parse(STEP.replace("mixed = Add(key, summed)", "mixed = Sub(key, summed)"), STEP_WEIGHTS)
+    single = parse(DECODE.replace("mixed = Add(key, summed)", "mixed = Sub(key, summed)"), STEP_WEIGHTS)
     one_token(single, "new")
-    return fork_if(single, step(), "new")
+    return fork_if(single, decode(), "new")
 
 
-def one(feeds: Arrays) -> Arrays:
-    return {**feeds, "x": feeds["x"][:, :1]}
+def one(inputs: Arrays) -> Arrays:
+    return {**inputs, "x": inputs["x"][:, :1]}
 
 
 def test_one_token_has_a_branch_of_its_own() -> None:
     """By the length of what it is given; inside the other `If` as well, where each weight is still there once."""
-    single = run(parse(STEP.replace("mixed = Add(key, summed)", "mixed = Sub(key, summed)"), STEP_WEIGHTS), one(FEEDS))
-    alone = {1: single, 3: run(step(), FEEDS)}
+    single = run(
+        parse(DECODE.replace("mixed = Add(key, summed)", "mixed = Sub(key, summed)"), STEP_WEIGHTS), one(INPUTS)
+    )
+    alone = {1: single, 3: run(decode(), INPUTS)}
     merged = merge_if(forked(), prefill(), FLAG)
     for model, given in ((forked(), {}), (merged, flag(True))):
         onnx.checker.check_model(ir.to_proto(model), full_check=True)
-        for feeds, new in ((one(FEEDS), 1), (FEEDS, 3)):
-            found = run(model, {**feeds, **given})
+        for inputs, new in ((one(INPUTS), 1), (INPUTS, 3)):
+            found = run(model, {**inputs, **given})
             for name, array in alone[new].items():
                 np.testing.assert_array_equal(found[name], array, err_msg=f"{name}, {new} new")
-    assert run(merged, FEEDS | flag(False))["cross"].shape == (2, 5, 4)
+    assert run(merged, INPUTS | flag(False))["cross"].shape == (2, 5, 4)
     assert weight_bytes(merged) == OWN.nbytes + CROSS.nbytes + HEAD.nbytes + 3 * AXIS.nbytes
     nodes = [node.name for node in merged.graph.all_nodes()]
     assert len(nodes) == len(set(nodes))
@@ -312,4 +314,4 @@ def test_one_token_has_a_branch_of_its_own() -> None:
 
 def test_an_axis_that_no_input_has() -> None:
     with pytest.raises(ValueError, match="'fresh'"):
-        fork_if(step(), step(), "fresh")
+        fork_if(decode(), decode(), "fresh")

@@ -29,7 +29,7 @@ ATTEND = """
     logits = MatMul(mixed, head)
     own = Identity(joined)
 """
-STEP = (
+DECODE = (
     "step (float[batch, new, 4] x, float[batch, past, 4] past_own, float[batch, source, 4] past_key,"
     " float[batch, source, 4] past_value) => (float[batch, new, 3] logits, float[batch, total, 4] own) {"
     + ATTEND.format(past="past_own", key="past_key", value="past_value")
@@ -44,18 +44,18 @@ PREFILL = (
 WEIGHTS = {"w_query": numbers(4, 4), "head": numbers(4, 3), "axis": np.array([1]), "one": np.array(1)}
 MAKES = {"w_key": numbers(4, 4, seed=1), "w_value": numbers(4, 4, seed=2), "zero": np.array([0])}
 USED = ("w_query", "head", "w_key", "w_value")
-FEEDS = {
+INPUTS = {
     "x": numbers(2, 3, 4),
     "context": numbers(2, 5, 4),
     "past_own": numbers(2, 7, 4),
     "past_key": numbers(2, 6, 4),
     "past_value": numbers(2, 6, 4, seed=5),
 }
-NO_PAST = FEEDS | {name: np.zeros((2, 0, 4), np.float32) for name in CACHE}
+NO_PAST = INPUTS | {name: np.zeros((2, 0, 4), np.float32) for name in CACHE}
 
 
-def step() -> ir.Model:
-    return parse(STEP, WEIGHTS)
+def decode() -> ir.Model:
+    return parse(DECODE, WEIGHTS)
 
 
 def prefill() -> ir.Model:
@@ -75,10 +75,10 @@ def users(model: ir.Model, name: str) -> list[ir.Node]:
 
 def test_each_side_gives_its_graphs_numbers() -> None:
     """With past: step's numbers and no new cross caches. Without: prefill's, with a past of length 0."""
-    expected = run(step(), FEEDS), run(prefill(), FEEDS)
-    merged = merge_caches(step(), prefill(), FLAG, CACHE)
+    expected = run(decode(), INPUTS), run(prefill(), INPUTS)
+    merged = merge_caches(decode(), prefill(), FLAG, CACHE)
     onnx.checker.check_model(ir.to_proto(merged), full_check=True)
-    with_past, without_past = run(merged, FEEDS | flag(True)), run(merged, NO_PAST | flag(False))
+    with_past, without_past = run(merged, INPUTS | flag(True)), run(merged, NO_PAST | flag(False))
     assert list(with_past) == ["logits", "own", "key", "value"]
     assert_close(with_past, expected[0])
     assert_close(without_past, expected[1])
@@ -87,44 +87,44 @@ def test_each_side_gives_its_graphs_numbers() -> None:
 
 def test_two_calls_in_a_row_equal_one() -> None:
     """Prefill's outputs fed into step give what prefill alone gives for both tokens."""
-    feeds = {name: FEEDS[name] for name in ("x", "context")}
-    whole = run(prefill(), feeds)
-    merged = merge_caches(step(), prefill(), FLAG, CACHE)
-    first = run(merged, NO_PAST | {"x": feeds["x"][:, :2]} | flag(False))
+    inputs = {name: INPUTS[name] for name in ("x", "context")}
+    whole = run(prefill(), inputs)
+    merged = merge_caches(decode(), prefill(), FLAG, CACHE)
+    first = run(merged, NO_PAST | {"x": inputs["x"][:, :2]} | flag(False))
     past = {name: first[source] for name, source in CACHE.items()}
-    second = run(merged, past | {"x": feeds["x"][:, 2:], "context": feeds["context"]} | flag(True))
+    second = run(merged, past | {"x": inputs["x"][:, 2:], "context": inputs["context"]} | flag(True))
     np.testing.assert_allclose(second["own"], whole["own"], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(second["logits"][:, 0], whole["logits"][:, 2], rtol=1e-5, atol=1e-6)
 
 
 def test_weights_and_products_stand_once() -> None:
     """Every weight is stored once and multiplied in one node, which is what this way of merging is for."""
-    merged = merge_caches(step(), prefill(), FLAG, CACHE)
+    merged = merge_caches(decode(), prefill(), FLAG, CACHE)
     assert weight_bytes(merged) <= sum(array.nbytes for array in (WEIGHTS | MAKES).values())
     assert {name: len(users(merged, name)) for name in USED} == dict.fromkeys(USED, 1)
-    assert node_count(merged) < node_count(step()) + node_count(prefill())
+    assert node_count(merged) < node_count(decode()) + node_count(prefill())
 
 
 def test_the_encoders_output_is_not_projected_with_past() -> None:
     """With past, the products that make the cross caches must not run: they sit in a branch, not in the graph."""
-    merged = merge_caches(step(), prefill(), FLAG, CACHE)
+    merged = merge_caches(decode(), prefill(), FLAG, CACHE)
     for name in ("w_key", "w_value"):
         (user,) = users(merged, name)
         assert user.graph is not merged.graph
-    poisoned = FEEDS | {"context": np.full((2, 5, 4), np.nan, np.float32)} | flag(True)
+    poisoned = INPUTS | {"context": np.full((2, 5, 4), np.nan, np.float32)} | flag(True)
     assert np.isfinite(run(merged, poisoned)["logits"]).all()
 
 
 def test_past_is_not_read_without_past() -> None:
     """Without past, what lies in the cross-cache inputs makes no difference."""
-    merged = merge_caches(step(), prefill(), FLAG, CACHE)
+    merged = merge_caches(decode(), prefill(), FLAG, CACHE)
     junk = {name: np.full((2, 9, 4), np.nan, np.float32) for name in ("past_key", "past_value")}
     assert_close(run(merged, NO_PAST | junk | flag(False)), run(merged, NO_PAST | flag(False)))
 
 
 def test_dimensions_types_and_names() -> None:
     """Inputs: the union with their dimensions. Outputs: prefill's, in its order. No two values share a name."""
-    merged = merge_caches(step(), prefill(), "use_cache_branch", CACHE)
+    merged = merge_caches(decode(), prefill(), "use_cache_branch", CACHE)
     inputs = {value.name: [str(dim) for dim in value.shape] for value in merged.graph.inputs if value.shape is not None}
     assert inputs == {
         "x": ["batch", "new", "4"],
@@ -145,44 +145,44 @@ CHOICE = """If ({condition}) <
 
 def test_subgraph_of_a_graphs_own() -> None:
     """An `If` inside step that captures values of its graph goes along unharmed."""
-    choice = CHOICE.format(condition="few", length="new", first="Add(read, pooled)", second="Sub(read, pooled)")
-    nested = STEP.replace("mixed = Add(read, pooled)", f"few = Greater(length, one)\n mixed = {choice}\n")
-    assert nested != STEP
+    selector = CHOICE.format(condition="few", length="new", first="Add(read, pooled)", second="Sub(read, pooled)")
+    nested = DECODE.replace("mixed = Add(read, pooled)", f"few = Greater(length, one)\n mixed = {selector}\n")
+    assert nested != DECODE
     merged = merge_caches(parse(nested, WEIGHTS), prefill(), FLAG, CACHE)
-    assert_close(run(merged, FEEDS | flag(True)), run(parse(nested, WEIGHTS), FEEDS))
-    assert_close(run(merged, NO_PAST | flag(False)), run(prefill(), FEEDS))
+    assert_close(run(merged, INPUTS | flag(True)), run(parse(nested, WEIGHTS), INPUTS))
+    assert_close(run(merged, NO_PAST | flag(False)), run(prefill(), INPUTS))
 
 
 def test_cache_captured_by_a_subgraph_is_refused() -> None:
     """An `If` around a use inside a subgraph is not made: the message names the cache, not a stray ValueError."""
-    choice = CHOICE.format(
+    selector = CHOICE.format(
         condition="few", length="new", first="MatMul(weights, past_value)", second="MatMul(weights, past_key)"
     )
-    nested = STEP.replace("read = MatMul(weights, past_value)", f"few = Greater(length, one)\n read = {choice}\n")
+    nested = DECODE.replace("read = MatMul(weights, past_value)", f"few = Greater(length, one)\n read = {selector}\n")
     with pytest.raises(ValueError, match=r"past_(key|value).*subgraph"):
         merge_caches(parse(nested, WEIGHTS), prefill(), FLAG, CACHE)
 
 
 def test_cache_made_by_a_subgraph_is_refused() -> None:
     """Prefill makes a cache in an `If` that captures outer values, which would be lost: refused, and named."""
-    choice = CHOICE.format(condition="few", length="source", first="Neg(made)", second="Abs(made)")
-    making = f"made = MatMul(context, w_value)\n few = Greater(one, none)\n value = {choice}\n"
+    selector = CHOICE.format(condition="few", length="source", first="Neg(made)", second="Abs(made)")
+    making = f"made = MatMul(context, w_value)\n few = Greater(one, none)\n value = {selector}\n"
     nested = PREFILL.replace("value = MatMul(context, w_value)\n", making)
     graph = parse(nested, WEIGHTS | MAKES | {"none": np.array(0)})
     with pytest.raises(ValueError, match=r"'value'.*subgraph"):
-        merge_caches(step(), graph, FLAG, CACHE)
+        merge_caches(decode(), graph, FLAG, CACHE)
 
 
 def test_what_cannot_be_merged_is_named() -> None:
     """An output of prefill that neither step has nor a cache takes, a cache nobody reads, a taken flag."""
     with pytest.raises(ValueError, match="'value'"):
-        merge_caches(step(), prefill(), FLAG, {"past_own": "own", "past_key": "key"})
-    unread = parse(STEP.replace("MatMul(weights, past_value)", "MatMul(weights, past_key)"), WEIGHTS)
+        merge_caches(decode(), prefill(), FLAG, {"past_own": "own", "past_key": "key"})
+    unread = parse(DECODE.replace("MatMul(weights, past_value)", "MatMul(weights, past_key)"), WEIGHTS)
     with pytest.raises(ValueError, match="'past_value'"):
         merge_caches(unread, prefill(), FLAG, CACHE)
     with pytest.raises(ValueError, match="'x'"):
-        merge_caches(step(), prefill(), "x", CACHE)
-    old = parse(STEP, WEIGHTS, '<ir_version: 10, opset_import: ["": 18]>')
+        merge_caches(decode(), prefill(), "x", CACHE)
+    old = parse(DECODE, WEIGHTS, '<ir_version: 10, opset_import: ["": 18]>')
     with pytest.raises(ValueError, match="18"):
         merge_caches(old, prefill(), FLAG, CACHE)
 
@@ -201,7 +201,7 @@ def test_nodes_of_both_graphs_may_have_the_same_names() -> None:
 
     made = PREFILL.replace("key = MatMul(context, w_key)", "early = MatMul(context, w_key)\n key = Identity(early)")
     source = numbered(parse(made, WEIGHTS | MAKES), 3)  # from the number of step's first node on a cache
-    merged = merge_caches(numbered(step(), 0), source, FLAG, CACHE)
+    merged = merge_caches(numbered(decode(), 0), source, FLAG, CACHE)
     for graph in merged.graphs():
         if graph is not merged.graph:
             names = [node.name for node in graph]
@@ -209,5 +209,5 @@ def test_nodes_of_both_graphs_may_have_the_same_names() -> None:
             values = [value.name for node in graph for value in node.outputs]
             assert len(set(values)) == len(values)
     found = run(merged, NO_PAST | flag(False))
-    for name, expected in run(parse(PREFILL, WEIGHTS | MAKES), FEEDS).items():
+    for name, expected in run(parse(PREFILL, WEIGHTS | MAKES), INPUTS).items():
         np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 from accel.graph.precision.convert import convert_half, half_share
 from accel.graph.precision.emulate import emulate_half, round_values
 from accel.graph.precision.formats import BF16, FP16, Format
-from accel.graph.precision.minimize import droppable, fewest_casts, groups, without
+from accel.graph.precision.minimize import droppable, groups, minimize_casts, without
 from accel.graph.precision.observer import infer_types
 from accel.graph.precision.plan import CASTS, INTEGER, OVERFLOW, UNDERFLOW, Plan, Reason
 from tests.graph import text
@@ -51,21 +51,21 @@ def test_no_other_choice_costs_fewer_casts(kept: set[str]) -> None:
     """Against every set of nodes that holds those that must stay and leaves the product's weight where it is."""
     model = branching()
     why = Reason(OVERFLOW, "x")
-    added = fewest_casts(model, Plan(dict.fromkeys(kept, why), {"w": why} if "e" in kept else {}))
+    added = minimize_casts(model, Plan(dict.fromkeys(kept, why), {"w": why} if "e" in kept else {}))
     assert not kept & added.keys()
     assert {reason.rule for reason in added.values()} <= {CASTS}
     free = [name for name in NODES if name not in kept and name != "e"]
     choices = [kept | set(more) for count in range(len(free) + 1) for more in combinations(free, count)]
-    least = min(casts(choice) for choice in choices)
+    least = min(casts(selector) for selector in choices)
     assert casts(kept | added.keys()) == least
-    smallest = min(len(choice) for choice in choices if casts(choice) == least)
+    smallest = min(len(selector) for selector in choices if casts(selector) == least)
     assert len(kept | added.keys()) == smallest  # no more in FP32 than that takes
 
 
 def test_a_node_between_two_islands_joins_them() -> None:
     """One node in 16 bits between two in FP32 costs two casts, and a sum of two results in FP32 one less than them."""
-    assert fewest_casts(branching(), Plan(dict.fromkeys(("a", "c"), Reason(OVERFLOW, "x")))).keys() == {"b", "d"}
-    assert fewest_casts(branching(), Plan()) == {}
+    assert minimize_casts(branching(), Plan(dict.fromkeys(("a", "c"), Reason(OVERFLOW, "x")))).keys() == {"b", "d"}
+    assert minimize_casts(branching(), Plan()) == {}
 
 
 @pytest.mark.parametrize("needed", [set(), {"3"}, {"0", "7"}, {"2", "3"}, set("01234567")])
@@ -108,13 +108,13 @@ def test_nodes_are_dropped_by_what_keeps_them() -> None:
             "h": Reason(OVERFLOW, "h"),
         },
         weights={"w": Reason(OVERFLOW, "w")},
-        ports={"x": Reason(OVERFLOW, "x"), "y": Reason(OVERFLOW, "h")},
+        specs={"x": Reason(OVERFLOW, "x"), "y": Reason(OVERFLOW, "h")},
     )
     assert groups(branching(), plan) == [["d"], ["a", "b"], ["h"]]
     smaller = without(branching(), plan, ["a", "b"])
     assert smaller.nodes.keys() == {"c", "d", "e", "h"}
     assert smaller.dropped.keys() == {"a", "b"}
-    assert not smaller.ports  # x was read by `a` alone, and `y` is written in 16 bits
+    assert not smaller.specs  # x was read by `a` alone, and `y` is written in 16 bits
     assert plan.nodes.keys() > smaller.nodes.keys()
 
 
@@ -136,7 +136,7 @@ def test_rounded_values_are_those_of_the_mix(kept: set[str], format: Format) -> 
     """A trial computes, number for number, what conversion and emulation make of the same plan."""
     why = Reason(OVERFLOW, "x")
     plan = Plan(dict.fromkeys(kept, why), {"w": why} if "e" in kept else {}, {"z": why, "y": why} if kept else {})
-    feeds = {"x": text.numbers(3, 5, seed=2), "z": text.numbers(3, 5, seed=3)}
+    inputs = {"x": text.numbers(3, 5, seed=2), "z": text.numbers(3, 5, seed=3)}
     mixed, trial = branching(), branching()
     convert_half(mixed, plan, format)
     emulate_half(mixed, format)
@@ -144,8 +144,8 @@ def test_rounded_values_are_those_of_the_mix(kept: set[str], format: Format) -> 
         if graph is mixed:
             _fp32_ports(graph)
     round_values(trial, plan, format, {})
-    found, expected = text.run(trial, feeds), text.run(mixed, feeds)
-    plain = text.run(branching(), feeds)
+    found, expected = text.run(trial, inputs), text.run(mixed, inputs)
+    plain = text.run(branching(), inputs)
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
         assert (array != plain[name]).any()
@@ -174,7 +174,10 @@ def _fp32_ports(model: ir.Model) -> None:
 
 def test_headroom_overflows_before_the_limit() -> None:
     """40,000 fits FP16, but not with a margin of two; 30,000 does, and is rounded as it would be without."""
-    feeds = {"x": np.array([[40000.0, 30001.0, 1.0, -40000.0, 0.0]], np.float32) / 2, "z": np.zeros((1, 5), np.float32)}
+    inputs = {
+        "x": np.array([[40000.0, 30001.0, 1.0, -40000.0, 0.0]], np.float32) / 2,
+        "z": np.zeros((1, 5), np.float32),
+    }
     results = []
     for headroom in ({}, {"a": 2.0}):
         model = branching()
@@ -182,7 +185,7 @@ def test_headroom_overflows_before_the_limit() -> None:
         model.graph.outputs.append(next(node for node in model.graph if node.op_type == "Abs").outputs[0])
         model.graph.outputs[-1].type = ir.TensorType(ir.DataType.FLOAT)
         round_values(model, every, FP16, headroom)
-        results.append(text.run(model, feeds)["c"])
+        results.append(text.run(model, inputs)["c"])
     rounded = np.float32(np.float16(30001.0))
     np.testing.assert_array_equal(results[0], [[40000.0, rounded, 1.0, 40000.0, 0.0]])
     np.testing.assert_array_equal(results[1], [[np.inf, rounded, 1.0, np.inf, 0.0]])

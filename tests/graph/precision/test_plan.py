@@ -7,7 +7,7 @@ import pytest
 from accel.graph.precision.convert import convert_half, half_share
 from accel.graph.precision.emulate import emulate_half
 from accel.graph.precision.formats import FLOAT, FP16
-from accel.graph.precision.observer import OUTPUTS, Range, add_probes, infer_types, read_probes
+from accel.graph.precision.observer import OUTPUTS, ValueStatistics, infer_types, insert_observers, read_observers
 from accel.graph.precision.plan import Plan, clamp_masks, make_plan, unite
 from tests.graph import text
 
@@ -35,12 +35,12 @@ chain (float[n] x) => (float[n] y) <float big = {2000.0}> {
 """
 
 
-def run(model: ir.Model, **feeds: np.ndarray) -> list[np.ndarray]:
+def run(model: ir.Model, **inputs: np.ndarray) -> list[np.ndarray]:
     """Outputs of a graph on ONNX Runtime's CPU provider, in order."""
-    return list(text.run(model, feeds).values())
+    return list(text.run(model, inputs).values())
 
 
-def held(model: ir.Model, **feeds: np.ndarray) -> dict[str, Range]:
+def held(model: ir.Model, **inputs: np.ndarray) -> dict[str, ValueStatistics]:
     """What every float value of `model` holds for `feeds`, computed by making all of them outputs."""
     values = [output for node in model.graph for output in node.outputs if output.dtype in (FLOAT, None)]
     probe = model.clone()
@@ -50,9 +50,11 @@ def held(model: ir.Model, **feeds: np.ndarray) -> dict[str, Range]:
     for name in names:
         produced[name].type = ir.TensorType(FLOAT)
         probe.graph.outputs.append(produced[name])
-    found = dict(zip(names, run(probe, **feeds), strict=True)) | feeds
+    found = dict(zip(names, run(probe, **inputs), strict=True)) | inputs
     return {
-        name: Range(float(np.abs(v).max()), float(np.abs(v[v != 0]).min(initial=np.inf)), int((~np.isfinite(v)).sum()))
+        name: ValueStatistics(
+            float(np.abs(v).max()), float(np.abs(v[v != 0]).min(initial=np.inf)), int((~np.isfinite(v)).sum())
+        )
         for name, v in found.items()
         if v.dtype == np.float32
     }
@@ -68,7 +70,7 @@ def test_overflow_keeps_every_node_that_touches_the_value() -> None:
     """With x around 1000 the squares leave FP16's range: their writer and their reader stay, the product need not."""
     model = typed(NORM)
     x = np.array([[1000, -2000, 500, 3000]], np.float32)
-    plan = make_plan(model, held(model, x=x, w=np.eye(4, dtype=np.float32)), margin=2.0)
+    plan = make_plan(model, held(model, x=x, w=np.eye(4, dtype=np.float32)), overflow_margin=2.0)
     assert {"square", "mean"} <= plan.nodes.keys()
     assert "y" not in plan.nodes
     assert plan.nodes["square"].rule == "overflow"
@@ -79,12 +81,14 @@ def test_underflow_counts_only_where_zero_changes_the_result() -> None:
     """Elements of 1e-4 square to 1e-8: zero in FP16, and the norm would divide by it. A tiny input may vanish."""
     model = typed(NORM)
     x = np.array([[1e-4, -1e-4, 2e-4, 1e-4]], np.float32)
-    plan = make_plan(model, held(model, x=x, w=np.eye(4, dtype=np.float32)), margin=2.0)
+    plan = make_plan(model, held(model, x=x, w=np.eye(4, dtype=np.float32)), overflow_margin=2.0)
     assert {"square", "mean", "variance", "root"} <= plan.nodes.keys()
     assert plan.nodes["root"].rule == "underflow"
     assert "y" not in plan.nodes
     tiny_but_harmless = np.array([[1e-9, 1, 2, 3]], np.float32)
-    assert not make_plan(model, held(model, x=tiny_but_harmless, w=np.eye(4, dtype=np.float32)), margin=2.0).nodes
+    assert not make_plan(
+        model, held(model, x=tiny_but_harmless, w=np.eye(4, dtype=np.float32)), overflow_margin=2.0
+    ).nodes
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1000.0])
@@ -93,15 +97,15 @@ def test_the_planned_mix_is_right_where_blind_fp16_is_not(size: float) -> None:
     x = (size * np.array([[1, -2, 0.5, 3], [2, 1, -1, -3]])).astype(np.float32)
     w = np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4)
     right = run(typed(NORM), x=x, w=w)[0]
-    feeds = {"x": x.astype(np.float16), "w": w.astype(np.float16)}
+    inputs = {"x": x.astype(np.float16), "w": w.astype(np.float16)}
 
     def error(plan: Plan) -> float:
         model = typed(NORM)
         convert_half(model, plan)
         emulate_half(model)
-        return float(np.abs(run(model, **feeds)[0].astype(np.float32) - right).max() / np.abs(right).max())
+        return float(np.abs(run(model, **inputs)[0].astype(np.float32) - right).max() / np.abs(right).max())
 
-    audited = make_plan(typed(NORM), held(typed(NORM), x=x, w=w), margin=2.0)
+    audited = make_plan(typed(NORM), held(typed(NORM), x=x, w=w), overflow_margin=2.0)
     assert error(audited) < 0.004
     assert (error(Plan()) < 0.004) == (size == 1.0)
 
@@ -120,7 +124,7 @@ def test_emulation_shows_overflow_that_the_cpu_provider_hides() -> None:
 def test_casts_stand_only_at_borders() -> None:
     """An island of two kept nodes costs one cast in and one out, and a constant none."""
     model = typed(CHAIN)
-    reason = make_plan(model, {"more": Range(4e6, 4e6)}, margin=1.0)
+    reason = make_plan(model, {"more": ValueStatistics(4e6, 4e6)}, overflow_margin=1.0)
     assert reason.nodes.keys() == {"more", "down"}
     convert_half(model, reason)
     assert [node.op_type for node in model.graph] == ["Mul", "Cast", "Mul", "Div", "Cast", "Div"]
@@ -141,7 +145,7 @@ def test_masks_are_clamped_and_other_large_constants_are_not() -> None:
     clamp_masks(model)
     assert float(model.graph.initializers["lowest"].const_value.numpy()) == FP16.mask
     assert model.graph.initializers["weight"].const_value.numpy().min() == -100000
-    assert make_plan(model, {}, margin=2.0).weights.keys() == {"weight"}
+    assert make_plan(model, {}, overflow_margin=2.0).weights.keys() == {"weight"}
 
 
 def test_arithmetic_on_positions_stays() -> None:
@@ -155,7 +159,7 @@ def test_arithmetic_on_positions_stays() -> None:
         index = Cast <to: int = 7> (scaled)
         y = Gather (table, index)
     }""")
-    plan = make_plan(model, {}, margin=2.0)
+    plan = make_plan(model, {}, overflow_margin=2.0)
     assert plan.nodes.keys() == {"real", "log", "scaled"}
     assert {reason.rule for reason in plan.nodes.values()} == {"rounding that would change an integer"}
     convert_half(model, plan)
@@ -174,15 +178,15 @@ def test_a_weight_kept_in_one_graph_is_kept_in_both() -> None:
         y = MatMul (made, w)
     }"""
     models = {}
-    for name in ("prefill", "step"):
+    for name in ("prefill", "decode"):
         model = ir.from_onnx_text(body, initializers=[ir.tensor(np.eye(5, dtype=np.float32), name="w")])
         ir.passes.common.ShapeInferencePass()(model)
         models[name] = model
-    plans = {"prefill": make_plan(models["prefill"], {"y": Range(1e6, 1.0)}, 2.0), "step": Plan()}
+    plans = {"prefill": make_plan(models["prefill"], {"y": ValueStatistics(1e6, 1.0)}, 2.0), "decode": Plan()}
     unite(plans, models, {"past": "y"})
-    assert plans["step"].nodes.keys() == {"y"}
-    assert plans["step"].weights.keys() == plans["prefill"].weights.keys() == {"w"}
-    assert plans["step"].ports.keys() == plans["prefill"].ports.keys() == {"past", "y"}
+    assert plans["decode"].nodes.keys() == {"y"}
+    assert plans["decode"].weights.keys() == plans["prefill"].weights.keys() == {"w"}
+    assert plans["decode"].specs.keys() == plans["prefill"].specs.keys() == {"past", "y"}
 
 
 def test_what_a_subgraph_reads_stays() -> None:
@@ -197,7 +201,7 @@ def test_what_a_subgraph_reads_stays() -> None:
         >
         y = Mul (chosen, two)
     }""")
-    plan = make_plan(model, {}, margin=2.0)
+    plan = make_plan(model, {}, overflow_margin=2.0)
     assert {"doubled", "chosen"} <= plan.nodes.keys()
     convert_half(model, plan)
     for flag, right in ((True, -12.0), (False, 12.0)):
@@ -219,7 +223,7 @@ def fused() -> ir.Model:
     return text.parse(FUSED.split(">", 1)[1], {"w": np.linspace(0.5, 1.5, 4, dtype=np.float32)})
 
 
-FEEDS = {"x": text.numbers(2, 3, 4) * 1e-4, "h": text.numbers(2, 3, 4, seed=1), "m": text.numbers(4, 4)}
+INPUTS = {"x": text.numbers(2, 3, 4) * 1e-4, "h": text.numbers(2, 3, 4, seed=1), "m": text.numbers(4, 4)}
 
 
 def test_fused_norms_need_no_care_inside() -> None:
@@ -228,15 +232,15 @@ def test_fused_norms_need_no_care_inside() -> None:
     infer_types(model)
     absent = [value for node in model.graph for value in node.outputs if not value.name]
     assert len(absent) == 2
-    ranges = {name: Range(4.0, 1e-7) for name in ("x", "h", "first", "second", "sum", "y")}
-    plan = make_plan(model, ranges, margin=2.0)
+    statistics = {name: ValueStatistics(4.0, 1e-7) for name in ("x", "h", "first", "second", "sum", "y")}
+    plan = make_plan(model, statistics, overflow_margin=2.0)
     assert not plan.nodes
-    right = text.run(fused(), FEEDS)
+    right = text.run(fused(), INPUTS)
     half = fused()
     convert_half(half, plan)
     assert half_share(half) == {"nodes": 1.0, "weight_bytes": 1.0, "fp32_nodes": 0, "fp32_bytes": 0, "casts": 0}
     emulate_half(half)
-    found = text.run(half, {name: array.astype(np.float16) for name, array in FEEDS.items()})
+    found = text.run(half, {name: array.astype(np.float16) for name, array in INPUTS.items()})
     for name, array in right.items():
         assert np.abs(found[name] - array).max() < 0.01 * np.abs(array).max(), name
 
@@ -245,10 +249,10 @@ def test_a_sum_that_overflows_keeps_its_node_whole() -> None:
     """Norm and sum are one node: with the sum beyond FP16, it reads and writes FP32, and the port stays FP32."""
     model = fused()
     infer_types(model)
-    plan = make_plan(model, {"sum": Range(1e5, 1.0)}, margin=2.0)
+    plan = make_plan(model, {"sum": ValueStatistics(1e5, 1.0)}, overflow_margin=2.0)
     assert plan.nodes.keys() == {"second"}
-    assert plan.ports.keys() == {"sum"}
-    large = FEEDS | {"h": (FEEDS["h"] * 1e4).astype(np.float16)}
+    assert plan.specs.keys() == {"sum"}
+    large = INPUTS | {"h": (INPUTS["h"] * 1e4).astype(np.float16)}
     half = fused()
     convert_half(half, plan)
     node = next(node for node in half.graph if node.op_type == "SkipSimplifiedLayerNormalization")
@@ -263,9 +267,9 @@ def test_a_sum_that_overflows_keeps_its_node_whole() -> None:
 def test_probes_measure_fused_nodes() -> None:
     """Every output that is there is measured, those that are absent aren't."""
     model = fused()
-    names = add_probes(model)
+    names = insert_observers(model)
     assert names == ["x", "h", "m", "first", "second", "sum", "y"]
-    found = text.run(model, FEEDS)
-    ranges = read_probes(names, [found[name] for name in OUTPUTS])
-    assert ranges["sum"].largest == pytest.approx(np.abs(found["sum"]).max())
-    assert ranges["y"].largest == pytest.approx(np.abs(found["y"]).max())
+    found = text.run(model, INPUTS)
+    statistics = read_observers(names, [found[name] for name in OUTPUTS])
+    assert statistics["sum"].largest == pytest.approx(np.abs(found["sum"]).max())
+    assert statistics["y"].largest == pytest.approx(np.abs(found["y"]).max())

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from accel import progress
-from accel.adapters.types import Architecture, Role
+from accel.adapters.types import Architecture, Component
 from accel.config.schema import Config, RuntimeConfig
 from accel.data import texts
 from accel.errors import AccelError
@@ -33,19 +33,19 @@ from accel.system.host_memory import release
 
 logger = logging.getLogger(__name__)
 
-RANGES = "ranges.json"
-Ranges = dict[str, observer.Range]
+STATISTICS = "ranges.json"
+ComponentStatistics = dict[str, observer.ValueStatistics]
 
 
-class ProbedGraph:
+class ObservedGraph:
     """One role's graph with probes. What every value held widens `ranges`, batch by batch."""
 
     def __init__(self, source: Path) -> None:
         model = files.load(source)
         plan.clamp_masks(model)
-        self.names = observer.add_probes(model)
+        self.names = observer.insert_observers(model)
         self.rows = observer.by_row(model)
-        self.ranges: Ranges = {name: observer.Range() for name in self.names}
+        self.statistics: ComponentStatistics = {name: observer.ValueStatistics() for name in self.names}
         self.graph, self.folder = files.dump(model), source.parent
         del model
         release()
@@ -54,12 +54,12 @@ class ProbedGraph:
         """A session over it."""
         session = HostSession(self.graph, lean(runtime, self.folder))
 
-        def call(number: int, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            found = session(feeds)
+        def call(number: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = session(inputs)
             columns = [found.pop(name).numpy() for name in observer.OUTPUTS]
-            height = len(feeds[session.inputs[0]])
-            for name, seen in observer.read_probes(self.names, columns, self.rows, (number, height)).items():
-                self.ranges[name].widen(seen)
+            height = len(inputs[session.inputs[0]])
+            for name, seen in observer.read_observers(self.names, columns, self.rows, (number, height)).items():
+                self.statistics[name].widen(seen)
             return found
 
         return call
@@ -74,14 +74,16 @@ def lean(runtime: RuntimeConfig, weights: Path) -> SessionSettings:
     return SessionSettings.of(runtime, session=keys, arena=False, fuse=False)
 
 
-def unsettled(ranges: Mapping[Role, Ranges], margin: float) -> list[tuple[Role, str]]:
+def unsettled(
+    statistics: Mapping[Component, ComponentStatistics], overflow_margin: float
+) -> list[tuple[Component, str]]:
     """The values that another growth like the newest would take into the margin of FP16's limit."""
     found = []
-    for role, values in ranges.items():
+    for component, values in statistics.items():
         for name, held in values.items():
-            counts = held.largest * margin
+            counts = held.largest * overflow_margin
             if counts <= FP16.largest < counts * held.growth():
-                found.append((role, name))
+                found.append((component, name))
     return found
 
 
@@ -92,35 +94,35 @@ def observe(
     graphs: Path,
     asked: Sequence[texts.Prompt],
     scratch: Path,
-) -> tuple[dict[Role, Ranges], list[Batch], str]:
+) -> tuple[dict[Component, ComponentStatistics], list[Batch], str]:
     """What every value of every role's graph held, the batches it was seen with, and why no more were taken.
 
     The number of batches doubles until the newer half reaches no further than it should: see `unsettled`.
     """
     audit = config.audit
     description = AutoConfig.from_pretrained(checkpoint)
-    ports = signatures(architecture, description)
+    specs = signatures(architecture, description)
     supply = batches(config, architecture, description, checkpoint, asked)
-    probed = {role: ProbedGraph(graphs / f"{role}.onnx") for role in ports}
-    ranges = {role: graph.ranges for role, graph in probed.items()}
+    observed = {component: ObservedGraph(graphs / f"{component}.onnx") for component in specs}
+    statistics = {component: graph.statistics for component, graph in observed.items()}
     seen: list[Batch] = []
     for count in _rounds(audit.batches, audit.max_batches):
         work = list(islice(supply, count - len(seen)))
         if not work:
-            return ranges, seen, f"all {len(seen)} batches there were"
-        walk(ports, work, lambda role: probed[role].open(config.runtime), scratch, len(seen))
+            return statistics, seen, f"all {len(seen)} batches there were"
+        walk(specs, work, lambda component: observed[component].open(config.runtime), scratch, len(seen))
         seen += work
-        for held in (held for values in ranges.values() for held in values.values()):
+        for held in (held for values in statistics.values() for held in values.values()):
             held.mark(len(seen))
-        rising = unsettled(ranges, audit.margin)
+        rising = unsettled(statistics, audit.overflow_margin)
         if len(seen) >= audit.batches and not rising:
-            return ranges, seen, f"settled after {len(seen)} batches"
-    names = ", ".join(f"{role} {name}" for role, name in rising[:5])
+            return statistics, seen, f"settled after {len(seen)} batches"
+    names = ", ".join(f"{component} {name}" for component, name in rising[:5])
     logger.warning(
         f"the audit saw audit.max_batches={audit.max_batches} batches, and {len(rising)} values still grow towards "
-        f"FP16's limit: {names}{', …' if len(rising) > 5 else ''}. More batches or a larger audit.margin are safer"
+        f"FP16's limit: {names}{', …' if len(rising) > 5 else ''}. Raise audit.max_batches or audit.overflow_margin"
     )
-    return ranges, seen, f"audit.max_batches={audit.max_batches} reached, {len(rising)} values still grow"
+    return statistics, seen, f"audit.max_batches={audit.max_batches} reached, {len(rising)} values still grow"
 
 
 def _rounds(first: int, most: int) -> list[int]:
@@ -131,20 +133,20 @@ def _rounds(first: int, most: int) -> list[int]:
     return counts
 
 
-def check_finite(ranges: Mapping[Role, Ranges], load: Callable[[Role], ir.Model]) -> None:
+def check_finite(statistics: Mapping[Component, ComponentStatistics], load: Callable[[Component], ir.Model]) -> None:
     """Raises `AccelError` if a model's outputs are NaN or infinite in FP32, and says where that begins."""
-    for role, values in ranges.items():
-        model = load(role)
+    for component, values in statistics.items():
+        model = load(component)
         for output in model.graph.outputs:
             held = values.get(output.name or "")
             if held is not None and held.not_finite:
                 raise AccelError(
-                    f"the {role}'s {output.name} is not finite in FP32 either: {_beginning(output, values)}. "
+                    f"the {component}'s {output.name} is not finite in FP32 either: {_beginning(output, values)}. "
                     "The checkpoint, or what it is fed, is broken before any precision is chosen"
                 )
 
 
-def _beginning(value: ir.Value, values: Ranges) -> str:
+def _beginning(value: ir.Value, values: ComponentStatistics) -> str:
     """The node where numbers stop being finite, on the way that leads to `value`."""
     while (node := value.producer()) is not None:
         bad = [given for given in node.inputs if given is not None and _broken(given, values)]
@@ -154,7 +156,7 @@ def _beginning(value: ir.Value, values: Ranges) -> str:
     return f"it begins with {'the weight' if value.is_initializer() else 'the input'} {value.name}"
 
 
-def _broken(value: ir.Value, values: Ranges) -> bool:
+def _broken(value: ir.Value, values: ComponentStatistics) -> bool:
     if value.const_value is not None:
         content = value.const_value.numpy()
         return content.dtype.kind == "f" and not bool(np.isfinite(content).all())
@@ -167,23 +169,25 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
     asked = texts.read_prompts(inputs["prompts"].folder / prompts.PROMPTS)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
-        ranges, seen, stopped = observe(config, architecture, checkpoint, graphs, asked, Path(scratch))
+        statistics, seen, stopped = observe(config, architecture, checkpoint, graphs, asked, Path(scratch))
     progress.note(f"what values hold: {stopped}")
-    check_finite(ranges, lambda role: files.load(graphs / f"{role}.onnx"))
-    roles = {role: {name: asdict(held) for name, held in values.items()} for role, values in ranges.items()}
-    record = {"stopped": stopped, "batches": [list(batch.rows) for batch in seen], "roles": roles}
-    (out / RANGES).write_text(json.dumps(record))
+    check_finite(statistics, lambda component: files.load(graphs / f"{component}.onnx"))
+    components = {
+        component: {name: asdict(held) for name, held in values.items()} for component, values in statistics.items()
+    }
+    record = {"stopped": stopped, "batches": [list(batch.rows) for batch in seen], "components": components}
+    (out / STATISTICS).write_text(json.dumps(record))
     return {"batches": len(seen), "stopped": stopped}
 
 
-def read_ranges(folder: Path) -> tuple[dict[Role, Ranges], list[list[str]]]:
+def read_statistics(folder: Path) -> tuple[dict[Component, ComponentStatistics], list[list[str]]]:
     """Role -> what its values held, and what each row of each batch was, as `run` wrote them."""
-    record = json.loads((folder / RANGES).read_text())
-    roles = {
-        Role(role): {name: observer.Range(**held) for name, held in values.items()}
-        for role, values in record["roles"].items()
+    record = json.loads((folder / STATISTICS).read_text())
+    components = {
+        Component(component): {name: observer.ValueStatistics(**held) for name, held in values.items()}
+        for component, values in record["components"].items()
     }
-    return roles, record["batches"]
+    return components, record["batches"]
 
 
 def text_files(config: Config) -> tuple[str, ...]:
@@ -193,12 +197,12 @@ def text_files(config: Config) -> tuple[str, ...]:
 
 
 STAGE = Stage(
-    name="ranges",
+    name="calibrate",
     run=run,
     inputs=takes("checkpoint", "prompts", "optimize"),
     sections=(
         *(f"audit.{key}" for key in ("batches", "max_batches", "batch_size", "max_length", "seed", "random")),
-        *("audit.texts", "audit.column", "audit.margin", "model.references", "runtime"),
+        *("audit.texts", "audit.column", "audit.overflow_margin", "model.references", "runtime"),
     ),
     packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"),
     files=text_files,

@@ -9,7 +9,7 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
 
-def decoder_feeds(ids: Tensor, mask: Tensor, keep: int = 0, places: Tensor | None = None) -> dict[str, Tensor]:
+def decoder_inputs(ids: Tensor, mask: Tensor, keep: int = 0, places: Tensor | None = None) -> dict[str, Tensor]:
     """All a decoder may ask the caller for: `ids` [batch, new] are the last of those in `mask` [batch, past + new].
 
     The logits of the last `keep` are wanted, or of all. `places` [batch or 1, new]: if not those of `positions`.

@@ -7,10 +7,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.adapters.types import Role
+from accel.adapters.types import Component
 from accel.errors import AccelError
-from accel.graph.precision.observer import OUTPUTS, Range, add_probes, by_row, infer_types, read_probes
-from accel.stages import ranges
+from accel.graph.precision.observer import (
+    OUTPUTS,
+    ValueStatistics,
+    by_row,
+    infer_types,
+    insert_observers,
+    read_observers,
+)
+from accel.stages import calibrate
 from tests.conftest import Build
 from tests.graph import text
 
@@ -19,10 +26,10 @@ def test_every_element_is_counted_where_it_belongs() -> None:
     """Zero, below FP16's smallest, without all digits, ordinary, beyond, infinite, NaN: as numpy's own cast has it."""
     values = np.array([0, 1e-8, -3e-8, 6e-8, 6e-5, 7e-5, 1, -65504, 65519, 65520, 1e9, np.inf, np.nan, 0], np.float32)
     model = text.parse("g (float[b, k] x) => (float[b, k] y) { y = Neg (x) }", {})
-    names = add_probes(model)
+    names = insert_observers(model)
     rows = by_row(model)
     found = text.run(model, {"x": values.reshape(2, 7)})
-    seen = read_probes(names, [found[name] for name in OUTPUTS], rows, (5, 2))["y"]
+    seen = read_observers(names, [found[name] for name in OUTPUTS], rows, (5, 2))["y"]
     with np.errstate(over="ignore"):
         half = np.abs(values.astype(np.float16))
     finite = np.isfinite(values)
@@ -38,22 +45,22 @@ def test_every_element_is_counted_where_it_belongs() -> None:
 def test_the_row_that_reached_furthest_is_known() -> None:
     """Of three rows the second, in batch 4; where the first axis is not the batch, only the batch."""
     model = text.parse("g (float[b, 2] x) => (float[2, b] y) { y = Transpose <perm = [1, 0]> (x) }", {})
-    names = add_probes(model)
+    names = insert_observers(model)
     found = text.run(model, {"x": np.array([[1, 2], [-9, 3], [4, 5]], np.float32)})
-    seen = read_probes(names, [found[name] for name in OUTPUTS], by_row(model), (4, 3))
+    seen = read_observers(names, [found[name] for name in OUTPUTS], by_row(model), (4, 3))
     assert seen["x"].source == (4, 1)
     assert seen["y"].source == (4, None)
-    seen["x"].widen(Range(8.0, 1.0, source=(5, 0)))
+    seen["x"].widen(ValueStatistics(8.0, 1.0, source=(5, 0)))
     assert seen["x"].source == (4, 1)
-    seen["x"].widen(Range(10.0, 1.0, source=(6, 2)))
+    seen["x"].widen(ValueStatistics(10.0, 1.0, source=(6, 2)))
     assert (seen["x"].largest, seen["x"].source) == (10.0, (6, 2))
 
 
-def reaching(*largest: float) -> Range:
+def reaching(*largest: float) -> ValueStatistics:
     """A value that reached so far after each look."""
-    held = Range()
+    held = ValueStatistics()
     for number, value in enumerate(largest, 1):
-        held.widen(Range(value, 1.0, source=(number, 0)))
+        held.widen(ValueStatistics(value, 1.0, source=(number, 0)))
         held.mark(number)
     return held
 
@@ -70,15 +77,15 @@ def reaching(*largest: float) -> Range:
 )
 def test_what_may_yet_reach_the_limit_is_not_settled(largest: tuple[float, ...], open_: bool) -> None:
     """A value is unsettled if another growth like the newest would count as overflow."""
-    found = ranges.unsettled({Role.STEP: {"v": reaching(*largest)}}, margin=2.0)
-    assert found == ([(Role.STEP, "v")] if open_ else [])
+    found = calibrate.unsettled({Component.DECODE: {"v": reaching(*largest)}}, overflow_margin=2.0)
+    assert found == ([(Component.DECODE, "v")] if open_ else [])
 
 
 @pytest.mark.parametrize(
     ("first", "most", "counts"), [(8, 64, [4, 8, 16, 32, 64]), (1, 4, [1, 2, 4]), (3, 3, [1, 3]), (5, 12, [2, 5, 10])]
 )
 def test_looks_are_twice_as_long_each_time(first: int, most: int, counts: list[int]) -> None:
-    assert ranges._rounds(first, most) == counts
+    assert calibrate._rounds(first, most) == counts
 
 
 def test_the_beginning_of_what_is_not_finite_is_named() -> None:
@@ -93,19 +100,19 @@ def test_the_beginning_of_what_is_not_finite_is_named() -> None:
         {"w": np.ones((2, 9), np.float32)},
     )
     infer_types(model)
-    bad = Range(float("inf"), 1.0, not_finite=3)
-    held = {"x": Range(1.0, 1.0), "harmless": bad, "a": bad, "b": bad, "logits": bad}
+    bad = ValueStatistics(float("inf"), 1.0, not_finite=3)
+    held = {"x": ValueStatistics(1.0, 1.0), "harmless": bad, "a": bad, "b": bad, "logits": bad}
 
-    def message(**changes: Range) -> str:
+    def message(**changes: ValueStatistics) -> str:
         with pytest.raises(AccelError) as caught:
-            ranges.check_finite({Role.PREFILL: held | changes}, lambda role: model)
+            calibrate.check_finite({Component.PREFILL: held | changes}, lambda component: model)
         return str(caught.value)
 
     assert "prefill's logits is not finite in FP32 either: it begins at the Div that makes a" in message()
     assert "it begins with the input x" in message(x=bad)
     model.graph.initializers["w"].const_value = ir.tensor(np.array([[np.nan]], np.float32), name="w")
-    assert "it begins with the weight w" in message(a=Range(1.0, 1.0))
-    ranges.check_finite({Role.PREFILL: held | {"logits": Range(1.0, 1.0)}}, lambda role: model)
+    assert "it begins with the weight w" in message(a=ValueStatistics(1.0, 1.0))
+    calibrate.check_finite({Component.PREFILL: held | {"logits": ValueStatistics(1.0, 1.0)}}, lambda component: model)
 
 
 def test_a_users_texts_are_looked_at(build: Build, tmp_path: Path) -> None:
@@ -114,12 +121,12 @@ def test_a_users_texts_are_looked_at(build: Build, tmp_path: Path) -> None:
     lines.write_text("a\nb\n\nsupercalifragilisticexpialidocious\n")
     given = (f"audit.texts={lines}", "audit.random=false", "precision=fp16")
     _, made = build("accel://t5-g2p", "[audit]", given)
-    folder = made["ranges"].folder
-    record = json.loads((folder / ranges.RANGES).read_text())
+    folder = made["calibrate"].folder
+    record = json.loads((folder / calibrate.STATISTICS).read_text())
     assert record["batches"] == [["text 1: a", "text 2: b"], ["text 3: supercalifragilisticexpialidocious"]]
     assert record["stopped"] == "all 2 batches there were"
-    held, rows = ranges.read_ranges(folder)
-    steps = [held[Role.STEP][name].elements for name in ("logits",)]
+    held, rows = calibrate.read_statistics(folder)
+    steps = [held[Component.DECODE][name].elements for name in ("logits",)]
     assert steps == [32 * 3 * 101]  # 32 steps of three lines over the vocabulary
-    sources = {rows[seen.source[0]][seen.source[1] or 0] for seen in held[Role.ENCODER].values() if seen.source}
+    sources = {rows[seen.source[0]][seen.source[1] or 0] for seen in held[Component.ENCODER].values() if seen.source}
     assert "text 3: supercalifragilisticexpialidocious" in sources
