@@ -13,8 +13,8 @@ from accel.adapters.types import Component
 class Difference:
     """How far one output is from float64, at the token where it is furthest, or furthest beyond what is allowed.
 
-    All numbers are relative to the output's largest magnitude. `torch_error`: what PyTorch itself is off by there, in the same
-    precision; None where it is not finite or not known. `location`: the inputs, row and token.
+    All numbers are relative to the output's largest magnitude. `torch_error`: PyTorch's own error there, in the
+    same precision; None where it is not finite or not known. `location`: the inputs, row and token.
     """
 
     error: float = 0.0

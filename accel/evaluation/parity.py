@@ -27,7 +27,7 @@ PASSES = 3
 class Drift:
     """Absolute error of the logits by token of a path: over the vocabulary and all paths that are this long.
 
-    `torch_worst`: the largest that PyTorch's own is at the token, in the same precision, None where that isn't finite; empty
+    `torch_worst`: PyTorch's own largest error at that token, in the same precision; None where it isn't finite; empty
     where it isn't known.
     """
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from accel.runtime.device_memory import translate_out_of_memory
-from accel.runtime.dlpack import TYPES, OrtValueHandle, TensorExchange, Value, tensor_exchange, hold, run_with_dlpack
+from accel.runtime.dlpack import TYPES, OrtValueHandle, TensorExchange, Value, hold, run_with_dlpack, tensor_exchange
 from accel.runtime.providers import onnxruntime
 from accel.runtime.session import Session
 from accel.runtime.streams import on_shared_stream, run_options
