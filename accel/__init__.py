@@ -8,12 +8,13 @@ if TYPE_CHECKING:
     from accel.api import build as build
     from accel.models.loading import load as load
 
-# Imported on first use: `python -m accel --help` must not wait for torch, nor `load` for what only building needs.
-_HOMES = {"build": "accel.api", "load": "accel.models.loading", "register": "accel.adapters.registry"}
+# Imported on first use, so that `python -m accel --help` needn't wait for torch, nor `load` for the export's packages.
+_MODULES = {"build": "accel.api", "load": "accel.models.loading", "register": "accel.adapters.registry"}
 __all__ = ["build", "load", "register"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    """Import a public name on first use."""
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'accel' has no attribute {name!r}")

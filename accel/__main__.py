@@ -1,4 +1,4 @@
-"""Compose the configuration, run the stages; nothing else."""
+"""Command line: compose the configuration, run the stages, print their results."""
 
 import argparse
 import os
@@ -16,12 +16,12 @@ from accel.cli.messages import USER_ERRORS, explain
 from accel.config import hydra_setup
 from accel.errors import VerificationError
 
-FAILED = 2
+FAILED = 2  # exit code
 
 
 def main() -> None:
-    """The console script `accel`. Exits with 0, or with 2 after one message that says what was wrong."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to us: Hydra's own report is more than a screen
+    """Run the console script `accel`. Exit with 0, or with 2 after a message that explains the error."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # pass errors on: Hydra's own report fills more than a screen
     try:
         hydra_setup.register()
         sys.argv[1:] = resolved_for_display(sys.argv[1:])
@@ -32,7 +32,7 @@ def main() -> None:
 
     @hydra.main(config_path="pkg://accel.conf", config_name="config", version_base="1.3")
     def job(composed: DictConfig) -> None:
-        # Errors end here and not in Hydra: in a sweep, one job's failure is a row of the table, and the rest goes on.
+        # Handle errors here and not in Hydra: in a sweep, a failed job is a row of the table, and the others go on.
         settings = HydraConfig.get()
         console.install(settings.verbose)
         message, summaries = None, dict[str, Mapping[str, Any]]()
@@ -43,8 +43,8 @@ def main() -> None:
             failures.append(message)
             console.fail(message)
             if isinstance(error, VerificationError):
-                summaries["verify"] = error.found
-        except Exception as error:  # a defect: in a sweep it is a row too, and Hydra raises it when all jobs are done
+                summaries["verify"] = error.summary
+        except Exception as error:  # a bug in accel: in a sweep it is a row too, and Hydra raises it after the last job
             message = f"{type(error).__name__}: {error}"
             raise
         finally:
@@ -63,26 +63,40 @@ def main() -> None:
 
 
 def resolved_for_display(arguments: list[str]) -> list[str]:
-    """Return the arguments of `--cfg job` with every `auto` replaced, so that it prints what would run.
+    """Replace every `auto` in the arguments of `--cfg job`, so that it prints the configuration that would run.
 
-    Those of any other command stay as they are.
-    Raises `AccelError` or one of Hydra's errors where the configuration can't be used.
+    Args:
+        arguments: `sys.argv` without the program.
+
+    Returns:
+        The arguments to run Hydra with; those of any other command unchanged.
+
+    Raises:
+        AccelError: The configuration can't be used; Hydra's own errors are raised as well.
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--cfg", "-c")
     parser.add_argument("--multirun", "-m", action="store_true")
-    known, rest = parser.parse_known_args(arguments)
-    if known.cfg not in ("job", "all") or known.multirun:
+    options, remaining = parser.parse_known_args(arguments)
+    if options.cfg not in ("job", "all") or options.multirun:
         return arguments
     from accel.cli.compose import resolved_overrides
 
-    overrides = [given for given in rest if "=" in given and not given.startswith("-")]
-    options = [given for given in rest if given not in overrides]
-    return ["--cfg", known.cfg, *options, *resolved_overrides(overrides)]
+    overrides = [argument for argument in remaining if "=" in argument and not argument.startswith("-")]
+    flags = [argument for argument in remaining if argument not in overrides]
+    return ["--cfg", options.cfg, *flags, *resolved_overrides(overrides)]
 
 
 def run(composed: DictConfig, overrides: list[str]) -> dict[str, Mapping[str, Any]]:
-    """Run the stages of one job and print what they found. Returns the summaries of those that were asked for."""
+    """Run the stages of one job and print their results.
+
+    Args:
+        composed: The configuration, as Hydra composed it.
+        overrides: The overrides on the command line.
+
+    Returns:
+        Stage -> summary of its artifact, for the stages that were asked for.
+    """
     from accel.cli import compose, report
     from accel.system.quiet import quiet
 

@@ -1,10 +1,10 @@
-"""The one exception that means "the user can fix this": printed as a message, never as a traceback."""
+"""Errors that the user can fix. The command line prints their messages, never a traceback."""
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-MOST = 24  # choices listed in one message
+MAX_CHOICES = 24  # choices listed in one message
 
 
 class AccelError(Exception):
@@ -12,22 +12,32 @@ class AccelError(Exception):
 
 
 class VerificationError(AccelError):
-    """A candidate that `verify` doesn't pass. `found`: the summary it would have had as an artifact, as JSON."""
+    """A failed verification of an unverified bundle.
 
-    def __init__(self, message: str, found: Mapping[str, Any]) -> None:
+    Attributes:
+        summary: The summary that `verify`'s artifact would have had, as JSON.
+    """
+
+    def __init__(self, message: str, summary: Mapping[str, Any]) -> None:
         super().__init__(message)
-        self.found = found
+        self.summary = summary
 
 
 class DeviceMemoryError(AccelError):
-    """A device has no room for what was asked of it. What was loaded before stays usable."""
+    """A device out of memory. Models that were loaded before stay usable."""
 
 
 def unknown(kind: str, value: object, choices: Iterable[str]) -> AccelError:
-    """The error for a name that doesn't exist: says which, lists what does, and points at the nearest."""
-    ordered = sorted(choices)
-    near = get_close_matches(str(value), ordered, n=MOST, cutoff=0.3)
-    hint = f" Did you mean {near[0]}?" if get_close_matches(str(value), ordered, n=1) else ""
-    if len(ordered) > MOST:
-        return AccelError(f"unknown {kind}: {value!r}.{hint} {len(ordered)} choices, among them: {', '.join(near)}")
-    return AccelError(f"unknown {kind}: {value!r}.{hint} Choices: {', '.join(ordered)}")
+    """Return the error for a name that doesn't exist, with the choices and the most similar one.
+
+    Args:
+        kind: What the name was expected to be, such as "metric".
+        value: The name.
+        choices: The names that exist. Of more than `MAX_CHOICES`, the message lists only similar ones.
+    """
+    names = sorted(choices)
+    similar = get_close_matches(str(value), names, n=MAX_CHOICES, cutoff=0.3)
+    hint = f" Did you mean {similar[0]}?" if get_close_matches(str(value), names, n=1) else ""
+    if len(names) > MAX_CHOICES:
+        return AccelError(f"unknown {kind}: {value!r}.{hint} {len(names)} choices, among them: {', '.join(similar)}")
+    return AccelError(f"unknown {kind}: {value!r}.{hint} Choices: {', '.join(names)}")

@@ -1,7 +1,7 @@
-"""What a long computation tells whoever started it: a line now and then, and how far it is.
+"""Progress of long computations: messages, the stage that runs, and how many of its items are done.
 
-The library reports here and prints nothing. The command line installs a listener that shows it; without one, lines go
-to the logger `accel.progress` at level INFO.
+The library reports here and prints nothing. The command line installs a listener that displays it; without one,
+messages go to the logger `accel.progress` at level INFO.
 """
 
 import logging
@@ -15,18 +15,18 @@ logger = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
-    """Shows progress to a person."""
+    """Display of progress."""
 
     def note(self, message: str) -> None:
-        """Show one line."""
+        """Display a message."""
         ...
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """Return a context during which stage `name` is shown to be at work."""
+        """Return a context during which stage `name` is displayed as running."""
         ...
 
     def track(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
-        """Yield `items` and show how many are done, of `total` if that is known."""
+        """Yield `items`, and display how many are done, of `total` if that is known."""
         ...
 
 
@@ -34,13 +34,13 @@ _listener: Listener | None = None
 
 
 def install(listener: Listener | None) -> None:
-    """Let `listener` show the progress of this process; None: nobody does."""
+    """Display the progress of this process by `listener`, or by nothing if it is None."""
     global _listener
     _listener = listener
 
 
 def note(message: str) -> None:
-    """Tell one line."""
+    """Report a message."""
     if _listener is not None:
         _listener.note(message)
     else:
@@ -48,12 +48,18 @@ def note(message: str) -> None:
 
 
 def stage(name: str) -> AbstractContextManager[None]:
-    """Return a context for the work of stage `name`."""
+    """Return a context during which stage `name` is reported as running."""
     return _listener.stage(name) if _listener is not None else nullcontext()
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yield `items`, and tell how far it is within the stage at work. `total`: how many, where `items` can't say it."""
+    """Yield `items`, and report how many are done.
+
+    Args:
+        items: The items.
+        description: What is being done, such as "generating".
+        total: Number of items, where `items` has no length.
+    """
     if _listener is None:
         yield from items
     else:

@@ -1,1 +1,1 @@
-"""Adapters, one module per shape of model. Loaded by name through `accel.registry`, never imported statically."""
+"""Adapters, one module per kind of model. `accel.adapters.registry` loads them by name; accel never imports them."""

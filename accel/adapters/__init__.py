@@ -1,4 +1,4 @@
 """Adapter types (`Architecture`, components, tensor specs) and the registry that finds adapters.
 
-Third parties import it. It imports `config`, `errors` and `system` only.
+Imported by third parties. Imports `config`, `errors` and `system` only.
 """

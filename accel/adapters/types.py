@@ -1,4 +1,4 @@
-"""What the generic stages must know about a model family, and cannot discover by themselves."""
+"""Types of an adapter: the facts about a model family that stages need and can't discover themselves."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,9 +11,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 class Component(StrEnum):
-    """Which graph: the encoder, the decoder without past (`prefill`), or the decoder with past (`step`).
+    """Part of a model that becomes a graph of its own.
 
-    `static_decode` is made of `step`, and exported by no architecture: its caches have a fixed length.
+    Attributes:
+        ENCODER: Encoder.
+        PREFILL: Decoder without past: takes the first ids and makes the caches.
+        DECODE: Decoder with past: takes further ids and the caches.
+        STATIC_DECODE: Decoder over static caches. Derived from the graph of `DECODE`; no architecture exports it.
     """
 
     ENCODER = "encoder"
@@ -24,11 +28,15 @@ class Component(StrEnum):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One graph input or output.
+    """One input or output of a graph.
 
-    `axes` maps a dimension's index to its name; a dimension that is not listed is fixed by the model.
-    `source` names the value that fills an input: an output or input of an earlier role, or, where the input is
-    `cached`, an output of the previous prefill or step. Without it, the caller gives the value.
+    Attributes:
+        name: Name in the graph.
+        axes: Index of a dimension -> its name. A dimension that is not listed has the same size in every call.
+        dtype: Type of the elements.
+        source: Of an input: the value that it takes, an output or input of an earlier component or, if `cached`, an
+            output of the previous prefill or decode step. None if the caller provides it.
+        cached: It is an input that holds a key or value cache.
     """
 
     name: str
@@ -40,38 +48,51 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """A role's ports, in the order in which the wrapper takes and returns them."""
+    """Tensor specs of a component, in the order in which its wrapper takes and returns the tensors."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
     @property
     def cache(self) -> dict[str, str]:
-        """Cache input name -> name of the output that becomes it at the next step."""
+        """Return the name of every cache input, with the name of the output that it takes at the next decode step."""
         return {spec.name: spec.source for spec in self.inputs if spec.cached and spec.source}
 
 
 @runtime_checkable
 class Architecture(Protocol):
-    """An adapter. Built from `conf/architecture/*.yaml` by `accel.registry`."""
+    """Adapter of a model family, made from `conf/architecture/*.yaml` by `accel.adapters.registry`."""
 
     model_types: tuple[str, ...]
-    """`config.model_type` values it serves."""
+    """Values of the Hugging Face config's `model_type` that the adapter handles."""
 
     def components(self) -> tuple[Component, ...]:
-        """The graphs to export, in the order in which a generation runs them."""
+        """Return the components to export, in the order in which a generation runs them."""
         ...
 
     def wrap(self, model: PreTrainedModel, component: Component) -> nn.Module:
-        """A module that takes and returns flat tensors, ordered as in `signature`. Shares the model's parameters."""
+        """Return a module that computes `component` with the parameters of `model`.
+
+        Its `forward` takes and returns flat tensors, in the order of `signature`.
+        """
         ...
 
     def signature(self, config: PretrainedConfig, component: Component) -> Signature:
-        """The role's ports."""
+        """Return the tensor specs of `component` for a model with this Hugging Face config."""
         ...
 
     def sample_inputs(
         self, config: PretrainedConfig, batch: int, length: int, generator: torch.Generator
     ) -> Mapping[str, Tensor]:
-        """Random inputs of the first role: ids or features [batch, length, ...] and their mask, some padded."""
+        """Return random inputs of the first component.
+
+        Args:
+            config: The model's Hugging Face config.
+            batch: Batch size.
+            length: Length in tokens; an adapter may ignore it where the model takes one length only.
+            generator: Source of random numbers.
+
+        Returns:
+            Ids or features, [batch, length, ...], and, if the model takes one, their mask, with some rows padded.
+        """
         ...

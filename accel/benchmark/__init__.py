@@ -1,5 +1,5 @@
-"""Times a deployable beside other ways to run the same model, each backend in a process of its own.
+"""Timing and memory of a deployable beside other ways to run the same model.
 
-Holds the backends, the timer, the schedule and the worker processes. Imports `models`, `runtime` and everything below
-them; no stage.
+A benchmark compares backends (`backends`), which generate in turn (`schedule`), each model in a worker process of its
+own (`worker`). Imports `models`, `runtime` and everything below them; no stage.
 """

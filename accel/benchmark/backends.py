@@ -1,4 +1,4 @@
-"""The setups a benchmark compares: which model, on which engine, with or without cache."""
+"""Backends that a benchmark compares: each is a loaded model and a way to call its `generate`."""
 
 import json
 from collections import Counter
@@ -24,39 +24,61 @@ from accel.runtime.io_binding import BoundSession
 from accel.runtime.session import SessionSettings, open_session
 from accel.system import host_memory
 
-TORCH, TORCH_FP32, MERGED, TWO_FILES, STATIC = "torch", "torch in FP32", "merged", "two files", "static"  # engines
+# Models that a benchmark loads. Several backends may share one.
+TORCH = "torch"  # PyTorch in the benchmark's precision
+TORCH_FP32 = "torch in FP32"
+MERGED = "merged"  # the deployable with a dynamic cache
+TWO_FILES = "two files"  # prefill and decode graph in separate ONNX files
+STATIC = "static"  # the deployable as the runtime is configured: static cache, CUDA graph
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A row of the benchmark: an engine, which is one model in memory, and how its `generate` is called."""
+    """One row of the benchmark's table: a loaded model and a way to call its `generate`.
 
-    engine: str
+    Attributes:
+        model: The loaded model that `generate` is called on: `TORCH`, `TORCH_FP32`, `MERGED`, `TWO_FILES` or `STATIC`.
+        use_cache: Whether `generate` uses a KV cache.
+        generate_options: Further options of `generate`, in which this backend differs from others of the same model.
+        autocast: Run FP32 weights under `torch.autocast`, which picks the operators that compute in FP16.
+        compiled: Let transformers compile the decoder where it supports that.
+        needs_cuda: Include this backend on CUDA devices only.
+        needs_capture: Include this backend only where the runtime captures CUDA graphs.
+    """
+
+    model: str
     use_cache: bool
-    further: Mapping[str, Any] = field(default_factory=dict)  # options of `generate` that this setup is about
-    autocast: bool = False  # FP32 weights, FP16 operators, as torch.autocast picks them
-    compiled: bool = False  # transformers compiles the decoder where it can
-    cuda: bool = False  # of use on CUDA only
-    captured: bool = False  # of use where the runtime captures only
+    generate_options: Mapping[str, Any] = field(default_factory=dict)
+    autocast: bool = False
+    compiled: bool = False
+    needs_cuda: bool = False
+    needs_capture: bool = False
 
     def fits(self, runtime: RuntimeConfig) -> bool:
-        return (runtime.device.startswith("cuda") or not self.cuda) and (runtime.capture or not self.captured)
+        """Return whether this backend can run on `runtime`."""
+        if self.needs_cuda and not runtime.device.startswith("cuda"):
+            return False
+        return runtime.capture or not self.needs_capture
 
-    def prepares(self, num_beams: int) -> bool:
-        """Whether a first generation of the same length makes ready what others use.
+    def needs_full_warmup(self, num_beams: int) -> bool:
+        """Return whether a warm-up must generate as many tokens as the measured generations.
 
-        Transformers (5.17 to 5.23) compiles the decoder in greedy search; its beam search never does. Of ours, a step
-        is captured for each bucket.
+        It must where the first generation of a length compiles or captures what later ones of that length reuse.
+        Transformers (5.17 to 5.23) compiles the decoder in greedy search, never in beam search. The static cache's
+        decode step is captured once per bucket.
         """
-        return self.captured or (self.compiled and num_beams == 1)
+        return self.needs_capture or (self.compiled and num_beams == 1)
 
     def options(self, new_tokens: int, num_beams: int) -> dict[str, Any]:
-        """Options of `generate` for exactly `new_tokens` tokens."""
-        return {**fixed_length_options(new_tokens, num_beams, use_cache=self.use_cache), **self.further}
+        """Return the options of `generate` for exactly `new_tokens` tokens."""
+        return {**fixed_length_options(new_tokens, num_beams, use_cache=self.use_cache), **self.generate_options}
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Where `generate` is called: in inference mode, but what is compiled has only `generate`'s own `no_grad`."""
+        """Enter the PyTorch modes that `generate` is called in.
+
+        Compiled models run under `generate`'s own `no_grad` only, all others in inference mode.
+        """
         with ExitStack() as stack:
             if not self.compiled:
                 stack.enter_context(torch.inference_mode())
@@ -65,132 +87,182 @@ class Backend:
             yield
 
 
+# Names of backends that the reports refer to.
 BASELINE = "torch_cache"
 OURS = "onnx_merged"
 SEPARATE = "onnx_two_files"
 CAPTURED = "onnx_captured"
+
 BACKENDS: dict[str, Backend] = {
-    "torch_no_cache": Backend(TORCH, False),
-    BASELINE: Backend(TORCH, True),
-    "torch_autocast": Backend(TORCH_FP32, True, autocast=True, cuda=True),
-    "torch_static_compiled": Backend(TORCH, True, {"cache_implementation": "static"}, compiled=True, cuda=True),
-    "onnx_no_cache": Backend(MERGED, False),
-    OURS: Backend(MERGED, True),
-    SEPARATE: Backend(TWO_FILES, True),
-    CAPTURED: Backend(STATIC, True, cuda=True, captured=True),
+    "torch_no_cache": Backend(TORCH, use_cache=False),
+    BASELINE: Backend(TORCH, use_cache=True),
+    "torch_autocast": Backend(TORCH_FP32, use_cache=True, autocast=True, needs_cuda=True),
+    "torch_static_compiled": Backend(
+        TORCH,
+        use_cache=True,
+        generate_options={"cache_implementation": "static"},
+        compiled=True,
+        needs_cuda=True,
+    ),
+    "onnx_no_cache": Backend(MERGED, use_cache=False),
+    OURS: Backend(MERGED, use_cache=True),
+    SEPARATE: Backend(TWO_FILES, use_cache=True),
+    CAPTURED: Backend(STATIC, use_cache=True, needs_cuda=True, needs_capture=True),
 }
 
 
-def ours(runtime: RuntimeConfig) -> str:
-    """The setup that `generate` has on `runtime`."""
+def deployable_backend(runtime: RuntimeConfig) -> str:
+    """Return the name of the backend that runs a deployable as `accel.load` does on `runtime`."""
     return CAPTURED if runtime.capture else OURS
 
 
-def chosen(names: Sequence[str], runtime: RuntimeConfig) -> list[str]:
-    """The setups that `benchmark.backends` asks for; all that fit `runtime` if it is empty.
+def select_backends(names: Sequence[str], runtime: RuntimeConfig) -> list[str]:
+    """Return the backends to compare: `names`, or all that fit `runtime` if `names` is empty.
 
-    Raises `AccelError` on one that doesn't exist, doesn't fit, or is named twice.
+    Args:
+        names: The value of `benchmark.backends`.
+        runtime: The runtime that the benchmark runs on.
+
+    Raises:
+        AccelError: A backend doesn't exist, can't run on `runtime`, or is listed twice.
     """
     fitting = [name for name, backend in BACKENDS.items() if backend.fits(runtime)]
     for name in names:
         if name not in BACKENDS:
             raise unknown("benchmark.backends", name, fitting)
         if name not in fitting:
-            needed = "runtime=cuda-graph" if BACKENDS[name].captured else "runtime=cuda"
+            needed = "runtime=cuda-graph" if BACKENDS[name].needs_capture else "runtime=cuda"
             raise AccelError(f"benchmark.backends: {name!r} needs {needed}. Choices here: {', '.join(fitting)}")
     if len(set(names)) < len(names):
-        raise AccelError(f"benchmark.backends={list(names)} names a setup twice")
+        raise AccelError(f"benchmark.backends={list(names)} lists a backend twice: list each once")
     return list(names) or fitting
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Everything needed to open any engine, in this process or in another: it survives JSON."""
+    """Files and settings from which any model of a benchmark is loaded, in this process or in another.
 
-    checkpoint: str  # folder of the PyTorch model
-    deployable: str  # folder of the merged decoder
-    graphs: str  # folder of one ONNX file per role
-    cache: Mapping[str, str]  # cache input of a step -> the output that feeds it
+    Attributes:
+        checkpoint: Folder of the PyTorch model.
+        deployable: Folder of the merged decoder.
+        graphs: Folder with one ONNX file per component.
+        cache: Cache input of the decode graph -> the output that it is taken from.
+        runtime: The runtime that the ONNX models open their sessions with; its device is also PyTorch's.
+        dtype: Name of the torch dtype of PyTorch's weights, on devices that compute in it.
+    """
+
+    checkpoint: str
+    deployable: str
+    graphs: str
+    cache: Mapping[str, str]
     runtime: RuntimeConfig
-    dtype: str = "float32"  # of PyTorch's weights, where the device computes in it
+    dtype: str = "float32"
 
     def dump(self) -> dict[str, Any]:
+        """Return all values as JSON, for `parse`."""
         return asdict(self)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> "Sources":
+        """Return the sources that `dump` wrote."""
         return cls(**{**values, "runtime": RuntimeConfig(**values["runtime"])})
 
 
 @contextmanager
-def opened(engine: str, sources: Sources) -> Iterator[Generates]:
-    """A model with transformers' `generate`, freed at the end. Every ONNX engine opens its sessions alike."""
-    if engine in (TORCH, TORCH_FP32):
-        yield torch_model(sources, torch.float32 if engine == TORCH_FP32 else None)
+def loaded_model(name: str, sources: Sources) -> Iterator[Generates]:
+    """Load a model, and free it at the end. All ONNX models open their sessions with the same settings.
+
+    Args:
+        name: `TORCH`, `TORCH_FP32`, `MERGED`, `TWO_FILES` or `STATIC`.
+        sources: Files and settings of the benchmark.
+
+    Yields:
+        A model with transformers' `generate`.
+    """
+    if name in (TORCH, TORCH_FP32):
+        yield torch_model(sources, torch.float32 if name == TORCH_FP32 else None)
+        return
+    if name == TWO_FILES:
+        opened = open_two_files(sources)
     else:
         runtime = sources.runtime
-        if runtime.capture and engine != STATIC:  # the setup beside the one that is captured
+        if runtime.capture and name != STATIC:  # MERGED is what the captured model is compared with
             runtime = replace(runtime, static=False, capture=False)
-        with two_files(sources) if engine == TWO_FILES else open_model(Path(sources.deployable), runtime) as model:
-            yield model
+        opened = open_model(Path(sources.deployable), runtime)
+    with opened as model:
+        yield model
 
 
 def torch_model(sources: Sources, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """What people run without accel: loaded in `dtype` (by default the precision asked for; on the CPU always FP32),
-    with the attention and the modules left in FP32 that transformers chooses.
+    """Load the checkpoint as users of transformers do, on the runtime's device.
+
+    Transformers chooses the attention implementation and the modules that stay in FP32.
+
+    Args:
+        sources: Files and settings of the benchmark.
+        dtype: Dtype of the weights. By default `sources.dtype`, but FP32 on the CPU.
     """
     device = torch.device(sources.runtime.device)
-    half = device.type != "cpu" and dtype is None
-    model = load_model(Path(sources.checkpoint), getattr(torch, sources.dtype) if half else torch.float32, None)
-    moved: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
-    return moved
+    use_sources_dtype = device.type != "cpu" and dtype is None
+    weights_dtype = getattr(torch, sources.dtype) if use_sources_dtype else torch.float32
+    model = load_model(Path(sources.checkpoint), weights_dtype, None)
+    model_on_device: PreTrainedModel = model.to(device)  # type: ignore[arg-type]
+    return model_on_device
 
 
 def kept_in_fp32(model: torch.nn.Module) -> dict[str, int]:
-    """Of a model in FP16: last part of a module's name -> how many of that name hold FP32 weights."""
-    found: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        found[name.rsplit(".", 1)[-1]] += any(
-            parameter.dtype == torch.float32 for parameter in module.parameters(recurse=False)
-        )
-    return {name: count for name, count in found.items() if count}
+    """Count the modules of an FP16 model whose own weights are FP32, by the last part of the module's name."""
+    counts: Counter[str] = Counter()
+    for path, module in model.named_modules():
+        if any(parameter.dtype == torch.float32 for parameter in module.parameters(recurse=False)):
+            counts[path.rsplit(".", 1)[-1]] += 1
+    return dict(counts)
 
 
-def free(device: str) -> None:
-    """Give back what closed models leave behind: on CUDA, what PyTorch's allocator keeps."""
+def release_memory(device: str) -> None:
+    """Return unused memory of closed models to the system; on CUDA also what PyTorch's allocator caches."""
     host_memory.release()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
 
 
-def two_files(sources: Sources) -> AcceleratedModel:
-    """What other exporters ship: prefill and step in files of their own, which share no weights."""
-    sessions = {
-        component: bound(path, SessionSettings.of(sources.runtime), sources.runtime.device)
-        for component in (Component.ENCODER, Component.PREFILL, Component.DECODE)
-        if (path := Path(sources.graphs) / f"{component}.onnx").is_file()
-    }
+def open_two_files(sources: Sources) -> AcceleratedModel:
+    """Open prefill and decode graph from separate files, which share no weights, as other exporters ship them."""
+    sessions: dict[Component, BoundSession] = {}
+    for component in (Component.ENCODER, Component.PREFILL, Component.DECODE):
+        path = Path(sources.graphs) / f"{component}.onnx"
+        if path.is_file():
+            settings = SessionSettings.of(sources.runtime)
+            sessions[component] = open_bound_session(path, settings, sources.runtime.device)
     runtime = DynamicCacheRuntime(
         sessions.get(Component.ENCODER), sessions[Component.PREFILL], sessions[Component.DECODE], sources.cache
     )
     return as_model(runtime, Path(sources.deployable))
 
 
-def bound(path: Path, how: SessionSettings, device: str) -> BoundSession:
-    """A session over the graph at `path`, called with torch tensors on `device`."""
-    return BoundSession(open_session(path, how), torch.device(device))
+def open_bound_session(path: Path, settings: SessionSettings, device: str) -> BoundSession:
+    """Open a session for the graph at `path` that takes and returns torch tensors on `device`."""
+    return BoundSession(open_session(path, settings), torch.device(device))
 
 
-def deployed(folder: Path, runtime: RuntimeConfig, traces: Path) -> tuple[AcceleratedModel, dict[str, BoundSession]]:
-    """The model in a deployable's folder with ONNX Runtime's profiler on, and its sessions by role's name.
+def open_profiled(
+    folder: Path, runtime: RuntimeConfig, traces: Path
+) -> tuple[AcceleratedModel, dict[str, BoundSession]]:
+    """Open a deployable with ONNX Runtime's profiler switched on.
 
-    `traces` is the folder that the sessions write to once their profiling ends.
+    Args:
+        folder: The deployable.
+        runtime: The runtime that its sessions are opened with.
+        traces: Folder that each session writes its trace to when its profiling ends.
+
+    Returns:
+        The model, and its sessions: `decoder`, and `encoder` if there is one.
     """
-    sessions = {
-        name: bound(folder / file, SessionSettings.of(runtime, profile=str(traces / name)), runtime.device)
-        for name, file in (("encoder", layout.ENCODER), ("decoder", layout.DECODER))
-        if (folder / file).is_file()
-    }
+    sessions: dict[str, BoundSession] = {}
+    for name, file in (("encoder", layout.ENCODER), ("decoder", layout.DECODER)):
+        if (folder / file).is_file():
+            settings = SessionSettings.of(runtime, profile=str(traces / name))
+            sessions[name] = open_bound_session(folder / file, settings, runtime.device)
     decoder = sessions["decoder"]
     metadata = decoder.session.get_modelmeta().custom_metadata_map
     cache, flag = json.loads(metadata[layout.CACHE]), metadata[layout.FLAG]

@@ -1,13 +1,14 @@
-"""Memory of one setup in a process of its own.
+"""Memory of one backend, measured in a process of its own.
 
-Nothing is left over from another setup, and what the imports take is not counted. Sessions are measured without
-importing transformers, which takes longer than the measurement.
+Nothing is left over from another backend, and the memory that imports take is not counted. Sessions are measured
+without importing transformers, which takes longer than the measurement.
 
-On CUDA every figure is the device's memory in use, as its driver counts it, after minus before. That is all the process
-took: weights, caches, the arenas of PyTorch and of ONNX Runtime, which give nothing back and so still hold their
-peak, workspaces, captured graphs and loaded kernels. PyTorch's own counters know nothing of ONNX Runtime, so they can't
-compare the two. CUDA's context and PyTorch's cuBLAS, hundreds of megabytes that any program takes, count as imports.
-The device's counter sees other processes too, so these must be at rest, and ours run one at a time.
+On CUDA every figure is the device's memory in use, as its driver counts it, after minus before. It covers all that the
+process took: weights, caches, workspaces, captured graphs, loaded kernels, and the arenas of PyTorch and of ONNX
+Runtime, which return nothing and therefore still hold their peak. PyTorch's own counters don't see ONNX Runtime, so
+they can't compare the two. CUDA's context and PyTorch's cuBLAS, hundreds of megabytes that any program takes, count
+as imports. The driver counts other processes too, so these must be idle, and the measuring processes run one at a
+time.
 """
 
 import os
@@ -35,19 +36,32 @@ from accel.runtime.session import SessionSettings, open_session
 from accel.runtime.static_cache import open_static
 from accel.system.host_memory import PeakMemory, release, resident
 
-PEAK, SESSION = "peak", "session"
-AT_THE_END = "at the end"  # what sessions hold after all tokens of the setting
-DECODE_ALONE, SEPARATE, CAPTURED = "decode alone", "onnx_two_files", "onnx_captured"
+# Kinds of measurement, and keys of the results.
+PEAK = "peak"
+SESSION = "session"
+AT_THE_END = "at the end"
+
+# Names of backends, as in `backends`, which this module can't import: it would import transformers.
+SEPARATE, CAPTURED = "onnx_two_files", "onnx_captured"
+DECODE_ALONE = "decode alone"  # the decode graph by itself, the yardstick of the merged decoder
+
 PREFILL_FILE, DECODE_FILE = "prefill.onnx", "decode.onnx"
-STEPS = 4  # decoder calls after which a session holds what it will hold
+DECODE_STEPS = 4  # decoder calls after which a session's memory has settled
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one process measures of setup `name`, by `kind`.
+    """One measurement, for one process.
 
-    `peak`: the peak over loading and one generation. `session`: what the decoder's sessions hold, by when. `options`:
-    those of `generate`.
+    Attributes:
+        kind: `PEAK`, the peak over loading and one generation; or `SESSION`, the memory that the decoder's sessions
+            hold after a few decode steps and after all.
+        name: The backend, or `DECODE_ALONE`.
+        sources: What `backends.Sources.dump` returned.
+        batch_size: Rows of the inputs.
+        source_length: Length of the inputs, in tokens.
+        inputs: File of input tensors, [batch_size, source_length, ...]; read for `PEAK` only.
+        options: Options of `generate`.
     """
 
     kind: str
@@ -55,49 +69,62 @@ class Task:
     sources: Mapping[str, Any]
     batch_size: int
     source_length: int
-    inputs: str  # file of tensors, [batch_size, source_length, ...]
+    inputs: str
     options: Mapping[str, Any]
 
 
 def measure_all(tasks: Sequence[Task], weight_bytes: int) -> list[Any]:
-    """What each task's process found. Bytes are what it added to what it held after its imports."""
-    with ThreadPoolExecutor(at_once(tasks, weight_bytes)) as pool:
-        return list(progress.track(pool.map(_in_fresh_process, tasks), "memory", total=len(tasks)))
+    """Run every task in a process of its own.
+
+    Args:
+        tasks: The measurements.
+        weight_bytes: Bytes of weights that one process loads at most, by which the number of processes is limited.
+
+    Returns:
+        Per task, the bytes that its process added to those it held after its imports: an `int` for `PEAK`, a mapping
+        for `SESSION` (see `session_memory`).
+    """
+    with ThreadPoolExecutor(parallel_processes(tasks, weight_bytes)) as pool:
+        return list(progress.track(pool.map(_measure_in_worker, tasks), "memory", total=len(tasks)))
 
 
-def at_once(tasks: Sequence[Task], weight_bytes: int) -> int:
-    """Processes that may run together: as many as memory allows; a GPU's counter allows one."""
+def parallel_processes(tasks: Sequence[Task], weight_bytes: int) -> int:
+    """Return how many processes may measure at the same time: as many as memory allows, and one on a GPU."""
     if any(_device(task).type == "cuda" for task in tasks):
-        return 1
-    room = psutil.virtual_memory().available // (8 * weight_bytes + 2**30)
-    return int(max(1, min(os.cpu_count() or 1, room)))
+        return 1  # the driver's counter doesn't tell processes apart
+    fitting = psutil.virtual_memory().available // (8 * weight_bytes + 2**30)
+    return int(max(1, min(os.cpu_count() or 1, fitting)))
 
 
 def _device(task: Task) -> torch.device:
+    """Return the device that a task measures on."""
     return torch.device(task.sources["runtime"]["device"])
 
 
-def _in_fresh_process(task: Task) -> Any:
+def _measure_in_worker(task: Task) -> Any:
+    """Run a task in a new process."""
     with WorkerProcess(task.name) as process:
         return process.call(_measure, task)
 
 
 def _measure(task: Task) -> Any:
-    """What the process is for. Raises `AccelError` where it fails: other errors may not survive pickling."""
+    """Run a task in this process. Raise only `AccelError`: other errors may not survive pickling."""
     onnxruntime.set_default_logger_severity(3)
     if threads := task.sources["runtime"]["threads"]:
         torch.set_num_threads(threads)
+    measurements = {PEAK: peak_memory, SESSION: session_memory}
     try:
-        return {PEAK: peak_memory, SESSION: session_memory}[task.kind](task)
+        return measurements[task.kind](task)
     except AccelError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        lines = str(error).strip().splitlines()
+        reason = lines[-1] if lines else type(error).__name__
         raise AccelError(f"the process that measures {task.name!r} failed: {reason}") from None
 
 
-def held(device: torch.device) -> int:
-    """Bytes in use: of a GPU, everything on it; on the CPU, this process's."""
+def used_memory(device: torch.device) -> int:
+    """Return the bytes in use: on CUDA those of the whole device, on the CPU those of this process."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         free, total = torch.cuda.mem_get_info(device)
@@ -107,120 +134,129 @@ def held(device: torch.device) -> int:
 
 
 def session_memory(task: Task) -> dict[str, int]:
-    """Bytes held after opening the decoder's sessions, one prefill (where there is one) and a few steps, and after
-    `max_new_tokens` of them: the memory that caches passed through stays a session's.
+    """Measure the bytes that the decoder's sessions hold.
+
+    A session keeps the memory that caches passed through, so its memory depends on the number of tokens.
+
+    Returns:
+        `SESSION`: bytes after opening, one prefill (where the backend has one) and a few decode steps. `AT_THE_END`:
+        bytes after `max_new_tokens` tokens; missing for `CAPTURED`.
     """
     device = _device(task)
-    prepare(device)
+    initialize_cuda(device)
     if task.name == CAPTURED:
         return {SESSION: _captured_memory(task, device)}
-    before = held(device)
-    runtime, prefill, decode = _decoder(task, device)
+    before = used_memory(device)
+    runtime, prefill, decode = _open_decoder(task, device)
     rows = task.batch_size * int(task.options["num_beams"])
     lengths = {"batch": rows, "source": task.source_length, "past": 1}
-    ids = torch.ones(rows, 1, dtype=torch.int64, device=device)
+    ids = torch.ones(rows, 1, dtype=torch.int64, device=device)  # [rows, 1]
 
-    def held_after(length: int) -> int:
+    def added_after(length: int) -> int:
+        """Decode up to `length` decoder tokens, drop the caches and return the bytes added."""
         context = _ones(prefill, runtime.constants, lengths) | _ones(decode, runtime.constants, lengths)
         if task.name == DECODE_ALONE:
-            state = DynamicCacheState(_ones(decode, runtime.self_cache, lengths), context, runtime.axes)
+            state = DynamicCacheState(_ones(decode, runtime.self_cache_outputs, lengths), context, runtime.axes)
         else:
             _, state = runtime.prefill(decoder_inputs(ids, ids) | context)
         while state.length < length:
             runtime.decode(decoder_inputs(ids, ids.expand(rows, state.length + 1)), state)
         del context, state
-        return max(0, held(device) - before)
+        return max(0, used_memory(device) - before)
 
-    return {SESSION: held_after(1 + STEPS), AT_THE_END: held_after(int(task.options["max_new_tokens"]))}
+    return {
+        SESSION: added_after(1 + DECODE_STEPS),
+        AT_THE_END: added_after(int(task.options["max_new_tokens"])),
+    }
 
 
 def _captured_memory(task: Task, device: torch.device) -> int:
-    """Bytes held by prefill's session and by steps captured in the two smallest buckets, their caches left out."""
+    """Return the bytes of prefill's session and of decode steps captured for the two smallest buckets, less caches."""
     config = RuntimeConfig(**task.sources["runtime"])
-    rows, folder = task.batch_size * int(task.options["num_beams"]), Path(task.sources["deployable"])
-    before = held(device)
+    rows = task.batch_size * int(task.options["num_beams"])
     buckets = sorted(config.buckets)[:2]
-    how = SessionSettings.of(config)
+    before = used_memory(device)
     runtime = open_static(
-        folder,
-        how,
+        Path(task.sources["deployable"]),
+        SessionSettings.of(config),
         config.device,
         buckets,
         session=config.static_session,
         environment=config.static_environment,
         capture=True,
-        batches=[rows],
+        capture_batch_sizes=[rows],
         with_encoder=False,
     )
     runtime.prepare(task.source_length)
     lengths = {"batch": rows, "source": task.source_length}
-    ids = torch.ones(rows, 1, dtype=torch.int64, device=device)
-    _, state = runtime.prefill(
-        decoder_inputs(ids, ids) | _ones(runtime.dynamic.decoder, runtime.dynamic.constants, lengths)
-    )
-    for _ in range(STEPS):
+    ids = torch.ones(rows, 1, dtype=torch.int64, device=device)  # [rows, 1]
+    context = _ones(runtime.dynamic.decoder, runtime.dynamic.constants, lengths)
+    _, state = runtime.prefill(decoder_inputs(ids, ids) | context)
+    del context  # only the sessions are measured
+    for _ in range(DECODE_STEPS):
         runtime.decode(decoder_inputs(ids, ids.expand(rows, state.length + 1)), state)
-    caches = sum(runtime.bytes(rows, bucket) for bucket in buckets)
-    return max(0, held(device) - before - caches)
+    caches = sum(runtime.cache_bytes(rows, bucket) for bucket in buckets)
+    return max(0, used_memory(device) - before - caches)
 
 
-def _decoder(task: Task, device: torch.device) -> tuple[DynamicCacheRuntime, BoundSession, BoundSession]:
-    """A decoder without its encoder, and the sessions of its prefill and its step."""
-    how = SessionSettings.of(RuntimeConfig(**task.sources["runtime"]))
+def _open_decoder(task: Task, device: torch.device) -> tuple[DynamicCacheRuntime, BoundSession, BoundSession]:
+    """Open a decoder without its encoder; return it with the sessions of prefill and decode, which may be the same."""
+    settings = SessionSettings.of(RuntimeConfig(**task.sources["runtime"]))
     graphs = Path(task.sources["graphs"])
     flag = None
     if task.name == DECODE_ALONE:
-        prefill = decode = BoundSession(open_session(graphs / DECODE_FILE, how), device)
+        decode = BoundSession(open_session(graphs / DECODE_FILE, settings), device)
+        prefill = decode
     elif task.name == SEPARATE:
-        prefill, decode = (
-            BoundSession(open_session(graphs / file, how), device) for file in (PREFILL_FILE, DECODE_FILE)
-        )
+        prefill = BoundSession(open_session(graphs / PREFILL_FILE, settings), device)
+        decode = BoundSession(open_session(graphs / DECODE_FILE, settings), device)
     else:
-        prefill = decode = BoundSession(open_session(Path(task.sources["deployable"]) / layout.DECODER, how), device)
+        decode = BoundSession(open_session(Path(task.sources["deployable"]) / layout.DECODER, settings), device)
+        prefill = decode
         flag = decode.session.get_modelmeta().custom_metadata_map[layout.FLAG]
     return DynamicCacheRuntime(None, prefill, decode, task.sources["cache"], flag), prefill, decode
 
 
 def _ones(session: BoundSession, names: Collection[str], lengths: Mapping[str, int]) -> dict[str, Tensor]:
-    """Ones for the inputs `names` that the session has, their dynamic axes as `lengths` says."""
-    return {
-        name: torch.ones(
-            [dim if isinstance(dim, int) else lengths[dim] for dim in spec.shape],
-            dtype=session.dtype(name),
-            device=session.device,
-        )
-        for name, spec in session.inputs.items()
-        if name in names
-    }
+    """Return tensors of ones for those of a session's inputs that are among `names`.
+
+    `lengths` gives the length of each dynamic axis, by its name.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, spec in session.inputs.items():
+        if name in names:
+            shape = [dim if isinstance(dim, int) else lengths[dim] for dim in spec.shape]
+            tensors[name] = torch.ones(shape, dtype=session.dtype(name), device=session.device)
+    return tensors
 
 
 def peak_memory(task: Task) -> int:
-    """Bytes by which the peak rose above what the imports hold, over loading and one generation."""
+    """Measure the bytes by which loading and one generation raise the peak above what the imports take."""
     from accel.benchmark import backends
 
     sources, backend = backends.Sources.parse(task.sources), backends.BACKENDS[task.name]
     device = _device(task)
-    _import_model(Path(sources.checkpoint))
-    prepare(device)
-    before = held(device)
-    with PeakMemory() as used, backends.opened(backend.engine, sources) as model:
+    _import_model_code(Path(sources.checkpoint))
+    initialize_cuda(device)
+    before = used_memory(device)
+    with PeakMemory() as host, backends.loaded_model(backend.model, sources) as model:
         inputs = {name: tensor.to(device) for name, tensor in load_file(task.inputs).items()}
         with backend.context():
             model.generate(**inputs, **task.options)
-        after = held(device) if device.type == "cuda" else 0
-    return used.added if device.type == "cpu" else after - before
+        after = used_memory(device) if device.type == "cuda" else 0
+    return host.added if device.type == "cpu" else after - before
 
 
-def prepare(device: torch.device) -> None:
-    """Let CUDA set itself up: the context, and cuBLAS with its workspace, which the first matrix product makes."""
+def initialize_cuda(device: torch.device) -> None:
+    """Let CUDA allocate its context, and cuBLAS its workspace, which its first matrix product does."""
     if device.type == "cuda":
         for dtype in (torch.float32, torch.float16):
             square = torch.ones(64, 64, dtype=dtype, device=device)
             torch.mm(square, square)
 
 
-def _import_model(folder: Path) -> None:
-    """Transformers imports a model's code when it is first used; here that belongs to the imports."""
+def _import_model_code(folder: Path) -> None:
+    """Import a model's code, which transformers does on first use, so that it counts as an import."""
     import transformers
 
     for name in transformers.AutoConfig.from_pretrained(folder).architectures or []:

@@ -1,17 +1,18 @@
-"""Latency and memory of a deployable beside PyTorch's, for the certificate."""
+"""Latency and peak memory of a deployable beside PyTorch's, for the certificate."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig
 
 from accel.adapters.types import Architecture, Component
 from accel.benchmark import footprint
-from accel.benchmark.backends import BACKENDS, BASELINE, Sources, ours
+from accel.benchmark.backends import BACKENDS, BASELINE, Sources, deployable_backend
 from accel.benchmark.schedule import time_backends
 from accel.config.schema import BenchmarkConfig, Config
 from accel.data import texts
@@ -20,12 +21,19 @@ from accel.pipeline.store import Artifact
 REPEATS = 5
 
 
-def beside_torch(
+def compare_with_torch(
     deployable: Path, config: Config, inputs: Mapping[str, Artifact], architecture: Architecture
 ) -> dict[str, Any] | None:
-    """Time a greedy generation of `verify.max_new_tokens` tokens, by PyTorch with cache and by the deployable, in turn.
+    """Time greedy generation of `verify.max_new_tokens` tokens, by PyTorch with a cache and by the deployable in turn.
 
-    Returns seconds and the bytes of memory at the peak, as JSON; None where the runtime can't run the precision.
+    Args:
+        deployable: Folder of the merged decoder.
+        config: The configuration: `precision`, `runtime` and `verify` are read.
+        inputs: The artifacts `checkpoint` and `convert`.
+        architecture: The checkpoint's adapter.
+
+    Returns:
+        Seconds and bytes of peak memory of both backends, as JSON; None where the runtime can't run the precision.
     """
     dtype, verify = config.precision.dtype, config.verify
     if dtype not in config.runtime.compute_dtype:
@@ -39,13 +47,16 @@ def beside_torch(
         runtime=config.runtime,
         dtype=dtype,
     )
-    compared = (BASELINE, ours(config.runtime))
-    given = texts.random_inputs(architecture, description, 1, verify.source_length, verify.seed)[0]
-    point = BenchmarkConfig(verify.source_length, verify.max_new_tokens, repeats=REPEATS, warmup_tokens=None)
-    timings = time_backends(compared, sources, given, point).timings
-    peaks = _peaks(compared, sources, given, point)
+    accelerated = deployable_backend(config.runtime)
+    names = (BASELINE, accelerated)
+    model_inputs = texts.random_inputs(architecture, description, 1, verify.source_length, verify.seed)[0]
+    benchmark = BenchmarkConfig(
+        source_length=verify.source_length, new_tokens=verify.max_new_tokens, repeats=REPEATS, warmup_tokens=None
+    )
+    timings = time_backends(names, sources, model_inputs, benchmark).timings
+    peaks = _peak_memory(names, sources, model_inputs, benchmark)
     figures: dict[str, dict[str, Any]] = {}
-    for name in compared:
+    for name in names:
         totals = [timing.total for timing in timings[name]]
         seconds = {"median": statistics.median(totals), "min": min(totals), "max": max(totals)}
         figures[name] = {"seconds": seconds, "peak_memory": peaks[name]}
@@ -54,20 +65,29 @@ def beside_torch(
         "new_tokens": verify.max_new_tokens,
         "repeats": REPEATS,
         "compute_dtype": config.runtime.compute_dtype[dtype],
-        "ratio": figures[BASELINE]["seconds"]["median"] / figures[compared[1]]["seconds"]["median"],
+        "ratio": figures[BASELINE]["seconds"]["median"] / figures[accelerated]["seconds"]["median"],
         "backends": figures,
     }
 
 
-def _peaks(
-    names: tuple[str, ...], sources: Sources, given: Mapping[str, Any], point: BenchmarkConfig
+def _peak_memory(
+    names: Sequence[str], sources: Sources, inputs: Mapping[str, Tensor], benchmark: BenchmarkConfig
 ) -> dict[str, int]:
-    """Setup -> bytes at the peak of loading and one generation."""
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch) / "inputs.safetensors"
-        save_file(dict(given), path)
-        shape = (sources.dump(), 1, point.source_length, str(path))
+    """Return backend -> bytes at the peak of loading and one generation."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "inputs.safetensors"
+        save_file(dict(inputs), path)
         tasks = [
-            footprint.Task(footprint.PEAK, name, *shape, BACKENDS[name].options(point.new_tokens, 1)) for name in names
+            footprint.Task(
+                kind=footprint.PEAK,
+                name=name,
+                sources=sources.dump(),
+                batch_size=1,
+                source_length=benchmark.source_length,
+                inputs=str(path),
+                options=BACKENDS[name].options(benchmark.new_tokens, num_beams=1),
+            )
+            for name in names
         ]
-        return dict(zip(names, footprint.measure_all(tasks, 0), strict=True))
+        peaks = footprint.measure_all(tasks, weight_bytes=0)
+    return dict(zip(names, peaks, strict=True))

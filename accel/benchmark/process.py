@@ -1,4 +1,4 @@
-"""A process of its own to measure in: nothing is left over there from another measurement."""
+"""Worker processes to measure in, so that nothing left over from one measurement changes another."""
 
 import signal
 from collections.abc import Callable
@@ -16,39 +16,45 @@ from accel.errors import AccelError, DeviceMemoryError
 
 T = TypeVar("T")
 
-TOGETHER = "A benchmark holds all that it compares at once: fewer benchmark.backends need less"
+ADVICE = "A benchmark keeps all its models loaded at the same time: list fewer benchmark.backends"
 
 
 class WorkerProcess:
-    """Context with a process that calls functions for this one. It is killed at the end, whatever it is doing.
+    """Context with a process that calls functions on behalf of this one. It is killed at the end, busy or not.
 
-    `name`: what runs there, for messages. The process starts at once and imports nothing before the first call.
+    The process starts at once and imports nothing before the first call.
+
+    Args:
+        name: What runs in the process, for messages.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), _ignore_interrupts)
-        self._process: Future[int] = self._pool.submit(getpid)
+        self._pid: Future[int] = self._pool.submit(getpid)
 
     @property
     def pid(self) -> int:
-        """The process's number."""
-        return self._process.result()
+        """The process's id."""
+        return self._pid.result()
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Return what `function` returns there, or raise what it raises. Everything must survive pickling.
+        """Call `function(*arguments)` in the process, and return its result or raise its error.
+
+        The function, its arguments, its result and its errors must survive pickling.
 
         Raises:
-            OutOfMemory: The device had no room; the process can be asked for less.
+            DeviceMemoryError: The device is out of memory. The process goes on, and can be asked for less.
             AccelError: The process ended.
         """
         try:
             return self._pool.submit(function, *arguments).result()
         except DeviceMemoryError as error:
-            raise DeviceMemoryError(f"{self.name!r}: {error}. {TOGETHER}") from error
+            raise DeviceMemoryError(f"{self.name!r}: {error}. {ADVICE}") from error
         except BrokenProcessPool as error:
-            said = f"the process that runs {self.name!r} ended: was it killed for its memory? {TOGETHER}"
-            raise AccelError(said) from error
+            raise AccelError(
+                f"the process that runs {self.name!r} ended unexpectedly, perhaps killed for lack of memory. {ADVICE}"
+            ) from error
 
     def __enter__(self) -> "WorkerProcess":
         return self
@@ -62,4 +68,5 @@ class WorkerProcess:
 
 
 def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that started this one, and that ends it
+    """Ignore Ctrl-C, which ends the parent process; that kills this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The setups of a benchmark take turns: how often each generates, and when it has had enough."""
+"""Interleaved schedule of a benchmark: backends generate in turn until their repeats or their time budget run out."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -7,68 +7,99 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from accel import progress
-from accel.benchmark.backends import BACKENDS, TORCH, Sources, free
+from accel.benchmark.backends import BACKENDS, TORCH, Sources, release_memory
 from accel.benchmark.timer import Timing
-from accel.benchmark.worker import BackendWorker
+from accel.benchmark.worker import ModelWorker
 from accel.config.schema import BenchmarkConfig
 from accel.errors import AccelError
 
-LONG = 10.0  # seconds: a generation that is worth a line of its own, should the run be cut short
+REPORT_ABOVE = 10.0  # seconds: longer generations are reported one by one, in case the run is cut short
 
 
 @dataclass
 class ScheduleResult:
-    """Setup -> its timings, one a repeat; and what PyTorch's FP16 model holds in FP32."""
+    """Measured generations of all backends.
+
+    Attributes:
+        timings: Backend -> one timing per repeat.
+        fp32: Modules that PyTorch's FP16 model keeps in FP32: see `backends.kept_in_fp32`.
+    """
 
     timings: dict[str, list[Timing]]
     fp32: dict[str, int]
 
 
 def time_backends(
-    names: Sequence[str], sources: Sources, given: Mapping[str, Tensor], benchmark: BenchmarkConfig
+    names: Sequence[str], sources: Sources, inputs: Mapping[str, Tensor], benchmark: BenchmarkConfig
 ) -> ScheduleResult:
-    """Time `names` on inputs `given` [batch, source]. All engines are open at once, each in a process of its own."""
-    engines = dict.fromkeys(BACKENDS[name].engine for name in names)
-    free(sources.runtime.device)  # what this process holds would take room from those that measure
+    """Time backends on the same inputs. All models stay loaded, each in a worker process of its own.
+
+    Args:
+        names: The backends.
+        sources: Files and settings of the benchmark.
+        inputs: Inputs of `generate`, [batch, source], on the CPU.
+        benchmark: Number of new tokens, beams, warm-ups and repeats.
+
+    Raises:
+        AccelError: A backend generated another number of tokens than asked for, or a worker process failed.
+    """
+    models = dict.fromkeys(BACKENDS[name].model for name in names)  # in order, without duplicates
+    release_memory(sources.runtime.device)  # leave this process's unused memory to the workers
     with ExitStack() as stack:
-        processes = {engine: stack.enter_context(BackendWorker(engine, sources)) for engine in engines}
-        for process in processes.values():
-            process.open(given)
+        workers = {model: stack.enter_context(ModelWorker(model, sources)) for model in models}
+        for worker in workers.values():
+            worker.open(inputs)
 
         def generate(name: str, new_tokens: int) -> Timing:
             backend = BACKENDS[name]
-            timing = processes[backend.engine].generate(name, backend.options(new_tokens, benchmark.num_beams))
+            timing = workers[backend.model].generate(name, backend.options(new_tokens, benchmark.num_beams))
             if len(timing.latencies) != new_tokens:
                 raise AccelError(f"{name} generated {len(timing.latencies)} tokens instead of {new_tokens}")
             return timing
 
-        fp32 = processes[TORCH].kept_in_fp32() if TORCH in processes else {}
+        fp32 = workers[TORCH].kept_in_fp32() if TORCH in workers else {}
         return ScheduleResult(run_interleaved(names, benchmark, generate), fp32)
 
 
 def run_interleaved(
     names: Sequence[str], benchmark: BenchmarkConfig, generate: Callable[[str, int], Timing]
 ) -> dict[str, list[Timing]]:
-    """Setup -> its timings. They take turns, so that a slow minute hits all of them.
+    """Let backends generate in turn, so that a slow minute of the machine affects all of them.
 
-    A setup whose measured generations together took more than `patience` seconds gets no further one; each gets at
-    least one. Warm-ups are not measured. `generate` takes a setup's name and the number of new tokens.
+    A backend whose measured generations together took more than `benchmark.time_budget_s` gets no further one; each
+    gets at least one. Warm-ups are not measured.
+
+    Args:
+        names: The backends.
+        benchmark: Number of new tokens, warm-ups and repeats, and the time budget.
+        generate: Takes a backend's name and a number of new tokens, and times one generation.
+
+    Returns:
+        Backend -> one timing per repeat.
     """
-    found: dict[str, list[Timing]] = {name: [] for name in names}
-    turns = [(number, name) for number in range(benchmark.warmup + benchmark.repeats) for name in names]
-    for number, name in progress.track(turns, "generating"):
+    timings: dict[str, list[Timing]] = {name: [] for name in names}
+    rounds = benchmark.warmup + benchmark.repeats
+    schedule = [(number, name) for number in range(rounds) for name in names]
+    for number, name in progress.track(schedule, "generating"):
         if number < benchmark.warmup:
             generate(name, warmup_tokens(name, benchmark))
-        elif benchmark.time_budget_s is None or sum(timing.total for timing in found[name]) <= benchmark.time_budget_s:
-            timing = generate(name, benchmark.new_tokens)
-            found[name].append(timing)
-            if timing.total > LONG:
-                progress.note(f"{name}: {timing.total:.1f} s")
-    return found
+            continue
+        spent = sum(timing.total for timing in timings[name])
+        if benchmark.time_budget_s is not None and spent > benchmark.time_budget_s:
+            continue
+        timing = generate(name, benchmark.new_tokens)
+        timings[name].append(timing)
+        if timing.total > REPORT_ABOVE:
+            progress.note(f"{name}: {timing.total:.1f} s")
+    return timings
 
 
 def warmup_tokens(name: str, benchmark: BenchmarkConfig) -> int:
-    """New tokens of a warm-up: few, unless the setup makes something ready, which depends on their number."""
-    if benchmark.warmup_tokens is None or BACKENDS[name].prepares(benchmark.num_beams):
+    """Return the number of new tokens that a warm-up of backend `name` generates.
+
+    It is `benchmark.warmup_tokens`, at most `benchmark.new_tokens`; or all new tokens where that is null or where the
+    backend needs a warm-up of full length.
+    """
+    if benchmark.warmup_tokens is None or BACKENDS[name].needs_full_warmup(benchmark.num_beams):
         return benchmark.new_tokens
     return min(benchmark.warmup_tokens, benchmark.new_tokens)

@@ -1,10 +1,11 @@
-"""Times one generation from outside, without touching the model's code."""
+"""Timing of one generation from outside, without changes to the model's code."""
 
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -14,24 +15,30 @@ from torch import Tensor
 
 from accel.models.generation import AcceleratedModel, Generates
 
-Patch: TypeAlias = "tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]"
-"""Whose method of which name, and what stands in for it meanwhile."""
+Method: TypeAlias = Callable[..., Any]
 
-Stamp: TypeAlias = Any
-"""A moment: seconds of the host's clock as a float, or an event on a CUDA stream."""
+Patch: TypeAlias = "tuple[Any, str, Callable[[Method], Method]]"
+"""An object, the name of one of its methods, and the wrapper that replaces the method meanwhile."""
+
+Timestamp: TypeAlias = Any
+"""Seconds of the host's clock as a float, or an event on a CUDA stream."""
 
 
 @dataclass
 class Timing:
-    """One generation, in seconds.
+    """One generation. All times are in seconds.
 
-    `total` is wall clock, the device done at both ends. `latencies` holds one entry a generated token: from the end
-    of the decoder call before it (the start of the generation for the first, encoder included) to the end of its own.
-    `inside` is the part of `total` spent in the model's calls; the rest is the decoding loop of transformers.
-    `compiled`: transformers compiled the decoder.
+    On CUDA, `latencies` and `inside` are the device's: times between the moments when it reached the events that the
+    host recorded around the calls. Where the host is the slower one, they include the device's waiting for it, inside
+    the calls and between them.
 
-    On CUDA, `latencies` and `inside` are of the device: the time between the moments when it got to the marks that the
-    host had queued around the calls. While the host is the slower one, the device waits for it, inside and outside.
+    Attributes:
+        total: Wall-clock time; the device is synchronized at both ends.
+        inside: Part of `total` spent in the model's calls. The rest is the decoding loop of transformers.
+        latencies: One entry per generated token: the time from the end of the previous decoder call (for the first
+            token from the start of the generation, encoder included) to the end of its own.
+        tokens: Generated ids, per sequence.
+        compiled: Whether transformers compiled the decoder.
     """
 
     total: float = 0.0
@@ -44,39 +51,51 @@ class Timing:
 class GenerationTimer:
     """Context that times the calls of a model's encoder and decoder.
 
-    Of a model of ours, the calls of its runtime. PyTorch's decoder calls are not wrapped, because wrapping would end up
-    in the graph that `torch.compile` makes of them: `generate` calls two methods right before and right after each,
-    which it never compiles, and those take the stamps.
-    Nothing waits for the device in between: on CUDA a stamp is an event, read when all is done.
+    Of an accelerated model it wraps the methods of the runtime. PyTorch's decoder calls are not wrapped, because the
+    wrapper would become part of the graph that `torch.compile` makes of them. Instead it wraps two methods that
+    `generate` calls right before and right after each decoder call, and never compiles.
+
+    Nothing synchronizes with the device during the generation: on CUDA a timestamp is an event, read at the end.
+
+    Args:
+        model: The model. Its methods are replaced within the context, and restored at the end.
     """
 
     def __init__(self, model: Generates) -> None:
         self.timing = Timing()
         self._device = torch.device(model.device)
-        self._calls: list[tuple[Stamp, Stamp]] = []  # start and end of each call of the model
-        self._ends: list[Stamp] = []  # of decoder calls
-        self._patches = self._of_ours(model) if isinstance(model, AcceleratedModel) else self._of_pytorchs(model)
+        self._calls: list[tuple[Timestamp, Timestamp]] = []  # start and end of each call of the encoder or decoder
+        self._decoder_ends: list[Timestamp] = []
+        if isinstance(model, AcceleratedModel):
+            self._patches = self._runtime_patches(model)
+        else:
+            self._patches = self._torch_patches(model)
 
-    def _of_ours(self, model: AcceleratedModel) -> list[Patch]:
-        decoder = [(model.runtime, name, self._ending) for name in ("prefill", "decode")]
-        return [(model.runtime, "encode", self._timed), *decoder]
+    def _runtime_patches(self, model: AcceleratedModel) -> list[Patch]:
+        """Return the patches of an accelerated model's runtime."""
+        return [
+            (model.runtime, "encode", self._time_call),
+            (model.runtime, "prefill", self._time_decoder_call),
+            (model.runtime, "decode", self._time_decoder_call),
+        ]
 
-    def _of_pytorchs(self, model: Generates) -> list[Patch]:
+    def _torch_patches(self, model: Generates) -> list[Patch]:
+        """Return the patches of a PyTorch model."""
         patches: list[Patch] = [
-            (model, "prepare_inputs_for_generation", self._begins_after),
-            (model, "_update_model_kwargs_for_generation", self._ended_before),
+            (model, "prepare_inputs_for_generation", self._mark_decoder_start),
+            (model, "_update_model_kwargs_for_generation", self._mark_decoder_end),
         ]
         if model.config.is_encoder_decoder:
-            patches.append((model.get_encoder(), "forward", self._timed))
+            patches.append((model.get_encoder(), "forward", self._time_call))
         if hasattr(model, "get_compiled_call"):
-            patches.append((model, "get_compiled_call", self._noted))
+            patches.append((model, "get_compiled_call", self._note_compilation))
         return patches
 
     def __enter__(self) -> Timing:
-        for owner, name, patch in self._patches:
-            setattr(owner, name, patch(getattr(owner, name)))
+        for owner, name, wrapper in self._patches:
+            setattr(owner, name, wrapper(getattr(owner, name)))
         self._synchronize()
-        self._first = self._stamp()
+        self._first = self._timestamp()
         self._start = time.perf_counter()
         return self.timing
 
@@ -84,68 +103,78 @@ class GenerationTimer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for owner, name, _ in self._patches:
-            delattr(owner, name)  # the class's own method shows again
+            delattr(owner, name)  # the instance attribute hid the class's own method
         if error is not None:
             return
         self._synchronize()
         self.timing.total = time.perf_counter() - self._start
         self.timing.inside = sum(_seconds(start, end) for start, end in self._calls)
-        starts = [self._first, *self._ends]
-        self.timing.latencies = [_seconds(start, end) for start, end in zip(starts, self._ends, strict=False)]
+        self.timing.latencies = [_seconds(start, end) for start, end in pairwise([self._first, *self._decoder_ends])]
 
     def _synchronize(self) -> None:
+        """Wait until the device is idle."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _stamp(self) -> Stamp:
+    def _timestamp(self) -> Timestamp:
+        """Return the time now; on CUDA, an event that the device records when it gets there."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(call)  # `generate` reads the signature, here and below
+    def _time_call(self, method: Method) -> Method:
+        """Wrap a method so that its calls are timed."""
+
+        @wraps(method)  # `generate` inspects the signature, here and below
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = self._stamp()
-            result = call(*args, **kwargs)
-            self._calls.append((start, self._stamp()))
+            start = self._timestamp()
+            result = method(*args, **kwargs)
+            self._calls.append((start, self._timestamp()))
             return result
 
         return timed
 
-    def _ending(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A call that a token comes out of."""
-        timed = self._timed(call)
+    def _time_decoder_call(self, method: Method) -> Method:
+        """Wrap a method that computes one token, so that its calls are timed."""
+        timed = self._time_call(method)
 
-        @wraps(call)
-        def ended(*args: Any, **kwargs: Any) -> Any:
+        @wraps(method)
+        def timed_decoder(*args: Any, **kwargs: Any) -> Any:
             result = timed(*args, **kwargs)
-            self._ends.append(self._calls[-1][1])
+            _, end = self._calls[-1]
+            self._decoder_ends.append(end)
             return result
 
-        return ended
+        return timed_decoder
 
-    def _begins_after(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+    def _mark_decoder_start(self, prepare: Method) -> Method:
+        """Wrap the method that `generate` calls right before a decoder call."""
+
         @wraps(prepare)
         def prepared(*args: Any, **kwargs: Any) -> Any:
             result = prepare(*args, **kwargs)
-            self._begun = self._stamp()
+            self._decoder_start = self._timestamp()
             return result
 
         return prepared
 
-    def _ended_before(self, update: Callable[..., Any]) -> Callable[..., Any]:
+    def _mark_decoder_end(self, update: Method) -> Method:
+        """Wrap the method that `generate` calls right after a decoder call."""
+
         @wraps(update)
         def updated(*args: Any, **kwargs: Any) -> Any:
-            end = self._stamp()
-            self._calls.append((self._begun, end))
-            self._ends.append(end)
+            end = self._timestamp()
+            self._calls.append((self._decoder_start, end))
+            self._decoder_ends.append(end)
             return update(*args, **kwargs)
 
         return updated
 
-    def _noted(self, compiled_call: Callable[..., Any]) -> Callable[..., Any]:
+    def _note_compilation(self, compiled_call: Method) -> Method:
+        """Wrap the method that `generate` calls when it compiles the decoder."""
+
         @wraps(compiled_call)
         def noted(*args: Any, **kwargs: Any) -> Any:
             self.timing.compiled = True
@@ -154,15 +183,19 @@ class GenerationTimer:
         return noted
 
 
-def _seconds(start: Stamp, end: Stamp) -> float:
+def _seconds(start: Timestamp, end: Timestamp) -> float:
+    """Return the seconds between two timestamps."""
     seconds: float = end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
     return seconds
 
 
 class BackgroundLoad:
-    """Context that measures how busy everything but this process and its children kept the processor: `share`, 0 to 1.
+    """Context that measures how busy all processes but this one and its children keep the processor.
 
     Threads that wait by spinning, as PyTorch's and ONNX Runtime's do, take many times longer when they lack a core.
+
+    Attributes:
+        share: Share of the processor time of all cores, 0 to 1.
     """
 
     def __enter__(self) -> "BackgroundLoad":
@@ -173,22 +206,24 @@ class BackgroundLoad:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        total, others = (after - before for after, before in zip(self._read(), self._before, strict=True))
-        self.share = min(1.0, max(0.0, others / total)) if total else 0.0
+        total_before, others_before = self._before
+        total_after, others_after = self._read()
+        total = total_after - total_before
+        self.share = min(1.0, max(0.0, (others_after - others_before) / total)) if total else 0.0
 
     @staticmethod
     def _read() -> tuple[float, float]:
-        """Seconds of all cores since the start of the system, and those not idle and not ours."""
+        """Return seconds of all cores since boot: in total, and those spent in other processes."""
         times, own = psutil.cpu_times(), 0.0
         for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
-            with suppress(psutil.Error):  # it has ended meanwhile
-                own += sum(process.cpu_times()[:4])  # its own, and those of children that ended
-        total = sum(times[:8])  # user to steal; what follows is counted in user already
+            with suppress(psutil.Error):  # the child may have ended meanwhile
+                own += sum(process.cpu_times()[:4])  # user and system, its own and those of children that ended
+        total = sum(times[:8])  # user to steal; the further fields are already counted in user and nice
         return total, total - times.idle - getattr(times, "iowait", 0.0) - own
 
 
 def fixed_length_options(new_tokens: int, num_beams: int, *, use_cache: bool) -> dict[str, Any]:
-    """Options of `generate` for exactly `new_tokens` tokens: no end-of-sequence token may come before."""
+    """Return options of `generate` for exactly `new_tokens` tokens: no end-of-sequence token may come earlier."""
     return {
         "min_new_tokens": new_tokens,
         "max_new_tokens": new_tokens,
@@ -199,7 +234,13 @@ def fixed_length_options(new_tokens: int, num_beams: int, *, use_cache: bool) ->
 
 
 def time_generation(model: Generates, inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> Timing:
-    """Generate once for `inputs` [batch, source], which must be on the model's device."""
+    """Time one generation.
+
+    Args:
+        model: The model.
+        inputs: Inputs of `generate`, [batch, source], on the model's device.
+        options: Options of `generate`.
+    """
     with GenerationTimer(model) as timing:
         ids = model.generate(**inputs, **options)
     timing.tokens = ids.tolist()

@@ -1,10 +1,12 @@
-"""An engine in a process of its own, which generates there when it is told to.
+"""Models in worker processes of their own, which generate there on request.
 
-Engines in one process slow each other. Above all on a GPU: once PyTorch's model has run, kernels of ours in the same
-process take longer to begin (docs/cuda.md), and a captured step is little else than kernels.
+Models in one process slow each other down, above all on a GPU: once PyTorch's model has run, the launch latency of
+accel's kernels in the same process grows (docs/cuda.md), and a captured decode step is hardly more than kernels.
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -12,34 +14,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accel.benchmark.backends import BACKENDS, Sources, kept_in_fp32, opened
+from accel.benchmark.backends import BACKENDS, Sources, kept_in_fp32, loaded_model
 from accel.benchmark.process import WorkerProcess
 from accel.benchmark.timer import Timing, time_generation
+from accel.models.generation import Generates
 from accel.runtime.device_memory import translate_out_of_memory
 from accel.system.quiet import quiet
 
 
-class BackendWorker:
-    """Context with a process for `engine`, which loads nothing before it is told to `open`."""
+class ModelWorker:
+    """Context with a process for one model, which loads nothing before `open` is called.
 
-    def __init__(self, engine: str, sources: Sources) -> None:
-        self.engine, self.sources = engine, sources
-        self.process = WorkerProcess(engine)
+    Args:
+        model: The model to load: see `backends.loaded_model`.
+        sources: Files and settings of the benchmark.
+    """
+
+    def __init__(self, model: str, sources: Sources) -> None:
+        self.model, self.sources = model, sources
+        self.process = WorkerProcess(model)
 
     def open(self, inputs: Mapping[str, Tensor]) -> None:
-        """Load the engine, to generate for `inputs` [batch, source]."""
+        """Load the model, and keep `inputs` ([batch, source], on the CPU) on its device for later generations."""
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        self.process.call(_open, self.engine, self.sources, arrays)
+        self.process.call(_open, self.model, self.sources, arrays)
 
-    def generate(self, name: str, options: Mapping[str, Any]) -> Timing:
-        """Time one generation, called as setup `name` calls it."""
-        return self.process.call(_generate, name, options)
+    def generate(self, backend: str, options: Mapping[str, Any]) -> Timing:
+        """Time one generation of `backend`, with these options of `generate`."""
+        return self.process.call(_generate, backend, options)
 
     def kept_in_fp32(self) -> dict[str, int]:
-        """What a model of PyTorch's in FP16 holds in FP32: see `backends.kept_in_fp32`."""
+        """Count the modules that an FP16 model of PyTorch keeps in FP32: see `backends.kept_in_fp32`."""
         return self.process.call(_kept_in_fp32)
 
-    def __enter__(self) -> "BackendWorker":
+    def __enter__(self) -> "ModelWorker":
         self.process.__enter__()
         return self
 
@@ -49,26 +57,48 @@ class BackendWorker:
         self.process.__exit__(kind, error, trace)
 
 
-# What follows runs in the engine's process.
-
-_engine: dict[str, Any] = {}
+# Everything below runs in the worker process.
 
 
-def _open(engine: str, sources: Sources, inputs: Mapping[str, np.ndarray]) -> None:
+@dataclass(frozen=True)
+class _Loaded:
+    """The worker process's model, and the inputs it generates for."""
+
+    model: Generates
+    inputs: Mapping[str, Tensor]
+
+
+_loaded: _Loaded | None = None
+_stack = ExitStack()  # holds the model's context open until the process is killed
+
+
+def _open(model_name: str, sources: Sources, arrays: Mapping[str, np.ndarray]) -> None:
+    """Load the model and move the inputs to its device."""
+    global _loaded
     quiet()
     if sources.runtime.threads:
         torch.set_num_threads(sources.runtime.threads)
     with translate_out_of_memory():
-        context = opened(engine, sources)  # never left: the process ends first
-        given = {name: torch.from_numpy(array).to(sources.runtime.device) for name, array in inputs.items()}
-        _engine.update(context=context, model=context.__enter__(), inputs=given)
+        inputs = {name: torch.from_numpy(array).to(sources.runtime.device) for name, array in arrays.items()}
+        model = _stack.enter_context(loaded_model(model_name, sources))
+    _loaded = _Loaded(model, inputs)
 
 
-def _generate(name: str, options: Mapping[str, Any]) -> Timing:
-    with BACKENDS[name].context(), translate_out_of_memory():
-        return time_generation(_engine["model"], _engine["inputs"], options)
+def _current() -> _Loaded:
+    """Return the loaded model and its inputs."""
+    if _loaded is None:
+        raise RuntimeError("the worker process has no model: call ModelWorker.open first")
+    return _loaded
+
+
+def _generate(backend: str, options: Mapping[str, Any]) -> Timing:
+    """Time one generation of the loaded model."""
+    loaded = _current()
+    with BACKENDS[backend].context(), translate_out_of_memory():
+        return time_generation(loaded.model, loaded.inputs, options)
 
 
 def _kept_in_fp32() -> dict[str, int]:
-    model = _engine["model"]
+    """Count the FP32 modules of the loaded model if it is in FP16."""
+    model = _current().model
     return kept_in_fp32(model) if model.dtype == torch.float16 else {}

@@ -1,4 +1,4 @@
-"""The command line: composes and validates the configuration, runs the stages, prints what they found.
+"""Command line: compose and validate the configuration, run the stages, print the results.
 
-The only package that knows Hydra's application and the only one that prints.
+The only package that runs as a Hydra application, and the only one that prints.
 """

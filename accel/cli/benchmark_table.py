@@ -1,4 +1,4 @@
-"""The benchmark's figures as tables."""
+"""Tables of the benchmark's results."""
 
 import logging
 from collections.abc import Mapping
@@ -12,86 +12,115 @@ from accel.stages.benchmark import describe
 logger = logging.getLogger(__name__)
 
 COLUMNS = (
-    *("backend", "runs", "total s", "model s", "ms a token", "last/first"),
-    *("x torch_cache", "x two_files", "x roofline"),
+    "backend",
+    "runs",
+    "total s",
+    "model s",
+    "ms a token",
+    "last/first",
+    "x torch_cache",
+    "x two_files",
+    "x roofline",
 )
 RATIOS = ("last_over_first", "vs_torch_cache", "vs_two_files", "over_roofline")
 MEMORY_COLUMNS = ("memory", "peak MB", "session MB", "at the end MB")
 ABSENT = "-"
-BUSY = 0.1  # share of the processor that others may take before the times say little
+BUSY = 0.1  # share of the processor taken by other programs, above which the times are unreliable
 
 
 def rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """One row a setup, in the order of `COLUMNS`."""
-    drawn: list[list[str]] = []
-    for name in (name for name in BACKENDS if name in summary["backends"]):  # a manifest keeps no order
+    """Return one row per backend, with the columns `COLUMNS`.
+
+    Args:
+        summary: Summary of the stage `benchmark`.
+    """
+    table_rows = []
+    for name in BACKENDS:  # in this order: a manifest doesn't keep the order of keys
+        if name not in summary["backends"]:
+            continue
         values = summary["backends"][name]
         total = values["total"]
-        drawn.append(
-            [
-                _named(name, values),
-                str(values["repeats"]),
-                f"{_seconds(total['median'])} [{_seconds(total['min'])}-{_seconds(total['max'])}]",
-                _seconds(values["inside"]["median"]),
-                f"{values['ms_per_token']:.2f}",
-                *(
-                    _ratio(values.get(key))
-                    for key in ("last_over_first", "vs_torch_cache", "vs_two_files", "over_roofline")
-                ),
-            ]
-        )
-    return drawn
+        row = [
+            _label(name, values),
+            str(values["repeats"]),
+            f"{_seconds(total['median'])} [{_seconds(total['min'])}-{_seconds(total['max'])}]",
+            _seconds(values["inside"]["median"]),
+            f"{values['ms_per_token']:.2f}",
+        ]
+        row += [_ratio(values.get(key)) for key in RATIOS]
+        table_rows.append(row)
+    return table_rows
 
 
 def memory_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """One row a setup whose memory was measured, and one for the step graph alone, in the order of `MEMORY_COLUMNS`."""
+    """Return one row per backend whose memory was measured, with the columns `MEMORY_COLUMNS`.
+
+    The last row is the decode graph alone, with which the merged decoder's session is compared.
+
+    Args:
+        summary: Summary of the stage `benchmark`.
+    """
     memory = summary["memory"]
     names = [name for name in (*BACKENDS, footprint.DECODE_ALONE) if name in memory]
     kinds = (footprint.PEAK, footprint.SESSION, footprint.AT_THE_END)
     return [[name, *(_megabytes(memory[name].get(kind)) for kind in kinds)] for name in names]
 
 
-def _named(name: str, values: Mapping[str, Any]) -> str:
-    """The setup, and what a reader must know to compare it."""
-    remarks = [] if values["same_tokens"] else ["other tokens"]
+def _label(name: str, values: Mapping[str, Any]) -> str:
+    """Return the backend's name with the remarks needed to compare it."""
+    remarks = []
+    if not values["same_tokens"]:
+        remarks.append("other tokens")
     if BACKENDS[name].compiled and not values["compiled"]:
-        remarks.append("not compiled")  # transformers' beam search isn't
+        remarks.append("not compiled")  # transformers doesn't compile the decoder in beam search
     return f"{name} ({', '.join(remarks)})" if remarks else name
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+    """Format seconds with about three digits."""
+    if value < 1:
+        return f"{value:.3f}"
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def _ratio(value: float | None) -> str:
+    """Format a ratio; `ABSENT` if it was not measured."""
     return ABSENT if value is None else f"{value:.2f}x"
 
 
 def _megabytes(value: int | None) -> str:
+    """Format bytes as megabytes; `ABSENT` if they were not measured."""
     return ABSENT if value is None else f"{value / 1e6:.0f}"
 
 
 def show(summary: Mapping[str, Any]) -> None:
-    """Print the table, the session memory of the merged decoder over the step graph's, and what to beware of."""
+    """Print latency and memory of each backend, and log a warning if other programs disturbed the measurement.
+
+    Args:
+        summary: Summary of the stage `benchmark`.
+    """
     console.table(f"Benchmark: {describe(summary)}", COLUMNS, rows(summary))
     if summary["memory"]:
         console.table("", MEMORY_COLUMNS, memory_rows(summary))
-    if ratios := summary["session_ratios"]:
+    ratios = summary["session_ratios"]
+    if ratios:
         console.out.print(
-            f"session memory of the merged decoder over that of the step graph alone: {ratios[footprint.SESSION]:.2f}x,"
+            f"session memory, merged decoder relative to the decode graph alone: {ratios[footprint.SESSION]:.2f}x,"
             f" {ratios[footprint.AT_THE_END]:.2f}x after {summary['point']['new_tokens']} tokens"
         )
-    if summary["roofline"] is not None:
-        limit = summary["roofline"]
+    roofline = summary["roofline"]
+    if roofline is not None:
         console.out.print(
-            f"x roofline: {limit['seconds'] * 1000:.3f} ms a token, which reading {limit['bytes'] / 1e6:.0f} MB of "
-            f"weights and cache takes at the {limit['bandwidth'] / 1e12:.2f} TB/s of a copy measured in this run"
+            f"x roofline: time per token relative to {roofline['seconds'] * 1000:.3f} ms, the time it takes to read "
+            f"{roofline['bytes'] / 1e6:.0f} MB of weights and caches at {roofline['bandwidth'] / 1e12:.2f} TB/s, the "
+            "bandwidth of a copy on the device measured in this run"
         )
     if summary["torch_fp32"]:
-        kept = ", ".join(f"{count} x {name}" for name, count in summary["torch_fp32"].items())
-        console.out.print(f"modules that PyTorch's FP16 model keeps in FP32: {kept}")
-    if (others := summary["machine"]["background_load"]) > BUSY:
+        modules = ", ".join(f"{count} x {name}" for name, count in summary["torch_fp32"].items())
+        console.out.print(f"modules that PyTorch's FP16 model keeps in FP32: {modules}")
+    background_load = summary["machine"]["background_load"]
+    if background_load > BUSY:
         logger.warning(
-            f"other programs took {others:.0%} of the processor during the benchmark: threads that wait by spinning, "
-            "PyTorch's above all, were slowed many times over, and the ratios say little. Repeat on a quiet machine."
+            f"other programs took {background_load:.0%} of the processor during the benchmark. That slows down threads "
+            "that wait by spinning, PyTorch's most of all, so the ratios are unreliable. Repeat on an idle machine."
         )

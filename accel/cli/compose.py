@@ -1,4 +1,4 @@
-"""From a composed configuration to finished stages: what the command line and `accel.build` share."""
+"""Compose, resolve and validate the configuration, and run its stages; shared by the command line and `accel.build`."""
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -14,7 +14,7 @@ from accel.cli.validate import check_lengths, check_texts, validate
 from accel.config.hydra_setup import composing
 from accel.config.schema import Config
 from accel.errors import AccelError, unknown
-from accel.pipeline.runner import Pipeline, chosen
+from accel.pipeline.runner import Pipeline, select_stages
 from accel.pipeline.store import Artifact
 from accel.runtime.providers import fastest
 from accel.stages import generate
@@ -23,16 +23,21 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 AUTO = "auto"
-ENCODER_DECODER, DECODER_ONLY = "seq2seq", "causal"  # architectures of any model of that shape
-ADD_ONE = "docs/add-an-architecture.md says how to add one: often a YAML of two lines"
+ENCODER_DECODER, DECODER_ONLY = "seq2seq", "causal"  # generic architectures, for model types that no other one lists
+ADVICE = "To add an architecture, often a YAML of two lines, see docs/add-an-architecture.md"
 
 
 def settle(composed: DictConfig, overrides: Sequence[str]) -> Config:
-    """Return the typed configuration, with every `auto` replaced by what it stands for.
+    """Return the validated configuration, typed and with every `auto` resolved.
 
-    `overrides`: what `composed` was composed from. Raises `AccelError` on a value that can't be used.
+    Args:
+        composed: Configuration as Hydra composed it.
+        overrides: Overrides that it was composed from, as `key=value`.
+
+    Raises:
+        AccelError: If a value can't be used.
     """
-    chosen(OmegaConf.to_container(composed.stage) if OmegaConf.is_config(composed.stage) else composed.stage)
+    select_stages(OmegaConf.to_container(composed.stage) if OmegaConf.is_config(composed.stage) else composed.stage)
     resolved = resolve(composed, overrides)
     config = typed(composed if resolved == list(overrides) else hydra.compose("config", resolved))
     validate(config)
@@ -40,17 +45,22 @@ def settle(composed: DictConfig, overrides: Sequence[str]) -> Config:
 
 
 def resolve(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
-    """Return the overrides with every `auto` replaced: choices of files in `conf/`, and values that follow from them.
+    """Return overrides in which every `auto` is replaced by a choice, and values that depend on it are set.
 
-    Raises `AccelError` where what decides, as the checkpoint, can't be read.
+    Args:
+        composed: Configuration as Hydra composed it.
+        overrides: Overrides that it was composed from, as `key=value`.
+
+    Raises:
+        AccelError: If the choice depends on a checkpoint that can't be read.
     """
     config = typed(composed)
-    keys = {_key(given) for given in overrides}
-    if "model.checkpoint" in keys and "model" not in keys:  # of the default model nothing but its name was meant
-        other = [*overrides, f"model={AUTO}"]
-        return resolve(hydra.compose("config", other), other)
+    keys = {_key(override) for override in overrides}
+    if "model.checkpoint" in keys and "model" not in keys:  # another checkpoint: the default model's values don't hold
+        with_auto = [*overrides, f"model={AUTO}"]
+        return resolve(hydra.compose("config", with_auto), with_auto)
     if config.model.name == AUTO and not config.model.checkpoint:
-        raise AccelError("model=auto needs model.checkpoint=FOLDER_OR_HUB_ID")
+        raise AccelError("model=auto: model.checkpoint is missing; give model.checkpoint=FOLDER_OR_HUB_ID")
     choices: dict[str, str] = {}
     if config.runtime.name == AUTO:
         choices["runtime"] = fastest()
@@ -59,52 +69,75 @@ def resolve(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
         choices["precision"] = "fp32" if runtime == "cpu" else "fp16"
     if config.architecture.get("_target_") is None:
         choices["architecture"] = _architecture(config)
-    kept = [given for given in overrides if _key(given) not in choices]
     values: dict[str, str] = {}
     if config.model.weights == "random" and config.model.references is not None:
-        values["model.references"] = "null"  # nothing that random weights write is right
+        values["model.references"] = "null"  # outputs of random weights match no reference
     if config.model.name == AUTO:
         values["model.name"] = _quoted(Path(str(config.model.checkpoint)).name or "model")
-    return [*kept, *(f"{key}={value}" for key, value in (choices | values).items())]
+    resolved = [override for override in overrides if _key(override) not in choices]
+    resolved += [f"{key}={value}" for key, value in (choices | values).items()]
+    return resolved
 
 
 def _key(override: str) -> str:
+    """Return the key of an override, without Hydra's plus."""
     return override.split("=")[0].lstrip("+")
 
 
 def _quoted(value: str) -> str:
-    """A value as Hydra's override grammar takes it. https://hydra.cc/docs/advanced/override_grammar/basic/"""
+    """Quote a value for Hydra's override grammar: https://hydra.cc/docs/advanced/override_grammar/basic/."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
 
 def resolved_overrides(overrides: Sequence[str]) -> list[str]:
-    """Return what `resolve` does, outside Hydra's own application."""
+    """Compose the configuration outside Hydra's application, and return its overrides with every `auto` replaced.
+
+    Args:
+        overrides: Overrides, as `key=value`.
+    """
     with composing():
         return resolve(hydra.compose("config", list(overrides)), overrides)
 
 
 def typed(composed: DictConfig) -> Config:
-    """The dataclass behind a composed configuration."""
-    _refuse_extra(composed, Config, "")
+    """Return a composed configuration as the dataclass of the schema.
+
+    Args:
+        composed: Configuration as Hydra composed it.
+
+    Raises:
+        AccelError: If it has a key that the schema lacks.
+    """
+    _check_keys(composed, Config, "")
     config = OmegaConf.to_object(composed)
     if not isinstance(config, Config):
-        raise AccelError("conf/config.yaml must start from the schema")
+        raise AccelError("conf/config.yaml: `schema` is missing from its defaults list; make it the first entry")
     return config
 
 
-def _refuse_extra(section: Any, kind: Any, prefix: str) -> None:
-    """Raises `AccelError` on a key that `+section.key=value` added where the schema has none."""
-    known = {field.name: field.type for field in fields(kind)}
+def _check_keys(section: Any, dataclass_type: Any, prefix: str) -> None:
+    """Raise `AccelError` on a key that `+section.key=value` added and the schema lacks."""
+    types = {field.name: field.type for field in fields(dataclass_type)}
     for key in section:
-        if key not in known:
-            raise unknown("config key", f"{prefix}{key}", [f"{prefix}{name}" for name in known])
-        if is_dataclass(known[key]):
-            _refuse_extra(section[key], known[key], f"{prefix}{key}.")
+        if key not in types:
+            raise unknown("config key", f"{prefix}{key}", [f"{prefix}{name}" for name in types])
+        if is_dataclass(types[key]):
+            _check_keys(section[key], types[key], f"{prefix}{key}.")
 
 
 def execute(config: Config) -> dict[str, Artifact]:
-    """Run the stages the configuration asks for."""
+    """Run the stages that `config.stage` selects.
+
+    Args:
+        config: Configuration, resolved and validated.
+
+    Returns:
+        Stage -> artifact, for the selected stages and those they depend on.
+
+    Raises:
+        AccelError: If the model, or an input file, is not one that the stages can use.
+    """
     architecture = registry.build(config.architecture)
     description = _description(config)
     model_type = description.model_type
@@ -112,7 +145,7 @@ def execute(config: Config) -> dict[str, Artifact]:
         raise unknown(
             f"model type for architecture {config.architecture['_target_']}", model_type, architecture.model_types
         )
-    stages = chosen(config.stage, mixed=config.precision.dtype != "float32")
+    stages = select_stages(config.stage, mixed=config.precision.dtype != "float32")
     check_lengths(config, description, stages)
     if "generate" in stages:
         generate.check(config, description)
@@ -121,35 +154,44 @@ def execute(config: Config) -> dict[str, Artifact]:
 
 
 def compose(overrides: Sequence[str]) -> Config:
-    """The configuration for `overrides` as on the command line, outside Hydra's own application."""
+    """Return the validated configuration for `overrides`, outside Hydra's application.
+
+    Args:
+        overrides: Overrides as on the command line, `key=value`.
+
+    Raises:
+        AccelError: If a value can't be used.
+    """
     with composing():
         return settle(hydra.compose("config", list(overrides)), overrides)
 
 
 def _description(config: Config) -> "PretrainedConfig":
-    """The Hugging Face config of the model, which generates text and keeps keys and values. Raises `AccelError`."""
+    """Return the model's Hugging Face config. Raises `AccelError` if the model can't be accelerated."""
     from accel.models import checkpoints
     from accel.models.model_class import obstacle
     from accel.stages import checkpoint
 
     checkpoint.check(config.model)
     description = checkpoints.model_config(config.model)
-    if reason := obstacle(description):
+    reason = obstacle(description)
+    if reason is not None:
         raise AccelError(
             f"{config.model.checkpoint or config.model.name}: {reason}.\n"
-            f"Model types with an architecture of their own: {', '.join(registry.model_types())}.\n{ADD_ONE}"
+            f"Model types with an architecture of their own: {', '.join(registry.model_types())}.\n{ADVICE}"
         )
     return description
 
 
 def _architecture(config: Config) -> str:
-    """The architecture whose YAML names the checkpoint's model type; failing that, the one of its shape."""
+    """Return the architecture that lists the checkpoint's model type, or else the generic one of its shape."""
     description = _description(config)
     name = registry.choose(description.model_type)
     if name is None:
         name = ENCODER_DECODER if description.is_encoder_decoder else DECODER_ONLY
+        shape = "encoder-decoder" if description.is_encoder_decoder else "decoder-only"
         progress.note(
-            f"model type {description.model_type!r}: no architecture names it, so architecture={name}, the generic "
-            f"{'encoder-decoder' if description.is_encoder_decoder else 'decoder-only'} shape, is taken"
+            f"model type {description.model_type!r}: no architecture lists it, so architecture={name} is used, the "
+            f"generic one for {shape} models"
         )
     return name

@@ -1,4 +1,4 @@
-"""The command line's output: progress, log records, errors and tables. All but results goes to standard error."""
+"""Output of the command line: results on standard output; progress, log records and errors on standard error."""
 
 import logging
 import sys
@@ -14,11 +14,12 @@ from accel import progress
 
 T = TypeVar("T")
 
-FILE_WIDTH = 120  # columns, where no terminal says otherwise
+FILE_WIDTH = 120  # columns, where the output is not a terminal
 STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
 def _console(stderr: bool) -> Console:
+    """Open a console on standard error or standard output."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else FILE_WIDTH
     return Console(stderr=stderr, highlight=False, soft_wrap=True, width=width)
@@ -29,34 +30,36 @@ err = _console(stderr=True)
 
 
 def fail(message: str, lines: int = 12) -> None:
-    """Print an error, at most `lines` lines of it."""
-    kept = message.strip().splitlines()
-    if len(kept) > lines:
-        kept = [*kept[: lines - 1], f"... {len(kept) - lines + 1} more lines"]
-    err.print("\n".join(kept), style="red", markup=False)
+    """Print an error message to standard error, cut to `lines` lines."""
+    shown = message.strip().splitlines()
+    if len(shown) > lines:
+        shown = [*shown[: lines - 1], f"... {len(shown) - lines + 1} more lines"]
+    err.print("\n".join(shown), style="red", markup=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table to standard output; the first column names the row."""
-    drawn = Table(title=title, title_justify="left", title_style="bold")
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], text_columns: int = 1) -> None:
+    """Print a table to standard output: the first `text_columns` columns flush left, the others flush right."""
+    rich_table = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        drawn.add_column(column, justify="right" if index else "left")
+        rich_table.add_column(column, justify="left" if index < text_columns else "right")
     for row in rows:
-        drawn.add_row(*(str(cell) for cell in row))
-    out.print(drawn)
+        rich_table.add_row(*(str(cell) for cell in row))
+    out.print(rich_table)
 
 
 class Terminal:
-    """Shows progress: on a terminal by a spinner and a bar, elsewhere by one line a stage."""
+    """Progress listener: a spinner and a bar on a terminal, one line per stage elsewhere."""
 
     def __init__(self) -> None:
-        self._current: list[tuple[Progress, str]] = []
+        self._running: list[tuple[Progress, str]] = []  # the stages in progress, innermost last
 
     def note(self, message: str) -> None:
+        """Print one line."""
         err.print(message, style="dim", markup=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Show that stage `name` is running, for the duration of the context."""
         if not err.is_terminal:
             self.note(f"{name} …")
         columns = (
@@ -67,46 +70,59 @@ class Terminal:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as shown:
-            self._current.append((shown, name))
+        with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as display:
+            self._running.append((display, name))
             try:
                 yield
             finally:
-                self._current.pop()
+                self._running.pop()
 
     def track(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
-        if not self._current:
+        """Yield `items` and advance a bar under the innermost running stage.
+
+        Args:
+            items: The items to process.
+            description: Label of the bar.
+            total: Number of items; by default that of `items`, if it is a sequence.
+        """
+        if not self._running:
             yield from items
             return
-        shown, name = self._current[-1]
-        count = total if total is not None else len(items) if isinstance(items, Sequence) else None
-        task = shown.add_task(description, total=count, stage=name)
+        display, name = self._running[-1]
+        if total is None and isinstance(items, Sequence):
+            total = len(items)
+        task = display.add_task(description, total=total, stage=name)
         try:
             for item in items:
                 yield item
-                shown.advance(task)
+                display.advance(task)
         finally:
-            shown.remove_task(task)
+            display.remove_task(task)
 
 
 class LogHandler(logging.Handler):
-    """Prints log records to standard error."""
+    """Log handler that prints records to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print `record` in the colour of its level."""
         level = max((level for level in STYLES if level <= record.levelno), default=logging.INFO)
         err.print(self.format(record), style=STYLES.get(level, "dim"), markup=False)
 
 
 def install(verbose: Any = False) -> None:
-    """Show progress and the log of the package `accel`: warnings always, and more where `verbose` asks for it.
+    """Show progress, and print the log records of the package `accel`.
 
-    `verbose` is Hydra's: true for level INFO, or the names of loggers, which show DEBUG then.
+    Args:
+        verbose: Value of `hydra.verbose`. False: warnings and errors only; true: also level INFO; a name of a logger or
+            a list of names: also level DEBUG of these loggers.
     """
     progress.install(Terminal())
     log = logging.getLogger("accel")
     log.handlers = [LogHandler()]
     log.propagate = False
     log.setLevel(logging.INFO if verbose is True else logging.WARNING)
-    names = [] if isinstance(verbose, bool) else [verbose] if isinstance(verbose, str) else list(verbose or ())
+    if isinstance(verbose, bool):
+        return
+    names = [verbose] if isinstance(verbose, str) else verbose or ()
     for name in names:
         logging.getLogger(name).setLevel(logging.DEBUG)

@@ -1,4 +1,4 @@
-"""Turns the errors a user can cause, Hydra's and the system's included, into one message."""
+"""Messages for the errors that a user can cause, including those of Hydra and the operating system."""
 
 import re
 import shlex
@@ -15,14 +15,18 @@ USER_ERRORS = (AccelError, HydraException, OmegaConfBaseException, OSError)
 
 
 def explain(error: Exception) -> str:
-    """What was wrong, with the value and the choices."""
+    """Return the message for an error: what is wrong, the value found, and the choices.
+
+    Args:
+        error: One of `USER_ERRORS`.
+    """
     if isinstance(error, AccelError):
         return str(error)
     if isinstance(error, MissingConfigException) and error.options is not None and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return str(unknown(group or "config", name, error.options))
     if isinstance(error, OverrideParseException):
-        return _quoting(error)
+        return _quoting_advice(error)
     if isinstance(error, ConfigCompositionException):
         cause = error.__cause__ or error
         key = re.search(r"Could not override '([^']+)'", str(error))
@@ -34,21 +38,22 @@ def explain(error: Exception) -> str:
     return str(error)
 
 
-def _quoting(error: OverrideParseException) -> str:
+def _quoting_advice(error: OverrideParseException) -> str:
+    """Return the message for an override that Hydra can't parse, with the quoted form to type in a shell."""
     key, _, value = str(error.override).partition("=")
     inner = value.replace("\\", "\\\\").replace('"', '\\"')
     reason = str(error).splitlines()[0]
     quoted = shlex.quote(f'{key}="{inner}"')
-    return f"can't read {error.override!r}: {reason}\nText with signs of its own goes in quotes, like this: {quoted}"
+    return f"can't read {error.override!r}: {reason}\nPut values with special characters in quotes: {quoted}"
 
 
 def _keys_near(key: str) -> list[str]:
-    """The keys of the innermost section of `key` that exists."""
+    """Return the keys of the innermost section of `key` that exists, with the section's name in front."""
     prefix = ""
-    node: Any = Config
+    section: Any = Config
     for part in key.lstrip("+~").split("."):
-        found = {field.name: field for field in fields(node)}.get(part) if is_dataclass(node) else None
-        if found is None or not is_dataclass(found.type):
+        types = {field.name: field.type for field in fields(section)}
+        if part not in types or not is_dataclass(types[part]):
             break
-        prefix, node = f"{prefix}{part}.", found.type
-    return [f"{prefix}{field.name}" for field in fields(node)]
+        prefix, section = f"{prefix}{part}.", types[part]
+    return [f"{prefix}{field.name}" for field in fields(section)]

@@ -1,4 +1,4 @@
-"""The profile's figures as tables and lines."""
+"""Tables and lines of the profile's results."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,11 +6,15 @@ from typing import Any
 from accel.cli import console
 from accel.stages.profile import COPIES, DECODE, describe
 
-NAMED = 3  # nodes that a printed line names
+NAMED = 3  # nodes listed by name in a printed line
 
 
 def rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """One row an operator, longest first: name, milliseconds, percent, calls, nodes."""
+    """Return one row per operator, longest first: name, milliseconds, percent, calls, nodes.
+
+    Args:
+        summary: Summary of the stage `profile`.
+    """
     slowest = sorted(summary["operators"].items(), key=lambda item: -item[1]["seconds"])[: summary["point"]["top"]]
     return [
         [
@@ -24,28 +28,43 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def off_device_lines(path: str, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What of one path of the decoder the CPU does and what is copied: a line for each, the first few nodes named."""
-    kinds = [("on the CPU", [node for node in nodes if node["operator"] not in COPIES])]
-    kinds += [(copy, [node for node in nodes if node["operator"] == copy]) for copy in COPIES]
-    when = "per token" if path == DECODE else "once"
+def off_device_lines(component: str, nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the lines that report a component's nodes on the CPU and its copies between host and device.
+
+    Args:
+        component: `prefill` or `decode`.
+        nodes: Its nodes off the device, as `accel.stages.profile.Node` in JSON.
+
+    Returns:
+        One line for the nodes on the CPU and one for each copy operator. The first `NAMED` nodes are named.
+    """
+    groups = [("on the CPU", [node for node in nodes if node["operator"] not in COPIES])]
+    for copy in COPIES:
+        groups.append((copy, [node for node in nodes if node["operator"] == copy]))
+    unit = "per token" if component == DECODE else "once"
     lines = []
-    for kind, found in kinds:
-        calls = sum(node["calls"] for node in found)
-        named = ", ".join(f"{node['name']} ({node['operator']})" for node in found[:NAMED])
-        more = ", …" if len(found) > NAMED else ""
-        listed = f": {named}{more}" if found else ""
-        lines.append(f"decoder, {path}: {len(found)} nodes {kind}, {calls:.1f} calls {when}{listed}")
+    for label, members in groups:
+        calls = sum(node["calls"] for node in members)
+        line = f"decoder, {component}: {len(members)} nodes {label}, {calls:.1f} calls {unit}"
+        if members:
+            line += ": " + ", ".join(f"{node['name']} ({node['operator']})" for node in members[:NAMED])
+        if len(members) > NAMED:
+            line += ", …"
+        lines.append(line)
     return lines
 
 
 def show(summary: Mapping[str, Any]) -> None:
-    """Print the slowest operators, the nodes on each provider, and the copies."""
+    """Print the slowest operators, the nodes on each provider, and the copies.
+
+    Args:
+        summary: Summary of the stage `profile`.
+    """
     console.table(f"Profile: {describe(summary)}", ("operator", "ms", "%", "calls", "nodes"), rows(summary))
     for name, usage in summary["providers"].items():
         console.out.print(f"{name}: {usage['nodes']} nodes, {usage['calls']} calls, {1000 * usage['seconds']:.1f} ms")
-    for path, nodes in summary.get("off_device", {}).items():
-        for line in off_device_lines(path, nodes):
+    for component, nodes in summary.get("off_device", {}).items():
+        for line in off_device_lines(component, nodes):
             console.out.print(line, markup=False)
     copies = ", ".join(f"{count} {name}" for name, count in summary["copies"].items())
     console.out.print(f"copies between host and device: {copies}")

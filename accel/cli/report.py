@@ -1,4 +1,4 @@
-"""What the command line shows when the stages are done: the folder, the verdict, texts side by side, the figures."""
+"""Report that the command line prints after the stages have run."""
 
 import json
 from collections.abc import Mapping
@@ -17,90 +17,116 @@ SHOWN = 5  # texts
 
 
 def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
-    """Print what the finished stages found, to standard output."""
+    """Print the results of the stages to standard output.
+
+    Args:
+        config: Configuration that the stages ran with.
+        artifacts: Stage -> artifact, as `accel.cli.compose.execute` returns them.
+    """
     if "optimize" in artifacts:
-        _nodes(artifacts["optimize"].summary["nodes"])
+        _show_passes(artifacts["optimize"].summary)
     if "audit" in artifacts:
-        _plan(artifacts["audit"].summary)
+        _show_plan(artifacts["audit"].summary)
     if "merge" in artifacts:
-        _sharing(artifacts["merge"].summary)
-    if (artifact := artifacts.get("verify")) is not None:
-        _verdict(verification_of(artifact.folder) or {}, artifact.folder / layout.CERTIFICATE_PAGE)
-    if (artifact := artifacts.get("generate")) is not None:
-        _texts(config, json.loads((artifact.folder / generate.RESULTS).read_text()))
-    if (artifact := artifacts.get("benchmark")) is not None:
-        benchmark_table.show(artifact.summary)
-    if (artifact := artifacts.get("profile")) is not None:
-        profile_table.show(artifact.summary)
+        _show_shared_weights(artifacts["merge"].summary)
+    if "verify" in artifacts:
+        folder = artifacts["verify"].folder
+        _show_verification(verification_of(folder) or {}, folder / layout.CERTIFICATE_PAGE)
+    if "generate" in artifacts:
+        _show_texts(config, json.loads((artifacts["generate"].folder / generate.RESULTS).read_text()))
+    if "benchmark" in artifacts:
+        benchmark_table.show(artifacts["benchmark"].summary)
+    if "profile" in artifacts:
+        profile_table.show(artifacts["profile"].summary)
     result = next((name for name in RESULTS if name in artifacts), None)
     if result is not None:
-        what = {"verify": "deployable", "merge": "candidate, unverified"}[result]
-        console.out.print(f"{what}: {artifacts[result].folder}", style="bold", markup=False)
+        label = {"verify": "deployable", "merge": "unverified bundle"}[result]
+        console.out.print(f"{label}: {artifacts[result].folder}", style="bold", markup=False)
 
 
-def _nodes(counts: Mapping[str, Mapping[str, int]]) -> None:
-    components = list(counts["exported"])
-    console.table(
-        "nodes after each pass", ("pass", *components), [[name, *found.values()] for name, found in counts.items()]
-    )
+def _show_passes(summary: Mapping[str, Any]) -> None:
+    """Print what each graph pass does, and how many nodes it left in each component."""
+    counts: Mapping[str, Mapping[str, int]] = summary["nodes"]
+    rows: list[list[object]] = []
+    before: Mapping[str, int] = {}
+    for name, by_component in counts.items():
+        cells = [
+            f"{nodes} ({nodes - before[component]:+d})" if nodes != before.get(component, nodes) else nodes
+            for component, nodes in by_component.items()
+        ]
+        rows.append([name, summary["descriptions"][name], *cells])
+        before = by_component
+    columns = ("pass", "what it does", *counts["exported"])
+    console.table("nodes after each graph pass that changed a graph", columns, rows, text_columns=2)
 
 
-def _plan(summary: Mapping[str, Any]) -> None:
-    steps = summary["sizes"]
-    rows = [
-        [component, *(_mix(mixes[component]) for mixes in steps.values())] for component in next(iter(steps.values()))
+def _show_plan(summary: Mapping[str, Any]) -> None:
+    """Print the size of the precision plan after each phase of the audit, its rules, and the largest magnitudes."""
+    phases = summary["sizes"]  # phase -> component -> mix
+    components = list(next(iter(phases.values())))
+    rows = [[component, *(_mix(mixes[component]) for mixes in phases.values())] for component in components]
+    console.table(f"kept in FP32, the rest in {summary['format']}: nodes, casts, weights", ("graph", *phases), rows)
+    counts: dict[str, list[str]] = {}
+    for component, rules in summary["rules"].items():
+        for rule, count in rules.items():
+            counts.setdefault(rule, []).append(f"{component} {count}")
+    for rule, texts in counts.items():
+        console.out.print(f"kept because of {rule}: {', '.join(texts)}", markup=False)
+    largest = [
+        (value["component"], value["value"], f"{value['largest']:.3g}", value["seen_with"])
+        for value in summary["largest_values"]
     ]
-    console.table(f"left in FP32 by {summary['format']}: nodes, casts, weights", ("graph", *steps), rows)
-    rules = dict.fromkeys(rule for found in summary["rules"].values() for rule in found)
-    for rule in rules:
-        counts = ", ".join(
-            f"{component} {found[rule]}" for component, found in summary["rules"].items() if rule in found
-        )
-        console.out.print(f"kept because of {rule}: {counts}", markup=False)
-    nearest = [
-        (each["role"], each["value"], f"{each['largest']:.3g}", each["seen_with"]) for each in summary["nearest"]
-    ]
-    console.table("largest magnitudes", ("graph", "value", "largest", "seen with"), nearest)
+    console.table("largest magnitudes", ("graph", "value", "largest", "seen with"), largest)
 
 
 def _mix(mix: Mapping[str, float]) -> str:
+    """Format nodes, casts and bytes of weights in FP32."""
     return f"{mix['fp32_nodes']} ({1 - mix['nodes']:.1%}), {mix['casts']}, {mix['fp32_bytes'] / 1e6:.1f} MB"
 
 
-def _sharing(summary: Mapping[str, Any]) -> None:
-    two = summary["decode_bytes"] + summary["prefill_bytes"]
+def _show_shared_weights(summary: Mapping[str, Any]) -> None:
+    """Print the size of the merged decoder's weights beside that of two separate files."""
+    two_files = summary["decode_bytes"] + summary["prefill_bytes"]
     console.out.print(
-        f"merged decoder: {summary['merged_bytes'] / 1e6:.1f} MB of weights where two files take {two / 1e6:.1f} MB; "
-        f"{summary['shared_bytes'] / 1e6:.1f} MB shared"
+        f"merged decoder: {summary['merged_bytes'] / 1e6:.1f} MB of weights, in two files {two_files / 1e6:.1f} MB; "
+        f"{summary['shared_bytes'] / 1e6:.1f} MB are shared by prefill and decode"
     )
 
 
-def _verdict(verification: Mapping[str, Any], page: Path) -> None:
+def _show_verification(verification: Mapping[str, Any], page: Path) -> None:
+    """Print the comparison with PyTorch, the path of the certificate, and some texts of both."""
     name, worst = max(verification["outputs"].items(), key=lambda item: item[1]["error"])
-    own = "unknown" if worst["torch_error"] is None else f"{worst['torch_error']:.1e}"
+    torch_error = "unknown" if worst["torch_error"] is None else f"{worst['torch_error']:.1e}"
     rows = [
-        ("precision", f"{verification['precision']}, {verification['arithmetic']} on {verification['runtime']}"),
+        ("precision", f"{verification['precision']}, {verification['execution']} on {verification['runtime']}"),
         ("outputs compared", len(verification["outputs"])),
-        ("furthest from float64", f"{name}, {worst['where']}"),
-        ("  of its largest value", f"{worst['error']:.1e} (allowed {worst['allowed']:.1e}; PyTorch's own {own})"),
+        ("largest error against float64", f"{name}, {worst['location']}"),
+        (
+            "  relative to largest value",
+            f"{worst['error']:.1e} (allowed {worst['allowed']:.1e}; PyTorch {torch_error})",
+        ),
     ]
-    rows += [(f"same tokens, {name}", f"{share:.0%}") for name, share in verification["identical"].items()]
-    for name, theirs in verification["metrics"].get("pytorch", {}).items():
+    rows += [(f"identical sequences, {name}", f"{share:.0%}") for name, share in verification["identical"].items()]
+    for name, torch_score in verification["metrics"].get("pytorch", {}).items():
         label = f"{name.replace('_', ' ')}, {verification['references']} references"
-        rows.append((label, f"{verification['metrics']['ours'][name]:.2f}% (PyTorch FP32 {theirs:.2f}%)"))
-    console.table("verdict: passed" if verification["passed"] else "verdict: refused", ("", "against PyTorch"), rows)
-    console.out.print(f"the certificate, to be opened in a browser: {page}", markup=False)
+        rows.append((label, f"{verification['metrics']['ours'][name]:.2f}% (PyTorch FP32 {torch_score:.2f}%)"))
+    title = "verification passed" if verification["passed"] else "verification failed"
+    console.table(title, ("", "compared with PyTorch"), rows)
+    console.out.print(f"certificate, for a browser: {page}", markup=False)
     if verification["samples"]:
-        samples = [(s["input"], s["pytorch"], s["ours"]) for s in verification["samples"][:SHOWN]]
+        shown = verification["samples"][:SHOWN]
+        samples = [(sample["input"], sample["pytorch"], sample["ours"]) for sample in shown]
         console.table("side by side", ("input", "PyTorch", "ONNX Runtime"), samples)
 
 
-def _texts(config: Config, results: Mapping[str, list[str]]) -> None:
-    if not results["outputs"]:
+def _show_texts(config: Config, results: Mapping[str, list[str]]) -> None:
+    """Print generated texts: all for `generate.text`, else the first few; none if they were written to a file."""
+    inputs, outputs = results["inputs"], results["outputs"]
+    if not outputs or config.generate.get("output") is not None:
         return
-    if config.generate.get("output") is not None:
-        return  # what is written to a file need not be shown
-    times = len(results["outputs"]) // len(results["inputs"])
-    inputs = [line for line in results["inputs"] for _ in range(times)]
-    shown = list(zip(inputs, results["outputs"], strict=True))[: None if "text" in config.generate else SHOWN]
-    console.table("generated", ("input", "output"), shown)
+    outputs_per_input = len(outputs) // len(inputs)
+    repeated_inputs = [line for line in inputs for _ in range(outputs_per_input)]
+    pairs = list(zip(repeated_inputs, outputs, strict=True))
+    if "text" not in config.generate:
+        pairs = pairs[:SHOWN]
+    console.table("generated", ("input", "output"), pairs)

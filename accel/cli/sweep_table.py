@@ -1,4 +1,4 @@
-"""One table over the jobs of a sweep, rewritten after every job, so that a sweep cut short still leaves its figures."""
+"""Table of a sweep's jobs, rewritten after every job, so that an interrupted sweep still leaves its results."""
 
 import json
 import os
@@ -13,33 +13,42 @@ from accel.benchmark import footprint
 from accel.benchmark.backends import BACKENDS, BASELINE, OURS, SEPARATE
 
 TABLE, RECORD = "table.md", "table.json"
-TOTALS, PER_TOKEN, SPEED_UP = PLOTS = ("sweep.png", "per_token.png", "speed_up.png")
+TOTALS, PER_TOKEN, SPEED_UP = "sweep.png", "per_token.png", "speed_up.png"
+PLOTS = (TOTALS, PER_TOKEN, SPEED_UP)
 LENGTH = "benchmark.new_tokens"
 ABSENT = "-"
-LONGEST = 160  # characters of an error in the table; the record holds all
+ERROR_WIDTH = 160  # characters of an error in the table; the record keeps all of it
+RATIOS = ("x torch_cache", "x two_files", "last/first", "session ratio")
+SECONDS = " (s)"  # end of the columns of seconds, after the backend's name
 
 
 def record(
     settings: Any, overrides: Sequence[str], summaries: Mapping[str, Mapping[str, Any]], error: str | None
 ) -> Path:
-    """Add a job to its sweep's table, and return the table's path.
+    """Add a job to its sweep's table, record and plots.
 
-    `settings`: Hydra's own configuration (`HydraConfig.get()`). `overrides`: the job's, as `key=value`. `summaries`:
-    what the stages `benchmark` and `verify` returned, where they were asked for; `verify` also where it refused.
+    Args:
+        settings: Hydra's own configuration, `HydraConfig.get()`.
+        overrides: Overrides of the job, as `key=value`.
+        summaries: Summaries of the stages `benchmark` and `verify`, if they were run; that of `verify` also if
+            verification failed.
+        error: Message that the job ended with, or None.
+
+    Returns:
+        The path of the table.
     """
     folder = Path(str(settings.sweep.dir))
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".table.lock"):  # a launcher may run jobs at the same time
-        jobs = _read(folder / RECORD)
         number = int(settings.job.num)
-        jobs = [job for job in jobs if job["number"] != number]
+        jobs = [job for job in _read(folder / RECORD) if job["number"] != number]
         jobs.append(
             {
                 "number": number,
-                "overrides": dict(_split(item) for item in overrides),
+                "overrides": dict(_split(override) for override in overrides),
                 "error": error,
                 "verify": summaries.get("verify"),
-                **_kept(summaries.get("benchmark")),
+                **_benchmark_fields(summaries.get("benchmark")),
             }
         )
         jobs.sort(key=lambda job: int(job["number"]))
@@ -51,145 +60,176 @@ def record(
 
 
 def _split(override: str) -> tuple[str, str]:
+    """Split an override into key and value."""
     key, _, value = override.partition("=")
     return key.lstrip("+"), value
 
 
-def _kept(summary: Mapping[str, Any] | None) -> dict[str, Any]:
+def _benchmark_fields(summary: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the fields of a job's record that come from the stage `benchmark`; empty ones if it was not run."""
     if summary is None:
         return {"point": {}, "backends": {}, "session_ratios": {}, "device": None, "precision": None}
-    kept = {key: summary[key] for key in ("point", "backends", "session_ratios", "precision")}
-    return {**kept, "device": summary["machine"]["device"]}
+    return {
+        "point": summary["point"],
+        "backends": summary["backends"],
+        "session_ratios": summary["session_ratios"],
+        "precision": summary["precision"],
+        "device": summary["machine"]["device"],
+    }
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    """Read the jobs recorded so far."""
     jobs: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     return jobs
 
 
 def _write(path: Path, text: str) -> None:
+    """Replace a file as a whole, so that it can be read at any time."""
     temporary = path.with_suffix(f"{path.suffix}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def varying(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The override keys in which the jobs differ; all of them while there is only one job."""
+    """Return the override keys in which the jobs differ; all of them if there is only one job."""
     keys = list(dict.fromkeys(key for job in jobs for key in job["overrides"]))
     return [key for key in keys if len(jobs) == 1 or len({job["overrides"].get(key) for job in jobs}) > 1]
 
 
 def columns(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table's header: what varies, what verify found, seconds of every setup that was measured, the ratios, the
-    error if any.
+    """Return the table's header.
+
+    These are the varying overrides, the results of `verify`, the seconds of each measured backend, the ratios, and the
+    error if a job has one.
     """
-    found = dict.fromkeys(name for job in jobs for name in _proved(job))
+    verification = dict.fromkeys(name for job in jobs for name in _verification_cells(job))
     backends = [name for name in BACKENDS if any(name in job["backends"] for job in jobs)]
-    ratios = ["x torch_cache", "x two_files", "last/first", "session ratio"] if OURS in backends else []
+    ratios = RATIOS if OURS in backends else ()
     errors = ["error"] if any(job["error"] for job in jobs) else []
-    return [*varying(jobs), *found, *(f"{name} (s)" for name in backends), *ratios, *errors]
+    return [*varying(jobs), *verification, *(f"{name}{SECONDS}" for name in backends), *ratios, *errors]
 
 
 def rows(jobs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """One row a job, in the order of `columns`."""
+    """Return one row per job, with the columns of `columns`."""
     names = columns(jobs)
     return [[_cell(job, name) for name in names] for job in jobs]
 
 
 def _cell(job: Mapping[str, Any], column: str) -> str:
-    ours = job["backends"].get(OURS, {})
-    ratio = {
-        "x torch_cache": ours.get("vs_torch_cache"),
-        "x two_files": ours.get("vs_two_files"),
-        "last/first": ours.get("last_over_first"),
-        "session ratio": job["session_ratios"].get(footprint.SESSION),
-    }
-    if column in ratio:
-        value = ratio[column]
+    """Return a job's cell in one column."""
+    if column in RATIOS:
+        value = _ratios(job)[column]
         return ABSENT if value is None else f"{value:.2f}"
-    if column in (found := _proved(job)):
-        return found[column]
+    verification = _verification_cells(job)
+    if column in verification:
+        return verification[column]
     if column == "error":
-        return shorten(str(job["error"] or ""), LONGEST, placeholder=" ...")
-    if column.endswith(" (s)") and (name := column.removesuffix(" (s)")) in BACKENDS:
-        return _time(name, job["backends"][name]) if name in job["backends"] else ABSENT
+        return shorten(str(job["error"] or ""), ERROR_WIDTH, placeholder=" ...")
+    backend = column.removesuffix(SECONDS)
+    if column.endswith(SECONDS) and backend in BACKENDS:
+        return _median_seconds(backend, job["backends"][backend]) if backend in job["backends"] else ABSENT
     return str(job["overrides"].get(column, ABSENT))
 
 
-def _proved(job: Mapping[str, Any]) -> dict[str, str]:
-    """Column -> cell of what verify found, whether it passed the candidate or not."""
+def _ratios(job: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the ratios of a job's merged decoder, by column; None where one was not measured."""
+    merged = job["backends"].get(OURS, {})
+    return {
+        "x torch_cache": merged.get("vs_torch_cache"),
+        "x two_files": merged.get("vs_two_files"),
+        "last/first": merged.get("last_over_first"),
+        "session ratio": job["session_ratios"].get(footprint.SESSION),
+    }
+
+
+def _verification_cells(job: Mapping[str, Any]) -> dict[str, str]:
+    """Return the cells with the results of `verify`, by column, for bundles that passed or failed; empty if not run."""
     verify = job["verify"]
     if verify is None:
         return {}
     worst = verify["worst_logits"]
-    cells = {
-        "passed": f"{'yes' if verify['passed'] else 'no'}, {verify['arithmetic']}",
-        **{f"{name} as PyTorch": f"{share:.1%}" for name, share in verify["identical"].items()},
-        "logits off by": "not finite" if worst is None else f"{worst:.1e}",
-    }
-    for name, ours in verify["metrics"].get("ours", {}).items():
-        cells[name.replace("_", " ")] = f"{ours:.2f}% ({verify['metrics']['pytorch'][name]:.2f}%)"
-    cells |= {
-        "nodes in FP32": str(verify["fp32_nodes"]),
-        "casts": str(verify["casts"]),
-        "decoder MB": f"{verify['decoder_bytes'] / 1e6:.1f}",
-    }
-    if (speed := verify["speed"]) is not None:
+    cells = {"passed": f"{'yes' if verify['passed'] else 'no'}, {verify['execution']}"}
+    for name, share in verify["identical"].items():
+        cells[f"{name} as PyTorch"] = f"{share:.1%}"
+    cells["logits off by"] = "not finite" if worst is None else f"{worst:.1e}"
+    for name, score in verify["metrics"].get("ours", {}).items():
+        cells[name.replace("_", " ")] = f"{score:.2f}% ({verify['metrics']['pytorch'][name]:.2f}%)"
+    cells["nodes in FP32"] = str(verify["fp32_nodes"])
+    cells["casts"] = str(verify["casts"])
+    cells["decoder MB"] = f"{verify['decoder_bytes'] / 1e6:.1f}"
+    speed = verify["speed"]
+    if speed is not None:
         figures = next(figures for name, figures in speed["backends"].items() if name != BASELINE)
-        cells |= {"seconds": f"{figures['seconds']['median']:.3f}", "x PyTorch": f"{speed['ratio']:.2f}"}
+        cells["seconds"] = f"{figures['seconds']['median']:.3f}"
+        cells["x PyTorch"] = f"{speed['ratio']:.2f}"
     return cells
 
 
-def _time(name: str, values: Mapping[str, Any]) -> str:
-    missed = BACKENDS[name].compiled and not values["compiled"]  # transformers' beam search isn't
-    return f"{values['total']['median']:.3f}{' (not compiled)' if missed else ''}"
+def _median_seconds(name: str, values: Mapping[str, Any]) -> str:
+    """Format a backend's median seconds, with a remark where it should be compiled and isn't."""
+    uncompiled = BACKENDS[name].compiled and not values["compiled"]  # transformers compiles no beam search
+    return f"{values['total']['median']:.3f}{' (not compiled)' if uncompiled else ''}"
 
 
 def markdown(jobs: Sequence[Mapping[str, Any]]) -> str:
-    """The table, and above it what all jobs have in common."""
+    """Return the table in Markdown, with the overrides and the device that all jobs share above it."""
     names = columns(jobs)
-    changing = varying(jobs)
-    common = {key: value for job in jobs for key, value in job["overrides"].items() if key not in changing}
-    given = " ".join(f"`{key}={value}`" for key, value in common.items())
-    lines = [f"In all jobs: {given}", ""] if common else []
-    lines += [f"On {where}.", ""] if (where := label(jobs)) else []
+    different = varying(jobs)
+    common = {key: value for job in jobs for key, value in job["overrides"].items() if key not in different}
+    lines = []
+    if common:
+        lines += ["In all jobs: " + " ".join(f"`{key}={value}`" for key, value in common.items()), ""]
+    device = label(jobs)
+    if device:
+        lines += [f"On {device}.", ""]
     for cells in (names, ["---"] * len(names), *rows(jobs)):
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if any(job["verify"] for job in jobs):
-        lines += ["", "Metrics: in brackets PyTorch's in FP32. Logits: the worst difference along what PyTorch said."]
-    if not any(job["backends"] for job in jobs):
-        return "\n".join(lines) + "\n"
-    lines += [
-        "",
-        f"Seconds are medians; ratios are {OURS} against {BASELINE} and against {SEPARATE}, of the same job. "
-        f"last/first: latency of the last tenth of the tokens of {OURS} over that of the first.",
-    ]
+        lines += [
+            "",
+            "Metrics: in brackets those of PyTorch in FP32. `as PyTorch`: share of sequences identical to PyTorch's. "
+            "`logits off by`: largest absolute error of the logits along the sequences that PyTorch generated.",
+        ]
+    if any(job["backends"] for job in jobs):
+        lines += [
+            "",
+            f"Seconds are medians. `x` columns: time of {BASELINE} or {SEPARATE} over that of {OURS}, in the same job. "
+            f"last/first: latency of the last tenth of the tokens over that of the first tenth, {OURS}. "
+            "session ratio: session memory of the merged decoder over that of the decode graph alone.",
+        ]
     return "\n".join(lines) + "\n"
 
 
 def label(jobs: Sequence[Mapping[str, Any]]) -> str:
-    """Device and precision of the jobs that were measured."""
+    """Return the devices and precisions of the jobs that were measured."""
     return "; ".join(dict.fromkeys(f"{job['device']}, {job['precision']}" for job in jobs if job["backends"]))
 
 
 def _plot(jobs: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Seconds and milliseconds a token over new tokens, and the speed-up as a grid: whatever else varies, a panel."""
+    """Plot seconds and milliseconds per token over new tokens, and the speed-up as a heat map.
+
+    There is one panel per combination of the other varying overrides.
+    """
     from accel.reporting import plots  # imports matplotlib, which nothing else needs
 
-    others = [key for key in varying(jobs) if key != LENGTH]
-    lines, fields = [], []
+    other_keys = [key for key in varying(jobs) if key != LENGTH]
+    points, cells = [], []
     for job in jobs:
-        panel = ", ".join(f"{key.rsplit('.', 1)[-1]}={job['overrides'].get(key, ABSENT)}" for key in others)
-        place = {"new tokens": job["point"].get("new_tokens"), "jobs": panel}
-        for name in (name for name in BACKENDS if name in job["backends"]):
-            values = job["backends"][name]
-            figures = {"total (s)": values["total"]["median"], "ms a token": values["ms_per_token"]}
-            lines.append({**place, **figures, "backend": name})
-        if (ratio := job["backends"].get(OURS, {}).get("vs_torch_cache")) is not None:
-            fields.append({**place, "ratio": ratio})
+        panel = ", ".join(f"{key.rsplit('.', 1)[-1]}={job['overrides'].get(key, ABSENT)}" for key in other_keys)
+        coordinates = {"new tokens": job["point"].get("new_tokens"), "jobs": panel}
+        for name in BACKENDS:
+            if name in job["backends"]:
+                values = job["backends"][name]
+                figures = {"total (s)": values["total"]["median"], "ms a token": values["ms_per_token"]}
+                points.append({**coordinates, **figures, "backend": name})
+        ratio = job["backends"].get(OURS, {}).get("vs_torch_cache")
+        if ratio is not None:
+            cells.append({**coordinates, "ratio": ratio})
     title = label(jobs)
     for file, y in ((TOTALS, "total (s)"), (PER_TOKEN, "ms a token")):
-        plots.sweep(lines, "new tokens", y, "backend", "jobs", title, folder / file)
-    if fields:
-        what = f"{BASELINE} takes so many times as long as {OURS}"
-        plots.grid(fields, "new tokens", "jobs", "ratio", f"{what}\n{title}", folder / SPEED_UP)
+        plots.sweep(points, "new tokens", y, "backend", "jobs", title, folder / file)
+    if cells:
+        plots.grid(
+            cells, "new tokens", "jobs", "ratio", f"time of {BASELINE} / time of {OURS}\n{title}", folder / SPEED_UP
+        )

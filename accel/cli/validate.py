@@ -1,4 +1,4 @@
-"""Refuses what can't work before any stage runs: one message that names the value and the choices."""
+"""Validation of the configuration before any stage runs. Each error names the value found and the values allowed."""
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -12,34 +12,41 @@ from accel.data.corpus import read_lines, read_texts
 from accel.data.texts import References, has_tokenizer
 from accel.errors import AccelError, unknown
 from accel.evaluation import metrics
-from accel.evaluation.component_runner import longest
+from accel.evaluation.component_runner import max_positions
 from accel.graph.precision.formats import FORMATS
 from accel.models import checkpoints
-from accel.pipeline.runner import chosen
-from accel.runtime.providers import check_provider, computes
+from accel.pipeline.runner import select_stages
+from accel.runtime.providers import check_provider, supports_dtype
 from accel.stages import audit, benchmark, checkpoint, convert, merge, optimize
 
-OPSETS = range(18, 24)  # what both the exporter and the graph passes speak
-LONGEST = 1_000_000  # tokens; more is a slip of the keyboard
+OPSETS = range(18, 24)  # supported by both the exporter and the graph passes
+MAX_VALUE = 1_000_000  # tokens, sequences or repeats; a larger number is a typing error
 
 
 def validate(config: Config) -> None:
-    """Raises `AccelError` on the first value that can't be used."""
+    """Check every section of the configuration.
+
+    Args:
+        config: Configuration with every `auto` resolved.
+
+    Raises:
+        AccelError: On the first value that can't be used.
+    """
     check_provider(config.runtime.provider)
     checkpoint.check(config.model)
     optimize.check(config.optimize.passes)
     convert.check(config.convert.decode_passes)
     merge.check(config.merge, config.convert.fuse_attention)
     benchmark.check(config.benchmark, config.runtime)
-    _positive(config, "audit", ("batches", "max_batches", "batch_size", "max_length"))
-    _positive(config, "verify", ("inputs", "batch_size", "source_length", "max_new_tokens", "num_beams"))
-    _positive(config, "benchmark", ("source_length", "new_tokens", "num_beams", "batch_size", "repeats"))
-    _positive(config, "profile", ("source_length", "new_tokens", "top"))
+    _check_positive(config, "audit", ("batches", "max_batches", "batch_size", "max_length"))
+    _check_positive(config, "verify", ("inputs", "batch_size", "source_length", "max_new_tokens", "num_beams"))
+    _check_positive(config, "benchmark", ("source_length", "new_tokens", "num_beams", "batch_size", "repeats"))
+    _check_positive(config, "profile", ("source_length", "new_tokens", "top"))
     _check_audit(config.audit)
     _check_verify(config.verify)
     _check_precision(config)
     if config.runtime.threads < 0:
-        raise AccelError(f"runtime.threads={config.runtime.threads}: must be 0 (automatic) or more")
+        raise AccelError(f"runtime.threads={config.runtime.threads}: must be 0 (one per physical core) or more")
     _check_static(config.runtime)
     if config.export.opset not in OPSETS:
         raise AccelError(f"export.opset={config.export.opset}: must be from {OPSETS[0]} to {OPSETS[-1]}")
@@ -49,40 +56,58 @@ def validate(config: Config) -> None:
 
 
 def _check_static(runtime: RuntimeConfig) -> None:
+    """Raise `AccelError` on options of static caches and CUDA graphs that don't fit together."""
     if runtime.static and min(runtime.buckets, default=0) < 1:
-        raise AccelError(f"runtime.buckets={runtime.buckets}: must be lengths of 1 or more, such as [64,256,1024]")
+        raise AccelError(
+            f"runtime.buckets={runtime.buckets}: runtime.static=true needs at least one bucket, and each must be a "
+            "length of 1 token or more, such as [64,256,1024]"
+        )
     if runtime.capture and not runtime.static:
-        raise AccelError("runtime.capture=true needs runtime.static=true: only what stays where it is can be recorded")
+        raise AccelError(
+            "runtime.capture=true needs runtime.static=true: a CUDA graph can only be captured over static caches, "
+            "whose addresses and shapes don't change"
+        )
     if min(runtime.capture_batch_sizes, default=1) < 1:
         raise AccelError(
-            f"runtime.capture_batch_sizes={runtime.capture_batch_sizes}: must be numbers of sequences, or [] for any"
+            f"runtime.capture_batch_sizes={runtime.capture_batch_sizes}: must be numbers of sequences (beams counted) "
+            "of 1 or more, or [] for any number"
         )
 
 
-def _check_audit(given: AuditConfig) -> None:
-    if given.overflow_margin < 1:
+def _check_audit(audit_config: AuditConfig) -> None:
+    """Raise `AccelError` on a number out of range, or if the audit has no inputs to run on."""
+    if audit_config.overflow_margin < 1:
         raise AccelError(
-            f"audit.overflow_margin={given.overflow_margin}: must be 1 or more (1: only what really overflows)"
+            f"audit.overflow_margin={audit_config.overflow_margin}: must be 1 or more (1: keep in FP32 only what "
+            "exceeds the format's largest number)"
         )
-    if given.max_batches < given.batches:
-        raise AccelError(f"audit.max_batches={given.max_batches}: must be audit.batches={given.batches} or more")
-    if given.trials < 0:
-        raise AccelError(f"audit.trials={given.trials}: must be 0 (none) or more")
-    if given.texts is not None:
-        read_texts(given.texts, given.column)
-    elif not given.random:
-        raise AccelError("audit.random=false needs audit.texts=FILE: there would be nothing to look at")
+    if audit_config.max_batches < audit_config.batches:
+        raise AccelError(
+            f"audit.max_batches={audit_config.max_batches}: must be audit.batches={audit_config.batches} or more"
+        )
+    if audit_config.trials < 0:
+        raise AccelError(f"audit.trials={audit_config.trials}: must be 0 (no trials) or more")
+    if audit_config.texts is not None:
+        read_texts(audit_config.texts, audit_config.column)
+    elif not audit_config.random:
+        raise AccelError("audit.random=false needs audit.texts=FILE: without random ids, the audit has no other inputs")
 
 
 def _check_verify(verify: VerifyConfig) -> None:
+    """Raise `AccelError` on an unknown metric, a number out of range, or texts that can't be read."""
     metrics.check(verify.metrics)
-    least = verify.min_token_agreement
-    if least is not None and not 0 <= least <= 1:
-        raise AccelError(f"verify.min_token_agreement={least}: must be from 0 to 1, a share of sequences")
+    agreement = verify.min_token_agreement
+    if agreement is not None and not 0 <= agreement <= 1:
+        raise AccelError(
+            f"verify.min_token_agreement={agreement}: must be from 0 to 1, the share of sequences that must be "
+            "identical to PyTorch's"
+        )
     if verify.max_metric_loss < 0:
-        raise AccelError(f"verify.max_metric_loss={verify.max_metric_loss}: must be 0 or more, in points of percent")
+        raise AccelError(f"verify.max_metric_loss={verify.max_metric_loss}: must be 0 or more, in percentage points")
     if verify.targets is not None and verify.texts is None:
-        raise AccelError(f"verify.targets={verify.targets} needs verify.texts: the inputs that they belong to")
+        raise AccelError(
+            f"verify.targets={verify.targets} needs verify.texts=FILE: the inputs that the targets belong to"
+        )
     if verify.texts is not None:
         lines = read_texts(verify.texts, verify.column)
         if verify.targets is not None:
@@ -91,35 +116,49 @@ def _check_verify(verify: VerifyConfig) -> None:
 
 
 def _check_precision(config: Config) -> None:
-    """Raises `AccelError` on a format or a plan that doesn't exist, or a format that the runtime can't run."""
+    """Raise `AccelError` on an unknown format or plan, or a format that a selected stage can't run on this runtime."""
     dtype, runtime = config.precision.dtype, config.runtime
     if dtype not in FORMATS:
         raise unknown("precision.dtype", dtype, FORMATS)
     if config.precision.plan not in audit.RULES:
         raise unknown("precision.plan", config.precision.plan, audit.RULES)
-    if dtype == "float32" or (dtype in runtime.compute_dtype and computes(dtype, runtime.device)):
+    if dtype == "float32" or (dtype in runtime.compute_dtype and supports_dtype(dtype, runtime.device)):
         return
-    stages = [name for name in chosen(config.stage) if name in ("generate", "benchmark", "profile")]
-    if stages or runtime.device != "cpu":
-        lacks = "has no kernels for" if dtype not in runtime.compute_dtype else "is on a GPU that lacks"
-        others = ", ".join(name for name in runtime.compute_dtype if name != dtype)
-        raise AccelError(
-            f"precision.dtype={dtype}: {runtime.provider} {lacks} {dtype}, which {', '.join(stages) or 'verify'} "
-            f"would run. Precisions that it runs: {others}. On the CPU, stage=verify proves it by emulation"
-        )
+    stages = [name for name in select_stages(config.stage) if name in ("generate", "benchmark", "profile")]
+    if not stages and runtime.device == "cpu":
+        return  # verify emulates the format
+    if dtype not in runtime.compute_dtype:
+        reason = f"{runtime.provider} has no kernels for {dtype}"
+    else:
+        reason = f"this GPU doesn't compute in {dtype}"
+    supported = ", ".join(name for name in runtime.compute_dtype if name != dtype)
+    raise AccelError(
+        f"precision.dtype={dtype}: {reason}, which {', '.join(stages) or 'verify'} would run. "
+        f"Use a precision of dtype {supported}; or run stage=verify with runtime=cpu, which emulates {dtype}"
+    )
 
 
-def _positive(config: Config, section: str, keys: Iterable[str]) -> None:
+def _check_positive(config: Config, section: str, keys: Iterable[str]) -> None:
+    """Raise `AccelError` on a number of a section that is not from 1 to `MAX_VALUE`."""
     for key in keys:
         value = getattr(getattr(config, section), key)
-        if not 1 <= value <= LONGEST:
-            raise AccelError(f"{section}.{key}={value}: must be from 1 to {LONGEST}")
+        if not 1 <= value <= MAX_VALUE:
+            raise AccelError(f"{section}.{key}={value}: must be from 1 to {MAX_VALUE}")
 
 
 def check_lengths(config: Config, description: PretrainedConfig, stages: Collection[str]) -> None:
-    """Raises `AccelError` where a stage would need more positions than the model knows."""
-    known = longest(description)
-    if known is None:
+    """Check that the model has enough positions for the source lengths and new tokens of the stages.
+
+    Args:
+        config: Configuration.
+        description: Hugging Face config of the model.
+        stages: Stages that are going to run; the lengths of others are not checked.
+
+    Raises:
+        AccelError: If a stage needs more positions than the model has.
+    """
+    positions = max_positions(description)
+    if positions is None:
         return
     verify, benchmark, profile = config.verify, config.benchmark, config.profile
     for stage, source, new, key in (
@@ -128,59 +167,84 @@ def check_lengths(config: Config, description: PretrainedConfig, stages: Collect
         ("profile", profile.source_length, profile.new_tokens, "new_tokens"),
     ):
         needed = max(source, new + 1) if description.is_encoder_decoder else source + new
-        if stage in stages and needed > known:
+        if stage in stages and needed > positions:
             raise AccelError(
-                f"{stage}.source_length={source} and {stage}.{key}={new} need {needed} positions, and a model of type "
-                f"{description.model_type!r} with these weights knows {known}"
+                f"{stage}.source_length={source} and {stage}.{key}={new} need {needed} positions, but this model of "
+                f"type {description.model_type!r} has {positions}: reduce one of the two"
             )
 
 
 def check_texts(config: Config, stages: Collection[str]) -> None:
-    """Raises `AccelError` on references that are not there, or text for a model that comes without a tokenizer.
+    """Check that the model's references exist, and that a model that gets text has a tokenizer.
 
-    Both lie in the checkpoint's folder, and a stage that needs them may come an hour after the first.
+    Both are files of the checkpoint that a late stage reads, maybe an hour after the first one began.
+
+    Args:
+        config: Configuration.
+        stages: Stages that are going to run.
+
+    Raises:
+        AccelError: If the references can't be read, or text is given and there is no tokenizer.
     """
-    given = {"audit.texts": config.audit.texts, "verify.texts": config.verify.texts}
+    texts = {"audit.texts": config.audit.texts, "verify.texts": config.verify.texts}
     if "generate" in stages:
-        given |= {f"generate.{key}": config.generate.get(key) for key in ("text", "file")}
-    named = {key: value for key, value in given.items() if value is not None}
-    if config.model.references is None and not named:
+        texts |= {f"generate.{key}": config.generate.get(key) for key in ("text", "file")}
+    texts = {key: value for key, value in texts.items() if value is not None}
+    if config.model.references is None and not texts:
         return
-    random = config.model.weights == "random"  # made here, without a tokenizer
+    random = config.model.weights == "random"  # such a checkpoint is made by accel, without a tokenizer
     folder = None if random else checkpoints.locate(config.model, weights=False)
-    for key, value in named.items():
+    for key, value in texts.items():
         if folder is None or not has_tokenizer(folder):
-            raise AccelError(f"{key}={value}: the checkpoint has no tokenizer to read text with")
+            raise AccelError(
+                f"{key}={value}: the checkpoint has no tokenizer to encode text with. Use a checkpoint with the "
+                f"tokenizer's files, or leave {key} out"
+            )
     if folder is not None and config.model.references is not None:
         References.read(folder / config.model.references)
 
 
 def check_generate(options: dict[str, Any]) -> None:
-    """Raises `AccelError` on an option that neither accel nor transformers' `GenerationConfig` has, or a bad value."""
-    known = {name for name in GenerationConfig().to_dict() if not name.startswith("_")} - {"transformers_version"}
+    """Check the section `generate`.
+
+    Args:
+        options: The section: options of accel's own and those of transformers' `GenerationConfig`.
+
+    Raises:
+        AccelError: On an unknown option, a value out of range, options that exclude each other, or an input file that
+            can't be read.
+    """
+    defaults = GenerationConfig().to_dict()
+    names = {name for name in defaults if not name.startswith("_")} - {"transformers_version"} | OWN_OPTIONS
     for name in options:
-        if name not in known | OWN_OPTIONS:
-            raise unknown(
-                "generation option", f"generate.{name}", sorted(f"generate.{key}" for key in known | OWN_OPTIONS)
-            )
+        if name not in names:
+            raise unknown("generation option", f"generate.{name}", sorted(f"generate.{key}" for key in names))
     for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences", "batch_size"):
         value = options.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LONGEST):
-            raise AccelError(f"generate.{name}={value}: must be a whole number from 1 to {LONGEST}")
-    sources = [f"generate.{name}" for name in ("text", "file", "audio") if options.get(name) is not None]
-    if len(sources) > 1:
-        raise AccelError(f"{' and '.join(sources)} exclude each other; give one")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_VALUE):
+            raise AccelError(f"generate.{name}={value}: must be a whole number from 1 to {MAX_VALUE}")
+    inputs = [f"generate.{name}" for name in ("text", "file", "audio") if options.get(name) is not None]
+    if len(inputs) > 1:
+        raise AccelError(f"{' and '.join(inputs)} are set, but only one of them may be")
     if not isinstance(options.get("chat", False), bool):
         raise AccelError(f"generate.chat={options['chat']}: must be true or false")
     if "output" in options and "file" not in options:
-        raise AccelError("generate.output goes with generate.file")
+        raise AccelError(
+            f"generate.output={options['output']} needs generate.file=FILE, whose outputs it takes, one a line"
+        )
     if options.get("file") is not None:
         read_lines(Path(str(options["file"])))
-    sounds = options.get("audio")
-    for path in sounds if isinstance(sounds, list) else [sounds] if sounds is not None else []:
-        if not Path(str(path)).is_file():
-            raise AccelError(f"generate.audio: can't read {path}: no such file")
+    _check_audio(options.get("audio"))
     try:
         GenerationConfig(**generation_options(options)).validate()
     except (ValueError, TypeError) as error:
         raise AccelError(f"generate: {str(error).splitlines()[0]}") from error
+
+
+def _check_audio(audio: Any) -> None:
+    """Raise `AccelError` if a file of `generate.audio`, one path or a list of them, doesn't exist."""
+    if audio is None:
+        return
+    for path in audio if isinstance(audio, list) else [audio]:
+        if not Path(str(path)).is_file():
+            raise AccelError(f"generate.audio: can't read {path}: no such file")

@@ -1,4 +1,4 @@
-"""The types of the configuration, and where its YAML files lie.
+"""Types of the configuration, and the packages that hold its YAML files.
 
-A type stands here, its values in `conf/`. Imports neither torch nor transformers, so that `--help` is quick.
+The values are in `conf/`. Imports neither torch nor transformers, so that `--help` is fast.
 """

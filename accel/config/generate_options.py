@@ -1,4 +1,4 @@
-"""The section `generate`: options of accel's own beside those of transformers' `GenerationConfig`."""
+"""Section `generate`: options of accel's own, and options of transformers' `GenerationConfig`."""
 
 from typing import Any
 
@@ -6,5 +6,9 @@ OWN_OPTIONS = frozenset({"text", "file", "audio", "output", "batch_size", "seed"
 
 
 def generation_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the `generate` section that are transformers' own."""
+    """Return the options that belong to transformers' `GenerationConfig`.
+
+    Args:
+        options: Section `generate` of the configuration.
+    """
     return {name: value for name, value in options.items() if name not in OWN_OPTIONS}

@@ -1,4 +1,4 @@
-"""What Hydra must know before it composes: the types of the configuration, and packages that bring YAML files.
+"""Registration of the schema and of installed configuration packages with Hydra, before it composes.
 
 https://hydra.cc/docs/tutorials/structured_config/schema/ and https://hydra.cc/docs/advanced/search_path/
 """
@@ -20,18 +20,23 @@ from accel.config.schema import Config
 
 
 class InstalledConfigs(SearchPathPlugin):
-    """Appends every package that an entry point of the group `accel.conf` names."""
+    """Hydra plugin that appends the packages named by entry points of the group `accel.conf` to the search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append every installed package, in the order of `packages.installed`."""
         for point in packages.installed():
             search_path.append(provider=point.name, path=f"pkg://{point.value}")
 
 
 def register() -> None:
-    """Register the types and the installed packages with Hydra. Idempotent.
+    """Register the schema and the installed configuration packages with Hydra. Idempotent.
 
-    `generate` alone takes keys that the types don't list: they are checked against `GenerationConfig` instead. Raises
-    `AccelError` if a package can't be read, or brings a file that another one has: Hydra would take the first.
+    Only the section `generate` accepts keys that the schema lacks: `accel.cli.validate` checks them against
+    transformers' `GenerationConfig`.
+
+    Raises:
+        AccelError: If a package can't be read, or holds a file that another one holds too: Hydra would silently take
+            the first.
     """
     node = OmegaConf.structured(Config)
     OmegaConf.set_struct(node.generate, False)
@@ -43,9 +48,12 @@ def register() -> None:
 
 @contextmanager
 def composing() -> Iterator[Any]:
-    """Context in which `hydra.compose` composes accel's configuration; it holds the loader of its files.
+    """Open a context in which `hydra.compose` composes accel's configuration.
 
-    Inside accel's own application that is so already. Inside somebody else's, theirs is there again afterwards.
+    Inside accel's own Hydra application nothing changes. Inside another one, its configuration is restored at the end.
+
+    Yields:
+        Hydra's loader of the configuration files.
     """
     instance = GlobalHydra.instance()
     if _is_ours(instance):
@@ -62,6 +70,7 @@ def composing() -> Iterator[Any]:
 
 
 def _is_ours(instance: GlobalHydra) -> bool:
+    """Return whether Hydra is initialized with accel's configuration."""
     if not instance.is_initialized():
         return False
     sources = instance.config_loader().get_search_path().get_path()

@@ -1,4 +1,4 @@
-"""A runtime's YAML file read without Hydra, so that a deployable opens inside any application and in any thread."""
+"""Runtime presets, read from YAML files without Hydra, so that a deployable opens in any application and thread."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -16,11 +16,18 @@ OPTIONS = tuple(field.name for field in fields(RuntimeConfig) if field.name != "
 
 
 def runtime_preset(name: str, built: Mapping[str, Any] | None = None, **options: Any) -> RuntimeConfig:
-    """Return the runtime that `<name>.yaml` in a group `runtime` describes, with `options` in place of its values.
+    """Return the runtime that a preset's YAML file describes.
 
-    `built`: values that a deployable was built with; they count where their `name` is the same. A file's `defaults`
-    list may name other files of the group and `_self_`, as in Hydra. Raises `AccelError` on an unknown name or option,
-    or a value of another type, and lists the choices.
+    A file's `defaults` list may name other files of the group and `_self_`, as in Hydra.
+
+    Args:
+        name: Name of the preset: that of a file in a group `runtime`.
+        built: Values of the runtime that a deployable was built with; they replace the file's if their `name` is the
+            same.
+        **options: Fields of `RuntimeConfig` that replace both.
+
+    Raises:
+        AccelError: On an unknown name or option, with the choices, or a value of the wrong type.
     """
     for option in options:
         if option not in OPTIONS:
@@ -30,32 +37,40 @@ def runtime_preset(name: str, built: Mapping[str, Any] | None = None, **options:
         if built is not None and built.get("name") == name:
             merged = OmegaConf.merge(merged, {key: value for key, value in built.items() if key in OPTIONS})
         merged = OmegaConf.merge(merged, options)
-        found = OmegaConf.to_object(merged)
+        runtime = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise AccelError(f"runtime={name}: {str(error).splitlines()[0]}") from error
-    if not isinstance(found, RuntimeConfig):
-        raise AccelError(f"runtime={name}: {name}.yaml describes no runtime")
-    return found
+    if not isinstance(runtime, RuntimeConfig):
+        raise AccelError(
+            f"runtime={name}: {name}.yaml doesn't describe a runtime; its keys must be {', '.join(OPTIONS)}"
+        )
+    return runtime
 
 
 def dump(runtime: RuntimeConfig) -> dict[str, Any]:
-    """The values of a runtime as JSON, for `built` of a later `runtime_preset`."""
+    """Return a runtime's values as JSON, for the argument `built` of `runtime_preset`."""
     return asdict(runtime)
 
 
-def _read(name: str, above: tuple[str, ...] = ()) -> DictConfig:
-    """The file `name` over the files that its `defaults` list names."""
-    known = group_files(GROUP)
-    if name not in known:
-        raise unknown("runtime", name, known)
-    if name in above:
-        raise AccelError(f"runtime={name}: its defaults list leads back to itself: {' -> '.join((*above, name))}")
-    own = OmegaConf.create(known[name].read_text(encoding="utf-8"))
+def _read(name: str, including: tuple[str, ...] = ()) -> DictConfig:
+    """Read the file `name`, merged with the files of its `defaults` list.
+
+    `including`: the files whose `defaults` lists led here, outermost first.
+    """
+    presets = group_files(GROUP)
+    if name not in presets:
+        raise unknown("runtime", name, presets)
+    if name in including:
+        cycle = " -> ".join((*including, name))
+        raise AccelError(f"runtime={name}: its defaults list leads back to itself: {cycle}. Remove one of the entries")
+    own = OmegaConf.create(presets[name].read_text(encoding="utf-8"))
     if not isinstance(own, DictConfig):
         raise AccelError(f"runtime={name}: {name}.yaml must hold keys and values")
     defaults = [str(entry) for entry in own.pop("defaults", ["_self_"])]
-    parts = [own if entry == "_self_" else _read(entry, (*above, name)) for entry in defaults]
-    merged = OmegaConf.merge(*parts, *([] if "_self_" in defaults else [own]))
+    if "_self_" not in defaults:
+        defaults.append("_self_")
+    parts = [own if entry == "_self_" else _read(entry, (*including, name)) for entry in defaults]
+    merged = OmegaConf.merge(*parts)
     if not isinstance(merged, DictConfig):
         raise AccelError(f"runtime={name}: {name}.yaml must hold keys and values")
     return merged

@@ -1,4 +1,4 @@
-"""The types of the configuration: one dataclass per stage. The values live in `conf/`."""
+"""Types of the configuration: one dataclass per section. The values are in `conf/`."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,17 @@ STAGES = ("export", "optimize", "audit", "convert", "merge", "verify", "generate
 
 @dataclass
 class ModelConfig:
-    """Where the weights come from."""
+    """Checkpoint to export.
+
+    Attributes:
+        name: Name of the preset, that of its YAML file; with `model=auto`, the last part of `checkpoint`.
+        checkpoint: Folder, id on the Hugging Face hub, or `accel://NAME` for a checkpoint that ships with accel.
+        revision: Branch, tag or commit on the hub.
+        weights: `pretrained` or `random`: weights initialized from `seed`.
+        seed: Seed of random weights.
+        config: Values of a Hugging Face config that random weights take their dimensions from; empty: the checkpoint's.
+        references: File with inputs and accepted outputs, in the checkpoint's folder unless it is an absolute path.
+    """
 
     name: str = MISSING
     checkpoint: str | None = None
@@ -23,9 +33,13 @@ class ModelConfig:
 
 @dataclass
 class PrecisionConfig:
-    """`plan` says how the nodes that stay in FP32 are chosen: see `accel.stages.audit.RULES`.
+    """Number format of the graphs.
 
-    `operators`: those that stay under `plan=operators`.
+    Attributes:
+        name: Name of the preset, that of its YAML file.
+        dtype: `float32`, `float16` or `bfloat16`.
+        plan: How the nodes that stay in FP32 are chosen: a key of `accel.stages.audit.RULES`.
+        operators: Operators that stay in FP32 under `plan=operators`.
     """
 
     name: str = MISSING
@@ -36,27 +50,28 @@ class PrecisionConfig:
 
 @dataclass
 class RuntimeConfig:
-    """Where a deployable runs.
+    """Device and provider that a deployable runs on, and how.
 
     Attributes:
-        name: The preset's name, that of its YAML file.
-        provider: ONNX Runtime's execution provider.
-        provider_options: Its options, by ONNX Runtime's names.
-        session: ONNX Runtime's session configuration entries.
+        name: Name of the preset, that of its YAML file.
+        provider: Execution provider of ONNX Runtime.
+        provider_options: Options of the provider, by ONNX Runtime's names.
+        session: Session configuration entries of ONNX Runtime.
         environment: Environment variables that ONNX Runtime reads while a session opens.
-        device: torch's device.
-        threads: Threads of a session; 0 for one a physical core.
-        compute_dtype: A graph's precision -> the one that the provider computes it in; a missing one has no kernels.
-        merge_strategy: What suits it best: see `MergeConfig.strategy`.
-        fuse_attention: What suits it best: see `ConvertConfig`.
-        fuse_transposed_matmul: What suits it best: see `ConvertConfig`.
-        static: Decode over a cache of fixed length, written in place.
-        buckets: Lengths that a static cache may have, in decoder tokens; a full one is replaced by the next longer.
-        static_session: Entries in place of those of `session`, for the session of the static decode graph.
-        static_environment: Variables in place of those of `environment`, for the same.
+        device: Device of torch.
+        threads: Threads of a session; 0: one per physical core.
+        compute_dtype: Dtype of a graph -> dtype that the provider computes it in. The provider has no kernels for a
+            dtype that is missing here.
+        merge_strategy: Default of `MergeConfig.strategy` on this runtime.
+        fuse_attention: Default of `ConvertConfig.fuse_attention` on this runtime.
+        fuse_transposed_matmul: Default of `ConvertConfig.fuse_transposed_matmul` on this runtime.
+        static: Decode over static caches: of fixed length, written in place.
+        buckets: Lengths of static caches, in decoder tokens. A full cache is copied into the next longer one.
+        static_session: Session entries of the static decode graph, in place of those of `session`.
+        static_environment: Environment variables for that session, in place of those of `environment`.
         capture: Capture the static decode graph as a CUDA graph and replay it.
-        capture_batch_sizes: Numbers of sequences, beams counted, to capture when a model is opened, and no others
-            later; empty for any, when it comes.
+        capture_batch_sizes: Numbers of sequences, beams counted, to capture when a model is opened; others are then
+            rejected. Empty: capture each number when it first occurs.
     """
 
     name: str = MISSING
@@ -80,6 +95,14 @@ class RuntimeConfig:
 
 @dataclass
 class ExportConfig:
+    """How the model is exported to ONNX.
+
+    Attributes:
+        opset: Version of the ONNX operator set.
+        tolerance: Largest allowed difference from PyTorch, relative to an output's largest value.
+        seed: Seed of the inputs that are compared.
+    """
+
     opset: int = 20
     tolerance: float = 1e-4
     seed: int = 0
@@ -87,11 +110,32 @@ class ExportConfig:
 
 @dataclass
 class OptimizeConfig:
+    """Graph passes over the exported graphs.
+
+    Attributes:
+        passes: Pass -> whether it runs.
+    """
+
     passes: dict[str, bool] = field(default_factory=dict)
 
 
 @dataclass
 class AuditConfig:
+    """Inputs of the calibration, and how the precision plan is made from its statistics.
+
+    Attributes:
+        random: Run on random ids.
+        batches: Batches to begin with.
+        max_batches: Batches at most: their number doubles while values still grow towards the format's limit.
+        batch_size: Sequences per batch.
+        max_length: Length of the source, in tokens; the decoder gets at most a quarter of it.
+        seed: Seed of the random ids.
+        texts: File or folder with texts, see `accel.data.corpus.read_texts`.
+        column: Column of `texts` that holds the texts.
+        overflow_margin: A value that comes within this factor of the format's largest number counts as overflow.
+        trials: Sensitivity trials per graph, of plans with less in FP32; 0: keep what the rules choose.
+    """
+
     random: bool = True
     batches: int = 8
     max_batches: int = 64
@@ -106,15 +150,16 @@ class AuditConfig:
 
 @dataclass
 class ConvertConfig:
-    """How graphs are converted for a runtime.
+    """How graphs are converted for a precision and a runtime.
 
     Attributes:
-        fuse_attention: Components whose attention, where all of it has one precision, becomes
-            `com.microsoft.MultiHeadAttention`.
-        fuse_transposed_matmul: Multiply with a tied embedding by `FusedMatMul(transB=1)`; store no transposed copy.
-        static_decode: Make a decode graph over caches of fixed length as well.
-        decode_passes: Graph passes over decode graphs for exactly one new token: the static one, and the branch of its
-            own that `merge.strategy=three_branch` makes. Name -> whether it runs.
+        fuse_attention: Components whose attention becomes `com.microsoft.MultiHeadAttention`, where all of it has one
+            precision.
+        fuse_transposed_matmul: Multiply with a tied embedding by `FusedMatMul(transB=1)`, without a transposed
+            copy of it.
+        static_decode: Make a static_decode graph too: one new token, over caches of fixed length.
+        decode_passes: Graph passes over decode graphs of exactly one new token, which are static_decode and the branch
+            that `merge.strategy=three_branch` adds. Pass -> whether it runs.
     """
 
     fuse_attention: list[str] = "${runtime.fuse_attention}"  # type: ignore[assignment]
@@ -125,12 +170,13 @@ class ConvertConfig:
 
 @dataclass
 class MergeConfig:
-    """How both decoders become one file.
+    """How prefill and decode are merged into one file.
 
     Attributes:
         flag: Name of the boolean input that chooses the branch.
-        strategy: What the `If` holds. `shared`: only what prefill alone computes. `two_branch`: each graph as a whole.
-            `three_branch`: the same, and a decode graph for one token in a branch of its own.
+        strategy: Contents of the ONNX `If`. `shared`: only what differs between prefill and decode. `two_branch`: each
+            graph as a whole in a branch. `three_branch`: the same, and a decode graph of one new token in a
+            third branch.
     """
 
     flag: str = "enable_cache"
@@ -139,7 +185,27 @@ class MergeConfig:
 
 @dataclass
 class VerifyConfig:
-    """`texts` and `targets` stand in for `model.references`; the least and the most that are allowed: see `verify`."""
+    """Comparison with PyTorch, and the limits that a bundle must keep to pass.
+
+    Attributes:
+        texts: File or folder with inputs, see `accel.data.corpus.read_texts`; replaces `model.references`.
+        column: Column of `texts` that holds the inputs.
+        targets: Expected outputs, one for each of `texts`.
+        targets_column: Column of `targets` that holds the outputs.
+        metrics: Metrics computed where expected outputs are known.
+        min_token_agreement: Share of sequences that must be identical to PyTorch's; None: see
+            `accel.stages.verify.least_agreement`.
+        max_metric_loss: Percentage points by which a metric may be worse than PyTorch's in FP32.
+        latency: Measure latency and memory beside PyTorch's, for the certificate.
+        batch_size: Sequences per padded batch.
+        inputs: Inputs to generate from.
+        source_length: Length of random inputs, in tokens.
+        max_new_tokens: New tokens per sequence, at most.
+        num_beams: Beams of the beam search that is compared.
+        references: Inputs that metrics are computed on, at most.
+        unique_tokens: Generate no token twice, so that random weights don't repeat one; None: if weights are random.
+        seed: Seed of random inputs and of sampling.
+    """
 
     texts: str | None = None
     column: str | None = None
@@ -161,6 +227,23 @@ class VerifyConfig:
 
 @dataclass
 class BenchmarkConfig:
+    """One point at which the backends are measured.
+
+    Attributes:
+        source_length: Length of the inputs, in tokens.
+        new_tokens: New tokens per sequence.
+        num_beams: Beams; 1: greedy search.
+        batch_size: Sequences per batch.
+        repeats: Timed generations per backend.
+        time_budget_s: Seconds per backend after which no further repeat begins (one always runs); None: no limit.
+        warmup: Generations before the timed ones.
+        warmup_tokens: New tokens of a warm-up generation; None: as many as `new_tokens`.
+        backends: Backends to measure; empty: all that fit the runtime.
+        memory: Measure each backend's memory, in a process of its own.
+        unverified: Measure the bundle that `merge` made, without `verify`.
+        seed: Seed of the random inputs.
+    """
+
     source_length: int = 32
     new_tokens: int = 64
     num_beams: int = 1
@@ -177,6 +260,15 @@ class BenchmarkConfig:
 
 @dataclass
 class ProfileConfig:
+    """One greedy generation that is profiled.
+
+    Attributes:
+        source_length: Length of the input, in tokens.
+        new_tokens: New tokens.
+        top: Operators shown, longest first.
+        seed: Seed of the random input.
+    """
+
     source_length: int = 32
     new_tokens: int = 32
     top: int = 10
@@ -185,7 +277,14 @@ class ProfileConfig:
 
 @dataclass
 class Config:
-    """The whole configuration, as `--cfg job` prints it."""
+    """Whole configuration, as `--cfg job` prints it.
+
+    Attributes:
+        stage: `all`, a stage, or a list of stages.
+        artifacts: Folder that artifacts are kept in.
+        architecture: Adapter of the model family: `_target_` and its options.
+        generate: Options of `generate`: see `accel.config.generate_options`.
+    """
 
     stage: Any = "all"
     artifacts: str = "artifacts"

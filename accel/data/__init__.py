@@ -1,4 +1,4 @@
-"""What models are asked with: tokenised text, files of text, sound; and what ships with accel: sample texts, a model.
+"""Inputs of models: tokenized text, text files, datasets and sound; and the sample texts and model that accel ships.
 
 Imports torch and transformers; no graph, no runtime.
 """

@@ -1,33 +1,41 @@
-"""A user's texts: a file of lines, JSON lines, or a folder that Hugging Face `datasets` reads."""
+"""Texts of the user: lines of a text file, JSON lines, or a folder that Hugging Face `datasets` reads."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accel.errors import AccelError, unknown
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
-SAMPLES = Path(__file__).parent / "samples"  # what a model is asked when nothing else is given: see its README
-MISSING = "reading a folder of data needs the package datasets: pip install 'accel-onnx[data]'"
+SAMPLES = Path(__file__).parent / "samples"  # inputs of models for which the user gives none: see its README
+DATASETS_MISSING = "reading a folder of data needs the package datasets: pip install 'accel-onnx[data]'"
 
 
 def read_texts(path: str | Path, column: str | None = None) -> list[str]:
-    """The texts at `path`, in order.
+    """Read texts, in their order.
 
-    `column` names the column of JSON lines or of a dataset that holds them; it may be left out where only one holds
-    text. A folder is what `datasets.save_to_disk` wrote, or data files that `datasets.load_dataset` knows; of several
-    splits it must hold one. Raises `AccelError` where there is nothing to read.
+    Args:
+        path: A text file with one text per line; JSON lines, by the file's suffix; or a folder, either written by
+            `datasets.save_to_disk` or with data files that `datasets.load_dataset` reads, and with one split only.
+        column: Column of JSON lines or of a dataset that holds the texts. Optional where only one column holds text.
+
+    Raises:
+        AccelError: The path can't be read, holds no text, or the column is missing or ambiguous.
     """
     path = Path(path)
-    found = _folder(path, column) if path.is_dir() else _lines(path, column)
-    if not any(text.strip() for text in found):
-        raise AccelError(f"{path} holds no text")
-    return found
+    texts = _read_folder(path, column) if path.is_dir() else _read_file(path, column)
+    if not any(text.strip() for text in texts):
+        raise AccelError(f"{path} holds no text: all its texts are empty")
+    return texts
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a UTF-8 file. Raises `AccelError` if it is missing, empty or not UTF-8."""
+    """Read the lines of a UTF-8 file.
+
+    Raises:
+        AccelError: The file is missing, empty or not UTF-8.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -37,31 +45,39 @@ def read_lines(path: Path) -> list[str]:
     except OSError as error:
         raise AccelError(f"can't read {path}: {error.strerror}") from error
     if not any(line.strip() for line in lines):
-        raise AccelError(f"{path} holds no text")
+        raise AccelError(f"{path} holds no text: it is empty or has blank lines only")
     return lines
 
 
 def sample_lines(name: str) -> list[str]:
-    """The lines of a file of sample inputs that ships with accel."""
+    """Read the lines of a file of sample inputs that ships with accel."""
     return read_lines(SAMPLES / name)
 
 
-def _lines(path: Path, column: str | None) -> list[str]:
+def _read_file(path: Path, column: str | None) -> list[str]:
+    """Read the texts of a text file or of JSON lines."""
     lines = read_lines(path)
     if path.suffix not in JSON_LINES:
         if column is not None:
-            raise AccelError(f"{path} holds lines of text and no column {column!r}; JSON lines end in .jsonl")
+            raise AccelError(
+                f"{path} holds lines of text and no column {column!r}: leave the column out, or rename the file "
+                "to .jsonl if its lines are JSON"
+            )
         return lines
-    records = [_record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    name = _choose(path, column, {key: [record.get(key) for record in records] for key in records[0]})
-    texts = [record.get(name) for record in records]
-    for number, text in enumerate(texts, 1):
+    records = [_parse_record(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    columns = {key: [record.get(key) for record in records] for key in records[0]}
+    name = _select_column(path, column, columns)
+    texts: list[str] = []
+    for number, record in enumerate(records, 1):
+        text = record.get(name)
         if not isinstance(text, str):
             raise AccelError(f"{path}, record {number}: {name!r} holds no text but {text!r}")
-    return [str(text) for text in texts]
+        texts.append(text)
+    return texts
 
 
-def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse_record(path: Path, number: int, line: str) -> dict[str, Any]:
+    """Parse one line of JSON, which must be an object."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -71,32 +87,35 @@ def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     return record
 
 
-def _folder(path: Path, column: str | None) -> list[str]:
+def _read_folder(path: Path, column: str | None) -> list[str]:
+    """Read the texts of a dataset."""
     try:
         import datasets
     except ImportError as error:
-        raise AccelError(f"{path}: {MISSING}") from error
+        raise AccelError(f"{path}: {DATASETS_MISSING}") from error
     saved = (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
     try:
-        loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
-    except Exception as error:  # many kinds, all about what lies in the folder
+        dataset = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
+    except Exception as error:  # datasets raises many kinds for folders that it can't read
         raise AccelError(f"datasets can't read {path}: {str(error).splitlines()[0]}") from error
-    if isinstance(loaded, dict):
-        if len(loaded) > 1:
-            raise AccelError(f"{path} holds several splits; give the folder of one: {', '.join(loaded)}")
-        loaded = next(iter(loaded.values()))
-    name = _choose(path, column, {key: loaded[:1][key] for key in loaded.column_names})
-    texts: list[str] = list(loaded[name])
+    if isinstance(dataset, dict):
+        if len(dataset) > 1:
+            raise AccelError(f"{path} holds several splits; give the folder of one: {', '.join(dataset)}")
+        dataset = next(iter(dataset.values()))
+    name = _select_column(path, column, {key: dataset[:1][key] for key in dataset.column_names})
+    texts: list[str] = list(dataset[name])
     return texts
 
 
-def _choose(path: Path, column: str | None, columns: dict[str, Sequence[Any]]) -> str:
-    """The column asked for, or the only one that holds text."""
-    texts = [key for key, values in columns.items() if values and isinstance(values[0], str)]
-    if column is None and len(texts) == 1:
-        return texts[0]
+def _select_column(path: Path, column: str | None, columns: Mapping[str, Sequence[Any]]) -> str:
+    """Return `column`, or by default the only column whose first value is text."""
+    text_columns = [key for key, values in columns.items() if values and isinstance(values[0], str)]
+    if column is None and len(text_columns) == 1:
+        return text_columns[0]
     if column is None:
-        raise AccelError(f"{path}: which column holds the texts? Columns with text: {', '.join(texts) or 'none'}")
-    if column not in texts:
-        raise unknown(f"column of {path}", column, texts)
+        raise AccelError(
+            f"{path}: which column holds the texts? Columns with text: {', '.join(text_columns) or 'none'}"
+        )
+    if column not in text_columns:
+        raise unknown(f"column of {path}", column, text_columns)
     return column

@@ -1,4 +1,4 @@
-"""Compares a model's components and tokens with a reference: sample inputs, error measures, metrics, trials of a plan.
+"""Comparison of a model's components and tokens with a reference: sample inputs, error measures, metrics, plan trials.
 
 Used by the stages. Imports `models`, `runtime`, `graph` and `data`; no stage.
 """

@@ -1,4 +1,4 @@
-"""What a model is looked at with: batches of random ids and of a user's texts, run through its graphs role by role."""
+"""Calibration batches: random ids and the user's texts, run through a model's graphs one component at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,33 +15,51 @@ from accel.config.schema import AuditConfig, Config
 from accel.data import texts
 from accel.data.corpus import read_texts
 from accel.errors import AccelError
-from accel.evaluation.component_runner import ComponentRunner, Shape, component_inputs, longest
+from accel.evaluation.component_runner import ComponentRunner, Run, Shape, component_inputs, max_positions
 from accel.runtime.decoder_inputs import decoder_inputs
 
-STEPS = {"random": 4, "text": 32}  # tokens decoded greedily after the first
+DECODE_STEPS = {"random": 4, "text": 32}  # kind of batch -> tokens decoded greedily after prefill's
 
 Call = Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]]
-"""(number of the batch, named inputs) -> named outputs: one run of one role."""
+"""(index of the batch, named inputs) -> named outputs: one call of one component."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the encoder is given, if there is one, and the first ids of the decoder; `rows` says what each row is."""
+    """Inputs of one generation: those of the encoder, and the ids that prefill takes.
+
+    Attributes:
+        kind: "random" or "text", a key of `DECODE_STEPS`.
+        encoder_inputs: Named inputs of the encoder; unused where the architecture has none.
+        ids: Ids for prefill, [batch, prefix].
+        mask: Attention mask of `ids`, [batch, prefix].
+        rows: Description of each row, for reports.
+    """
 
     kind: str
-    given: Mapping[str, Tensor]
-    ids: Tensor  # [batch, prefix]
-    mask: Tensor  # [batch, prefix]
+    encoder_inputs: Mapping[str, Tensor]
+    ids: Tensor
+    mask: Tensor
     rows: Sequence[str]
 
 
 def batches(
-    config: Config, architecture: Architecture, model: PretrainedConfig, folder: Path, asked: Sequence[texts.Prompt]
+    config: Config, architecture: Architecture, model: PretrainedConfig, folder: Path, prompts: Sequence[texts.Prompt]
 ) -> Iterator[Batch]:
-    """Random ids and texts by turns; random ids have no end, texts have.
+    """Yield batches of random ids and of texts alternately; random ids never run out, texts do.
 
-    The texts are those of `audit.texts`, or else the model's references or the prompts `asked`, the last first, because
-    `verify` takes the first. Raises `AccelError` if texts are named and the checkpoint in `folder` has no tokenizer.
+    The texts are those of `audit.texts`. Without that key they are the model's references or else `prompts`, in both
+    cases the last first, because `verify` takes the first.
+
+    Args:
+        config: Configuration; its sections `audit` and `model` are read.
+        architecture: Adapter of the model.
+        model: The model's Hugging Face config.
+        folder: Folder of the checkpoint.
+        prompts: Prompts to fall back on.
+
+    Raises:
+        AccelError: If `audit.texts` is given and the checkpoint in `folder` has no tokenizer.
     """
     audit, references = config.audit, config.model.references
     lines: list[str] = []
@@ -49,103 +67,159 @@ def batches(
         lines = [line for line in read_texts(audit.texts, audit.column) if line.strip()]
     elif references is not None:
         lines = list(texts.References.read(folder / references).texts)[::-1]
-    random = _random(audit, architecture, model) if audit.random else iter(())
-    written = _written(lines, audit, architecture, model, folder)
-    if not lines:
-        written = _prompted(asked[::-1], audit, architecture, model)
+    random_batches = _random_batches(audit, architecture, model) if audit.random else iter(())
+    if lines:
+        text_batches = _text_batches(lines, audit, architecture, model, folder)
+    else:
+        text_batches = _prompt_batches(prompts[::-1], audit, architecture, model)
     while True:
-        found = [batch for source in (random, written) if (batch := next(source, None)) is not None]
-        yield from found
-        if not found:
+        pair = []
+        for source in (random_batches, text_batches):
+            batch = next(source, None)
+            if batch is not None:
+                pair.append(batch)
+        if not pair:
             return
+        yield from pair
 
 
-def _random(config: AuditConfig, architecture: Architecture, model: PretrainedConfig) -> Iterator[Batch]:
-    """Random ids of random lengths; at most a quarter of them is given to the decoder where there is an encoder."""
-    encodes = Component.ENCODER in architecture.components()
+def _random_batches(config: AuditConfig, architecture: Architecture, model: PretrainedConfig) -> Iterator[Batch]:
+    """Yield batches of random ids of random lengths.
+
+    Where there is an encoder, the decoder's ids are at most a quarter as long as `audit.max_length`.
+    """
+    has_encoder = Component.ENCODER in architecture.components()
     generator = torch.Generator().manual_seed(config.seed)
-    room = (longest(model) or config.max_length + STEPS["random"]) - STEPS["random"]
-    most = min(config.max_length, room)
+    positions = max_positions(model)
+    max_length = config.max_length
+    if positions:
+        max_length = min(max_length, positions - DECODE_STEPS["random"])
     while True:
-        length, prefix = (int(torch.randint(2, max(3, n), (), generator=generator)) for n in (most, most // 4))
-        shape = Shape(config.batch_size, length, prefix if encodes else length, 1)
-        given = component_inputs(architecture, model, shape, generator)
-        first = given[Component.PREFILL]
-        what = f"random ids, source length {length}" + (f", {prefix} first tokens" if encodes else "")
-        rows = [what] * config.batch_size
-        yield Batch("random", given.get(Component.ENCODER, {}), first["input_ids"], first["attention_mask"], rows)
+        length = _random_length(max_length, generator)
+        prefix = _random_length(max_length // 4, generator)
+        description = f"random ids, source length {length}"
+        if has_encoder:
+            description += f", {prefix} decoder tokens"
+        shape = Shape(config.batch_size, length, prefix if has_encoder else length, 1)
+        inputs = component_inputs(architecture, model, shape, generator)
+        prefill = inputs[Component.PREFILL]
+        encoder_inputs = inputs.get(Component.ENCODER, {})
+        rows = [description] * config.batch_size
+        yield Batch("random", encoder_inputs, prefill["input_ids"], prefill["attention_mask"], rows)
 
 
-def _written(
+def _random_length(end: int, generator: torch.Generator) -> int:
+    """Draw a length from 2 to `end` - 1 tokens."""
+    return int(torch.randint(2, max(3, end), (), generator=generator))
+
+
+def _text_batches(
     lines: Sequence[str], config: AuditConfig, architecture: Architecture, model: PretrainedConfig, folder: Path
 ) -> Iterator[Batch]:
-    tokenizer = texts.load_tokenizer(folder) if lines else None
+    """Yield batches of tokenized `lines`; none if the checkpoint in `folder` has no tokenizer for its references."""
+    tokenizer = texts.load_tokenizer(folder)
     if tokenizer is None:
         if config.texts is not None:
             raise AccelError(f"audit.texts={config.texts}: the checkpoint has no tokenizer to read text with")
         return
     for begin in range(0, len(lines), config.batch_size):
-        chosen = lines[begin : begin + config.batch_size]
-        rows = [f"text {begin + place}: {text[:80]}" for place, text in enumerate(chosen, 1)]
-        yield _batch(texts.encode(tokenizer, chosen), architecture, model, rows)
+        batch_lines = lines[begin : begin + config.batch_size]
+        rows = [f"text {number}: {line[:80]}" for number, line in enumerate(batch_lines, begin + 1)]
+        yield _batch(texts.encode(tokenizer, batch_lines), architecture, model, rows)
 
 
-def _prompted(
-    asked: Sequence[texts.Prompt], config: AuditConfig, architecture: Architecture, model: PretrainedConfig
+def _prompt_batches(
+    prompts: Sequence[texts.Prompt], config: AuditConfig, architecture: Architecture, model: PretrainedConfig
 ) -> Iterator[Batch]:
+    """Yield batches of `prompts`, cut so that a decoder-only model has positions left for the decoded tokens."""
     padding = int(getattr(model, "pad_token_id", None) or 0)
-    known = longest(model)
-    room = None if known is None or model.is_encoder_decoder else max(1, known - STEPS["text"])
-    for begin in range(0, len(asked), config.batch_size):
-        chosen = asked[begin : begin + config.batch_size]
-        given = texts.pad([prompt.cut(room) for prompt in chosen], padding, left=not model.is_encoder_decoder)
-        yield _batch(given, architecture, model, [f"{prompt.kind}: {prompt.text[:80]}" for prompt in chosen])
+    positions = max_positions(model)
+    max_length = None
+    if positions is not None and not model.is_encoder_decoder:
+        max_length = max(1, positions - DECODE_STEPS["text"])
+    for begin in range(0, len(prompts), config.batch_size):
+        batch_prompts = prompts[begin : begin + config.batch_size]
+        encoded = [prompt.full_inputs(max_length) for prompt in batch_prompts]
+        inputs = texts.pad(encoded, padding, left=not model.is_encoder_decoder)
+        rows = [f"{prompt.kind}: {prompt.text[:80]}" for prompt in batch_prompts]
+        yield _batch(inputs, architecture, model, rows)
 
 
 def _batch(
-    given: Mapping[str, Tensor], architecture: Architecture, model: PretrainedConfig, rows: Sequence[str]
+    inputs: Mapping[str, Tensor], architecture: Architecture, model: PretrainedConfig, rows: Sequence[str]
 ) -> Batch:
-    """Texts for the encoder, and one first token for the decoder; or, without an encoder, for the decoder."""
-    ids, mask = given["input_ids"], given["attention_mask"]
+    """Make a batch of encoded texts: `input_ids` and `attention_mask`, [batch, length].
+
+    The encoder takes them if there is one, and prefill one start token; else prefill takes them.
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     if Component.ENCODER in architecture.components():
         start = getattr(model, "decoder_start_token_id", None) or 0
-        ids, mask = torch.full((len(ids), 1), start), torch.ones(len(ids), 1, dtype=torch.int64)
-    return Batch("text", given, ids, mask, rows)
+        ids = torch.full((len(ids), 1), start)
+        mask = torch.ones(len(ids), 1, dtype=torch.int64)
+    return Batch("text", inputs, ids, mask, rows)
 
 
-def walk(
+def run_batches(
     signatures: Mapping[Component, Signature],
-    work: Sequence[Batch],
-    opened: Callable[[Component], Call],
+    batches: Sequence[Batch],
+    open_component: Callable[[Component], Call],
     scratch: Path,
     first: int = 0,
 ) -> None:
-    """Run every batch through every role, one role open at a time. Values pass from role to role through files.
+    """Run every batch through every component, with one component open at a time.
 
-    After the decoder's first call come greedy steps, each from the logits and caches of the one before.
-    `first`: the number of the first batch of `work`.
+    After prefill come `DECODE_STEPS` greedy decode steps, each from the logits and caches of the one before.
+
+    Args:
+        signatures: Signature of each component, in the order of a generation.
+        batches: Batches to run.
+        open_component: Opens a component's graph and returns the function that calls it.
+        scratch: Folder for the files through which values pass from one component to the next.
+        first: Index of the first of `batches`.
     """
     for component in signatures:
-        call = opened(component)
-        for number, batch in enumerate(progress.track(work, f"the {component}'s values"), first):
-            runner = ComponentRunner(signatures, lambda _, inputs, number=number, call=call: call(number, inputs))  # type: ignore
-            spool = scratch / f"{number}.safetensors"
-            runner.pool = load_file(spool) if spool.is_file() else {}
-            if component is Component.ENCODER:
-                runner(component, batch.given)
-            elif component is Component.PREFILL:
-                runner(component, decoder_inputs(batch.ids, batch.mask))
-            else:
-                _decode(runner, batch)
-                spool.unlink()
-                continue
-            save_file({name: tensor.contiguous() for name, tensor in runner.pool.items()}, spool)
-        del call
+        _run_component(component, signatures, batches, open_component(component), scratch, first)
+
+
+def _run_component(
+    component: Component,
+    signatures: Mapping[Component, Signature],
+    batches: Sequence[Batch],
+    call: Call,
+    scratch: Path,
+    first: int,
+) -> None:
+    """Run every batch through one component, and store the values that the next one takes in `scratch`."""
+    for index, batch in enumerate(progress.track(batches, f"running the {component}"), first):
+        runner = ComponentRunner(signatures, _bind_index(call, index))
+        values_file = scratch / f"{index}.safetensors"
+        if values_file.is_file():
+            runner.values = load_file(values_file)
+        if component is Component.DECODE:
+            _decode(runner, batch)
+            values_file.unlink()
+            continue
+        if component is Component.ENCODER:
+            runner(component, batch.encoder_inputs)
+        else:
+            runner(component, decoder_inputs(batch.ids, batch.mask))
+        save_file({name: tensor.contiguous() for name, tensor in runner.values.items()}, values_file)
+
+
+def _bind_index(call: Call, index: int) -> Run:
+    """Return `call` for batch `index`, in the form that a `ComponentRunner` takes."""
+
+    def run(component: Component, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return call(index, inputs)
+
+    return run
 
 
 def _decode(runner: ComponentRunner, batch: Batch) -> None:
-    """Greedy steps from prefill's logits and caches on."""
-    mask = batch.mask
-    for _ in range(STEPS[batch.kind]):
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        runner(Component.DECODE, decoder_inputs(runner.pool["logits"][:, -1:].argmax(-1), mask))
+    """Run greedy decode steps, starting from prefill's logits and caches in `runner.values`."""
+    mask = batch.mask  # [batch, prefix]
+    for _ in range(DECODE_STEPS[batch.kind]):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # [batch, past + 1]
+        next_ids = runner.values["logits"][:, -1:].argmax(-1)  # [batch, 1]
+        runner(Component.DECODE, decoder_inputs(next_ids, mask))

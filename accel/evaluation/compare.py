@@ -1,4 +1,4 @@
-"""How far tensors are apart, where anything looks at them."""
+"""Error measures: how far an output is from a reference, at the tokens that are not padding."""
 
 import math
 from collections.abc import Container, Mapping
@@ -11,10 +11,15 @@ from accel.adapters.types import Component
 
 @dataclass
 class Difference:
-    """How far one output is from float64, at the token where it is furthest, or furthest beyond what is allowed.
+    """Error of one output against float64, at its worst token.
 
-    All numbers are relative to the output's largest magnitude. `torch_error`: PyTorch's own error there, in the
-    same precision; None where it is not finite or not known. `location`: the inputs, row and token.
+    Numbers are relative to the output's largest magnitude.
+
+    Attributes:
+        error: Largest absolute error of that token.
+        torch_error: PyTorch's own error there, in the same precision; None where it is not finite or not known.
+        allowed: Largest error that passes there.
+        location: Inputs, row and token.
     """
 
     error: float = 0.0
@@ -24,51 +29,85 @@ class Difference:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.allowed  # not so for NaN
+        """Return whether the error is allowed; False for NaN."""
+        return self.error <= self.allowed
 
     @property
     def rank(self) -> tuple[bool, float]:
-        """Larger for what is further: beyond what is allowed, or else from float64."""
+        """Return a key that sorts failures after passes, passes by error, failures by share of the allowed error."""
         return (not self.passed, self.error if self.passed else self.used)
 
     @property
     def used(self) -> float:
-        """The share of what is allowed that the error takes; infinite for NaN."""
+        """Return the error over the allowed error; infinite for NaN."""
         return self.error / self.allowed if math.isfinite(self.error) else math.inf
 
 
 def token_errors(found: Tensor, expected: Tensor) -> Tensor:
-    """Largest absolute difference of every token: [rows, ..., tokens, features] -> [rows, tokens], in float64."""
-    apart = (found.cpu().double() - expected.cpu().double()).abs()
-    if not apart.numel():
-        return apart.new_zeros(apart.shape[0], apart.shape[-2])
-    return apart.amax(tuple(axis for axis in range(1, apart.ndim) if axis != apart.ndim - 2))
+    """Return the largest absolute difference of every token, in float64.
+
+    Args:
+        found: Values under test, [rows, ..., tokens, features].
+        expected: Values to compare with, same shape.
+
+    Returns:
+        Errors, [rows, tokens].
+    """
+    differences = (found.cpu().double() - expected.cpu().double()).abs()
+    rows, tokens = differences.shape[0], differences.shape[-2]
+    if not differences.numel():
+        return differences.new_zeros(rows, tokens)
+    token_axis = differences.ndim - 2
+    reduced_axes = tuple(axis for axis in range(1, differences.ndim) if axis != token_axis)
+    return differences.amax(reduced_axes)
 
 
-def error(found: Tensor, expected: Tensor, shown: Tensor | None = None) -> float:
-    """Root of the mean square of the difference over that of the expected values, where `shown` is not 0."""
+def error(found: Tensor, expected: Tensor, mask: Tensor | None = None) -> float:
+    """Return the root mean square of the difference over that of the expected values.
+
+    Args:
+        found: Values under test, [rows, ..., tokens, features].
+        expected: Values to compare with, same shape.
+        mask: Tokens that count, [rows, tokens], 0 or 1; None counts all.
+    """
     found = found.cpu().float()
-    if shown is not None:
-        shown = over_tokens(shown, expected)
-        found, expected = found * shown, expected * shown
+    if mask is not None:
+        broadcastable = over_tokens(mask, expected)
+        found, expected = found * broadcastable, expected * broadcastable
     return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
-def over_tokens(shown: Tensor, value: Tensor) -> Tensor:
-    """A mask [rows, tokens] that broadcasts with `value` [rows, ..., tokens, features]."""
-    return shown.view(len(shown), *[1] * (value.ndim - 3), -1, 1)
+def over_tokens(mask: Tensor, value: Tensor) -> Tensor:
+    """Reshape a mask [rows, tokens] so that it broadcasts with `value` [rows, ..., tokens, features]."""
+    middle_axes = [1] * (value.ndim - 3)
+    return mask.view(len(mask), *middle_axes, -1, 1)
 
 
-def visible(
-    component: Component, name: str, given: Mapping[str, Tensor], value: Tensor, growing: Container[str]
+def output_mask(
+    component: Component,
+    name: str,
+    inputs: Mapping[str, Tensor],
+    value: Tensor,
+    self_attention_caches: Container[str],
 ) -> Tensor | None:
-    """A mask [rows, tokens] of output `name` of `role`, 0 where it belongs to padding: nothing ever looks there.
+    """Return a mask that is 0 at the tokens of an output that belong to padding, whose values nothing reads.
 
-    What attends to padding alone averages over nothing, which any rounding changes. What is not finite there counts
-    all the same, for it would spread. `given`: the role's inputs; `growing`: the outputs that are caches of the
-    decoder's own keys and values.
+    A padding token attends to padding alone, so its values are an average over nothing, which any rounding changes.
+    The caller should still reject values there that are not finite, because those spread.
+
+    Args:
+        component: Component that made the output.
+        name: Name of the output.
+        inputs: Inputs of the component.
+        value: The output, [rows, ..., tokens, features].
+        self_attention_caches: Names of the outputs that are caches of the decoder's own keys and values.
+
+    Returns:
+        Mask, [rows, tokens]; None where every token counts.
     """
-    mask = given.get("attention_mask")  # [batch, source], or [batch, past + new] of a decoder
-    if mask is None or not (component is Component.ENCODER or name == "logits" or name in growing):
+    mask = inputs.get("attention_mask")  # [batch, source], or [batch, past + new] of a decoder
+    if mask is None:
         return None
-    return mask[:, -value.shape[-2] :]
+    if component is Component.ENCODER or name == "logits" or name in self_attention_caches:
+        return mask[:, -value.shape[-2] :]
+    return None

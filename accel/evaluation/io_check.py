@@ -1,4 +1,4 @@
-"""Holds an adapter's ports against what the model gives, before anything is traced."""
+"""Check of an adapter's tensor specs against the inputs and outputs of the PyTorch model, before it is traced."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,81 +14,107 @@ from accel.errors import AccelError, unknown
 from accel.evaluation.component_runner import ComponentRunner, Shape, component_inputs, signatures, torch_run
 
 
-def lengths(component: Component, shape: Shape) -> dict[str, int]:
-    """Every axis that a port of `role` may have -> its length at `shape`."""
-    first = max(shape.past, 1)
-    always = {"batch": shape.batch, "source": shape.source}
-    if component is Component.ENCODER:
-        return always
+def axis_lengths(component: Component, shape: Shape) -> dict[str, int]:
+    """Return every axis name that a tensor spec of `component` may use, with its length at `shape`."""
+    lengths = {"batch": shape.batch, "source": shape.source}
     if component is Component.PREFILL:
-        return always | {"new": first, "kept": first, "total": first}
-    return always | {"new": shape.new, "kept": shape.new, "past": shape.past, "total": shape.past + shape.new}
+        prefix = max(shape.past, 1)
+        lengths |= {"new": prefix, "kept": prefix, "total": prefix}
+    elif component is not Component.ENCODER:
+        lengths |= {"new": shape.new, "kept": shape.new, "past": shape.past, "total": shape.past + shape.new}
+    return lengths
 
 
 @dataclass
 class SpecCheck:
-    """Sees one role's values at several shapes. `fixed`: what each dimension without a name was at first."""
+    """Check of one component's tensor specs against its values at several shapes.
+
+    Attributes:
+        component: Component under check.
+        signature: Its signature.
+        unnamed_sizes: (tensor, axis) -> size of that axis in the first call, for axes that the spec doesn't name.
+    """
 
     component: Component
     signature: Signature
-    fixed: dict[tuple[str, int], int] = field(default_factory=dict)
+    unnamed_sizes: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def __call__(self, shape: Shape, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """Raises `AccelError` naming the port, what was expected of it, and what the model gave."""
-        known = lengths(self.component, shape)
-        for specs, values in ((self.signature.inputs, inputs), (self.signature.outputs, outputs)):
-            for spec in specs:
-                self._check(spec, values[spec.name], known)
+        """Check the values of one call at `shape`.
 
-    def _check(self, spec: TensorSpec, value: Tensor, known: Mapping[str, int]) -> None:
-        where, gave = f"export of {self.component}: {spec.name}", f"the model gave {list(value.shape)}"
+        Raises:
+            AccelError: If a value's axes differ from those of its tensor spec. Names tensor, axis and shape.
+        """
+        lengths = axis_lengths(self.component, shape)
+        for spec in self.signature.inputs:
+            self._check(spec, inputs[spec.name], lengths)
+        for spec in self.signature.outputs:
+            self._check(spec, outputs[spec.name], lengths)
+
+    def _check(self, spec: TensorSpec, value: Tensor, lengths: Mapping[str, int]) -> None:
+        """Raise `AccelError` unless `value` has the axes of `spec`."""
+        tensor = f"export of {self.component}: {spec.name}"
+        actual = f"the model's has shape {list(value.shape)}"
         for axis, name in spec.axes.items():
-            if name not in known:
-                raise unknown(f"axis of {spec.name} ({self.component})", name, known)
+            if name not in lengths:
+                raise unknown(f"axis of {spec.name} ({self.component})", name, lengths)
             if not 0 <= axis < value.ndim:
-                raise AccelError(f"{where} has axis {axis} ({name}), {gave}")
-            if value.shape[axis] != known[name]:
-                raise AccelError(f"{where}: axis {axis} should be as long as {name}, here {known[name]}; {gave}")
+                raise AccelError(f"{tensor} should have an axis {axis} ({name}); {actual}")
+            if value.shape[axis] != lengths[name]:
+                raise AccelError(f"{tensor}: axis {axis} should be as long as {name}, here {lengths[name]}; {actual}")
         for axis, size in enumerate(value.shape):
-            if axis not in spec.axes and self.fixed.setdefault((spec.name, axis), size) != size:
+            if axis in spec.axes:
+                continue
+            first_size = self.unnamed_sizes.setdefault((spec.name, axis), size)
+            if size != first_size:
                 raise AccelError(
-                    f"{where}: axis {axis} has no name, so it should always be {self.fixed[spec.name, axis]}; {gave}"
+                    f"{tensor}: axis {axis} has no name, so its length should always be {first_size}; {actual}. "
+                    "Name the axis in the architecture's `axes`"
                 )
 
 
 def check_specs(architecture: Architecture, model: PreTrainedModel, shapes: Sequence[Shape], seed: int) -> None:
-    """Run every role in PyTorch at `shapes`, which should differ in every length, and hold its ports against them.
+    """Run every component in PyTorch and compare its inputs and outputs with the adapter's tensor specs.
 
-    Raises `AccelError` naming role and port where names clash, lengths differ, or the wrapper fails.
+    Args:
+        architecture: Adapter to check.
+        model: Model to run.
+        shapes: Sizes of the inputs of each run; two of them should differ in every length.
+        seed: Seed of the random inputs.
+
+    Raises:
+        AccelError: If two tensors share a name, an axis has an unexpected length, or a wrapper fails. Names the
+            component and the tensor.
     """
     generator = torch.Generator().manual_seed(seed)
     specs = signatures(architecture, model.config)
     for component, signature in specs.items():
-        _refuse_twins(component, signature)
+        _check_unique_names(component, signature)
     checks = {component: SpecCheck(component, signature) for component, signature in specs.items()}
-    with _explained(f"export: the wrappers can't be made for {type(model).__name__}"):
+    with _as_accel_error(f"export: can't make the wrappers for {type(model).__name__}"):
         runner = ComponentRunner(specs, torch_run(architecture, model))
     for shape in shapes:
-        for component, given in component_inputs(architecture, model.config, shape, generator).items():
-            inputs = runner.inputs(component, given)
-            with _explained(f"export of {component}: its wrapper fails on {type(model).__name__}, {shape}"):
-                outputs = runner(component, given)
+        for component, caller_inputs in component_inputs(architecture, model.config, shape, generator).items():
+            inputs = runner.inputs(component, caller_inputs)
+            with _as_accel_error(f"export of {component}: its wrapper fails on {type(model).__name__}, {shape}"):
+                outputs = runner(component, caller_inputs)
             checks[component](shape, inputs, outputs)
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Raises `AccelError` for what an adapter's code or the model's makes of wrong inputs."""
+def _as_accel_error(message: str) -> Iterator[None]:
+    """Turn an exception of the adapter's or the model's code into an `AccelError` that begins with `message`."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise AccelError(f"{what}: {type(error).__name__}: {reason}") from error
+        raise AccelError(f"{message}: {type(error).__name__}: {reason}") from error
 
 
-def _refuse_twins(component: Component, signature: Signature) -> None:
+def _check_unique_names(component: Component, signature: Signature) -> None:
+    """Raise `AccelError` if two inputs or two outputs have the same name."""
     for specs in (signature.inputs, signature.outputs):
         names = Counter(spec.name for spec in specs)
         for name, count in names.items():
             if count > 1:
-                raise AccelError(f"export of {component}: {count} ports have the name {name!r}")
+                raise AccelError(f"export of {component}: {count} tensor specs have the name {name!r}")

@@ -1,4 +1,4 @@
-"""How good outputs are, held against references: each metric in percent, over a whole set of outputs."""
+"""Quality metrics of outputs against references, in percent over a whole set of outputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,44 +7,57 @@ from typing import Any
 from accel.errors import AccelError, unknown
 
 Score = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
-"""(outputs, for each the outputs that count as right) -> percent."""
+"""(outputs, accepted references of each output) -> percent."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`sign` is 1 where more is better, -1 where less is."""
+    """A score and its direction.
+
+    Attributes:
+        score: Function that computes it.
+        sign: 1 where a higher score is better, -1 where a lower one is.
+    """
 
     score: Score
     sign: int
 
     def loss(self, ours: float, theirs: float) -> float:
-        """By how many points `ours` is worse than `theirs`; below 0 where it is better."""
+        """Return by how many points `ours` is worse than `theirs`; negative where it is better."""
         return self.sign * (theirs - ours)
 
 
 def exact_match(outputs: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
-    """Outputs that are among those accepted."""
-    right = sum(output in known for output, known in zip(outputs, accepted, strict=True))
-    return 100 * right / max(1, len(outputs))
+    """Return the percentage of outputs that equal one of their references."""
+    correct = sum(output in references for output, references in zip(outputs, accepted, strict=True))
+    return 100 * correct / max(1, len(outputs))
 
 
 def word_error_rate(outputs: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
-    """Words to insert, delete or replace on the way to the nearest accepted output, over that output's words."""
+    """Return the edits that turn outputs into their nearest references, in percent of the references' words.
+
+    An edit inserts, deletes or replaces a word. Edits and words are summed over all outputs before the division.
+    """
     edits = words = 0
-    for output, known in zip(outputs, accepted, strict=True):
-        distance, length = min((_edits(output.split(), right.split()), len(right.split())) for right in known)
-        edits, words = edits + distance, words + length
+    for output, references in zip(outputs, accepted, strict=True):
+        candidates = []
+        for reference in references:
+            reference_words = reference.split()
+            candidates.append((_edit_distance(output.split(), reference_words), len(reference_words)))
+        distance, length = min(candidates)
+        edits += distance
+        words += length
     return 100 * edits / max(1, words)
 
 
 def bleu(outputs: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU as sacreBLEU computes it (M. Post, 2018, https://aclanthology.org/W18-6319)."""
-    return float(_sacrebleu().BLEU().corpus_score(list(outputs), _streams(accepted)).score)
+    """Return corpus BLEU as sacreBLEU computes it (M. Post, 2018, https://aclanthology.org/W18-6319)."""
+    return float(_sacrebleu().BLEU().corpus_score(list(outputs), _reference_streams(accepted)).score)
 
 
 def chrf(outputs: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
-    """chrF2 as sacreBLEU computes it (M. Popović, 2015, https://aclanthology.org/W15-3049)."""
-    return float(_sacrebleu().CHRF().corpus_score(list(outputs), _streams(accepted)).score)
+    """Return chrF2 as sacreBLEU computes it (M. Popović, 2015, https://aclanthology.org/W15-3049)."""
+    return float(_sacrebleu().CHRF().corpus_score(list(outputs), _reference_streams(accepted)).score)
 
 
 METRICS = {
@@ -57,7 +70,11 @@ BY_SACREBLEU = ("bleu", "chrf")
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises `AccelError` on a metric that doesn't exist, or whose package isn't installed."""
+    """Check that the metrics `names` can be computed.
+
+    Raises:
+        AccelError: If a metric doesn't exist, or the package that computes it isn't installed.
+    """
     for name in names:
         if name not in METRICS:
             raise unknown("metric", name, METRICS)
@@ -66,18 +83,24 @@ def check(names: Sequence[str]) -> None:
 
 
 def scores(names: Sequence[str], outputs: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Metric -> percent."""
+    """Return the score of each metric in `names`, in percent."""
     return {name: METRICS[name].score(outputs, accepted) for name in names}
 
 
-def _streams(accepted: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """References as sacreBLEU takes them: one list a choice, None where an output has no further one."""
-    return [
-        [known[place] if place < len(known) else None for known in accepted] for place in range(max(map(len, accepted)))
-    ]
+def _reference_streams(accepted: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """Transpose references to the form that sacreBLEU takes.
+
+    Its first list holds the first reference of every output, its second the second, and so on; None where an output
+    has no further reference.
+    """
+    streams: list[list[str | None]] = []
+    for index in range(max(map(len, accepted))):
+        streams.append([references[index] if index < len(references) else None for references in accepted])
+    return streams
 
 
 def _sacrebleu() -> Any:
+    """Import `sacrebleu.metrics`, an optional dependency."""
     try:
         import sacrebleu.metrics
     except ImportError as error:
@@ -85,11 +108,15 @@ def _sacrebleu() -> Any:
     return sacrebleu.metrics
 
 
-def _edits(first: Sequence[str], second: Sequence[str]) -> int:
-    """Levenshtein distance."""
+def _edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
+    """Return the Levenshtein distance of two sequences of words, computed one table row at a time."""
     row = list(range(len(second) + 1))
-    for i, left in enumerate(first, 1):
-        previous, row[0] = row[0], i
-        for j, right in enumerate(second, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (left != right))
+    for i, word in enumerate(first, 1):
+        next_row = [i]
+        for j, other in enumerate(second, 1):
+            deletion = row[j] + 1
+            insertion = next_row[j - 1] + 1
+            replacement = row[j - 1] + (word != other)
+            next_row.append(min(deletion, insertion, replacement))
+        row = next_row
     return row[-1]

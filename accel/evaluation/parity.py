@@ -1,4 +1,4 @@
-"""Holds a candidate's outputs against float64, component by component and token by token along a generation."""
+"""Parity of an unverified bundle's outputs with float64: by component, and by token along a greedy generation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,35 +12,62 @@ from torch import Tensor
 
 from accel.adapters.types import Architecture, Component
 from accel.evaluation import reference_data
-from accel.evaluation.compare import Difference, token_errors, visible
+from accel.evaluation.compare import Difference, output_mask, token_errors
 from accel.evaluation.component_runner import ComponentRunner, Run, signatures
 from accel.evaluation.rounding import FACTOR, SAMPLES, allowed_errors
 from accel.models.generation import AcceleratedModel
 from accel.runtime.decoder_inputs import decoder_inputs
 from accel.runtime.streams import on_shared_stream
 
-# On a GPU: the first call in a shape is an ordinary one, the second is captured as a CUDA graph, the third replays it.
+# On a GPU: the first call at a shape runs normally, the second is captured as a CUDA graph, the third replays it.
 PASSES = 3
 
 
 @dataclass
 class Drift:
-    """Absolute error of the logits by token of a path: over the vocabulary and all paths that are this long.
+    """Absolute error of the logits at each token position of the generated sequences.
 
-    `torch_worst`: PyTorch's own largest error at that token, in the same precision; None where it isn't finite; empty
-    where it isn't known.
+    Statistics at a position are over the vocabulary and all sequences of at least that length.
+
+    Attributes:
+        mean: Mean error by position.
+        p99: 99th percentile by position.
+        worst: Largest error by position.
+        torch_worst: PyTorch's own largest error by position, in the same precision; None where it isn't finite. Empty
+            if it isn't known.
+        scale: Largest magnitude of the reference's logits.
     """
 
     mean: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
     worst: list[float] = field(default_factory=list)
     torch_worst: list[float | None] = field(default_factory=list)
-    scale: float = 0.0  # largest logit
+    scale: float = 0.0
 
 
 @dataclass
 class VerificationResult:
-    """What `verify` found. Written into the deployable as `verdict.json`."""
+    """Result of `verify`, written into the deployable as `verdict.json`.
+
+    Attributes:
+        passed: No check failed.
+        precision: `precision.dtype` of the bundle.
+        execution: "native", or "emulated" where the runtime can't compute in that precision.
+        runtime: Name of the runtime.
+        threshold: Error that every token may have, relative to its output's largest magnitude.
+        factor: Multiple of PyTorch's own error that is allowed where it exceeds `threshold`.
+        reference: Description of the values that errors are counted from.
+        outputs: Output -> its error at the worst token.
+        drift: Error of the logits along generated sequences.
+        inputs: Number of inputs whose generated tokens were compared.
+        identical: Decoding method -> share of sequences with the same tokens as PyTorch's.
+        first_difference: "method.input" -> position of the first token that differs.
+        differing: Sequences that differ, with both texts.
+        metrics: "pytorch" and "ours" -> metric -> percent.
+        references: Number of references that the metrics were computed on.
+        samples: Inputs with the texts that both generated.
+        failures: One message for each failed check.
+    """
 
     passed: bool = False
     precision: str = "float32"
@@ -64,53 +91,67 @@ class VerificationResult:
 def compare_outputs(
     model: AcceleratedModel,
     architecture: Architecture,
-    expected: Path,
-    own: Mapping[str, Tensor],
+    reference: Path,
+    torch_errors: Mapping[str, Tensor],
     verification: VerificationResult,
 ) -> bool:
-    """Run every component at the reference's inputs through the runtime: both branches, every output.
+    """Run every component at the reference's inputs through the runtime and compare every output.
 
-    `expected`: the reference's folder. `own`: what PyTorch itself is off by: see `torch_error`. Returns whether outputs
-    have the right shapes and are finite, so that it makes sense to generate.
+    Covers both branches of the merged decoder.
+
+    Args:
+        model: Model under test.
+        architecture: Its adapter.
+        reference: Folder of the `reference` artifact.
+        torch_errors: PyTorch's own errors, as the stage `torch_error` wrote them.
+        verification: Result to add the errors and failures to.
+
+    Returns:
+        True if all outputs have the right shapes and are finite, so that it makes sense to generate.
     """
-    sound = True
-    growing = {spec.name for spec in architecture.signature(model.config, Component.DECODE).outputs}
-    numbered = enumerate(reference_data.read_calls(expected))
-    for _, group in groupby(numbered, key=lambda one: one[1].what):
+    comparable = True
+    self_attention_caches = {spec.name for spec in architecture.signature(model.config, Component.DECODE).outputs}
+    numbered_calls = enumerate(reference_data.read_calls(reference))
+    for _, group in groupby(numbered_calls, key=lambda item: item[1].description):
         sequence = list(group)
-        with on_shared_stream(model.device):  # as `generate` does, and as capturing needs
+        calls = [call for _, call in sequence]
+        with on_shared_stream(model.device):  # as `generate` does, and as capturing a CUDA graph needs
             for _ in range(PASSES if model.device.type == "cuda" else 1):
-                found = _run_sequence(model, architecture, [call for _, call in sequence])
-        for (number, call), outputs in zip(sequence, found, strict=True):
-            for name, value in call.expected.items():
-                shown = visible(call.component, name, call.given, value, growing)
-                known = own.get(f"{number}.{name}")
-                sound = (
-                    measure(verification, f"{call.component}.{name}", call.what, outputs[name], value, known, shown)
-                    and sound
+                sequence_outputs = _run_sequence(model, architecture, calls)
+        for (number, call), outputs in zip(sequence, sequence_outputs, strict=True):
+            for name, expected in call.expected.items():
+                compared = measure(
+                    verification,
+                    f"{call.component}.{name}",
+                    call.description,
+                    outputs[name],
+                    expected,
+                    torch_errors.get(f"{number}.{name}"),
+                    output_mask(call.component, name, call.inputs, expected, self_attention_caches),
                 )
-    return sound
+                comparable = comparable and compared
+    return comparable
 
 
 def _run_sequence(
     model: AcceleratedModel, architecture: Architecture, calls: Sequence[reference_data.Call]
 ) -> list[dict[str, Tensor]]:
-    """Run calls that follow from one another through the runtime. Returns the outputs of each, in host memory.
+    """Run the calls of one generation through the runtime, and return the outputs of each in host memory.
 
-    What the decoder takes of the encoder is the reference's, so that errors are told apart.
+    The decoder takes the reference's encoder outputs, so that errors of the encoder don't count against the decoder.
     """
     runner = ComponentRunner(signatures(architecture, model.config), _runtime_run(model, architecture))
-    made = []
+    sequence_outputs = []
     for call in calls:
-        found = runner(call.component, call.given)
-        made.append({name: found[name].cpu() for name in call.expected})
+        outputs = runner(call.component, call.inputs)
+        sequence_outputs.append({name: outputs[name].cpu() for name in call.expected})
         if call.component is Component.ENCODER:
-            runner.pool |= call.expected
-    return made
+            runner.values |= call.expected
+    return sequence_outputs
 
 
 def _runtime_run(model: AcceleratedModel, architecture: Architecture) -> Run:
-    """Runs components through the runtime, which keeps the decoder's caches by itself."""
+    """Return a function that runs components through the runtime, which keeps the decoder's caches itself."""
     cache = architecture.signature(model.config, Component.DECODE).cache
     state: Any = None
 
@@ -131,74 +172,113 @@ def _runtime_run(model: AcceleratedModel, architecture: Architecture) -> Run:
 def compare_paths(
     model: AcceleratedModel,
     architecture: Architecture,
-    expected: Path,
-    own: Mapping[str, Tensor],
+    reference: Path,
+    torch_errors: Mapping[str, Tensor],
     verification: VerificationResult,
     rerouted: float = 0.0,
 ) -> bool:
-    """Walk along what PyTorch generated, token by token over growing caches, and compare the logits at every token.
+    """Decode the sequences that PyTorch generated, one token at a time, and compare the logits at every token.
 
-    `rerouted`: the share of a path's tokens, the furthest off, that are left out: see `REROUTED`.
+    No result is read between two tokens, so that a missing synchronization on a GPU gives wrong logits here, too.
 
-    Nothing waits for a result in between, so that on a GPU what would overtake something else does. Whether all are
-    finite.
+    Args:
+        model: Model under test.
+        architecture: Its adapter.
+        reference: Folder of the `reference` artifact.
+        torch_errors: PyTorch's own errors, as the stage `torch_error` wrote them.
+        verification: Result to add the errors and failures to.
+        rerouted: Share of a sequence's tokens, those with the largest errors, that don't count: see `verify.REROUTED`.
+
+    Returns:
+        True if all logits have the right shapes and are finite.
     """
-    sound = True
-    apart: list[Tensor] = []
-    known_errors: list[Tensor] = []
-    for number, path in enumerate(reference_data.read_paths(expected)):
-        hidden = _encoded(architecture, model, path.given)
-        ids = path.ids.to(model.device)  # [1, tokens]
-        seen = torch.ones_like(ids)
-        inputs = [decoder_inputs(ids[:, [i]], seen[:, : i + 1]) for i in range(ids.shape[1])]
-        with on_shared_stream(model.device):  # as `generate` does
-            logits, state = model.runtime.prefill({**inputs[0], **hidden})
-            found = torch.cat([logits, *(model.runtime.decode(one, state) for one in inputs[1:])], dim=1)
-        apart.append((found.cpu().double() - path.logits).abs()[0])  # [tokens, vocabulary]
-        order = apart[-1].amax(-1).argsort(descending=True)
-        counted = torch.ones(1, len(order), dtype=torch.int64)
-        counted[:, order[: int(rerouted * len(order))]] = 0
-        known = own.get(f"path-{number}.logits")
-        known_errors += [] if known is None else [known[0]]
-        what = f"a generation, input {number}"
-        sound = measure(verification, "path.logits", what, found, path.logits, known, counted) and sound
+    comparable = True
+    path_errors: list[Tensor] = []
+    path_torch_errors: list[Tensor] = []
+    for number, path in enumerate(reference_data.read_paths(reference)):
+        logits = _path_logits(model, architecture, path)
+        errors = (logits.cpu().double() - path.logits).abs()[0]  # [tokens, vocabulary]
+        path_errors.append(errors)
+        worst_first = errors.amax(-1).argsort(descending=True)
+        mask = torch.ones(1, len(worst_first), dtype=torch.int64)
+        mask[:, worst_first[: int(rerouted * len(worst_first))]] = 0
+        torch_error = torch_errors.get(f"path-{number}.logits")
+        if torch_error is not None:
+            path_torch_errors.append(torch_error[0])
+        description = f"a generation, input {number}"
+        compared = measure(verification, "path.logits", description, logits, path.logits, torch_error, mask)
+        comparable = comparable and compared
         verification.drift.scale = max(verification.drift.scale, float(path.logits.abs().max()))
-    for position in range(max(map(len, apart))):
-        here = torch.cat([one[position] for one in apart if position < len(one)]).sort().values
-        verification.drift.mean.append(float(here.mean()))
-        verification.drift.p99.append(float(here[int(0.99 * (len(here) - 1))]))
-        verification.drift.worst.append(float(here[-1]))
-        theirs = [float(one[position]) for one in known_errors if position < len(one)]
-        verification.drift.torch_worst += [max(theirs) if all(map(isfinite, theirs)) else None] if theirs else []
-    return sound
+    _add_drift(verification.drift, path_errors, path_torch_errors)
+    return comparable
 
 
-def _encoded(architecture: Architecture, model: AcceleratedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The decoder's inputs that come from the encoder, for inputs `given`; none without an encoder."""
+def _path_logits(model: AcceleratedModel, architecture: Architecture, path: reference_data.TokenPath) -> Tensor:
+    """Decode the ids of `path` one at a time through the runtime, and return the logits, [1, tokens, vocabulary]."""
+    context = _encoder_context(architecture, model, path.inputs)
+    ids = path.ids.to(model.device)  # [1, tokens]
+    mask = torch.ones_like(ids)
+    inputs = [decoder_inputs(ids[:, [i]], mask[:, : i + 1]) for i in range(ids.shape[1])]
+    with on_shared_stream(model.device):  # as `generate` does
+        first_logits, state = model.runtime.prefill({**inputs[0], **context})
+        logits = [first_logits]
+        for token_inputs in inputs[1:]:
+            logits.append(model.runtime.decode(token_inputs, state))
+        return torch.cat(logits, dim=1)
+
+
+def _add_drift(drift: Drift, path_errors: Sequence[Tensor], path_torch_errors: Sequence[Tensor]) -> None:
+    """Add the statistics of every token position to `drift`.
+
+    `path_errors`: [tokens, vocabulary] of each sequence. `path_torch_errors`: [tokens] of each sequence, if known.
+    """
+    for position in range(max(map(len, path_errors))):
+        at_position = [one_path[position] for one_path in path_errors if position < len(one_path)]
+        errors = torch.cat(at_position).sort().values
+        drift.mean.append(float(errors.mean()))
+        drift.p99.append(float(errors[int(0.99 * (len(errors) - 1))]))
+        drift.worst.append(float(errors[-1]))
+        torch_errors = [float(one_path[position]) for one_path in path_torch_errors if position < len(one_path)]
+        if torch_errors:
+            drift.torch_worst.append(max(torch_errors) if all(map(isfinite, torch_errors)) else None)
+
+
+def _encoder_context(
+    architecture: Architecture, model: AcceleratedModel, inputs: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Run the encoder on `inputs` and return the decoder inputs that come from it; none without an encoder."""
     if Component.ENCODER not in architecture.components():
         return {}
-    return _context(architecture, model, {**given, **model.runtime.encode(given)})
-
-
-def _context(architecture: Architecture, model: AcceleratedModel, pool: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The decoder's inputs that come from the encoder's inputs and outputs, which are in `pool`."""
+    values = {**inputs, **model.runtime.encode(inputs)}
     specs = architecture.signature(model.config, Component.PREFILL).inputs
-    return {spec.name: pool[spec.source] for spec in specs if spec.source}
+    return {spec.name: values[spec.source] for spec in specs if spec.source}
 
 
 def measure(
     verification: VerificationResult,
     name: str,
-    what: str,
+    description: str,
     found: Tensor,
     expected: Tensor,
-    own: Tensor | None,
-    shown: Tensor | None = None,
+    torch_error: Tensor | None,
+    mask: Tensor | None = None,
 ) -> bool:
-    """Note how far an output is off, token by token. Whether it can be compared at all.
+    """Add an output's error at its worst token to `verification`, and a failure if that is not allowed.
 
-    A token passes within `verdict.threshold` of the output's largest magnitude, or within `rounding.FACTOR` times what
-    PyTorch itself is off by there. `own`: that, absolute, [rows, tokens]; `shown`: a mask of the tokens that count.
+    A token passes within `verification.threshold` of the output's largest magnitude, or within `rounding.FACTOR` times
+    PyTorch's own error at that token.
+
+    Args:
+        verification: Result to add to.
+        name: Name of the output.
+        description: Description of the inputs, for the message.
+        found: Output of the bundle, [rows, ..., tokens, features].
+        expected: Output of the reference, same shape.
+        torch_error: PyTorch's own absolute error, [rows, tokens]; None if it isn't known.
+        mask: Tokens that count, [rows, tokens], 0 or 1; None counts all. Values that are not finite always count.
+
+    Returns:
+        True if the output has the right shape and is finite.
     """
     if found.shape != expected.shape:
         verification.failures.append(f"{name} has shape {tuple(found.shape)}, PyTorch gives {tuple(expected.shape)}")
@@ -206,25 +286,28 @@ def measure(
     scale = max(float(expected.abs().max()), 1e-6)
     errors = token_errors(found, expected) / scale  # [rows, tokens]
     finite = bool(errors.isfinite().all())
-    allowed = allowed_errors(own, scale, verification.threshold, errors)
-    if shown is not None:  # what is not finite counts everywhere
-        errors = torch.where((shown == 0) & errors.isfinite(), 0.0, errors)
+    allowed = allowed_errors(torch_error, scale, verification.threshold, errors)  # [rows, tokens]
+    if mask is not None:
+        errors = torch.where((mask == 0) & errors.isfinite(), 0.0, errors)
     used = (errors / allowed).nan_to_num(torch.inf, torch.inf)
-    furthest = used if used.max() > 1 else errors
-    row, token = divmod(int(furthest.argmax()), used.shape[1])
-    measured = Difference(
+    ranking = used if used.max() > 1 else errors
+    row, token = divmod(int(ranking.argmax()), used.shape[1])
+    relative_torch_error = None
+    if torch_error is not None and torch_error[row, token].isfinite():
+        relative_torch_error = float(torch_error[row, token] / scale)
+    difference = Difference(
         error=float(errors[row, token]),
-        torch_error=float(own[row, token] / scale) if own is not None and own[row, token].isfinite() else None,
+        torch_error=relative_torch_error,
         allowed=float(allowed[row, token]),
-        location=f"{what}: row {row + 1}, token {token + 1}",
+        location=f"{description}: row {row + 1}, token {token + 1}",
     )
-    before = verification.outputs.get(name)
-    if before is None or before.rank < measured.rank:
-        verification.outputs[name] = measured
-    if not measured.passed:
-        beside = "unknown" if measured.torch_error is None else f"{measured.torch_error:.1e}"
+    previous = verification.outputs.get(name)
+    if previous is None or previous.rank < difference.rank:
+        verification.outputs[name] = difference
+    if not difference.passed:
+        torch_text = "unknown" if relative_torch_error is None else f"{relative_torch_error:.1e}"
         verification.failures.append(
-            f"{name} is off by {measured.error:.1e} of its largest value, allowed {measured.allowed:.1e}, "
-            f"PyTorch's own {verification.precision} {beside} ({measured.location})"
+            f"{name} is off by {difference.error:.1e} of its largest value, allowed {difference.allowed:.1e}, "
+            f"PyTorch's own {verification.precision} {torch_text} ({difference.location})"
         )
     return finite

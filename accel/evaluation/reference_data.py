@@ -1,4 +1,4 @@
-"""What `reference` writes and `verify` reads: components' outputs in float64, and logits along generated tokens."""
+"""Data that `reference` writes and `verify` reads: float64 outputs of components, and logits of generated sequences."""
 
 import itertools
 import json
@@ -13,27 +13,31 @@ from transformers import PretrainedConfig
 
 from accel.adapters.types import Architecture, Component
 from accel.data import texts
-from accel.evaluation.component_runner import Shape, component_inputs, longest
+from accel.evaluation.component_runner import Shape, component_inputs, max_positions
 from accel.evaluation.rounding import Evaluator
 from accel.runtime.decoder_inputs import decoder_inputs
 
 CALLS, CALL = "calls.json", "call-{}.safetensors"
-PATH = "path-{}.safetensors"  # what one greedy generation said, and the logits at each of its tokens
-PATHS = 4
-BATCH, NEW = 2, 3  # sequences and new tokens of the call with the model's own tokens
+PATH = "path-{}.safetensors"  # a greedy generation: its inputs, ids, and the logits at each id
+PATHS = 4  # generations that are written
+BATCH, NEW = 2, 3  # sequences, and tokens for decode, of the call with ids that the model generated
 SHAPES = (Shape(1, 7, 1, 1), Shape(3, 12, 5, 1), Shape(2, 33, 2, 3))
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a component: what the caller gives it, and what it makes of that in float64.
+    """One call of a component, with its outputs in float64.
 
-    What it takes of other components is what they made in the calls before this one. `what`: the kind of inputs.
+    Attributes:
+        description: Description of the inputs, the same for all calls of one generation.
+        component: Component to call.
+        inputs: Inputs from the caller; the others are outputs of the calls before it.
+        expected: Outputs in float64.
     """
 
-    what: str
+    description: str
     component: Component
-    given: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
     expected: Mapping[str, Tensor]
 
 
@@ -41,90 +45,139 @@ def calls(
     architecture: Architecture,
     config: PretrainedConfig,
     inputs: Sequence[Mapping[str, Tensor]],
-    written: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int]],
     seed: int,
 ) -> Iterator[tuple[str, dict[Component, Mapping[str, Tensor]]]]:
-    """What the inputs are, and what the caller gives each component: random ids at `SHAPES`, then real ones.
+    """Yield the inputs that components are compared at: random ids at `SHAPES`, then ids that the model generated.
 
-    `written`: the ids that the model generates for each of `inputs`.
+    Args:
+        architecture: Adapter of the model.
+        config: The model's Hugging Face config.
+        inputs: Inputs of single generations, [1, source] each.
+        generated: Ids that the model generates for each of `inputs`.
+        seed: Seed of the random ids.
+
+    Yields:
+        (description, component -> the inputs that the caller gives it).
     """
     generator = torch.Generator().manual_seed(seed)
-    for shape in (shape.within(longest(config)) for shape in SHAPES):
+    limit = max_positions(config)
+    for full_shape in SHAPES:
+        shape = full_shape.within(limit)
         yield f"random ids ({shape})", component_inputs(architecture, config, shape, generator)
-    yield "the model's own tokens", continuation(architecture, config, inputs[:BATCH], written[:BATCH])
+    yield "the model's own tokens", continuation(architecture, config, inputs[:BATCH], generated[:BATCH])
 
 
 def continuation(
     architecture: Architecture,
     config: PretrainedConfig,
     inputs: Sequence[Mapping[str, Tensor]],
-    written: Sequence[Sequence[int]],
+    generated: Sequence[Sequence[int]],
 ) -> dict[Component, Mapping[str, Tensor]]:
-    """What a generation gives each component: prefill all ids of `written` but the last few, the step those."""
+    """Return the inputs that replay a generation in one batch: prefill takes all but the last `NEW` ids, decode those.
+
+    Args:
+        architecture: Adapter of the model.
+        config: The model's Hugging Face config.
+        inputs: Inputs of single generations, [1, source] each.
+        generated: Ids that the model generates for each of `inputs`.
+
+    Returns:
+        Component -> the inputs that the caller gives it.
+    """
     padding = int(getattr(config, "pad_token_id", None) or 0)
-    encodes = Component.ENCODER in architecture.components()
-    shortest = min(map(len, written))
+    has_encoder = Component.ENCODER in architecture.components()
+    shortest = min(map(len, generated))
     new = max(1, min(NEW, shortest - 1))
-    # Where there is an encoder, its input is what is padded, and all sequences are as long as the shortest.
-    rows = texts.pad([texts.unpadded(one[:shortest] if encodes else one) for one in written], padding, left=True)
-    ids, mask = rows["input_ids"], rows["attention_mask"]
-    given: dict[Component, Mapping[str, Tensor]] = {}
-    if encodes:
-        given[Component.ENCODER] = texts.pad(inputs, padding, left=False)
-    given[Component.PREFILL] = decoder_inputs(ids[:, :-new], mask[:, :-new])
-    given[Component.DECODE] = decoder_inputs(ids[:, -new:], mask)
-    return given
+    sequences = []
+    for sequence in generated:
+        # With an encoder only its own input may be padded, so the decoder's sequences are cut to one length.
+        sequences.append(texts.unpadded(sequence[:shortest] if has_encoder else sequence))
+    batch = texts.pad(sequences, padding, left=True)
+    ids, mask = batch["input_ids"], batch["attention_mask"]  # [B, T]
+    replay: dict[Component, Mapping[str, Tensor]] = {}
+    if has_encoder:
+        replay[Component.ENCODER] = texts.pad(inputs, padding, left=False)
+    replay[Component.PREFILL] = decoder_inputs(ids[:, :-new], mask[:, :-new])
+    replay[Component.DECODE] = decoder_inputs(ids[:, -new:], mask)
+    return replay
 
 
 def read_calls(folder: Path) -> Iterator[Call]:
-    """The calls that `run` wrote, in order."""
+    """Yield the calls that `write_calls` wrote into `folder`, in order."""
     for number, call in enumerate(json.loads((folder / CALLS).read_text())):
-        tensors = load_file(folder / CALL.format(number))
-        parts: dict[str, dict[str, Tensor]] = {"given": {}, "expected": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        yield Call(call["what"], Component(call["component"]), **parts)
+        inputs: dict[str, Tensor] = {}
+        expected: dict[str, Tensor] = {}
+        for name, tensor in load_file(folder / CALL.format(number)).items():
+            if name.startswith("inputs."):
+                inputs[name.removeprefix("inputs.")] = tensor
+            else:
+                expected[name.removeprefix("expected.")] = tensor
+        yield Call(call["description"], Component(call["component"]), inputs, expected)
 
 
 @dataclass(frozen=True)
 class TokenPath:
-    """A greedy generation of PyTorch's in FP32: its inputs, `ids` [1, tokens], and the logits after each in float64."""
+    """A greedy generation of PyTorch's in FP32, with logits in float64.
 
-    given: Mapping[str, Tensor]
+    Attributes:
+        inputs: Inputs of the generation.
+        ids: Ids of the decoder, [1, tokens].
+        logits: Logits after each id, [1, tokens, vocabulary], float64.
+    """
+
+    inputs: Mapping[str, Tensor]
     ids: Tensor
-    logits: Tensor  # [1, tokens, vocabulary]
+    logits: Tensor
 
 
 def read_paths(folder: Path) -> Iterator[TokenPath]:
-    """The paths that `run` wrote, in order."""
+    """Yield the token paths that the stage `reference` wrote into `folder`, in order."""
     for number in itertools.count():
         file = folder / PATH.format(number)
         if not file.is_file():
             return
         tensors = load_file(file)
         ids, logits = tensors.pop("ids"), tensors.pop("logits")
-        yield TokenPath({name.removeprefix("given."): value for name, value in tensors.items()}, ids, logits)
+        yield TokenPath({name.removeprefix("inputs."): value for name, value in tensors.items()}, ids, logits)
 
 
 def write_calls(
-    evaluate: Evaluator, asked: Iterator[tuple[str, dict[Component, Mapping[str, Tensor]]]], out: Path
+    evaluate: Evaluator, requested: Iterator[tuple[str, dict[Component, Mapping[str, Tensor]]]], out: Path
 ) -> int:
-    """Evaluate and write every call, and say how many there are."""
-    described: list[dict[str, str]] = []
-    for what, components in asked:
-        for component, given in components.items():
-            tensors = {f"given.{name}": value for name, value in given.items()}
-            tensors |= {f"expected.{name}": value for name, value in evaluate(component, given).items()}
+    """Evaluate every call and write its inputs and outputs into the folder `out`.
+
+    Args:
+        evaluate: Evaluator in float64.
+        requested: Inputs as `calls` yields them.
+        out: Folder to write into.
+
+    Returns:
+        Number of calls.
+    """
+    descriptions: list[dict[str, str]] = []
+    for description, inputs_of in requested:
+        for component, inputs in inputs_of.items():
+            tensors = {f"inputs.{name}": value for name, value in inputs.items()}
+            tensors |= {f"expected.{name}": value for name, value in evaluate(component, inputs).items()}
             contiguous = {name: value.cpu().contiguous().clone() for name, value in tensors.items()}
-            save_file(contiguous, out / CALL.format(len(described)))
-            described.append({"what": what, "component": str(component)})
-    (out / CALLS).write_text(json.dumps(described))
-    return len(described)
+            save_file(contiguous, out / CALL.format(len(descriptions)))
+            descriptions.append({"description": description, "component": str(component)})
+    (out / CALLS).write_text(json.dumps(descriptions))
+    return len(descriptions)
 
 
-def along(evaluate: Evaluator, given: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """Logits after each of `ids` [1, tokens], all seen at once: [copies, tokens, vocabulary]."""
+def path_logits(evaluate: Evaluator, inputs: Mapping[str, Tensor], ids: Tensor) -> Tensor:
+    """Return the logits after each id, computed in one prefill.
+
+    Args:
+        evaluate: Evaluator of the model.
+        inputs: Inputs of the encoder, if there is one.
+        ids: Ids of the decoder, [1, tokens].
+
+    Returns:
+        Logits, [copies, tokens, vocabulary], in host memory.
+    """
     if Component.ENCODER in evaluate.signatures:
-        evaluate(Component.ENCODER, given)
+        evaluate(Component.ENCODER, inputs)
     return evaluate(Component.PREFILL, decoder_inputs(ids, torch.ones_like(ids)))["logits"].cpu().contiguous()

@@ -1,7 +1,7 @@
-"""PyTorch's own rounding error: the model in float64, and again in its own precision with perturbed inputs.
+"""PyTorch's own rounding error: the model in float64 against its own precision with perturbed inputs.
 
 Trained models have ill-conditioned inputs (attention sinks, outlier channels), where two correct implementations differ
-by far more than elsewhere. How much is a property of the model and its input, so it is measured and not assumed.
+by far more than elsewhere. By how much depends on the model and its input, so it is measured and not assumed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -26,73 +26,78 @@ FACTOR = 8.0
 
 
 class _Float64(TorchFunctionMode):
-    """Keeps float64 values in float64 where a model's code asks for float32, as norms and softmax do.
+    """Mode in which float64 values stay float64 where a model's code asks for float32, as norms and softmax do.
 
-    What is computed from integers, such as positions, keeps the precision that the model's code asks for: its rounding
-    is part of the model, and may decide an integer, as in T5's distance buckets.
+    Values computed from integers, such as positions, keep the precision that the model's code asks for: that rounding
+    is part of the model, and another rounding may give another integer, as in T5's distance buckets.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
+        keywords = dict(kwargs or {})
         if args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
             if func is Tensor.float:
                 return args[0]
-            args = tuple(map(_widened, args))
-            given = {name: _widened(value) for name, value in given.items()}
-        return func(*args, **given)
+            args = tuple(map(_float32_to_float64, args))
+            keywords = {name: _float32_to_float64(value) for name, value in keywords.items()}
+        return func(*args, **keywords)
 
 
-def _widened(value: Any) -> Any:
+def _float32_to_float64(value: Any) -> Any:
+    """Return `torch.float64` for `torch.float32`, and any other argument unchanged."""
     return torch.float64 if value is torch.float32 else value
 
 
 @contextmanager
 def in_float64(model: PreTrainedModel) -> Iterator[None]:
-    """Context in which `model`, in float32, computes in float64 when it is given float64 or integer tensors.
+    """Open a context in which a float32 `model` computes in float64 on float64 or integer inputs.
 
-    Parameters are widened module by module while the module runs, so memory grows by the largest module's own
-    parameters and not by the model.
+    A module's parameters are converted while that module runs, so memory grows by the largest module's own parameters
+    and not by the model.
     """
-    narrow: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
+    originals: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
 
-    def widen(module: nn.Module, _: Any) -> None:
-        own = [one for one in module.parameters(recurse=False) if one.dtype is torch.float32]
-        narrow[module] = [(one, one.data) for one in own]
-        for one in own:
-            one.data = one.data.double()
+    def convert(module: nn.Module, _: Any) -> None:
+        originals[module] = []
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype is torch.float32:
+                originals[module].append((parameter, parameter.data))
+        for parameter, data in originals[module]:
+            parameter.data = data.double()
 
     def restore(module: nn.Module, *_: Any) -> None:
-        for parameter, data in narrow.pop(module):
+        for parameter, data in originals.pop(module):
             parameter.data = data
 
-    holders = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
-    hooks = [module.register_forward_pre_hook(widen) for module in holders]
-    hooks += [module.register_forward_hook(restore) for module in holders]
+    hooks = []
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            hooks.append(module.register_forward_pre_hook(convert))
+            hooks.append(module.register_forward_hook(restore))
     try:
         with _Float64():
             yield
     finally:
         for hook in hooks:
             hook.remove()
-        for module in list(narrow):  # a module that raised
+        for module in list(originals):  # a module that raised was not restored by its hook
             restore(module)
 
 
 @contextmanager
-def _perturbed(model: PreTrainedModel, copies: int, step: float, generator: torch.Generator) -> Iterator[None]:
-    """Context in which every embedding that `model` looks up is off by at most one rounding, but in every `copies`-th
-    row. `step`: the distance of 1 and the next larger number of the model's precision.
-    """
+def _perturbed_embeddings(
+    model: PreTrainedModel, copies: int, epsilon: float, generator: torch.Generator
+) -> Iterator[None]:
+    """Open a context in which `perturb` is applied to the output of every embedding of `model`."""
 
-    def perturb(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:
+    def perturb_output(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:
         if output.ndim < 3 or output.shape[0] % copies:
-            return None  # not looked up row by row, as some positions
-        return perturbed(output, copies, step, generator)
+            return None  # not one row per input row, as with some position embeddings
+        return perturb(output, copies, epsilon, generator)
 
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    hooks = [module.register_forward_hook(perturb) for module in embeddings]
+    hooks = [module.register_forward_hook(perturb_output) for module in embeddings]
     try:
         yield
     finally:
@@ -100,17 +105,32 @@ def _perturbed(model: PreTrainedModel, copies: int, step: float, generator: torc
             hook.remove()
 
 
-def perturbed(values: Tensor, copies: int, step: float, generator: torch.Generator) -> Tensor:
-    """`values` [rows * copies, ...], each times a number within `step / 2` of 1; the first row of its copies stays."""
+def perturb(values: Tensor, copies: int, epsilon: float, generator: torch.Generator) -> Tensor:
+    """Multiply each value by a random number within half an `epsilon` of 1, which changes it by at most one rounding.
+
+    Args:
+        values: Values, [rows * copies, ...]. The first of each row's copies stays unchanged.
+        copies: Copies of each row.
+        epsilon: Distance from 1 to the next larger number of the model's precision.
+        generator: Source of random numbers on the device of `values`.
+
+    Returns:
+        Perturbed values, same shape and dtype.
+    """
     noise = torch.rand(values.shape, generator=generator, device=values.device) - 0.5
     noise[::copies] = 0
-    return (values.float() * (1 + step * noise)).to(values.dtype)
+    return (values.float() * (1 + epsilon * noise)).to(values.dtype)
 
 
 class Evaluator:
-    """Evaluates the components of a model in PyTorch, call by call, several rounding errors at once.
+    """Evaluation of a model's components in PyTorch, over several differently rounded copies of the inputs at once.
 
-    `dtype`: float64, for the values that errors are counted from, or the model's own precision.
+    Attributes:
+        model: Model to evaluate.
+        signatures: Signature of each component.
+        dtype: float64, for the values that errors are counted from, or the model's own precision.
+        copies: Copies of each row: 1 in float64, else `SAMPLES`.
+        runner: Runner that holds the values of earlier calls.
     """
 
     def __init__(
@@ -126,29 +146,41 @@ class Evaluator:
         self._generator = torch.Generator(model.device).manual_seed(seed)
         self.runner = ComponentRunner(signatures, run)
 
-    def __call__(self, component: Component, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs of `role` by name, [rows * copies, ...], the copies of a row beside each other.
+    def __call__(self, component: Component, caller_inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run `component` on the caller's inputs and the outputs of earlier calls, so that errors add up.
 
-        Inputs that earlier calls made are taken from there, so errors add up as they do while generating.
+        Args:
+            component: Component to run.
+            caller_inputs: Its other inputs, [rows, ...].
+
+        Returns:
+            Outputs by name, [rows * copies, ...], the copies of a row next to each other.
         """
         with torch.no_grad(), self._context():
-            return dict(self.runner(component, self._inputs(component, given)))
+            return dict(self.runner(component, self._prepare(component, caller_inputs)))
 
-    def alone(self, component: Component, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same where `inputs` are all that the component takes."""
+    def evaluate_isolated(self, component: Component, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run `component` on all of its inputs, [rows, ...], without the values of earlier calls.
+
+        Returns:
+            Outputs by name, [rows * copies, ...], the copies of a row next to each other.
+        """
         with torch.no_grad(), self._context():
-            return dict(self.runner.run(component, self._inputs(component, inputs)))
-
-    def _inputs(self, component: Component, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        axes = {spec.name: spec.axes for spec in self.signatures[component].inputs}
-        return {name: self._input(value, axes.get(name, {})) for name, value in given.items()}
+            return dict(self.runner.run(component, self._prepare(component, inputs)))
 
     def _context(self) -> Any:
+        """Return the context in which the model computes in `dtype`."""
         if self.dtype is torch.float64:
             return in_float64(self.model)
-        return _perturbed(self.model, self.copies, torch.finfo(self.dtype).eps, self._generator)
+        return _perturbed_embeddings(self.model, self.copies, torch.finfo(self.dtype).eps, self._generator)
 
-    def _input(self, value: Tensor, axes: Mapping[int, str]) -> Tensor:
+    def _prepare(self, component: Component, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the component's inputs on the model's device, copied along the batch, in `dtype`, and perturbed."""
+        axes = {spec.name: spec.axes for spec in self.signatures[component].inputs}
+        return {name: self._prepare_tensor(value, axes.get(name, {})) for name, value in inputs.items()}
+
+    def _prepare_tensor(self, value: Tensor, axes: Mapping[int, str]) -> Tensor:
+        """Prepare one input as `_prepare` does; `axes` maps its dimensions to their names."""
         value = value.to(self.model.device)
         if axes.get(0) == "batch":
             value = value.repeat_interleave(self.copies, 0)
@@ -157,26 +189,40 @@ class Evaluator:
         value = value.to(self.dtype)
         if self.copies == 1:
             return value
-        return perturbed(value, self.copies, torch.finfo(self.dtype).eps, self._generator)
+        return perturb(value, self.copies, torch.finfo(self.dtype).eps, self._generator)
 
 
-def allowed_errors(own: Tensor | None, scale: float, tolerance: float, like: Tensor) -> Tensor:
-    """How far each token may be off, [rows, tokens], relative to `scale`, the output's largest magnitude.
+def allowed_errors(torch_error: Tensor | None, scale: float, tolerance: float, like: Tensor) -> Tensor:
+    """Return the error that each token may have: the larger of `tolerance` and `FACTOR` times PyTorch's own error.
 
-    The larger of `tolerance` and `FACTOR` times what PyTorch itself is off by there. `own`: that, absolute; None where
-    it isn't known. What is not finite says nothing. `like`: a tensor of that shape.
+    Where PyTorch's own error is not finite, `tolerance` alone counts.
+
+    Args:
+        torch_error: PyTorch's own absolute error, [rows, tokens]; None if it isn't known.
+        scale: Largest magnitude of the output.
+        tolerance: Error allowed everywhere, relative to `scale`.
+        like: Tensor whose shape, dtype and device the result has if `torch_error` is None.
+
+    Returns:
+        Allowed errors relative to `scale`, [rows, tokens].
     """
-    if own is None:
+    if torch_error is None:
         return torch.full_like(like, tolerance)
-    theirs = own / scale
-    return torch.where(theirs.isfinite(), FACTOR * theirs, 0.0).clamp_min(tolerance)
+    relative = torch_error / scale
+    return torch.where(relative.isfinite(), FACTOR * relative, 0.0).clamp_min(tolerance)
 
 
 def root_mean_square(found: Tensor, expected: Tensor, copies: int) -> Tensor:
-    """Root of the mean square of a token's largest error, over the copies of its row.
+    """Return the root mean square, over the copies of a row, of each token's largest error.
 
-    `found`: [rows * copies, ..., tokens, features]. `expected`: [rows, ..., tokens, features]. Returns [rows, tokens].
+    Args:
+        found: Values of all copies, [rows * copies, ..., tokens, features].
+        expected: Values in float64, [rows, ..., tokens, features].
+        copies: Copies of each row.
+
+    Returns:
+        Absolute errors, [rows, tokens], float64.
     """
     errors = token_errors(found, expected.repeat_interleave(copies, 0))  # [rows * copies, tokens]
-    mean: Tensor = errors.view(-1, copies, errors.shape[1]).square().mean(1)
-    return mean.sqrt()
+    mean_square: Tensor = errors.view(-1, copies, errors.shape[1]).square().mean(1)  # [rows, tokens]
+    return mean_square.sqrt()

@@ -1,4 +1,4 @@
-"""Trials of a plan: the graph with its values rounded, on inputs whose FP32 outputs are known."""
+"""Sensitivity trials of a precision plan: a graph with rounded values, on inputs whose FP32 outputs are recorded."""
 
 import math
 from collections.abc import Container, Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accel.adapters.types import Component
 from accel.evaluation.calibration_data import Call
-from accel.evaluation.compare import error, visible
+from accel.evaluation.compare import error, output_mask
 from accel.graph import files
 from accel.graph.precision import plan
 from accel.graph.precision.emulate import round_values
@@ -20,39 +20,46 @@ from accel.graph.precision.observer import ValueStatistics, infer_types
 from accel.runtime.providers import RUNTIME_ERRORS
 from accel.runtime.session import HostSession, SessionSettings
 
-STEPS = (0, 3, 15, 31)  # of those that follow a batch's first token, the ones that are compared
+RECORDED_DECODE_STEPS = (0, 3, 15, 31)  # decode steps of each batch whose outputs are compared
 SLACK = 1.25  # a smaller plan may be this much further from FP32 than the rules' own, on each kind of input
 
 
 @dataclass
-class Result:
-    """Kind of input -> how far the outputs of each call were from FP32, the furthest of each; and at how many of the
-    tokens the likeliest was another.
+class TrialResult:
+    """Distance of a plan's outputs from FP32.
+
+    Attributes:
+        errors: Kind of input -> relative error of each call, that of its worst output.
+        changed: Tokens at which another id became the likeliest.
     """
 
     errors: dict[str, list[float]] = field(default_factory=dict)
     changed: int = 0
 
     def error(self, kind: str) -> float:
-        """Root of the mean square over the calls."""
-        found = self.errors[kind]
-        return math.sqrt(sum(value**2 for value in found) / len(found))
+        """Return the root mean square of the errors over the calls of one kind of input."""
+        errors = self.errors[kind]
+        return math.sqrt(sum(value**2 for value in errors) / len(errors))
 
     @property
     def finite(self) -> bool:
+        """Return whether all errors are finite."""
         return all(math.isfinite(self.error(kind)) for kind in self.errors)
 
-    def within(self, other: "Result") -> bool:
-        """Whether this is as good as `other`, but for `SLACK`."""
+    def within(self, other: "TrialResult") -> bool:
+        """Return whether this result is as good as `other`, up to a factor of `SLACK` on each kind of input."""
         if self.changed > other.changed or not self.finite:
             return False
         return all(self.error(kind) <= SLACK * other.error(kind) for kind in self.errors)
 
 
 class Recorder:
-    """Runs FP32 graphs, and keeps what some of the calls of a role were given and what they gave, in files.
+    """Runs of FP32 graphs whose inputs and outputs are written to files, for some of the calls.
 
-    `kinds`: what each batch is, by its number. `calls`: role -> kind and file of each call.
+    Attributes:
+        folder: Folder of the files.
+        kinds: Kind of each batch, by its index.
+        calls: Component -> (kind of batch, file) of each recorded call.
     """
 
     def __init__(self, folder: Path, kinds: Sequence[str]) -> None:
@@ -60,27 +67,43 @@ class Recorder:
         self.calls: dict[Component, list[tuple[str, Path]]] = {}
 
     def open(self, component: Component, path: Path, settings: SessionSettings) -> Call:
-        session = HostSession(path, settings)
-        kept = self.calls.setdefault(component, [])
-        done: dict[int, int] = {}  # batch -> calls so far
+        """Open a component's graph and return a function that runs it and records some of its calls.
 
-        def call(number: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            found = session(inputs)
-            place = done[number] = done.get(number, -1) + 1
-            if component is not Component.DECODE or place in STEPS:
-                path = self.folder / f"{component}-{number}-{place}.call"
-                kept.append((self.kinds[number], path))
+        All calls of encoder and prefill are recorded, and of decode those at `RECORDED_DECODE_STEPS`.
+        """
+        session = HostSession(path, settings)
+        recorded = self.calls.setdefault(component, [])
+        next_step: dict[int, int] = {}  # index of a batch -> number of its calls so far
+
+        def call(index: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            outputs = session(inputs)
+            step = next_step.get(index, 0)
+            next_step[index] = step + 1
+            if component is not Component.DECODE or step in RECORDED_DECODE_STEPS:
+                file = self.folder / f"{component}-{index}-{step}.call"
+                recorded.append((self.kinds[index], file))
                 tensors = {f"in.{name}": inputs[name] for name in session.inputs}
-                tensors |= {f"out.{name}": tensor for name, tensor in found.items()}
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-            return found
+                tensors |= {f"out.{name}": tensor for name, tensor in outputs.items()}
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+            return outputs
 
         return call
 
 
 @dataclass(frozen=True)
 class SensitivityTrial:
-    """One role's graph, to be tried with other plans. `growing`: outputs that are the decoder's own caches."""
+    """One component's FP32 graph, to be run with its values rounded as different plans ask for.
+
+    Attributes:
+        component: Component that the graph computes.
+        graph: File of the FP32 graph.
+        calls: (kind of batch, file) of each recorded call.
+        settings: Settings of the sessions.
+        format: Format of 16 bits that values are rounded to.
+        overflow_margin: Factor by which values must stay below the format's largest number.
+        statistics: Value -> its calibration statistics.
+        self_attention_caches: Names of the outputs that are caches of the decoder's own keys and values.
+    """
 
     component: Component
     graph: Path
@@ -89,46 +112,54 @@ class SensitivityTrial:
     format: Format
     overflow_margin: float
     statistics: Mapping[str, ValueStatistics]
-    growing: Container[str]
+    self_attention_caches: Container[str]
 
-    def __call__(self, chosen: plan.Plan, allowed: float = math.inf) -> Result:
-        """Run every call with the values rounded as the plan says.
+    def __call__(self, precision_plan: plan.Plan, allowed: float = math.inf) -> TrialResult:
+        """Run the recorded calls with values rounded as the plan asks for, and compare the outputs with FP32.
 
-        Values that come within the margin of the format's limit overflow, so that a plan keeps the margin, too. It
-        stops where outputs are not finite, or more than `allowed` tokens changed.
+        Values within the overflow margin of the format's limit are made to overflow, so that a plan that lowers them
+        fails.
+
+        Args:
+            precision_plan: Plan to try.
+            allowed: Changed tokens after which the trial stops early. It also stops at outputs that are not finite.
         """
         model = files.load(self.graph)
         infer_types(model)
         plan.clamp_masks(model, self.format)
-        round_values(model, chosen, self.format, self._headroom())
+        round_values(model, precision_plan, self.format, self._overflow_scales())
         session = HostSession(files.dump(model), self.settings)
         del model
-        result = Result()
+        result = TrialResult()
         for kind, path in self.calls:
             tensors = load_file(path)
-            given = {name.removeprefix("in."): value for name, value in tensors.items() if name.startswith("in.")}
+            inputs = {name.removeprefix("in."): value for name, value in tensors.items() if name.startswith("in.")}
             try:
-                found = session(given)
-            except RUNTIME_ERRORS:  # an index made of NaN
-                return Result({kind: [math.inf]})
+                outputs = session(inputs)
+            except RUNTIME_ERRORS:  # an index computed from NaN
+                return TrialResult({kind: [math.inf]})
             expected = {name: tensors[f"out.{name}"] for name in session.outputs}
-            errors = [self._error(name, found[name], expected[name], given) for name in session.outputs]
+            errors = [self._error(name, outputs[name], expected[name], inputs) for name in session.outputs]
             result.errors.setdefault(kind, []).append(max(errors))
-            if "logits" in found:
-                likeliest, right = (logits["logits"][:, -1].argmax(-1) for logits in (found, expected))
-                result.changed += int((likeliest != right).sum())
+            if "logits" in outputs:
+                likeliest = outputs["logits"][:, -1].argmax(-1)  # [rows]
+                expected_likeliest = expected["logits"][:, -1].argmax(-1)
+                result.changed += int((likeliest != expected_likeliest).sum())
             if not result.finite or result.changed > allowed:
                 return result
         return result
 
-    def _error(self, name: str, found: Tensor, expected: Tensor, given: Mapping[str, Tensor]) -> float:
-        apart = error(found, expected, visible(self.component, name, given, expected, self.growing))
-        return apart if math.isfinite(apart) else math.inf  # NaN compares with nothing
+    def _error(self, name: str, found: Tensor, expected: Tensor, inputs: Mapping[str, Tensor]) -> float:
+        """Return the relative error of one output; infinite for NaN, which `max` would lose."""
+        mask = output_mask(self.component, name, inputs, expected, self.self_attention_caches)
+        relative = error(found, expected, mask)
+        return relative if math.isfinite(relative) else math.inf
 
-    def _headroom(self) -> dict[str, float]:
-        """Value -> a power of two that takes what lies within the margin beyond the limit."""
+    def _overflow_scales(self) -> dict[str, float]:
+        """Return a power of two for every value within the overflow margin, to scale it beyond the format's limit."""
         scale = 2.0 ** torch.tensor(self.overflow_margin).log2().ceil().item()
-        near = (
-            name for name, held in self.statistics.items() if held.largest * self.overflow_margin > self.format.largest
-        )
-        return dict.fromkeys(near, scale)
+        scales = {}
+        for name, statistics in self.statistics.items():
+            if statistics.largest * self.overflow_margin > self.format.largest:
+                scales[name] = scale
+        return scales

@@ -1,1 +1,1 @@
-"""Rewriting of ONNX graphs with onnx_ir. Knows neither torch nor Hydra."""
+"""Analysis and rewriting of ONNX graphs with onnx_ir, independent of torch and Hydra."""

@@ -4,6 +4,6 @@ import onnx_ir as ir
 
 
 def has_subgraph(node: ir.Node) -> bool:
-    """Whether the node is a control-flow operator, such as `If`, `Loop` or `Scan`."""
-    kinds = (attribute.type for attribute in node.attributes.values())
-    return any(kind in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for kind in kinds)
+    """Return whether the node is a control-flow operator, such as `If`, `Loop` or `Scan`."""
+    graph_types = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(attribute.type in graph_types for attribute in node.attributes.values())

@@ -1,4 +1,4 @@
-"""Reading and writing graphs: the small ones whole, the others with their weights in one file beside them."""
+"""Reading and writing of ONNX files, with large weights in an external data file beside the graph."""
 
 from pathlib import Path
 
@@ -7,58 +7,69 @@ from onnx_ir.passes.common import TopologicalSortPass
 
 from accel.graph.weights import fingerprint, initializers
 
-EXTERNAL_ABOVE = 1_000_000  # bytes of weights in a graph before they move to a file of their own
-INLINE_BELOW = 1024  # bytes of one tensor; shapes and scalars stay in the graph, where shape inference finds them
+EXTERNAL_ABOVE = 1_000_000  # bytes of all weights; those of larger models go to an external data file
+INLINE_BELOW = 1024  # bytes of one tensor; smaller ones stay in the graph, where shape inference can read them
 
 
 def data_name(path: Path) -> str:
-    """Name of the external data file that belongs to the graph at `path`."""
+    """Return the name of the external data file that belongs to the graph at `path`."""
     return f"{path.name}.data"
 
 
 def load(path: Path) -> ir.Model:
-    """The graph at `path`. Weights are mapped from disk, not read."""
+    """Load the model at `path`. External weights are memory-mapped when they are first read."""
     return ir.load(path)
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Write `model` to `path`, nodes in topological order, and its weights to `<path>.data` when they are large.
+    """Write a model to `path`, and its weights to `<path>.data` if they exceed `EXTERNAL_ABOVE`.
 
-    Leaves the model's initializers as they were: they keep pointing at where they came from.
+    Nodes are sorted topologically, in place. The initializers of a model that is saved with external data are
+    unchanged: they don't refer to the new file.
     """
     TopologicalSortPass()(model)
     if weight_bytes(model) > EXTERNAL_ABOVE:
         ir.save(model, path, external_data=data_name(path), size_threshold_bytes=INLINE_BELOW)
     else:
-        ir.external_data.load_to_model(model)  # a graph that shrank leaves its old data file behind
+        # Weights may be external, in the file of a larger model that this one was derived from.
+        ir.external_data.load_to_model(model)
         ir.save(model, path)
 
 
 def dump(model: ir.Model) -> bytes:
-    """The graph alone, for a session that is told in which folder its weights lie."""
+    """Serialize a model without its external weights, for a session that is given the folder of their data file."""
     dumped: bytes = ir.to_proto(model).SerializeToString()
     return dumped
 
 
 def save_graph(model: ir.Model, path: Path) -> None:
-    """Write the graph alone: weights that lie in a data file stay there, and a link to it must lie beside `path`."""
+    """Write a model to `path` without its external weights, whose data file must be, or be linked, beside `path`.
+
+    Nodes are sorted topologically, in place.
+    """
     TopologicalSortPass()(model)
     ir.save(model, path)
 
 
 def save_beside(model: ir.Model, path: Path, other: Path) -> None:
-    """Write the graph alone: weights that it has in common with the one at `other`, in the same folder, stay in that
-    one's data file. What is its own goes into the graph.
+    """Write a model to `path` so that it shares weights with another in the same folder.
+
+    Weights of equal content are read from the other model's external data file. All others are stored in the graph.
+
+    Args:
+        model: Model to write. Its initializers are changed to refer to those files.
+        path: File to write.
+        other: Graph of the model to share weights with, in the folder of `path`.
     """
-    known = {fingerprint(value): value.const_value for value in initializers(load(other))}
+    tensors = {fingerprint(value): value.const_value for value in initializers(load(other))}
     for value in initializers(model):
-        value.const_value = known.get(fingerprint(value), value.const_value)
-    _gather(model, other)
+        value.const_value = tensors.get(fingerprint(value), value.const_value)
+    _load_foreign_weights(model, other)
     save_graph(model, path)
 
 
-def _gather(model: ir.Model, other: Path) -> None:
-    """Read what lies in data files other than that of the graph at `other`."""
+def _load_foreign_weights(model: ir.Model, other: Path) -> None:
+    """Load external weights into memory, except those in the data file of the graph at `other`."""
     for value in initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path) != other.parent / data_name(other):
@@ -66,15 +77,10 @@ def _gather(model: ir.Model, other: Path) -> None:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers, subgraphs included, each at its own type."""
-    return sum(
-        value.const_value.nbytes
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if value.const_value is not None
-    )
+    """Return the bytes of all initializers, those of subgraphs included."""
+    return sum(value.const_value.nbytes for value in initializers(model) if value.const_value is not None)
 
 
 def node_count(model: ir.Model) -> int:
-    """Nodes of the graph and of all its subgraphs."""
+    """Return the number of nodes, those of subgraphs included."""
     return sum(1 for _ in model.graph.all_nodes())

@@ -1,75 +1,108 @@
-"""What the exporter noted about a value's shape, as far as it is certain."""
+"""Queries about values, shapes and constants, and initializers that hold integers."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from accel.graph.build import add_initializer
+
 Dims = tuple[int | str, ...]
 HEADS = (0, 2, 1, 3)  # [B, T, H, K] -> [B, H, T, K] and back
+KEYS = (0, 1, 3, 2)  # [B, H, T, K] -> [B, H, K, T]
 
 
 def dims(value: ir.Value | None) -> Dims | None:
-    """Lengths and symbols of all axes; None if the rank or any axis is unknown. Equal symbols are equal lengths."""
+    """Return the length or symbol of each axis; None if the rank or any axis is unknown.
+
+    Equal symbols stand for equal lengths.
+    """
     if value is None or value.shape is None:
         return None
-    found = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
-    known = tuple(dim for dim in found if dim is not None)
-    return known if len(known) == len(found) else None
+    axes: list[int | str] = []
+    for dim in value.shape:
+        axis = dim if isinstance(dim, int) else dim.value
+        if axis is None:
+            return None
+        axes.append(axis)
+    return tuple(axes)
 
 
 def is_vector(value: ir.Value | None, length: int | str) -> bool:
-    """Whether `value` has one axis, of that length."""
+    """Return whether `value` has one axis, of that length."""
     return dims(value) == (length,)
 
 
 def used_once(value: ir.Value) -> bool:
-    """Whether exactly one node reads `value`, once, and no caller does."""
+    """Return whether exactly one node reads `value`, once, and it is no graph output."""
     return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def made_by(value: ir.Value | None, *ops: str) -> ir.Node | None:
-    """The node that computes `value`, if it is one of these standard operators."""
+    """Return the node that computes `value` if its operator is one of `ops`, in ONNX's own domain; else None."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.domain == "" and node.op_type in ops else None
 
 
 def scalar(value: ir.Value | None) -> float | None:
-    """The number that a constant of one element holds; None for anything else."""
+    """Return the number in a constant of one element; None for any other value."""
     tensor = ir.convenience.get_const_tensor(value) if value is not None else None
     return float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None
 
 
-def order(turn: ir.Node) -> tuple[int, ...]:
-    """The axes of a `Transpose`, as it spells them; empty if it reverses them all by default."""
-    return tuple(turn.attributes.get_ints("perm", ()))
+def permutation(transpose: ir.Node) -> tuple[int, ...]:
+    """Return the attribute `perm` of a `Transpose`; empty if it is absent, which reverses all axes."""
+    return tuple(transpose.attributes.get_ints("perm", ()))
 
 
-def reshape_target(given: ir.Value | None, made: ir.Value) -> tuple[int, ...] | None:
-    """A constant that makes a `Reshape` turn the shape of `given` into that of `made`; None if none can.
+def reshape_target(source: ir.Value | None, result: ir.Value) -> tuple[int, ...] | None:
+    """Return a constant second input for a `Reshape` of `source` into the shape of `result`; None if there is none.
 
-    An axis that keeps its place and length is written 0, which copies it.
+    Symbolic axes of equal position and length are written 0, which copies the input's length. One symbolic axis may be
+    written -1, which infers its length, if none is written 0.
     """
-    wanted = dims(made)
-    if wanted is None or 0 in wanted:  # a 0 would copy
+    shape, source_shape = dims(result), dims(source) or ()
+    if shape is None or 0 in shape:  # a length of 0 would copy
         return None
-    source: Dims = dims(given) or ()
-    kept = [index < len(source) and dim == source[index] for index, dim in enumerate(wanted)]
-    target = tuple(dim if isinstance(dim, int) else 0 if same else -1 for dim, same in zip(wanted, kept, strict=True))
-    return target if -1 not in target or (target.count(-1) == 1 and 0 not in target) else None
+    target = []
+    for axis, dim in enumerate(shape):
+        if isinstance(dim, int):
+            target.append(dim)
+        elif axis < len(source_shape) and source_shape[axis] == dim:
+            target.append(0)
+        else:
+            target.append(-1)
+    inferred = target.count(-1)
+    return tuple(target) if inferred == 0 or (inferred == 1 and 0 not in target) else None
 
 
-def integers(graph: ir.Graph, kind: str, values: Sequence[int]) -> ir.Value:
-    """An initializer that holds `values`, one for each kind and content, of the same name in every graph."""
-    name = "_".join((kind, *map(str, values)))
+def broadcast(shapes: Sequence[Dims]) -> Dims | None:
+    """Return the shape that all `shapes` broadcast to; None if symbols leave it open."""
+    rank = max((len(shape) for shape in shapes), default=0)
+    result: list[int | str] = []
+    for axis in range(-rank, 0):
+        lengths = {shape[axis] for shape in shapes if len(shape) >= -axis}
+        lengths.discard(1)
+        if len(lengths) > 1:
+            return None
+        result.append(lengths.pop() if lengths else 1)
+    return tuple(result)
+
+
+def integers(graph: ir.Graph, prefix: str, values: Sequence[int]) -> ir.Value:
+    """Return an initializer that holds a vector of int64, registered at first use.
+
+    Its name is made of `prefix` and the values, and so is the same in every graph, as sharing of weights needs it.
+    """
+    name = "_".join((prefix, *map(str, values)))
     if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(np.array(values, np.int64), name=name)))
+        add_initializer(graph, name, np.array(values, np.int64))
     return graph.initializers[name]
 
 
 def integer(graph: ir.Graph, value: int) -> ir.Value:
-    """An initializer that holds one number, as a scalar, of the same name in every graph."""
+    """Return an initializer that holds an int64 scalar, registered at first use, of the same name in every graph."""
     name = f"scalar_{value}"
     if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(value, ir.DataType.INT64, name=name)))
+        add_initializer(graph, name, np.array(value, np.int64))
     return graph.initializers[name]

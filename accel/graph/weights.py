@@ -1,4 +1,4 @@
-"""Initializers compared by content: which weights two graphs share."""
+"""Comparison of initializers by content, to find the weights that graphs have in common."""
 
 import hashlib
 from collections.abc import Iterable
@@ -7,7 +7,11 @@ import onnx_ir as ir
 
 
 def fingerprint(value: ir.Value) -> tuple[str, tuple[int, ...], str]:
-    """Type, shape and SHA-256 of an initializer's content."""
+    """Return dtype, shape and SHA-256 of an initializer's content.
+
+    Raises:
+        ValueError: `value` has no content.
+    """
     tensor = value.const_value
     if tensor is None:
         raise ValueError(f"{value.name} is not an initializer with a value")
@@ -15,11 +19,15 @@ def fingerprint(value: ir.Value) -> tuple[str, tuple[int, ...], str]:
 
 
 def initializers(model: ir.Model) -> list[ir.Value]:
-    """Every initializer that has a value, of the graph and of all its subgraphs."""
+    """Return all initializers that have content, of the main graph and its subgraphs."""
     return [value for graph in model.graphs() for value in graph.initializers.values() if value.const_value is not None]
 
 
 def shared_bytes(first: Iterable[ir.Value], second: Iterable[ir.Value]) -> int:
-    """Bytes of the initializers of `second` whose content `first` holds too."""
-    known = {fingerprint(value) for value in first}
-    return sum(value.const_value.nbytes for value in second if value.const_value and fingerprint(value) in known)
+    """Return the bytes of those initializers in `second` whose content is also in `first`."""
+    fingerprints = {fingerprint(value) for value in first}
+    total = 0
+    for value in second:
+        if value.const_value is not None and fingerprint(value) in fingerprints:
+            total += value.const_value.nbytes
+    return total

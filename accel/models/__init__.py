@@ -1,4 +1,5 @@
-"""What a user's process imports: a deployable's folder opened as a model with transformers' `generate`.
+"""Loading of deployables: a folder opened as a model with transformers' `generate`.
 
-Imports `runtime` and what is below it; no stage, no graph pass, no Hydra.
+A user's process imports this package, so it imports `accel.runtime` and the layers below only: no stage, no graph pass,
+no Hydra.
 """

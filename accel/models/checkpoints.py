@@ -1,4 +1,4 @@
-"""A checkpoint as a folder on this machine, wherever it comes from, and the PyTorch model in it."""
+"""Checkpoints as local folders, wherever they come from, and the PyTorch models in them."""
 
 from pathlib import Path
 
@@ -12,67 +12,90 @@ from accel.config.schema import ModelConfig
 from accel.errors import AccelError
 from accel.models.model_class import model_class, obstacle
 
-BUILT_IN = Path(__file__).parents[1] / "data" / "checkpoints"
+BUILT_IN = Path(__file__).parents[1] / "data" / "checkpoints"  # folders of the checkpoints that ship with accel
+BUILT_IN_PREFIX = "accel://"
+# Patterns of files on the hub, in order of preference: pickles are downloaded only where there are no safetensors.
 WEIGHTS = ("*.safetensors", "*.bin")
-DESCRIPTION = ("*.json", "*.model", "*.txt", "*.tsv")
+CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.tsv")
 
 
 def locate(model: ModelConfig, *, weights: bool = True) -> Path:
-    """The local folder of a pretrained checkpoint: a folder, a model that ships with accel, or a hub id.
+    """Return the local folder of a pretrained checkpoint, downloaded from the hub where needed.
 
-    With `weights=False` only the description is fetched from the hub. Raises `AccelError`.
+    Args:
+        model: Model config. Its `checkpoint` is a local folder, a checkpoint that ships with accel (`accel://NAME`), or
+            a model id on the Hugging Face hub.
+        weights: Download the weights too. Otherwise the hub is only asked for configuration and tokenizer files.
+
+    Raises:
+        AccelError: The folder doesn't exist or has no config.json, or the download failed.
     """
     name = str(model.checkpoint)
-    for folder in (Path(name).expanduser(), BUILT_IN / name.removeprefix("accel://")):
-        if folder.is_dir() and (folder.parent != BUILT_IN or name.startswith("accel://")):
+    built_in = name.startswith(BUILT_IN_PREFIX)
+    for folder in (Path(name).expanduser(), BUILT_IN / name.removeprefix(BUILT_IN_PREFIX)):
+        # a checkpoint that ships with accel needs the prefix: its bare name is a model id on the hub
+        if folder.is_dir() and (built_in or folder.parent != BUILT_IN):
             if not (folder / "config.json").is_file():
                 raise AccelError(f"checkpoint {name!r} holds no config.json: not a Hugging Face model folder")
             return folder.resolve()
-    if name.startswith(("/", ".", "~", "accel://")) or name.count("/") > 1:
+    if name.startswith(("/", ".", "~", BUILT_IN_PREFIX)) or name.count("/") > 1:  # can't be a model id on the hub
         raise AccelError(f"checkpoint folder {name!r} doesn't exist")
     return _download(name, model.revision, weights)
 
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:
+    """Download a checkpoint from the hub and return its folder in the hub's local cache."""
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(DESCRIPTION)))
-        for pattern in WEIGHTS if weights else ():  # safetensors if there are any, pickles only as the last resort
-            snapshot_download(name, revision=revision, allow_patterns=[pattern])
-            if any(folder.glob(pattern)):
-                break
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(CONFIG_AND_TOKENIZER)))
+        if weights:
+            for pattern in WEIGHTS:
+                snapshot_download(name, revision=revision, allow_patterns=[pattern])
+                if any(folder.glob(pattern)):
+                    break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise AccelError(
-            f"can't get checkpoint {name!r} from the Hugging Face hub: {str(error).splitlines()[0]}\n"
-            "Without the hub: model.checkpoint=FOLDER takes a local Hugging Face folder, and model.weights=random\n"
-            "builds the model from its dimensions (for structure and latency, not text)."
+            f"can't download checkpoint {name!r} from the Hugging Face hub: {str(error).splitlines()[0]}\n"
+            "Without the hub: model.checkpoint=FOLDER uses a local Hugging Face folder; model.weights=random builds\n"
+            "the model with random weights from its config (for graph structure and latency, not for text)."
         ) from error
     return folder
 
 
 def model_config(model: ModelConfig) -> PretrainedConfig:
-    """The Hugging Face config of what `model` names. Raises `AccelError` if there is none or its type is unknown."""
+    """Return the Hugging Face config of the model that `model` names.
+
+    Raises:
+        AccelError: There is no such config, or transformers doesn't know its model type.
+    """
     try:
         if model.weights == "random" and model.config:
             values = dict(model.config)
-            described: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+            config: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
         else:
-            described = AutoConfig.from_pretrained(locate(model, weights=False))
-        return described
+            config = AutoConfig.from_pretrained(locate(model, weights=False))
+        return config
     except (ValueError, KeyError) as error:
         raise AccelError(f"checkpoint {model.checkpoint!r}: {str(error).splitlines()[0]}") from error
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str | None = "eager") -> PreTrainedModel:
-    """The PyTorch model in `folder`, on the CPU, in evaluation mode. `attention=None`: as transformers chooses it.
+    """Load the PyTorch model in `folder` on the CPU, in evaluation mode.
 
-    In FP16, transformers keeps in FP32 what the model's class names in `_keep_in_fp32_modules`.
+    Args:
+        folder: Hugging Face model folder.
+        dtype: Type of the weights. In FP16, transformers keeps in FP32 the modules that the model's class names in
+            `_keep_in_fp32_modules`.
+        attention: transformers' `attn_implementation`; None for transformers' default.
+
+    Raises:
+        AccelError: accel can't export a model of this type, or the weights are damaged.
     """
     config = AutoConfig.from_pretrained(folder)
-    kind = model_class(config)
-    if kind is None:
+    transformers_class = model_class(config)
+    if transformers_class is None:
         raise AccelError(f"{folder / 'config.json'}: {obstacle(config)}")
     try:
-        model: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        model: PreTrainedModel = transformers_class.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
     except SafetensorError as error:
         raise AccelError(f"the weights in {str(folder)!r} are damaged: {error}") from error
     model.eval()

@@ -1,4 +1,4 @@
-"""Opens a deployable's folder as a model with `generate`."""
+"""Loading of a deployable's folder as a model with `generate`."""
 
 import json
 import logging
@@ -23,25 +23,39 @@ from accel.runtime.static_cache import open_static
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-# Names that options of `load` may never have: they say where a model on the hub lies, and what may be done with it.
+# Names that options of `load` may never have. They are kept for loading from the hub: location and permissions.
 RESERVED = frozenset({"revision", "subfolder", "token", "check", "trust_remote_code"})
 
 
 def open_model(folder: Path, runtime: RuntimeConfig) -> AcceleratedModel:
-    """The model in a deployable's or a candidate's folder. Raises `AccelError` if there is none."""
+    """Open the model in a folder that accel made, verified or not.
+
+    Args:
+        folder: A deployable or an unverified bundle.
+        runtime: Execution provider, session options and caches to run it with.
+
+    Raises:
+        AccelError: The folder holds no merged decoder.
+    """
     if not (folder / layout.DECODER).is_file():
         raise AccelError(f"{str(folder)!r} holds no {layout.DECODER}: not a folder that accel made")
     return as_model(_open_runtime(folder, runtime), folder)
 
 
 def _open_runtime(folder: Path, runtime: RuntimeConfig) -> Runtime[Any]:
+    """Open the sessions of `folder`, with static caches if `runtime` asks for them and the folder has their graph."""
     settings = SessionSettings.of(runtime)
     if not runtime.static:
         return open_dynamic(folder, settings, runtime.device)
     if not (folder / layout.STATIC_DECODE).is_file():
-        logger.warning("%s holds no %s: its caches grow, whatever runtime.static says", folder, layout.STATIC_DECODE)
+        logger.warning(
+            "%s: runtime.static=true has no effect, dynamic caches are used: the folder holds no %s. "
+            "Build it again with convert.static_decode=true",
+            folder,
+            layout.STATIC_DECODE,
+        )
         return open_dynamic(folder, settings, runtime.device)
-    opened = open_static(
+    static_runtime = open_static(
         folder,
         settings,
         runtime.device,
@@ -49,69 +63,73 @@ def _open_runtime(folder: Path, runtime: RuntimeConfig) -> Runtime[Any]:
         session=runtime.static_session,
         environment=runtime.static_environment,
         capture=runtime.capture,
-        batches=runtime.capture_batch_sizes,
+        capture_batch_sizes=runtime.capture_batch_sizes,
     )
-    opened.prepare()
-    return opened
+    static_runtime.prepare()
+    return static_runtime
 
 
 def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:
-    """`runtime` with the config and the generation config in `folder`."""
+    """Return a model over `runtime`, with the config and the generation config in `folder`."""
     config = AutoConfig.from_pretrained(folder)
-    described = (folder / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(folder) if described else GenerationConfig.from_model_config(config)
-    return model_over(runtime, config, generation)
+    if (folder / "generation_config.json").is_file():
+        generation_config = GenerationConfig.from_pretrained(folder)
+    else:
+        generation_config = GenerationConfig.from_model_config(config)
+    return model_over(runtime, config, generation_config)
 
 
 def verification_of(folder: Path) -> dict[str, object] | None:
-    """What `verify` wrote into a deployable; None for a candidate."""
+    """Return the verification result that `verify` wrote into a deployable; None for an unverified bundle."""
     path = folder / layout.VERDICT
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def built_runtime(folder: Path) -> dict[str, Any] | None:
-    """The runtime that a deployable was built and verified for, as JSON; None where nobody noted it."""
+    """Return the runtime config that a deployable was built and verified for, as JSON; None if it records none."""
     path = folder / layout.MANIFEST
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["config"]["runtime"]
+        runtime: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["config"]["runtime"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found
+    return runtime
 
 
-def load(folder: str | Path, runtime: str = "auto", **options: Any) -> AcceleratedModel:
+def load(folder: str | Path, runtime: str = AUTO, **options: Any) -> AcceleratedModel:
     """Open the model in a folder that accel made, ready for `generate`.
 
-    Args:
-        folder: A deployable, or an unverified candidate, which is said.
-        runtime: A preset, by the name of its YAML file in a group `runtime`. `auto`: what the deployable was built for
-            where that can run here, else `cuda` where there is a GPU, else `cpu`.
-        options: Values in place of the preset's, by the names of `accel.config.schema.RuntimeConfig`: `threads=1`,
-            `buckets=[128, 1024]`, `session={...}`, `provider_options={...}`. What is not given is as the deployable
-            was built with, where that was the same preset.
+    Works in any thread, in several threads at once, and inside a Hydra application.
 
-    Works in any thread, several times at once, and inside a Hydra application.
+    Args:
+        folder: A deployable, or an unverified bundle, for which a warning is logged.
+        runtime: Preset: name of a YAML file in a config group `runtime`. `auto` is the preset that the deployable was
+            built for, if this machine can run it; otherwise `cuda` on a machine with a GPU and `cpu` elsewhere.
+        options: Values that replace the preset's, by the field names of `accel.config.schema.RuntimeConfig`:
+            `threads=1`, `buckets=[128, 1024]`, `session={...}`, `provider_options={...}`. All other values are the ones
+            that the deployable was built with, if that was with the same preset, and the preset's otherwise.
+
+    Returns:
+        The model. Close it, or use it as a context manager, to free its sessions.
 
     Raises:
-        AccelError: The folder holds no deployable, the preset or an option doesn't exist, or a value or the device
-            can't be used.
+        AccelError: The folder was not made by accel, the preset or an option doesn't exist, an option's value is
+            invalid, or the device can't be used.
     """
     for name in RESERVED.intersection(options):
         raise AccelError(f"accel.load: {name!r} is reserved for models on the hub, which this version can't open")
     built = built_runtime(Path(folder))
-    if runtime == AUTO:
-        runtime = _preset_for(built)
-    where = runtime_preset(runtime, built, **options)
-    check_provider(where.provider)
+    preset = _preset_for(built) if runtime == AUTO else runtime
+    config = runtime_preset(preset, built, **options)
+    check_provider(config.provider)
     if verification_of(Path(folder)) is None:
-        logger.warning("%s: unverified, no %s", folder, layout.VERDICT)
-    return open_model(Path(folder), where)
+        logger.warning("%s is unverified: it holds no %s", folder, layout.VERDICT)
+    return open_model(Path(folder), config)
 
 
 def _preset_for(built: Mapping[str, Any] | None) -> str:
-    """The preset that a deployable was built for where it can run here, else the fastest."""
+    """Return the preset that a deployable was built for, if it can run here, and the fastest preset otherwise."""
     best = fastest()
-    known = built is not None and built.get("name") in group_files("runtime")
-    if built is not None and known and (built.get("device") == "cpu") == (best == "cpu"):
-        return str(built["name"])
-    return best
+    if built is None or built.get("name") not in group_files("runtime"):
+        return best
+    built_for_cpu = built.get("device") == "cpu"
+    return str(built["name"]) if built_for_cpu == (best == "cpu") else best

@@ -1,37 +1,48 @@
-"""From a Hugging Face config to the transformers class it describes, without its weights."""
+"""Lookup of the transformers class that a Hugging Face config describes, without loading weights."""
 
 from typing import Any
 
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, PretrainedConfig
 
-# Where a config names no class: the mappings from config to class, and whether the class has an encoder.
+# For configs that name no class: auto classes, whose `_model_mapping` maps a config class to a model class, and whether
+# their models have an encoder.
 AUTO_CLASSES = {AutoModelForSeq2SeqLM: True, AutoModelForSpeechSeq2Seq: True, AutoModelForCausalLM: False}
 
-RECURRENT = {"linear_attention", "hybrid", "conv", "mamba"}  # `layer_types` of layers that keep no keys and values
+# Values of a config's `layer_types` for layers that keep a recurrent state instead of keys and values.
+RECURRENT = {"linear_attention", "hybrid", "conv", "mamba"}
 
 
 def model_class(config: PretrainedConfig) -> Any:
-    """The class that `config.architectures` names, or that generates for such a config; None if there is none."""
-    if name := next(iter(config.architectures or []), None):
+    """Return the transformers class of a config.
+
+    Args:
+        config: Hugging Face config. The first entry of `architectures` names the class; without one, the class is the
+            one that transformers' auto classes for text generation map the config to.
+
+    Returns:
+        A subclass of `PreTrainedModel`, or None if transformers has no such class.
+    """
+    name = next(iter(config.architectures or []), None)
+    if name:
         return getattr(transformers, name, None)
-    for auto, encodes in AUTO_CLASSES.items():
-        classes: Any = auto._model_mapping
-        if type(config) in classes and bool(config.is_encoder_decoder) is encodes:
+    for auto_class, has_encoder in AUTO_CLASSES.items():
+        classes: Any = auto_class._model_mapping
+        if type(config) in classes and bool(config.is_encoder_decoder) is has_encoder:
             return classes[type(config)]
     return None
 
 
 def obstacle(config: PretrainedConfig) -> str | None:
-    """Why such a model can't be accelerated, in words; None if nothing is known against it."""
-    kind = model_class(config)
-    name = kind.__name__ if kind is not None else next(iter(config.architectures or ["none"]))
-    what = f"a model of type {config.model_type!r} ({name})"
-    if kind is None:
-        return f"transformers has no class that generates for {what}"
-    if not kind.can_generate():
-        return f"{what} doesn't generate text token by token: an encoder alone knows no next token"
+    """Return the reason why accel can't export models with this config, as text for the user; None if none is known."""
+    transformers_class = model_class(config)
+    if transformers_class is None:
+        name = next(iter(config.architectures or ["none"]))
+        return f"transformers has no text generation class for a model of type {config.model_type!r} ({name})"
+    subject = f"a model of type {config.model_type!r} ({transformers_class.__name__})"
+    if not transformers_class.can_generate():
+        return f"{subject} doesn't generate text token by token: an encoder alone predicts no next token"
     layers = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
-    if kind._is_stateful or layers & RECURRENT:
-        return f"{what} keeps a recurrent state instead of keys and values, and nothing else can be cached here"
+    if transformers_class._is_stateful or layers & RECURRENT:
+        return f"{subject} keeps a recurrent state instead of keys and values: accel supports KV caches only"
     return None

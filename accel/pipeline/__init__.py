@@ -1,4 +1,5 @@
-"""Which stages run, in which order, and what is reused; artifacts on disk and the keys that name them.
+"""Order and reuse of stages; artifacts on disk and the keys that name them.
 
-Knows stages by name only: `accel.stages` is loaded when a stage is needed. A stage imports `pipeline.stage`.
+Refers to stages by name only: a module of `accel.stages` is imported when its stage is needed. Stages import
+`pipeline.stage`.
 """

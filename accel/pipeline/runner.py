@@ -1,14 +1,12 @@
-"""Runs stages in order, and skips what exists.
+"""Pipeline that runs stages in order and skips those whose artifacts exist.
 
 Every key is computed from the configuration and the checkpoint before anything runs, so a stage whose artifact exists
-needs none of those before it: they may have been deleted.
+needs none of the artifacts before it: they may have been deleted.
 """
 
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +14,28 @@ from accel import progress
 from accel.adapters.types import Architecture
 from accel.config.schema import STAGES, Config
 from accel.errors import AccelError, unknown
-from accel.pipeline.external import pretrained
+from accel.pipeline.external import pretrained_artifact
 from accel.pipeline.source import adapter_source, stage_source
 from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact, Store, content_hash
 from accel.system.environment import machine
 from accel.system.hashing import make_key, versions
 
-# Whose folder a run names as its result: the first of these that was asked for.
+# A run reports as its result the folder of the first of these stages that was requested.
 RESULTS = ("verify", "merge")
-# Stages that others need and nobody asks for by name.
+# Stages that run only because others need their artifacts; `stage=...` doesn't accept them.
 HIDDEN = ("checkpoint", "prompts", "reference", "torch_error", "calibrate")
 
 
-def chosen(stage: Any, mixed: bool = True) -> list[str]:
-    """The stages that `stage=...` asks for, in the order in which they run. Raises `AccelError` on an unknown one.
+def select_stages(stage: Any, mixed: bool = True) -> list[str]:
+    """Return the stages that `stage=...` requests, in the order in which they run.
 
-    Without `mixed` precision `all` leaves out the audit, which nothing would use.
+    Args:
+        stage: A stage's name, "all", or a list of them.
+        mixed: Precision is mixed. If False, "all" leaves out the audit, whose plan nothing would use.
+
+    Raises:
+        AccelError: If a name is unknown or the list is empty.
     """
     names = stage if isinstance(stage, list | tuple) else [stage]
     if not names:
@@ -40,32 +43,44 @@ def chosen(stage: Any, mixed: bool = True) -> list[str]:
     for name in names:
         if name not in (*STAGES, "all"):
             raise unknown("stage", name, (*STAGES, "all"))
-    everything = [name for name in STAGES if mixed or name != "audit"] if "all" in names else []
-    return [name for name in STAGES if name in names or name in everything]
+    selected = set(names)
+    if "all" in names:
+        selected |= {name for name in STAGES if mixed or name != "audit"}
+    return [name for name in STAGES if name in selected]
 
 
 def load_stage(name: str) -> Stage:
-    """The stage defined in `accel/stages/<name>.py`."""
+    """Import `accel/stages/<name>.py` and return the stage that it defines."""
     stage: Stage = importlib.import_module(f"accel.stages.{name}").STAGE
     return stage
 
 
-def only(config: Config, sections: Sequence[str]) -> Config:
-    """`config` with every section but `sections` at its default, so that a stage can't depend on the others.
+def restrict_config(config: Config, sections: Sequence[str]) -> Config:
+    """Return `config` with every section but `sections` at its default, so that a stage can't depend on the others.
 
-    `section.key` names one value of a section.
+    Args:
+        config: Full configuration.
+        sections: Names of sections, or `section.key` for one value of a section.
     """
-    kept = Config()
+    restricted = Config()
     for name in sections:
         section, _, key = name.partition(".")
-        given = getattr(config, section)
-        value = replace(getattr(kept, section), **{key: getattr(given, key)}) if key else given
-        kept = replace(kept, **{section: value})
-    return kept
+        value = getattr(config, section)
+        if key:
+            value = replace(getattr(restricted, section), **{key: getattr(value, key)})
+        restricted = replace(restricted, **{section: value})
+    return restricted
 
 
 class Pipeline:
-    """The stages of one configuration, over one store."""
+    """Stages of one configuration, over one store.
+
+    Attributes:
+        config: Configuration.
+        architecture: Adapter of the model.
+        store: Store of the artifacts.
+        built: Names of the stages that were run, as opposed to reused.
+    """
 
     def __init__(self, config: Config, architecture: Architecture) -> None:
         self.config = config
@@ -76,111 +91,136 @@ class Pipeline:
         self._artifacts: dict[str, Artifact] = {}
 
     def stage(self, name: str) -> Stage:
+        """Return the stage `name`."""
         return load_stage(name)
 
     def key(self, name: str) -> str:
-        """SHA-256 of all that the artifact of stage `name` is made from."""
+        """Return the SHA-256 of everything that the artifact of stage `name` depends on, as hex."""
         if name not in self._keys:
-            self._keys[name] = self._checkpoint().key if self._external(name) else make_key(**self._parts(name))
+            if self._is_external(name):
+                self._keys[name] = self._checkpoint().key
+            else:
+                self._keys[name] = make_key(**self._key_parts(name))
         return self._keys[name]
 
-    def _parts(self, name: str) -> dict[str, Any]:
+    def _key_parts(self, name: str) -> dict[str, Any]:
+        """Return everything that the artifact of stage `name` depends on, as JSON values."""
         stage = self.stage(name)
         parts: dict[str, Any] = {
             "stage": name,
             "source": stage_source(name),
-            "config": self._sections(stage),
+            "config": self._section_values(stage),
             "architecture": self.config.architecture,
             "adapter": adapter_source(self.config.architecture, self.architecture),
             "upstream": {upstream: self.key(upstream) for upstream in stage.inputs(self.config)},
             "files": [content_hash(Path(path)) for path in stage.files(self.config)],
             "packages": versions(stage.packages),
         }
-        return parts | (
-            {"machine": machine(self.config.runtime.device, self.config.runtime.threads)} if stage.machine else {}
-        )
+        if stage.machine:
+            parts["machine"] = machine(self.config.runtime.device, self.config.runtime.threads)
+        return parts
 
-    def _sections(self, stage: Stage) -> dict[str, Any]:
-        """The sections a stage declares. Where the checkpoint lies is left out: its content is what counts."""
+    def _section_values(self, stage: Stage) -> dict[str, Any]:
+        """Return the values of the sections that a stage declares, without those that only locate the checkpoint.
+
+        The checkpoint's content is in the key already, through the key of its artifact.
+        """
         values = asdict(self.config)
-        for place in ("name", "checkpoint", "revision"):
-            del values["model"][place]
-        return {name: reduce(getitem, name.split("."), values) for name in stage.sections}
+        for key in ("name", "checkpoint", "revision"):
+            del values["model"][key]
+        sections = {}
+        for name in stage.sections:
+            value: Any = values
+            for part in name.split("."):
+                value = value[part]
+            sections[name] = value
+        return sections
 
-    def _external(self, name: str) -> bool:
-        """A pretrained checkpoint stays where it lies, outside the store."""
+    def _is_external(self, name: str) -> bool:
+        """Return whether the artifact of stage `name` is a pretrained checkpoint, outside the store."""
         return name == "checkpoint" and self.config.model.weights == "pretrained"
 
     def _checkpoint(self) -> Artifact:
+        """Return the pretrained checkpoint; its files are hashed at the first call."""
         if "checkpoint" not in self._artifacts:
-            self._artifacts["checkpoint"] = pretrained(self.config.model)
+            self._artifacts["checkpoint"] = pretrained_artifact(self.config.model)
         return self._artifacts["checkpoint"]
 
     def find(self, name: str) -> Artifact | None:
-        """The finished artifact of stage `name`, if it is there and undamaged."""
+        """Return the artifact of stage `name` if it is finished and undamaged, else None."""
         if name not in self._artifacts:
-            found = self._checkpoint() if self._external(name) else self.store.find(name, self.key(name))
-            if found is None:
+            artifact = self._checkpoint() if self._is_external(name) else self.store.find(name, self.key(name))
+            if artifact is None:
                 return None
-            self._artifacts[name] = found
+            self._artifacts[name] = artifact
         return self._artifacts[name]
 
     def artifact(self, name: str) -> Artifact:
-        """The artifact of stage `name`: reused, or made from those before it."""
-        if (found := self.find(name)) is not None:
-            return found
+        """Return the artifact of stage `name`: the existing one, or a new one after running the stages it needs."""
+        existing = self.find(name)
+        if existing is not None:
+            return existing
         stage = self.stage(name)
         inputs = {upstream: self.artifact(upstream) for upstream in stage.inputs(self.config)}
-        config = only(self.config, stage.sections)
+        config = restrict_config(self.config, stage.sections)
 
         def make(folder: Path) -> Mapping[str, Any]:
             with progress.stage(name):
                 return stage.run(config, inputs, self.architecture, folder)
 
-        made = self.store.build(
+        artifact = self.store.build(
             name,
             self.key(name),
             make,
-            upstream={upstream: artifact.key for upstream, artifact in inputs.items()},
-            config=self._sections(stage),
+            upstream={upstream: inputs[upstream].key for upstream in inputs},
+            config=self._section_values(stage),
             packages=versions(stage.packages),
         )
-        self._artifacts[name] = made
+        self._artifacts[name] = artifact
         self.built.append(name)
-        manifest = made.manifest
+        manifest = artifact.manifest
         progress.note(
             f"{name:<10} made in {manifest.seconds:6.1f} s, peak memory {manifest.peak_memory / 1e6:6.0f} MB "
-            f"(+{manifest.added_memory / 1e6:.0f})  {made.folder}"
+            f"(+{manifest.added_memory / 1e6:.0f})  {artifact.folder}"
         )
-        return made
+        return artifact
 
     def needed(self, names: Sequence[str]) -> list[str]:
-        """Those of `names` that must be at hand and undamaged.
+        """Return those of the requested stages `names` whose artifacts must exist and be undamaged, in order.
 
-        Nothing else asked for is made from them, or what is isn't there, or they are the result that the run names.
+        These are the run's result, the stages that no other requested stage depends on, and the inputs of a needed
+        stage that has to run.
         """
         needed: list[str] = []
         result = next((name for name in RESULTS if name in names), None)
         for name in reversed(names):
-            above = [other for other in names if name in self._below(other)]
+            dependents = [other for other in names if name in self._upstream(other)]
             users = [other for other in needed if name in self.stage(other).inputs(self.config)]
-            if not above or name == result or any(self.find(user) is None for user in users):
+            if not dependents or name == result or any(self.find(user) is None for user in users):
                 needed.append(name)
         return needed[::-1]
 
-    def _below(self, name: str) -> set[str]:
-        inputs = self.stage(name).inputs(self.config)
-        return set(inputs).union(*(self._below(upstream) for upstream in inputs)) if inputs else set()
+    def _upstream(self, name: str) -> set[str]:
+        """Return all stages that stage `name` depends on, directly or not."""
+        stages: set[str] = set()
+        for upstream in self.stage(name).inputs(self.config):
+            stages.add(upstream)
+            stages |= self._upstream(upstream)
+        return stages
 
     def run(self, names: Sequence[str]) -> dict[str, Artifact]:
-        """Run `names` in order. Returns the artifacts that are at hand afterwards."""
+        """Run the stages `names` in order, reusing artifacts that exist.
+
+        Returns:
+            Stage -> artifact, for those of `names` and of the hidden stages that were used.
+        """
         needed = self.needed(names)
         for name in names:
-            # What nothing asked for is made from is only looked up for the report, so its files are not read again.
-            found = self.find(name) if name in needed else self.store.peek(name, self.key(name))
-            if found is not None:
-                self._artifacts[name] = found
-                progress.note(f"{name:<10} reused  {found.folder}")
+            # An artifact that isn't needed is only listed in the report, so its files are not hashed again.
+            existing = self.find(name) if name in needed else self.store.peek(name, self.key(name))
+            if existing is not None:
+                self._artifacts[name] = existing
+                progress.note(f"{name:<10} reused  {existing.folder}")
             elif name in needed:
                 self.artifact(name)
             if name in self._artifacts:

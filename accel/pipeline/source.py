@@ -1,4 +1,4 @@
-"""Hashes of the code that makes an artifact: a change of it makes the artifact anew."""
+"""Hashes of the code that makes an artifact, so that changed code makes it again."""
 
 import ast
 import sys
@@ -15,23 +15,23 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def stage_source(name: str) -> str:
-    """Return the hash of the code that stage `name` runs: its module, and every module of accel that leads to.
+    """Return the hash of the code that stage `name` runs: its module, and all modules of accel imported from there on.
 
     Comments, docstrings and layout don't count. Code of other packages counts by its version: see `Stage.packages`.
     """
-    seen: dict[str, str] = {}
-    found = [f"{PACKAGE}.stages.{name}"]
-    while found:
-        module = found.pop()
-        if module not in seen:
-            seen[module], imported = _module(module)
-            found += imported
-    return make_key(**seen)
+    hashes: dict[str, str] = {}
+    pending = [f"{PACKAGE}.stages.{name}"]
+    while pending:
+        module = pending.pop()
+        if module not in hashes:
+            hashes[module], imported = _module(module)
+            pending += imported
+    return make_key(**hashes)
 
 
 @cache
 def _module(name: str) -> tuple[str, tuple[str, ...]]:
-    """Return the hash of a module's code, and the modules of accel that it imports anywhere, by their full names."""
+    """Return the hash of a module's code, and the full names of the modules of accel that it imports anywhere."""
     path = _path(name)
     if path is None:
         return "", ()
@@ -44,31 +44,43 @@ def _module(name: str) -> tuple[str, tuple[str, ...]]:
             imported += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
             node.body = node.body[1:]
-    own = sorted({one for one in imported if one.startswith(f"{PACKAGE}.") and _path(one) is not None})
-    return make_key(code=ast.dump(tree)), tuple(own)
+    own_modules = {module for module in imported if module.startswith(f"{PACKAGE}.") and _path(module) is not None}
+    return make_key(code=ast.dump(tree)), tuple(sorted(own_modules))
 
 
 @cache
 def _path(module: str) -> Path | None:
-    """Return the file of a module of accel, found without importing it; None for the name of something in a module."""
-    place = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
-    files = (place.with_suffix(".py"), place / "__init__.py")
-    return next((file for file in files if file.is_file()), None)
+    """Return the file of a module of accel without importing it; None for a name that is no module."""
+    base = Path(__file__).parents[1].joinpath(*module.split(".")[1:])
+    for file in (base.with_suffix(".py"), base / "__init__.py"):
+        if file.is_file():
+            return file
+    return None
 
 
 def adapter_source(config: Mapping[str, Any], adapter: Architecture) -> str:
-    """Hash of the code that an adapter runs: the packages of its class, of those it derives from, and of every wrapper
-    that its config names; of a class that was typed in, as in a notebook, what it was compiled to.
+    """Return the hash of the code that an adapter runs.
+
+    It covers the packages of the adapter's class, of its base classes and of every `_target_` in `config`. A class
+    that is defined in `__main__`, as in a notebook, has no file: there the compiled code of its functions counts.
+
+    Args:
+        config: The resolved `architecture` section.
+        adapter: The adapter built from it.
     """
-    kinds = [kind for kind in type(adapter).__mro__ if kind.__module__ not in ("builtins", "typing", "abc")]
-    modules = {kind.__module__ for kind in kinds} | {target.rpartition(".")[0] for target in _targets(config)}
-    files = sorted({path for module in modules for path in _files(module)})
-    typed = [line for kind in kinds if kind.__module__ == "__main__" for line in _compiled(kind)]
-    return make_key(files={str(path.name): file_hash(path) for path in files}, typed=typed)
+    classes = [base for base in type(adapter).__mro__ if base.__module__ not in ("builtins", "typing", "abc")]
+    modules = {base.__module__ for base in classes}
+    modules |= {target.rpartition(".")[0] for target in _targets(config)}
+    files = sorted({path for module in modules for path in _package_files(module)})
+    compiled: list[str] = []
+    for base in classes:
+        if base.__module__ == "__main__":
+            compiled += _class_code(base)
+    return make_key(files={path.name: file_hash(path) for path in files}, typed=compiled)
 
 
 def _targets(config: Any) -> Iterator[str]:
-    """Every `_target_` in a config, at any depth."""
+    """Yield every `_target_` in a config, at any depth."""
     if isinstance(config, Mapping):
         for key, value in config.items():
             if key == "_target_":
@@ -77,24 +89,27 @@ def _targets(config: Any) -> Iterator[str]:
                 yield from _targets(value)
 
 
-def _files(module: str) -> list[Path]:
-    """The module's file, and those beside it if it is in a package."""
-    found = sys.modules.get(module)
-    file = getattr(found, "__file__", None)
+def _package_files(module: str) -> list[Path]:
+    """Return the file of an imported module, with the other Python files of its folder if it is in a package."""
+    loaded = sys.modules.get(module)
+    file = getattr(loaded, "__file__", None)
     if file is None:
         return []
-    return sorted(Path(file).parent.glob("*.py")) if getattr(found, "__package__", "") else [Path(file)]
+    if getattr(loaded, "__package__", ""):
+        return sorted(Path(file).parent.glob("*.py"))
+    return [Path(file)]
 
 
-def _compiled(kind: type) -> Iterator[str]:
-    """What the functions of a class were compiled to."""
-    for name, member in vars(kind).items():
+def _class_code(cls: type) -> Iterator[str]:
+    """Yield the name and the compiled code of every function of a class."""
+    for name, member in vars(cls).items():
         if isinstance(member, FunctionType):
-            yield f"{kind.__qualname__}.{name}"
+            yield f"{cls.__qualname__}.{name}"
             yield from _code(member.__code__)
 
 
 def _code(code: CodeType) -> Iterator[str]:
+    """Yield the bytecode, names and constants of a code object and of those nested in it."""
     yield code.co_code.hex()
     yield repr((code.co_names, code.co_varnames))
     for constant in code.co_consts:

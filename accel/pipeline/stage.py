@@ -1,4 +1,7 @@
-"""One module per stage, each ending in its `STAGE`: what it takes, what its key depends on, and what runs."""
+"""Definition of a stage: its inputs, the values that its key depends on, and the function that runs.
+
+Every module of `accel.stages` ends in its `STAGE`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,16 +13,25 @@ from accel.config.schema import Config
 from accel.pipeline.store import Artifact
 
 Run = Callable[[Config, Mapping[str, Artifact], Architecture, Path], Mapping[str, Any]]
-"""(config, artifacts taken, adapter, folder to write into) -> summary for the manifest, as JSON."""
+"""(config, input artifacts by stage, adapter, folder to write into) -> summary for the manifest, as JSON values."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A pure function of `sections` of the config, the artifacts named by `inputs`, the adapter and `files`.
+    """Pure function of sections of the config, input artifacts, the adapter and files.
 
-    A section may be given as `section.key`, where one value of it is all that counts.
-    The pipeline hands `run` a config in which every other section holds its default, so that nothing a stage
-    depends on can be missing from its key.
+    The pipeline gives `run` a config in which every other section has its default, so that a stage can't depend on a
+    value that is missing from its key.
+
+    Attributes:
+        name: Name of the stage and of its module.
+        run: Function that writes the artifact.
+        inputs: Config -> names of the stages whose artifacts it takes.
+        sections: Sections of the config that it depends on; `section.key` for one value of a section.
+        packages: Packages whose versions the artifact depends on.
+        machine: The artifact depends on device, driver and number of threads.
+        files: Config -> paths of other files that it reads.
+        deliver: Called with the config and the artifact's folder whenever the stage was requested, run or reused.
     """
 
     name: str
@@ -27,11 +39,11 @@ class Stage:
     inputs: Callable[[Config], tuple[str, ...]]
     sections: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
-    machine: bool = False  # the result depends on device, driver and threads
+    machine: bool = False
     files: Callable[[Config], tuple[str, ...]] = lambda config: ()
-    deliver: Callable[[Config, Path], None] = lambda config, folder: None  # whenever it was asked for, made or reused
+    deliver: Callable[[Config, Path], None] = lambda config, folder: None
 
 
 def takes(*names: str) -> Callable[[Config], tuple[str, ...]]:
-    """The inputs of a stage whatever the config says."""
+    """Return a value for `Stage.inputs` that is `names` for every config."""
     return lambda config: names

@@ -1,7 +1,8 @@
-"""Artifacts: what a stage leaves on disk, named by a hash of everything that made it.
+"""Artifacts of stages on disk, each named by a hash of everything it depends on.
 
-A folder `<root>/<model>/<stage>-<first 12 of the key>` counts as an artifact only if it holds `manifest.json`, which is
-written last, in a temporary sibling that is then renamed. So a kill at any moment leaves either nothing or the whole.
+A folder `<root>/<model>/<stage>-<first 12 of the key>` is an artifact only if it holds `manifest.json`. A stage writes
+into a temporary folder next to it, the manifest last, which is then renamed. So a process killed at any moment leaves
+either no artifact or a complete one.
 """
 
 import errno
@@ -27,8 +28,8 @@ from accel.system.host_memory import PeakMemory
 
 logger = logging.getLogger(__name__)
 
-UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)  # what parsing a damaged manifest raises
-FULL = 2**20  # bytes: a disk with less left is full
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)  # raised by parsing a damaged manifest
+FULL = 2**20  # bytes: a disk with less free space counts as full
 
 
 class DamagedArtifactError(Exception):
@@ -37,13 +38,28 @@ class DamagedArtifactError(Exception):
 
 @dataclass(frozen=True)
 class FileRecord:
+    """Size in bytes and SHA-256 of a file."""
+
     size: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What made an artifact, what it cost, and the hash of every file in it. Times in seconds, sizes in bytes."""
+    """Description of an artifact.
+
+    Attributes:
+        stage: Stage that made it.
+        key: SHA-256 of everything it depends on, as hex.
+        upstream: Stage -> key of the artifacts that it was made from.
+        config: Section of the config -> its values.
+        packages: Package -> version.
+        seconds: Wall time of the stage.
+        peak_memory: Largest resident memory of the process during the stage, in bytes.
+        added_memory: The same, less the memory at the stage's start, in bytes.
+        summary: Summary that the stage returned, as JSON values.
+        files: Relative path -> size and hash of every file.
+    """
 
     stage: str
     key: str
@@ -57,11 +73,16 @@ class Manifest:
     files: Mapping[str, FileRecord]
 
     def dump(self) -> str:
+        """Return the manifest as JSON."""
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def parse(cls, text: str) -> "Manifest":
-        """The manifest that `dump` wrote. Raises `ValueError` or `TypeError` when it isn't one."""
+        """Return the manifest that `dump` made `text` from.
+
+        Raises:
+            Exception: One of `UNREADABLE`, if `text` isn't a manifest.
+        """
         values = json.loads(text)
         files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
         return cls(**values, files=files)
@@ -69,21 +90,27 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished stage: a folder and the manifest that describes it."""
+    """Result of a finished stage: a folder and the manifest that describes it."""
 
     folder: Path
     manifest: Manifest
 
     @property
     def key(self) -> str:
+        """Return the manifest's key."""
         return self.manifest.key
 
     @property
     def summary(self) -> Mapping[str, Any]:
+        """Return the manifest's summary."""
         return self.manifest.summary
 
     def check(self) -> None:
-        """Hash every file, once per process. Raises `Damaged` naming the first that differs."""
+        """Compare every file with the manifest; each is hashed once per process.
+
+        Raises:
+            DamagedArtifactError: If a file is missing or differs.
+        """
         for name, record in self.manifest.files.items():
             path = self.folder / name
             if not path.is_file():
@@ -93,34 +120,41 @@ class Artifact:
 
 
 def folder_files(folder: Path) -> dict[str, FileRecord]:
-    """Every file below `folder` but the manifest, by its relative path."""
+    """Return the size and hash of every file below `folder` but the manifest, by relative path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    with ThreadPoolExecutor() as pool:  # a model's files may hold gigabytes
+    with ThreadPoolExecutor() as pool:  # a model's files may have gigabytes
         hashes = list(pool.map(file_hash, paths))
     return {
-        str(path.relative_to(folder)): FileRecord(path.stat().st_size, found)
-        for path, found in zip(paths, hashes, strict=True)
+        str(path.relative_to(folder)): FileRecord(path.stat().st_size, sha256)
+        for path, sha256 in zip(paths, hashes, strict=True)
     }
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of all files below a folder and their names, as hex."""
+    """Return the SHA-256 of a file, or of the names and contents of all files below a folder, as hex."""
     if not path.is_dir():
         return file_hash(path)
     return make_key(**{name: record.sha256 for name, record in folder_files(path).items()})
 
 
 class Store:
-    """The artifacts of one model below one root folder."""
+    """Artifacts of one model below one root folder."""
 
     def __init__(self, root: Path, model: str) -> None:
         self.folder = root / model
 
     def path(self, stage: str, key: str) -> Path:
+        """Return the folder of an artifact, which need not exist."""
         return self.folder / f"{stage}-{key[:12]}"
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """The artifact, or None if it was never finished. A damaged one is named, removed and reported as None."""
+        """Return the artifact, or None if it was never finished.
+
+        A damaged artifact is removed with a warning, and None returned.
+
+        Raises:
+            AccelError: If the path of the store's folder is a file.
+        """
         folder = self.path(stage, key)
         try:
             artifact = self._read(folder, key)
@@ -129,14 +163,16 @@ class Store:
             return None
         except (DamagedArtifactError, *UNREADABLE) as error:
             with self._locked(folder):
-                if (repaired := self._attempt(folder, key, check=True)) is not None:
-                    return repaired  # by another run, while this one waited
+                rebuilt = self._read_or_none(folder, key, check=True)
+                if rebuilt is not None:
+                    return rebuilt  # by another run, while this one waited for the lock
                 logger.warning(f"damaged artifact: {error}; it will be rebuilt")
                 shutil.rmtree(folder, ignore_errors=True)
             return None
         return artifact
 
-    def _attempt(self, folder: Path, key: str, check: bool) -> Artifact | None:
+    def _read_or_none(self, folder: Path, key: str, check: bool) -> Artifact | None:
+        """Return the artifact in `folder`, or None if it is unfinished or damaged; `check` compares its files, too."""
         try:
             artifact = self._read(folder, key)
             if check:
@@ -146,10 +182,11 @@ class Store:
         return artifact
 
     def peek(self, stage: str, key: str) -> Artifact | None:
-        """The artifact as its manifest describes it, its files unread; None if it was never finished or is damaged."""
-        return self._attempt(self.path(stage, key), key, check=False)
+        """Return the artifact without comparing its files; None if it is unfinished or its manifest damaged."""
+        return self._read_or_none(self.path(stage, key), key, check=False)
 
     def _read(self, folder: Path, key: str) -> Artifact:
+        """Read the manifest in `folder`. Raise `DamagedArtifactError` if it has another key."""
         try:
             artifact = Artifact(folder, Manifest.parse((folder / MANIFEST).read_text()))
         except NotADirectoryError as error:
@@ -168,20 +205,28 @@ class Store:
         config: Mapping[str, Any],
         packages: Mapping[str, str],
     ) -> Artifact:
-        """Run `make(folder) -> summary` into a temporary sibling and rename it into place.
+        """Return the artifact, running `make` if it doesn't exist.
 
-        Two processes that want the same artifact take turns; the second finds it made.
-        Raises `AccelError` if the folder can't be written.
+        Of several processes that build the same artifact, one runs `make` while the others wait and then return the
+        artifact that it made.
+
+        Args:
+            stage: Name of the stage.
+            key: Key of the artifact.
+            make: Function that writes the files into the folder it is given, and returns the summary.
+            upstream: Stage -> key of the artifacts that `make` reads; for the manifest.
+            config: Values that `make` depends on; for the manifest.
+            packages: Package -> version; for the manifest.
+
+        Raises:
+            AccelError: If the folder can't be written or the disk is full.
         """
         folder = self.path(stage, key)
         with self._locked(folder):
-            if (made := self.find(stage, key)) is not None:
-                return made
-            shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest does not exist
-            for stale in self.folder.glob(f"{folder.name}.tmp*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-            temporary.mkdir()
+            existing = self.find(stage, key)
+            if existing is not None:
+                return existing
+            temporary = self._make_temporary(folder)
             try:
                 started = time.perf_counter()
                 with PeakMemory() as memory:
@@ -201,25 +246,45 @@ class Store:
                 (temporary / MANIFEST).write_text(manifest.dump())
                 temporary.rename(folder)
             except BaseException as error:
-                full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-                full = full or shutil.disk_usage(self.folder).free < FULL
+                disk_full = self._is_disk_full(error)  # before the removal frees space
                 shutil.rmtree(temporary, ignore_errors=True)
-                if full:  # libraries report it in many ways
-                    reason = os.strerror(errno.ENOSPC)
-                    raise AccelError(f"{reason}: {folder.name} in {self.folder}; nothing of it was kept") from error
+                if disk_full:
+                    raise AccelError(
+                        f"{os.strerror(errno.ENOSPC)}: can't write {folder.name} to {self.folder}; its partial files "
+                        "were removed. Free some space, or set artifacts=FOLDER to a folder on another disk"
+                    ) from error
                 raise
             return Artifact(folder, manifest)
 
+    def _make_temporary(self, folder: Path) -> Path:
+        """Return a new folder to make the artifact `folder` in, after removing what killed runs left of both."""
+        shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest is no artifact
+        for stale in self.folder.glob(f"{folder.name}.tmp*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+        temporary.mkdir()
+        return temporary
+
+    def _is_disk_full(self, error: BaseException) -> bool:
+        """Return whether a full disk or quota caused `error`."""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # Libraries report a full disk by exceptions of their own, so the free space decides.
+        return shutil.disk_usage(self.folder).free < FULL
+
     @contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:
-        """Hold the operating system's lock for one artifact; a kill releases it. Re-entrant within a process."""
+        """Hold a file lock for one artifact. The operating system releases it if the process is killed.
+
+        A process that already holds the lock may take it again.
+        """
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{folder}.lock", is_singleton=True)
             try:
                 lock.acquire(timeout=0.2)
             except Timeout:
-                progress.note(f"waiting for another run that makes {folder.name}")
+                progress.note(f"waiting for another run, which is making {folder.name}")
                 lock.acquire()
         except OSError as error:
             raise AccelError(f"can't write to the artifact folder {self.folder}: {error.strerror or error}") from error

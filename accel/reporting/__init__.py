@@ -1,4 +1,4 @@
-"""The certificate and the plots.
+"""Certificate and plots.
 
-Imports no stage: what it draws is handed to it.
+Imports no stage: all data is passed in.
 """

@@ -1,4 +1,4 @@
-"""The plots. Drawn without a display; every function writes one PNG, or returns SVG for a page."""
+"""Plots, drawn without a display. Each function writes a PNG file, or returns SVG for an HTML page."""
 
 from collections.abc import Mapping, Sequence
 from io import StringIO
@@ -17,33 +17,61 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 SIZE = (9.0, 5.0)  # inches
-NARROW = (4.8, 3.2)  # inches; text of 8 points stays legible on a phone
+NARROW = (4.8, 3.2)  # inches; at this width, text of 8 points is legible on a phone
 
 
 def latency(positions: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
-    """Seconds a token by position, one line a setup."""
+    """Plot the latency of each token by position, one line per backend.
+
+    Args:
+        positions: Backend -> seconds per token, by position.
+        title: Title of the plot.
+        path: PNG file to write.
+    """
     milliseconds = {name: [1000 * value for value in values] for name, values in positions.items()}
     _lines(milliseconds, title, "latency of the token (ms)", path, logarithmic=True)
 
 
 def accumulated(positions: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
-    """Seconds until each token is there, one line a setup."""
+    """Plot the seconds from the start to each token, one line per backend.
+
+    Args:
+        positions: Backend -> seconds per token, by position.
+        title: Title of the plot.
+        path: PNG file to write.
+    """
     _lines({name: list(accumulate(values)) for name, values in positions.items()}, title, "accumulated time (s)", path)
 
 
 def operators(seconds: Mapping[str, float], title: str, path: Path) -> None:
-    """A bar an operator, longest first; `seconds` is in that order."""
+    """Plot one bar per operator.
+
+    Args:
+        seconds: Operator -> seconds, in the order of the bars.
+        title: Title of the plot.
+        path: PNG file to write.
+    """
     axes = _axes(title, "time (ms)", "")
     seaborn.barplot(x=[1000 * value for value in seconds.values()], y=list(seconds), ax=axes, color="steelblue")
     _save(axes, path)
 
 
 def sweep(points: Sequence[Mapping[str, Any]], x: str, y: str, hue: str, panel: str, title: str, path: Path) -> None:
-    """`y` over `x`, one line a `hue`, one panel a value of `panel`. Points are records with these four keys."""
+    """Plot `y` over `x`: one line per value of `hue`, one panel per value of `panel`.
+
+    Args:
+        points: Records with the keys `x`, `y`, `hue` and `panel`.
+        x: Key of the horizontal axis.
+        y: Key of the vertical axis.
+        hue: Key that distinguishes lines.
+        panel: Key that distinguishes panels.
+        title: Title of the plot.
+        path: PNG file to write.
+    """
     columns = {name: [point[name] for point in points] for name in (x, y, hue, panel)}
     seaborn.set_theme(style="whitegrid")
     count = len(set(columns[panel]))
-    grid = seaborn.relplot(
+    facets = seaborn.relplot(
         columns,
         x=x,
         y=y,
@@ -56,21 +84,31 @@ def sweep(points: Sequence[Mapping[str, Any]], x: str, y: str, hue: str, panel: 
         height=4,
         facet_kws={"sharey": False},
     )
-    grid.set_titles("{col_name}")
-    grid.set(ylim=(0, None))
-    grid.figure.suptitle(title, fontsize=10, y=1.02)
-    grid.savefig(path, dpi=120)
-    pyplot.close(grid.figure)
+    facets.set_titles("{col_name}")
+    facets.set(ylim=(0, None))
+    facets.figure.suptitle(title, fontsize=10, y=1.02)
+    facets.savefig(path, dpi=120)
+    pyplot.close(facets.figure)
 
 
 def grid(points: Sequence[Mapping[str, Any]], x: str, y: str, value: str, title: str, path: Path) -> None:
-    """A heat map of `value`, a field for every pair of `x` and `y`. Points are records with these three keys."""
-    across, down = sorted({point[x] for point in points}), list(dict.fromkeys(point[y] for point in points))
+    """Plot a heat map of `value`, with one cell for every pair of `x` and `y`.
+
+    Args:
+        points: Records with the keys `x`, `y` and `value`.
+        x: Key of the columns.
+        y: Key of the rows.
+        value: Key of the number in a cell.
+        title: Title of the plot.
+        path: PNG file to write.
+    """
+    columns = sorted({point[x] for point in points})
+    rows = list(dict.fromkeys(point[y] for point in points))
     cells = {(point[y], point[x]): point[value] for point in points}
-    values = [[cells.get((row, column), float("nan")) for column in across] for row in down]
+    values = [[cells.get((row, column), nan) for column in columns] for row in rows]
     seaborn.set_theme(style="white")
-    _, axes = pyplot.subplots(figsize=(4 + 1.2 * len(across), 2 + 0.8 * len(down)))
-    seaborn.heatmap(values, annot=True, fmt=".2f", cmap="viridis", xticklabels=across, yticklabels=down, ax=axes)
+    _, axes = pyplot.subplots(figsize=(4 + 1.2 * len(columns), 2 + 0.8 * len(rows)))
+    seaborn.heatmap(values, annot=True, fmt=".2f", cmap="viridis", xticklabels=columns, yticklabels=rows, ax=axes)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -84,9 +122,18 @@ def value_ranges(
     title: str,
     x: str = "value, in the graph's order",
 ) -> str:
-    """A bar a value from its smallest to its largest magnitude, and lines at `limits`, as SVG. Narrow: for a page.
+    """Plot one bar per value, from its smallest to its largest magnitude, with lines at the limits of a format.
 
-    What goes beyond the largest limit has another colour; what is infinite reaches the top.
+    Values beyond the largest limit are red; infinite ones reach the top.
+
+    Args:
+        statistics: (smallest, largest) magnitude of each value.
+        limits: Label -> magnitude at which a line is drawn.
+        title: Title of the plot.
+        x: Label of the horizontal axis.
+
+    Returns:
+        An SVG element, narrow enough for a phone.
     """
     top = 100 * max(*limits.values(), *(largest for _, largest in statistics if isfinite(largest)))
     axes = _narrow(title, x, "magnitude")
@@ -108,8 +155,16 @@ def value_ranges(
 
 
 def drift(lines: Mapping[str, Sequence[float | None]], title: str) -> str:
-    """One line a statistic over the position of the token, as SVG; None leaves a gap. Narrow: for a page."""
-    axes = _narrow(title, "token", "difference of the logits")
+    """Plot the error of the logits over the position of the token, one line per statistic.
+
+    Args:
+        lines: Label -> error by position; None leaves a gap.
+        title: Title of the plot.
+
+    Returns:
+        An SVG element, narrow enough for a phone.
+    """
+    axes = _narrow(title, "token", "absolute error of the logits")
     for name, series in lines.items():
         heights = [nan if value is None else value for value in series]
         axes.plot(range(1, len(series) + 1), heights, label=name, linewidth=1)
@@ -119,6 +174,7 @@ def drift(lines: Mapping[str, Sequence[float | None]], title: str) -> str:
 
 
 def _narrow(title: str, x: str, y: str) -> Axes:
+    """Return axes for a narrow plot on an HTML page."""
     figure = Figure(figsize=NARROW, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=9)
@@ -130,28 +186,31 @@ def _narrow(title: str, x: str, y: str) -> Axes:
 
 
 def _svg(axes: Axes) -> str:
-    """The figure as an SVG element; the same for the same data."""
+    """Return the figure as an SVG element; the same data gives the same text."""
     figure = axes.get_figure(root=True)
     if figure is None:
         raise RuntimeError("axes without a figure")
-    drawn = StringIO()
+    buffer = StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": axes.get_title()}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    document = buffer.getvalue()
+    return document[document.index("<svg") :]  # without the XML declaration
 
 
 def _lines(
     values: Mapping[str, Sequence[float]], title: str, label: str, path: Path, *, logarithmic: bool = False
 ) -> None:
+    """Plot one line per entry of `values` over the position of the token."""
     axes = _axes(title, "token", label)
     for name, series in values.items():
         seaborn.lineplot(x=range(1, len(series) + 1), y=list(series), label=name, ax=axes)
-    if logarithmic:  # the first token holds the encoder and would flatten the rest
+    if logarithmic:  # the first token includes encoder and prefill, and would flatten the rest
         axes.set_yscale("log")
     _save(axes, path)
 
 
 def _axes(title: str, x: str, y: str) -> Axes:
+    """Return axes for a plot in a file of its own."""
     seaborn.set_theme(style="whitegrid")
     _, axes = pyplot.subplots(figsize=SIZE)
     axes.set_title(title, fontsize=10)
@@ -161,6 +220,7 @@ def _axes(title: str, x: str, y: str) -> Axes:
 
 
 def _save(axes: Axes, path: Path) -> None:
+    """Write the figure as PNG and close it."""
     figure = axes.get_figure(root=True)
     if figure is None:
         raise RuntimeError("axes without a figure")

@@ -1,1 +1,1 @@
-"""Where a graph runs: sessions, binding and DLPack. Knows neither Hydra nor the stages."""
+"""Execution of exported graphs: sessions, tensor exchange, KV caches, CUDA graphs. Imports neither Hydra nor stages."""

@@ -1,7 +1,7 @@
-"""Beams over caches that stay where they are: of what a row is to hold, only what it doesn't hold yet is copied.
+"""Beam reordering of static caches in place, copying only the tokens whose beam ancestry changes.
 
-The beams of one input soon have nearly all of their past in common, whichever of them computed it. So a reordering that
-looks at who computed what moves a few tokens, where one that copies rows moves whole caches.
+After a few decode steps the beams of one input share nearly all of their past. A reordering that tracks which row
+computed which token therefore copies a few tokens, where `index_select` over whole rows would copy every cache.
 """
 
 import logging
@@ -13,19 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Stack = tuple[Tensor, int]
-"""Caches of one shape, [caches, rows, ...], and the axis of their tokens."""
+CacheStack = tuple[Tensor, int]
+"""Caches of one shape, stacked: [caches, *shape of one cache], and the stack's token axis. Axis 1 is the batch."""
 
-Mover = Callable[[Tensor, Tensor, Tensor, int], None]
-"""(caches [caches, rows, heads, bucket, width], index [rows], rows and tokens that change [rows, bucket], length)."""
+RowMover = Callable[[Tensor, Tensor, Tensor, int], None]
+"""Function (caches, index, changes, length) that reorders rows in place.
+
+caches: [N, B, H, S, D]; index: int64 [B], the source row of every row; changes: bool [B, S], the entries that differ
+between a row and its source row; length: number of tokens in use.
+"""
 
 logger = logging.getLogger(__name__)
 
-THREADS = 256
-UNITS = {16: "uint4", 8: "uint2", 4: "unsigned int", 2: "unsigned short", 1: "unsigned char"}  # by bytes
+THREADS_PER_BLOCK = 256
+UNIT_TYPES = {16: "uint4", 8: "uint2", 4: "unsigned int", 2: "unsigned short", 1: "unsigned char"}  # bytes -> C type
 
-# A block has one head of one cache. Its threads first look which of THREADS tokens change in any row; then each moves a
-# unit of a token's numbers: it reads that of all rows before it writes any, so rows may trade places.
+# One block handles one head of one cache. Its threads first check whether any of the next `blockDim.x` tokens changes
+# in any row, then copy those tokens in units of up to 16 bytes. A thread reads its unit of all rows before it writes
+# any, so that rows can be permuted without a temporary copy.
 KERNEL = r"""
 template <typename Unit, int ROWS>
 __global__ void move_rows(Unit* caches, const long long* index, const bool* changes,
@@ -33,23 +38,23 @@ __global__ void move_rows(Unit* caches, const long long* index, const bool* chan
     const size_t row = (size_t)heads * bucket * units;
     Unit* head = caches + (blockIdx.x / heads) * ROWS * row + (size_t)(blockIdx.x % heads) * bucket * units;
     for (int start = 0; start < length; start += blockDim.x) {
-        const int looked = start + threadIdx.x;
+        const int checked = start + threadIdx.x;
         bool any = false;
-        if (looked < length)
-            for (int i = 0; i < ROWS; ++i) any |= changes[i * bucket + looked];
+        if (checked < length)
+            for (int i = 0; i < ROWS; ++i) any |= changes[i * bucket + checked];
         if (!__syncthreads_or(any)) continue;
         const int end = min(start + (int)blockDim.x, length) * units;
         for (int at = start * units + threadIdx.x; at < end; at += blockDim.x) {
             const int token = at / units;
-            Unit held[ROWS];
-            bool moved = false;
+            Unit source[ROWS];
+            bool changed = false;
             #pragma unroll
-            for (int i = 0; i < ROWS; ++i) moved |= changes[i * bucket + token];
-            if (!moved) continue;
+            for (int i = 0; i < ROWS; ++i) changed |= changes[i * bucket + token];
+            if (!changed) continue;
             #pragma unroll
-            for (int i = 0; i < ROWS; ++i) held[i] = head[index[i] * row + at];
+            for (int i = 0; i < ROWS; ++i) source[i] = head[index[i] * row + at];
             #pragma unroll
-            for (int i = 0; i < ROWS; ++i) if (changes[i * bucket + token]) head[i * row + at] = held[i];
+            for (int i = 0; i < ROWS; ++i) if (changes[i * bucket + token]) head[i * row + at] = source[i];
         }
     }
 }
@@ -57,75 +62,95 @@ __global__ void move_rows(Unit* caches, const long long* index, const bool* chan
 
 
 class BeamAncestry:
-    """For each row and token of caches, the row that computed it. Two rows with the same one hold the same there."""
+    """Table [B, S] of the row that computed each cache entry.
+
+    Two rows with the same ancestor at a token hold the same keys and values there, so that token need not be copied.
+
+    Args:
+        rows: Number of sequences B, beams counted.
+        bucket: Length S of the static caches, in tokens.
+        device: Device of the caches.
+    """
 
     def __init__(self, rows: int, bucket: int, device: torch.device) -> None:
-        self._own = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
-        self._computed_by = self._own.repeat(1, bucket)
-        self._move = mover(device)
+        self._own_row = torch.arange(rows, dtype=torch.int32, device=device)[:, None]  # [B, 1]
+        self._computed_by = self._own_row.repeat(1, bucket)  # [B, S]
+        self._move_rows = row_mover(device)
 
-    def begin(self, start: int) -> None:
-        """From token `start` on, every row holds, or will hold, what it computed itself."""
-        self._computed_by[:, start:] = self._own
+    def reset(self, start: int) -> None:
+        """Mark the entries from token `start` on as computed by their own row."""
+        self._computed_by[:, start:] = self._own_row
 
-    def take(self, other: "BeamAncestry", length: int) -> None:
-        """The same rows hold the same first `length` tokens, copied into caches with other room."""
+    def copy_from(self, other: "BeamAncestry", length: int) -> None:
+        """Take over the ancestry of the first `length` tokens, after the caches were copied to another bucket."""
         self._computed_by[:, :length] = other._computed_by[:, :length]
 
-    def reorder(self, index: Tensor, length: int, stacks: Sequence[Stack]) -> None:
-        """Let row i of all `stacks` hold the first `length` tokens of what was row `index[i]`. In place."""
-        index = index.long()  # transformers' beam search counts in 32 bits
-        wanted = self._computed_by.index_select(0, index)
-        changes = wanted != self._computed_by
-        for stack, axis in stacks:
-            caches, rows, bucket = len(stack), stack.shape[1], stack.shape[axis]
-            self._move(stack.view(caches, rows, stack.shape[2:axis].numel(), bucket, -1), index, changes, length)
-        self._computed_by[:, :length] = wanted[:, :length]
+    def reorder(self, index: Tensor, length: int, stacks: Sequence[CacheStack]) -> None:
+        """Replace the first `length` tokens of every row i by those of row `index[i]`, in place.
+
+        Args:
+            index: Source row of every row, int32 or int64 [B], on the device of the caches.
+            length: Number of tokens in use.
+            stacks: All caches of this batch and bucket.
+        """
+        index = index.long()  # transformers' beam search passes int32
+        reordered = self._computed_by.index_select(0, index)  # [B, S]
+        changes = reordered != self._computed_by
+        for stack, token_axis in stacks:
+            caches, rows, bucket = len(stack), stack.shape[1], stack.shape[token_axis]
+            heads = stack.shape[2:token_axis].numel()  # 1 where a cache has no head axis
+            self._move_rows(stack.view(caches, rows, heads, bucket, -1), index, changes, length)  # [N, B, H, S, D]
+        self._computed_by[:, :length] = reordered[:, :length]
 
 
 @cache
-def mover(device: torch.device) -> Mover:
-    """What moves rows on `device`: on CUDA a kernel, where CuPy can compile one."""
+def row_mover(device: torch.device) -> RowMover:
+    """Return the fastest function that reorders rows on `device`: on CUDA a kernel, if CuPy can compile it."""
     if device.type != "cuda":
-        return move_on_the_host
+        return move_rows_on_cpu
     if find_spec("cupy") is not None:
         try:
-            compiled(2, 2)
-        except Exception as error:  # CuPy's classes for what it misses (a library, a header) have no other in common
-            logger.warning(f"beams are copied whole: CuPy compiles no kernel: {str(error).splitlines()[0]}")
+            compile_kernel(2, 2)
+        except Exception as error:  # CuPy's errors for a missing library or header have no common base class
+            logger.warning(
+                f"beam reordering copies whole caches: CuPy can't compile its kernel: {str(error).splitlines()[0]}"
+            )
         else:
-            return move_on_cuda
-    return move_all
+            return move_rows_on_cuda
+    return copy_rows
 
 
-def move_on_the_host(caches: Tensor, index: Tensor, changes: Tensor, length: int) -> None:
+def move_rows_on_cpu(caches: Tensor, index: Tensor, changes: Tensor, length: int) -> None:
+    """Reorder rows from the first changed token on. See `RowMover`."""
     changed = changes[:, :length].any(0).nonzero()
     if len(changed):
-        move_all(caches, index, changes, length, int(changed[0]))
+        copy_rows(caches, index, changes, length, int(changed[0]))
 
 
-def move_all(caches: Tensor, index: Tensor, changes: Tensor, length: int, start: int = 0) -> None:
-    """All from token `start` on, one cache after the other, by way of a copy of that one."""
-    for one in caches:
-        part = one[:, :, start:length]
-        part.copy_(part.index_select(0, index))
+def copy_rows(caches: Tensor, index: Tensor, changes: Tensor, length: int, start: int = 0) -> None:
+    """Reorder all tokens from `start` on, through a temporary copy of one cache at a time. See `RowMover`."""
+    for layer_cache in caches:  # [B, H, S, D]
+        used = layer_cache[:, :, start:length]
+        used.copy_(used.index_select(0, index))
 
 
-def move_on_cuda(caches: Tensor, index: Tensor, changes: Tensor, length: int) -> None:
+def move_rows_on_cuda(caches: Tensor, index: Tensor, changes: Tensor, length: int) -> None:
+    """Reorder changed tokens with one kernel launch on torch's current stream. See `RowMover`."""
     from numpy import int32
 
     count, rows, heads, bucket, width = caches.shape
-    taken = width * caches.element_size()
-    unit = next(size for size in UNITS if taken % size == 0)
+    token_bytes = width * caches.element_size()
+    unit_bytes = next(size for size in UNIT_TYPES if token_bytes % size == 0)
     pointers = [int(tensor.data_ptr()) for tensor in (caches, index, changes)]
-    numbers = [int32(number) for number in (heads, bucket, taken // unit, length)]
-    with seen_by_cupy(torch.cuda.current_stream(caches.device)):
-        compiled(rows, unit)((count * heads,), (THREADS,), (*pointers, *numbers))
+    sizes = [int32(size) for size in (heads, bucket, token_bytes // unit_bytes, length)]
+    with cupy_stream(torch.cuda.current_stream(caches.device)):
+        kernel = compile_kernel(rows, unit_bytes)
+        kernel((count * heads,), (THREADS_PER_BLOCK,), (*pointers, *sizes))
 
 
 @cache
-def seen_by_cupy(stream: torch.cuda.Stream) -> Any:
-    """A stream of torch's as one of CuPy's, which from version 14 on takes it as it is."""
+def cupy_stream(stream: torch.cuda.Stream) -> Any:
+    """Wrap a torch stream as a CuPy stream. From version 14 on CuPy takes torch's stream object itself."""
     import cupy
 
     if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):
@@ -134,11 +159,21 @@ def seen_by_cupy(stream: torch.cuda.Stream) -> Any:
 
 
 @cache
-def compiled(rows: int, unit: int) -> Callable[..., None]:
-    """The kernel for so many rows and units of so many bytes. https://docs.cupy.dev/en/stable/user_guide/kernel.html"""
+def compile_kernel(rows: int, unit_bytes: int) -> Callable[..., None]:
+    """Compile the kernel for a number of rows and a copy unit.
+
+    https://docs.cupy.dev/en/stable/user_guide/kernel.html
+
+    Args:
+        rows: Number of sequences, beams counted: a template argument, so that the loops over rows are unrolled.
+        unit_bytes: Bytes that a thread copies at once, a key of `UNIT_TYPES`.
+
+    Returns:
+        CuPy's kernel, called as (grid, block, arguments).
+    """
     import cupy
 
-    name = f"move_rows<{UNITS[unit]}, {rows}>"
+    name = f"move_rows<{UNIT_TYPES[unit_bytes]}, {rows}>"
     module = cupy.RawModule(code=KERNEL, options=("-std=c++17",), name_expressions=(name,))
     kernel: Callable[..., None] = module.get_function(name)
     return kernel

@@ -1,4 +1,4 @@
-"""What a device does again and again, recorded once as a CUDA graph: then it takes one launch, however much it is.
+"""Capture and replay of repeated device work as a CUDA graph, which takes one launch for any number of kernels.
 
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -19,68 +19,79 @@ NODE = re.compile(r"running (\w+) node\. Name:'([^']*)'")
 
 
 class CudaGraphCallable:
-    """A function without arguments, over tensors that stay where they are; what it makes, it copies into some of them.
+    """Wrapper that captures a function as a CUDA graph and replays it.
 
-    On CUDA the first call is an ordinary one, the second is recorded, and that and all others are replayed. What can't
-    be recorded goes on as it is, with one warning that says why. Elsewhere every call is an ordinary one.
+    On CUDA the first call runs the function, the second captures it, and the graph is replayed for this call and all
+    later ones. If the capture fails, a warning names the reason once and every call runs the function. On other devices
+    every call runs the function.
+
+    Args:
+        function: Takes no arguments. Reads and writes tensors whose addresses stay the same; results must be copied
+            into such tensors.
+        device: Device that the function works on.
+        name: Name for log messages, with an article ("a decode graph of ...").
     """
 
-    def __init__(self, work: Callable[[], None], device: torch.device, name: str) -> None:
-        self._work, self._name = work, name
+    def __init__(self, function: Callable[[], None], device: torch.device, name: str) -> None:
+        self._function, self._name = function, name
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._calls_before = 1 if device.type == "cuda" else None  # ordinary ones left; None: all
+        self._capture_enabled = device.type == "cuda"
+        self._warmed_up = False
 
     def __call__(self) -> None:
+        """Run, capture or replay the function."""
         if self._graph is not None:
             self._graph.replay()
-        elif self._calls_before == 0:
+        elif self._capture_enabled and self._warmed_up:
             self._capture()
         else:
-            self._calls_before = None if self._calls_before is None else self._calls_before - 1
-            self._work()
+            self._warmed_up = True
+            self._function()
 
     @property
     def captured(self) -> bool:
+        """True once calls replay a CUDA graph."""
         return self._graph is not None
 
     def _capture(self) -> None:
+        """Capture the function and replay it; if that fails, run it now and give up capturing."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with _nothing_collected():
+            with _garbage_collection_disabled():
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
-                    self._work()
+                    self._function()
                 finally:
                     graph.capture_end()
         except DeviceMemoryError:
             raise
-        except Exception as error:  # torch's and ONNX Runtime's errors have no other class in common
-            logger.warning(f"{self._name} is not captured: {_reason(error)}")
-            self._calls_before = None
-            self._work()
+        except Exception as error:  # torch's and ONNX Runtime's errors have no other common base class
+            logger.warning(f"{self._name} is not captured: {_failure_reason(error)}")
+            self._capture_enabled = False
+            self._function()
         else:
             self._graph = graph
             graph.replay()
 
 
 @contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Context without Python's collector: a session or a graph that goes meanwhile would spoil the recording."""
-    on = gc.isenabled()
+def _garbage_collection_disabled() -> Iterator[None]:
+    """Disable Python's garbage collector: a session or graph that is destroyed during a capture invalidates it."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if on:
+        if enabled:
             gc.enable()
 
 
-def _reason(error: BaseException) -> str:
-    """The node that can't be recorded, where ONNX Runtime names one, and what CUDA says to it."""
-    first: BaseException = error
-    while first.__context__ is not None:  # the end of a failed recording fails too
-        first = first.__context__
-    message = str(first)
+def _failure_reason(error: BaseException) -> str:
+    """Return the first line of the original error, with the graph's node where ONNX Runtime names one."""
+    original: BaseException = error
+    while original.__context__ is not None:  # `capture_end` after a failed capture raises an error of its own
+        original = original.__context__
+    message = str(original)
     node = NODE.search(message)
-    said = message.split("Status Message: ")[-1].splitlines()[0] if message else type(first).__name__
-    return f"node {node[2]} ({node[1]}): {said}" if node else said
+    reason = message.split("Status Message: ")[-1].splitlines()[0] if message else type(original).__name__
+    return f"node {node[2]} ({node[1]}): {reason}" if node else reason

@@ -1,8 +1,7 @@
-"""A slot: all that a static step reads and writes for one batch, at addresses that stay."""
+"""Decode buffers: tensors that the static decode graph of one batch reads and writes, at constant addresses."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -11,26 +10,39 @@ from accel.runtime.beam_cache import BeamAncestry
 from accel.runtime.cuda_graph import CudaGraphCallable
 from accel.runtime.io_binding import BoundSession, FixedCall
 from accel.runtime.layout import BUCKET, POSITION
-from accel.runtime.padding import Shape, fill
+from accel.runtime.padding import Shape, copy_padded
 
 LOGITS = "logits"
-ONE_TOKEN = {"new": 1, "kept": 1}
+ONE_TOKEN = {"new": 1, "kept": 1}  # lengths of the axes of new tokens and of the tokens whose logits are returned
 
 
 @dataclass(frozen=True)
 class DecodeGraphs:
-    """What computes in a slot: the step, and what makes the caches that a generation fixes, where any does."""
+    """Sessions that run over decode buffers.
+
+    Attributes:
+        decode: The static decode graph.
+        cross: The graph that computes the cross-attention caches from the encoder's output; None without such a file.
+    """
 
     decode: BoundSession
     cross: BoundSession | None = None
 
 
 class DecodeBuffers:
-    """Room for the caches of `batch` sequences of up to `bucket` tokens, and a step over them.
+    """Static caches, inputs and logits of one batch, with the decode graph bound to them.
 
-    `axes`: cache that grows -> axis of its tokens; `outputs`: cache -> output that holds it; `fixed`: what a generation
-    fixes at its beginning, its type and the shape it has here. What a session was opened for (`open_recordable`) is
-    recorded and replayed.
+    Sessions opened for capture (`open_capturable`) are captured as CUDA graphs and replayed.
+
+    Args:
+        graphs: The sessions to bind.
+        batch: Number of sequences, beams counted.
+        bucket: Length of the self-attention caches, in tokens.
+        axes: Self-attention cache input -> its token axis.
+        outputs: Cache input -> the output that holds it after a run. Both are bound to the same memory, so that the
+            graph updates its caches in place.
+        constants: Input that stays the same for a whole generation (cross-attention cache, encoder output, its mask) ->
+            its dtype and its shape in these buffers.
     """
 
     def __init__(
@@ -42,98 +54,115 @@ class DecodeBuffers:
         outputs: Mapping[str, str],
         constants: Mapping[str, tuple[torch.dtype, Shape]],
     ) -> None:
-        self.decode, self.batch, self.bucket = graphs.decode, batch, bucket
-        self.axes, self.outputs = axes, outputs
-        device = graphs.decode.device
+        self._session = graphs.decode
+        self.batch, self.bucket, self.axes = batch, bucket, axes
+        device = self._session.device
         self.constants = {
             name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, shape) in constants.items()
         }
-        changing = [name for name in self.decode.inputs if name not in axes and name not in constants]
-        self.given = {name: self._room(name, self._shape(name)) for name in changing}
-        self.logits = self._room(LOGITS, self._shape(LOGITS))
-        self.stacks = self._stacks()
-        self.self_caches = {
-            name: cache for names, stack in self.stacks.items() for name, cache in zip(names, stack, strict=True)
-        }
+        token_inputs = [name for name in self._session.inputs if name not in axes and name not in constants]
+        self.inputs = {name: self._zeros(name, self._shape(name)) for name in token_inputs}
+        self.logits = self._zeros(LOGITS, self._shape(LOGITS))  # [B, 1, vocabulary]
+        self.stacks = self._allocate_stacks()
+        self.self_caches: dict[str, Tensor] = {}  # views into the stacks, each [B, H, S, D]
+        for names, stack in self.stacks.items():
+            self.self_caches.update(zip(names, stack, strict=True))
         self.ancestry = BeamAncestry(batch, bucket, device)
-        written = {
-            outputs[name]: cache for name, cache in (self.self_caches | self.constants).items() if name in outputs
-        }
-        self.run_decode = self._calls(graphs.decode, written | {LOGITS: self.logits}, "decode")
-        self.run_cross = self._calls(graphs.cross, written, "cross-attention cache") if graphs.cross else None
+
+        caches = self.self_caches | self.constants
+        written = {outputs[name]: cache for name, cache in caches.items() if name in outputs}
+        self.run_decode = self._bind(graphs.decode, written | {LOGITS: self.logits}, "decode")
+        self.run_cross = self._bind(graphs.cross, written, "cross-attention cache") if graphs.cross else None
 
     def _shape(self, name: str) -> Shape:
+        """Return the shape of an input or output of the decode graph in these buffers."""
         lengths = {**ONE_TOKEN, "batch": self.batch, BUCKET: self.bucket}
-        spec = (self.decode.inputs | self.decode.outputs)[name]
+        spec = (self._session.inputs | self._session.outputs)[name]
         return tuple(lengths[dim] if isinstance(dim, str) else dim for dim in spec.shape)
 
-    def _room(self, name: str, shape: Shape) -> Tensor:
-        return torch.zeros(shape, dtype=self.decode.dtype(name), device=self.decode.device)
+    def _zeros(self, name: str, shape: Shape) -> Tensor:
+        """Allocate zeros with the dtype of an input or output of the decode graph."""
+        return torch.zeros(shape, dtype=self._session.dtype(name), device=self._session.device)
 
-    def _stacks(self) -> dict[tuple[str, ...], Tensor]:
-        """Names of caches -> [caches, *shape of one]: those of one shape lie in one tensor."""
+    def _allocate_stacks(self) -> dict[tuple[str, ...], Tensor]:
+        """Allocate the self-attention caches: one tensor [N, B, H, S, D] for all of one dtype, shape and token axis.
 
-        def kind(name: str) -> tuple[object, ...]:
-            return (str(self.decode.dtype(name)), self._shape(name), self.axes[name])
-
+        One tensor can be cleared, or reordered by one kernel, with a single launch for all layers.
+        """
+        groups: dict[tuple[torch.dtype, Shape, int], list[str]] = {}
+        for name, axis in self.axes.items():
+            groups.setdefault((self._session.dtype(name), self._shape(name), axis), []).append(name)
         stacks = {}
-        for (_, shape, _), group in groupby(sorted(self.axes, key=kind), kind):
-            names = tuple(group)
-            stacks[names] = self._room(names[0], (len(names), *shape))  # type: ignore[misc]
+        for (_, shape, _), names in groups.items():
+            stacks[tuple(names)] = self._zeros(names[0], (len(names), *shape))
         return stacks
 
-    def _calls(self, session: BoundSession, outputs: Mapping[str, Tensor], what: str) -> Callable[[], None]:
-        """Runs of `session` over this slot; of `outputs` it writes those that it has."""
-        written = {name: outputs[name] for name in session.outputs}
-        call = FixedCall(session, self.self_caches | self.constants | self.given, written)
+    def _bind(self, session: BoundSession, outputs: Mapping[str, Tensor], name: str) -> Callable[[], None]:
+        """Bind `session` to these buffers and to those `outputs` that it has. Return a call that runs or replays it."""
+        written = {output: outputs[output] for output in session.outputs}
+        call = FixedCall(session, self.self_caches | self.constants | self.inputs, written)
         if not session.session.capturable:
             return call
         call.warm_up()
-        return CudaGraphCallable(call, session.device, f"a {what} of {self.batch} x {self.bucket}")
+        return CudaGraphCallable(
+            call, session.device, f"the {name} graph for batch size {self.batch} and bucket {self.bucket}"
+        )
 
-    def begin(self, constants: Mapping[str, Tensor]) -> None:
-        """Take what a generation fixes; where there is room for more, the rest is 0, as in the mask over it.
+    def reset(self, constants: Mapping[str, Tensor]) -> None:
+        """Prepare the buffers for a new generation.
 
-        So are the caches: what another generation left would be masked, but not if it is no number.
+        Clears the caches: the mask hides what an earlier generation left there, except NaN, which spreads through the
+        attention product even where its weight is 0.
+
+        Args:
+            constants: Inputs that stay the same for the whole generation. A tensor shorter than its buffer is padded
+                with zeros, as is its mask. Cross-attention caches may be computed by `compute_cross_caches` instead.
         """
         for stack in self.stacks.values():
             stack.zero_()
-        for name, given in constants.items():
-            fill(self.constants[name], given)
-        self.ancestry.begin(0)
+        for name, tensor in constants.items():
+            copy_padded(self.constants[name], tensor)
+        self.ancestry.reset(0)
 
     def write(self, caches: Mapping[str, Tensor], start: int, length: int) -> None:
-        """Copy the entries `start` to `start + length` of `caches`."""
+        """Copy `length` entries from token `start` on out of `caches` [B, H, S, D] into the same positions here."""
         for name, axis in self.axes.items():
-            self.self_caches[name].narrow(axis, start, length).copy_(caches[name].narrow(axis, start, length))
-        self.ancestry.begin(start)
+            entries = caches[name].narrow(axis, start, length)  # [B, H, length, D]
+            self.self_caches[name].narrow(axis, start, length).copy_(entries)
+        self.ancestry.reset(start)
 
     def read(self, length: int) -> dict[str, Tensor]:
-        """The first `length` entries, in place."""
+        """Return views of the first `length` entries of the self-attention caches, [B, H, length, D]."""
         return {name: self.self_caches[name].narrow(axis, 0, length) for name, axis in self.axes.items()}
 
     def reorder(self, index: Tensor, length: int) -> None:
-        """Let sequence i hold the first `length` entries of what was sequence `index[i]`."""
+        """Replace the first `length` cache entries of every sequence i by those of sequence `index[i]`; index: [B]."""
         stacks = [(stack, self.axes[names[0]] + 1) for names, stack in self.stacks.items()]
         self.ancestry.reorder(index, length, stacks)
 
     def write_inputs(self, inputs: Mapping[str, Tensor], length: int) -> None:
-        """Put what changes with each token where the session reads it."""
-        for name, tensor in self.given.items():
-            if name == POSITION:
-                tensor.fill_(length)
-            elif tensor.shape == inputs[name].shape:
-                tensor.copy_(inputs[name])
-            else:  # a mask over the tokens there are: 0 for the room behind them
-                tensor.zero_()
-                tensor[:, : inputs[name].shape[1]].copy_(inputs[name])
+        """Copy the inputs of one decode step to where the graph reads them.
 
-    def run_cross_cache(self) -> None:
-        """Those of the fixed caches that are computed, from what `begin` took."""
+        Args:
+            inputs: Inputs for one new token of every sequence: `input_ids` [B, 1] and, where the graph takes them,
+                `attention_mask` [B, length + 1] and `position_ids` [B, 1].
+            length: Number of tokens in the caches, which is the position that the new entries are written to.
+        """
+        for name, buffer in self.inputs.items():
+            if name == POSITION:
+                buffer.fill_(length)
+            elif buffer.shape == inputs[name].shape:
+                buffer.copy_(inputs[name])
+            else:  # the attention mask: shorter than the bucket, so the unused entries are masked with 0
+                buffer.zero_()
+                buffer[:, : inputs[name].shape[1]].copy_(inputs[name])
+
+    def compute_cross_caches(self) -> None:
+        """Compute the cross-attention caches from the constants passed to `reset`, if there is a graph for it."""
         if self.run_cross is not None:
             self.run_cross()
 
     def run(self) -> Tensor:
-        """The step. Returns the logits [batch, 1, vocabulary], valid until the next one."""
+        """Run one decode step. Return its logits [B, 1, vocabulary], which the next run overwrites."""
         self.run_decode()
         return self.logits

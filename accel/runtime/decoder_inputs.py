@@ -1,23 +1,39 @@
-"""The inputs of a decoder that its caller makes, for every call anew."""
+"""Decoder inputs that are computed on the caller's side for every call."""
 
 import torch
 from torch import Tensor
 
 
 def positions(mask: Tensor) -> Tensor:
-    """[batch, length] mask -> each token's place among those that are no padding, as transformers' `generate` does."""
+    """Return each token's position among the tokens that aren't padding, as transformers' `generate` counts them.
+
+    Args:
+        mask: Attention mask [batch, length], 0 for padding.
+
+    Returns:
+        int64 [batch, length]; 0 at padding.
+    """
     return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
 
-def decoder_inputs(ids: Tensor, mask: Tensor, keep: int = 0, places: Tensor | None = None) -> dict[str, Tensor]:
-    """All a decoder may ask the caller for: `ids` [batch, new] are the last of those in `mask` [batch, past + new].
+def decoder_inputs(ids: Tensor, mask: Tensor, keep: int = 0, position_ids: Tensor | None = None) -> dict[str, Tensor]:
+    """Return every input that a decoder may take besides its caches and the encoder's output.
 
-    The logits of the last `keep` are wanted, or of all. `places` [batch or 1, new]: if not those of `positions`.
+    Args:
+        ids: New tokens [batch, new].
+        mask: Attention mask [batch, past + new] over the cached and the new tokens.
+        keep: Number of last tokens whose logits are computed; 0 for all new ones.
+        position_ids: Positions of the new tokens [batch or 1, new]; None for those of `positions(mask)`.
+
+    Returns:
+        `input_ids`, `attention_mask`, `position_ids` [batch, new] and `logits_to_keep`, int64 indices into the new
+        tokens.
     """
     new = ids.shape[1]
+    first_kept = max(0, new - keep) if keep else 0
     return {
         "input_ids": ids,
         "attention_mask": mask,
-        "position_ids": positions(mask)[:, -new:] if places is None else places.expand(len(ids), -1),
-        "logits_to_keep": torch.arange(max(0, new - keep) if keep else 0, new, device=ids.device),
+        "position_ids": positions(mask)[:, -new:] if position_ids is None else position_ids.expand(len(ids), -1),
+        "logits_to_keep": torch.arange(first_kept, new, device=ids.device),
     }

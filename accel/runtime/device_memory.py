@@ -1,4 +1,4 @@
-"""Whether a device has room: foretold before weights are loaded, and explained when it runs out all the same."""
+"""Checks of free device memory before an allocation, and one error for the many out-of-memory messages."""
 
 import math
 import re
@@ -10,21 +10,31 @@ import torch
 
 from accel.errors import DeviceMemoryError
 
-GROWTH = 1.05  # what a session holds beside its weights before the first run, as a factor
+SESSION_OVERHEAD = 1.05  # device memory of a session before its first run, as a multiple of its weights
 MB = 1e6
-FULL = re.compile(r"(failed to|can't) allocate memory|out of memory|smaller than requested bytes", re.IGNORECASE)
-SIZE = re.compile(r"(?:requested (?:buffer of size|bytes of)|tried to allocate) (\d+)")
+OUT_OF_MEMORY = re.compile(
+    r"(failed to|can't) allocate memory|out of memory|smaller than requested bytes", re.IGNORECASE
+)
+REQUESTED_BYTES = re.compile(r"(?:requested (?:buffer of size|bytes of)|tried to allocate) (\d+)")
 
 
 def check_weights_fit(graphs: Sequence[Path], device: torch.device) -> None:
-    """Raises `OutOfMemory` if the weights of all `graphs` together can't fit into what is free on a GPU."""
+    """Check that the weights of all `graphs` together fit into free GPU memory. Do nothing on the CPU.
+
+    Args:
+        graphs: Paths of ONNX files. Data files beside them, named `<graph>*`, are counted.
+        device: Device to load them to.
+
+    Raises:
+        DeviceMemoryError: The weights don't fit.
+    """
     if device.type != "cuda":
         return
-    files = [file for graph in graphs for file in graph.parent.glob(f"{graph.name}*")]  # each one and its data
+    files = [file for graph in graphs for file in graph.parent.glob(f"{graph.name}*")]
     weights = sum(file.stat().st_size for file in files)
-    torch.cuda.empty_cache()  # what torch keeps for later counts as taken
+    torch.cuda.empty_cache()  # CUDA counts memory cached by torch's allocator as used
     free, total = torch.cuda.mem_get_info(device)
-    if weights * GROWTH > free:
+    if weights * SESSION_OVERHEAD > free:
         raise DeviceMemoryError(
             f"{torch.cuda.get_device_name(device)} is too small: the model has {weights / MB:.0f} MB of weights, "
             f"{free / MB:.0f} of {total / MB:.0f} MB are free. End other programs on the GPU, "
@@ -33,44 +43,58 @@ def check_weights_fit(graphs: Sequence[Path], device: torch.device) -> None:
 
 
 def free_device_memory(device: torch.device) -> float:
-    """Bytes that torch could still take on a GPU; without end elsewhere."""
+    """Return the bytes that torch can still allocate on a GPU; infinity on the CPU."""
     if device.type != "cuda":
         return math.inf
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's to give
-    return torch.cuda.mem_get_info(device)[0] + kept
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch's allocator
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def check_allocation(size: int, device: torch.device, what: str, setting: str) -> None:
-    """Raises `OutOfMemory` if `size` bytes can't fit into what is free on a GPU. `setting`: what would make it less."""
+    """Check that an allocation fits into free GPU memory. Do nothing on the CPU.
+
+    Args:
+        size: Bytes to allocate.
+        device: Device to allocate them on.
+        what: Name of the allocation, for the message.
+        setting: Config key whose value the message suggests to reduce.
+
+    Raises:
+        DeviceMemoryError: The allocation doesn't fit.
+    """
     free = free_device_memory(device)
     if size > free:
         total = torch.cuda.mem_get_info(device)[1]
         raise DeviceMemoryError(
             f"{what} needs {size / MB:.0f} MB, and {torch.cuda.get_device_name(device)} has {free / MB:.0f} of "
-            f"{total / MB:.0f} MB free. Smaller {setting}, fewer inputs at once or fewer beams need less"
+            f"{total / MB:.0f} MB free. Reduce {setting}, the batch size or num_beams"
         )
 
 
 @contextmanager
 def translate_out_of_memory() -> Iterator[None]:
-    """Turns the many ways in which torch and ONNX Runtime say that a device is full into one `OutOfMemory`.
+    """Turn the out-of-memory errors of torch and ONNX Runtime into one error class.
 
-    Sessions stay usable: what the failed call had allocated is given back.
+    Sessions stay usable: allocations of the failed call are freed.
+
+    Raises:
+        DeviceMemoryError: The device ran out of memory within the context.
     """
     try:
         yield
-    except Exception as error:  # ONNX Runtime's errors have no other class in common
-        if isinstance(error, DeviceMemoryError) or not FULL.search(str(error)):
+    except Exception as error:  # ONNX Runtime's errors have no other common base class
+        if isinstance(error, DeviceMemoryError) or not OUT_OF_MEMORY.search(str(error)):
             raise
-        raise DeviceMemoryError(_full(str(error))) from error
+        raise DeviceMemoryError(_out_of_memory_message(str(error))) from error
 
 
-def _full(message: str) -> str:
-    wanted = SIZE.search(message)
-    size = f" for {int(wanted[1]) / MB:.0f} MB more" if wanted else ""
-    where = "the device"
+def _out_of_memory_message(original: str) -> str:
+    """Name the device, its free memory and the size requested, as far as they are known."""
+    requested = REQUESTED_BYTES.search(original)
+    size = f": {int(requested[1]) / MB:.0f} MB more were requested" if requested else ""
+    device = "the device"
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
-        where = f"{torch.cuda.get_device_name()} ({free / MB:.0f} of {total / MB:.0f} MB free)"
-    return f"{where} has no room{size}. Fewer inputs at once, fewer beams or fewer new tokens need less"
+        device = f"{torch.cuda.get_device_name()} ({free / MB:.0f} of {total / MB:.0f} MB free)"
+    return f"{device} is out of memory{size}. Reduce the batch size, num_beams or max_new_tokens"

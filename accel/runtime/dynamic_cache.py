@@ -1,4 +1,4 @@
-"""ONNX Runtime with a growing cache: every step returns longer caches, which the next step takes."""
+"""ONNX Runtime with dynamic KV caches: every decode step returns longer caches, which are inputs of the next one."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -15,56 +15,72 @@ from accel.runtime.dlpack import OrtValueHandle, Value
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.session import SessionSettings, open_session
 
-PAST = "past"  # the axis along which the decoder's own caches grow
-MOVING = {"new", "kept", "total", PAST}  # axes of what changes with every call
+PAST = "past"  # token axis of the self-attention caches
+CHANGING_AXES = {"new", "kept", "total", PAST}  # axes whose length changes from call to call
 
 
 @dataclass
 class DynamicCacheState:
-    """Caches as the graph returned them. `grown` grows with every token; `fixed` was given or made once, by prefill."""
+    """KV caches of one generation, as the decoder returned them. Implements `protocol.State`.
 
-    self_cache: Mapping[str, Value]  # cache input -> [batch, heads, length, head size]
-    constants: dict[str, Tensor]  # other inputs of a step -> tensor, batch first
-    axes: Mapping[str, int]  # cache input that grows -> axis of its length
-    cross_caches: Collection[str] = ()  # those of `fixed` that are caches
-    bound_constants: Mapping[str, Value] | None = None  # `fixed`, as a step takes it
+    Attributes:
+        self_cache_values: Self-attention cache input -> tensor or OrtValue handle, [batch, heads, length, head_size].
+        constants: Other decoder input that stays the same for the whole generation -> tensor, batch first:
+            cross-attention caches, the encoder's output, its mask.
+        axes: Self-attention cache input -> its token axis.
+        cross_caches: Names in `constants` that are cross-attention caches.
+        bound_constants: `constants` as the decoder's session takes them, made by the first decode step; None before it
+            and after a change of `constants`.
+    """
+
+    self_cache_values: Mapping[str, Value]
+    constants: dict[str, Tensor]
+    axes: Mapping[str, int]
+    cross_caches: Collection[str] = ()
+    bound_constants: Mapping[str, Value] | None = None
 
     @property
     def self_caches(self) -> dict[str, Tensor]:
-        """The caches that grow, as tensors."""
+        """Self-attention caches as tensors, [batch, heads, length, head_size]."""
         return {
             name: value.tensor() if isinstance(value, OrtValueHandle) else value
-            for name, value in self.self_cache.items()
+            for name, value in self.self_cache_values.items()
         }
 
     @self_caches.setter
     def self_caches(self, tensors: Mapping[str, Tensor]) -> None:
-        self.self_cache = tensors
+        self.self_cache_values = tensors
 
     @property
     def length(self) -> int:
-        name, value = next(iter(self.self_cache.items()))
+        """Number of decoder tokens in the caches."""
+        name, value = next(iter(self.self_cache_values.items()))
         return value.shape[self.axes[name]]
 
     @property
     def batch(self) -> int:
-        return next(iter(self.self_cache.values())).shape[0]
+        """Number of sequences, beams counted."""
+        return next(iter(self.self_cache_values.values())).shape[0]
 
     def reorder(self, index: Tensor) -> None:
-        # The beams of one input share its encoder output: what is fixed stays as it is.
+        """Continue every sequence i from sequence `index[i]`, a beam of the same input."""
+        # Constants need no reordering: the beams of one input share its encoder output.
         self_caches = self.self_caches
         index = index.to(next(iter(self_caches.values())).device)
         self.self_caches = {name: tensor.index_select(0, index) for name, tensor in self_caches.items()}
 
     def crop(self, length: int) -> None:
+        """Drop all but the first `length` decoder tokens."""
         self.self_caches = {
             name: tensor.narrow(self.axes[name], 0, length).contiguous() for name, tensor in self.self_caches.items()
         }
 
     def expand(self, times: int) -> None:
+        """Repeat every sequence `times` times: [batch, ...] -> [batch * times, ...]."""
         self.select(torch.arange(self.batch).repeat_interleave(times))
 
     def select(self, index: Tensor) -> None:
+        """Continue with the sequences `index` [new batch] of any input."""
         self.reorder(index)
         self.constants = {
             name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.constants.items()
@@ -72,11 +88,25 @@ class DynamicCacheState:
         self.bound_constants = None
 
     def views(self) -> Mapping[str, Tensor]:
+        """Return all caches by input name, self-attention caches first."""
         return self.self_caches | {name: self.constants[name] for name in self.cross_caches}
 
 
 class DynamicCacheRuntime:
-    """Prefill and step over one merged decoder, or over two graphs (`prefill`, `step`) that share nothing."""
+    """Runtime over a merged decoder, or over separate prefill and decode graphs. Implements `protocol.Runtime`.
+
+    Args:
+        encoder: Session of the encoder; None for a decoder-only model.
+        prefill: Session that takes no past. The same object as `decode` for a merged decoder.
+        decode: Session that takes the caches of past tokens.
+        cache: Cache input -> the output that becomes it at the next decode step.
+        flag: Boolean input of a merged decoder that selects the branch with past; None for separate graphs.
+
+    Attributes:
+        self_cache_outputs: Those items of `cache` that are self-attention caches.
+        axes: Self-attention cache input -> its token axis.
+        constants: Names of the decoder inputs that stay the same for a whole generation, with cross-attention caches.
+    """
 
     def __init__(
         self,
@@ -90,66 +120,85 @@ class DynamicCacheRuntime:
         self.device = decode.device
         self.dtype = decode.dtype("logits")
         self.cache = dict(cache)
-        self.self_cache = {name: source for name, source in cache.items() if PAST in decode.inputs[name].shape}
-        self.axes = {name: decode.inputs[name].shape.index(PAST) for name in self.self_cache}
-        self.constants = [name for name, spec in decode.inputs.items() if not MOVING & set(spec.shape) and name != flag]
+        self.self_cache_outputs = {name: output for name, output in cache.items() if PAST in decode.inputs[name].shape}
+        self.axes = {name: decode.inputs[name].shape.index(PAST) for name in self.self_cache_outputs}
+        self.constants = [
+            name for name, spec in decode.inputs.items() if not CHANGING_AXES & set(spec.shape) and name != flag
+        ]
         self.flag = flag
-        self._on, self._off = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
+        self._true, self._false = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Run the encoder. Raise `TypeError` if the model has none."""
         if self.encoder is None:
             raise TypeError("a decoder-only model has no encoder")
         names = list(self.encoder.outputs)
         return dict(zip(names, self.encoder(inputs, names), strict=True))
 
     def prefill(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, DynamicCacheState]:
-        given = dict(inputs)
+        """Run the decoder without past. Return the logits [batch, new, vocabulary] and the caches."""
+        prefill_inputs = dict(inputs)
         if self.flag:
-            given |= {self.flag: self._off} | self._no_past(inputs["input_ids"].shape[0])
-        logits, *caches = self._prefill(given, ["logits", *self.cache.values()])
+            prefill_inputs |= {self.flag: self._false} | self._empty_caches(inputs["input_ids"].shape[0])
+        logits, *caches = self._prefill(prefill_inputs, ["logits", *self.cache.values()])
         return logits, self._state(dict(zip(self.cache, caches, strict=True)), inputs)
 
     def resume(self, caches: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> DynamicCacheState:
-        names = [*self.self_cache, *(name for name in self.cache if name not in self.self_cache)]
-        given = {name: self._decode.place(name, tensor) for name, tensor in zip(names, caches, strict=True)}
-        return self._state(given, inputs)
+        """Return a state over existing caches, given in the order of `State.views`."""
+        names = [*self.self_cache_outputs, *(name for name in self.cache if name not in self.self_cache_outputs)]
+        placed = {name: self._decode.place(name, tensor) for name, tensor in zip(names, caches, strict=True)}
+        return self._state(placed, inputs)
 
-    def _state(self, present: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> DynamicCacheState:
-        self_caches = {name: tensor for name, tensor in present.items() if name in self.self_cache}
-        cross_caches = {name: tensor for name, tensor in present.items() if name not in self.self_cache}
-        return DynamicCacheState(self_caches, self.context(inputs) | cross_caches, self.axes, cross_caches)
+    def _state(self, caches: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> DynamicCacheState:
+        """Return a state over `caches` by input name, with the constants found in `inputs`."""
+        self_caches = {name: tensor for name, tensor in caches.items() if name in self.self_cache_outputs}
+        cross_caches = {name: tensor for name, tensor in caches.items() if name not in self.self_cache_outputs}
+        return DynamicCacheState(self_caches, self.place_constants(inputs) | cross_caches, self.axes, cross_caches)
 
-    def context(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What `feeds` fix for a whole generation."""
+    def place_constants(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those `inputs` that stay the same for a whole generation, on the device and in the graph's dtype."""
         return {name: self._decode.place(name, inputs[name]) for name in self.constants if name in inputs}
 
-    def _no_past(self, batch: int) -> dict[str, Tensor]:
-        """Caches of length 0, which a merged decoder takes in place of a past; they hold no memory."""
-        shapes = {name: self._decode.inputs[name].shape for name in self.cache}
-        return {
-            name: torch.empty(
-                [batch, *(dim if isinstance(dim, int) else 0 for dim in shape[1:])],
-                dtype=self._decode.dtype(name),
-                device=self.device,
-            )
-            for name, shape in shapes.items()
-        }
+    def _empty_caches(self, batch: int) -> dict[str, Tensor]:
+        """Return caches of length 0, which a merged decoder takes for a prefill. They take no device memory."""
+        empty = {}
+        for name in self.cache:
+            _, *dims = self._decode.inputs[name].shape
+            shape = [batch, *(dim if isinstance(dim, int) else 0 for dim in dims)]  # [B, H, 0, D]
+            empty[name] = torch.empty(shape, dtype=self._decode.dtype(name), device=self.device)
+        return empty
 
     def decode(self, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
+        """Run the decoder over new tokens and the caches in `state`, which are replaced by the longer ones.
+
+        Args:
+            inputs: `input_ids` [batch, new] and the other inputs that change with every call.
+            state: Updated in place.
+
+        Returns:
+            Logits [batch, new, vocabulary].
+        """
         if state.bound_constants is None:
-            constants = {name: tensor for name, tensor in state.constants.items() if name in self._decode.inputs}
-            state.bound_constants = {name: self._decode.hold(name, tensor) for name, tensor in constants.items()}
-        given = {**inputs, **state.self_cache, **state.bound_constants} | ({self.flag: self._on} if self.flag else {})
-        logits, *caches = self._decode.run(given, ["logits", *self.self_cache.values()], len(self.self_cache))
-        state.self_cache = dict(zip(self.self_cache, caches, strict=True))
+            state.bound_constants = {
+                name: self._decode.bind(name, tensor)
+                for name, tensor in state.constants.items()
+                if name in self._decode.inputs
+            }
+        decode_inputs: dict[str, Value] = {**inputs, **state.self_cache_values, **state.bound_constants}
+        if self.flag:
+            decode_inputs[self.flag] = self._true
+        output_names = ["logits", *self.self_cache_outputs.values()]
+        logits, *caches = self._decode.run(decode_inputs, output_names, handles=len(self.self_cache_outputs))
+        state.self_cache_values = dict(zip(self.self_cache_outputs, caches, strict=True))
         return logits if isinstance(logits, Tensor) else logits.tensor()
 
     @property
     def decoder(self) -> BoundSession:
-        """The session that steps run on."""
+        """Session that decode steps run on."""
         return self._decode
 
     def close(self) -> None:
+        """Drop the sessions."""
         self.encoder = None
         del self._prefill, self._decode
 
@@ -161,17 +210,25 @@ def open_dynamic(
     weights: Mapping[str, Any] | None = None,
     with_encoder: bool = True,
 ) -> DynamicCacheRuntime:
-    """The runtime over a deployable's (or a candidate's) folder. Raises `FileNotFoundError` if it is none.
+    """Open the merged decoder, and the encoder if there is one, in the folder of a bundle or deployable.
 
-    `weights`: those of the decoder that are in memory already, by name.
+    Args:
+        folder: Folder that holds at least `layout.DECODER`.
+        settings: Settings of both sessions.
+        device: torch's device.
+        weights: Initializer -> value, for weights of the decoder that are in memory already (`SharedWeights`).
+        with_encoder: Open the encoder.
+
+    Raises:
+        DeviceMemoryError: The weights don't fit into the device's memory.
     """
-    where = torch.device(device)
+    torch_device = torch.device(device)
     files = (layout.DECODER, layout.ENCODER) if with_encoder else (layout.DECODER,)
     paths = [folder / file for file in files if (folder / file).is_file()]
     if weights is None:
-        check_weights_fit(paths, where)
+        check_weights_fit(paths, torch_device)
     decoder, *encoder = (
-        BoundSession(open_session(path, settings, weights if path.name == layout.DECODER else None), where)
+        BoundSession(open_session(path, settings, weights if path.name == layout.DECODER else None), torch_device)
         for path in paths
     )
     metadata = decoder.session.get_modelmeta().custom_metadata_map

@@ -1,4 +1,4 @@
-"""Sessions called with torch tensors."""
+"""ONNX Runtime sessions called with torch tensors."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from accel.runtime.device_memory import translate_out_of_memory
-from accel.runtime.dlpack import TYPES, OrtValueHandle, TensorExchange, Value, hold, run_with_dlpack, tensor_exchange
+from accel.runtime.dlpack import (
+    TYPES,
+    OrtValueHandle,
+    TensorExchange,
+    Value,
+    run_with_dlpack,
+    tensor_exchange,
+    to_handle,
+)
 from accel.runtime.providers import onnxruntime
 from accel.runtime.session import Session
 from accel.runtime.streams import on_shared_stream, run_options
@@ -16,91 +24,132 @@ HOST = torch.device("cpu")
 
 
 class BoundSession:
-    """A session called with tensors by name. Outputs share ONNX Runtime's memory, which lives as long as they do.
+    """Session called with torch tensors by name. Outputs share ONNX Runtime's memory and keep it alive.
 
     On CUDA a call returns before the work is done: it is queued on the stream that sessions share with torch.
+
+    Args:
+        session: The session.
+        device: Device of its provider.
+        exchange: Function that passes tensors to and from ONNX Runtime; None for the fastest one available.
+
+    Attributes:
+        inputs: Input -> ONNX Runtime's description: `name`, `shape` (int or axis name) and `type`.
+        outputs: Output -> the same.
+        types: Input or output -> torch dtype and the type's number in onnx.TensorProto.DataType.
     """
 
-    def __init__(self, session: Session, device: torch.device, by: "TensorExchange | None" = None) -> None:
+    def __init__(self, session: Session, device: torch.device, exchange: "TensorExchange | None" = None) -> None:
         self.session = session
         self.device = device if device.type == "cpu" else torch.device(device.type, device.index or 0)
         self.inputs = {spec.name: spec for spec in session.get_inputs()}
         self.outputs = {spec.name: spec for spec in session.get_outputs()}
         self.types = {name: TYPES[spec.type] for name, spec in (self.inputs | self.outputs).items()}
-        self.place_of_outputs = onnxruntime.OrtDevice.make(device.type, device.index or 0)._get_c_device()
+        self.output_device = onnxruntime.OrtDevice.make(device.type, device.index or 0)._get_c_device()
         self.options = run_options(device)
-        self.tensor_exchange = by or tensor_exchange(device)
+        self.tensor_exchange = exchange or tensor_exchange(device)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of an input or output."""
+        """Return the dtype of an input or output."""
         return self.types[name][0]
 
     def place(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor` as input `name` takes it; itself if it is of that type, there, and contiguous already."""
+        """Return `tensor` contiguous, on the device and in the dtype of input `name`; itself where it is so already."""
         dtype = self.types[name][0]
-        # The condition of an If is read on the host: on the device it would cost a round trip at every step.
+        # ONNX Runtime reads the condition of an If on the host: on the device it would cost a copy at every step.
         device = HOST if dtype is torch.bool else self.device
         if tensor.dtype is not dtype or tensor.device != device or tensor.requires_grad:
             tensor = tensor.detach().to(device, dtype)
         return tensor.contiguous()
 
-    def __call__(self, inputs: Mapping[str, Tensor], wanted: Sequence[str]) -> list[Tensor]:
-        """Run on `feeds` and return the outputs `wanted`, in that order. Feeds the graph doesn't take are left out.
+    def __call__(self, inputs: Mapping[str, Tensor], output_names: Sequence[str]) -> list[Tensor]:
+        """Run the session. It stays usable after an error.
 
-        Raises `KeyError` if an input is missing, `OutOfMemory` if the device has no room; the session stays usable.
+        Args:
+            inputs: Input -> tensor of any dtype, device and layout. Names that the graph doesn't take are ignored.
+            output_names: Outputs to return.
+
+        Returns:
+            The outputs, in the order of `output_names`.
+
+        Raises:
+            KeyError: An input is missing.
+            DeviceMemoryError: The device is out of memory.
         """
-        return [value if isinstance(value, Tensor) else value.tensor() for value in self.run(inputs, wanted)]
+        return [value if isinstance(value, Tensor) else value.tensor() for value in self.run(inputs, output_names)]
 
-    def run(self, inputs: Mapping[str, Value], wanted: Sequence[str], held: int = 0) -> list[Value]:
-        """As a call, but the last `held` outputs may stay ONNX Runtime's, and so may feeds."""
+    def run(self, inputs: Mapping[str, Value], output_names: Sequence[str], handles: int = 0) -> list[Value]:
+        """Run the session like a call, with OrtValue handles allowed among the inputs and outputs.
+
+        Args:
+            inputs: Input -> tensor or handle.
+            output_names: Outputs to return.
+            handles: Number of last outputs that may be returned as `OrtValueHandle`.
+
+        Returns:
+            The outputs, in the order of `output_names`.
+        """
         with on_shared_stream(self.device), translate_out_of_memory():
-            given = {name: inputs[name] for name in self.inputs}
-            placed = {
-                name: value if isinstance(value, OrtValueHandle) else self.place(name, value)
-                for name, value in given.items()
-            }
-            return self.tensor_exchange(self, placed, wanted, held)
+            placed: dict[str, Value] = {}
+            for name in self.inputs:
+                value = inputs[name]
+                placed[name] = value if isinstance(value, OrtValueHandle) else self.place(name, value)
+            return self.tensor_exchange(self, placed, output_names, handles)
 
-    def hold(self, name: str, tensor: Tensor) -> Value:
-        """`tensor` as input `name` takes it, made ready once for many runs."""
+    def bind(self, name: str, tensor: Tensor) -> Value:
+        """Convert `tensor` once to what input `name` takes, for use in many runs."""
         placed = self.place(name, tensor)
-        return hold(placed) if self.tensor_exchange is run_with_dlpack and placed.dtype is not torch.bool else placed
+        if self.tensor_exchange is run_with_dlpack and placed.dtype is not torch.bool:
+            return to_handle(placed)
+        return placed
 
 
 class FixedCall:
-    """Calls of a session whose inputs and outputs stay where they are: bound once, run as often as they change.
+    """Repeated run of a session over the same tensors, whose addresses are bound once.
 
-    An output may be an input's own memory, where the graph writes in place. Raises `KeyError` if a tensor is missing.
+    An output may share the memory of an input, for a graph that updates it in place.
+
+    Args:
+        bound: The session.
+        inputs: Every input of the graph -> contiguous tensor of its dtype.
+        outputs: Every output to compute -> contiguous tensor of its dtype.
+
+    Raises:
+        KeyError: An input is missing.
+        ValueError: A tensor has another dtype or isn't contiguous.
     """
 
     def __init__(self, bound: BoundSession, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         self.bound = bound
-        self.tensors = [*inputs.values(), *outputs.values()]  # bound by address: they must live as long
+        self.tensors = [*inputs.values(), *outputs.values()]  # bound by address, so they must be kept alive
         self.binding = bound.session.io_binding()
         for name in bound.inputs:
-            self.binding.bind_input(name, *self._where(name, inputs[name]))
+            self.binding.bind_input(name, *self._binding_arguments(name, inputs[name]))
         for name, tensor in outputs.items():
-            self.binding.bind_output(name, *self._where(name, tensor))
+            self.binding.bind_output(name, *self._binding_arguments(name, tensor))
 
-    def _where(self, name: str, tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
-        """Device, type, shape and address, as a binding takes them."""
-        dtype, number = self.bound.types[name]
+    def _binding_arguments(self, name: str, tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
+        """Return device type, device index, type number, shape and address of a tensor."""
+        dtype, type_number = self.bound.types[name]
         if tensor.dtype is not dtype or not tensor.is_contiguous():
             raise ValueError(f"{name}: {tensor.dtype}, where a contiguous {dtype} is to be bound")
-        return tensor.device.type, tensor.device.index or 0, number, tuple(tensor.shape), tensor.data_ptr()
+        return tensor.device.type, tensor.device.index or 0, type_number, tuple(tensor.shape), tensor.data_ptr()
 
     def __call__(self) -> None:
+        """Run the session."""
         self._run(self.bound.options)
 
     def warm_up(self) -> None:
-        """The session's first run, after which it gives back the memory that only a first one needs, to tune products.
+        """Run the session if it never ran, and let it free the memory that only tuning in the first run needs.
 
-        Later ones may not: what was recorded reads and writes memory that the session takes for free.
+        Memory must not be freed after a later run: a captured graph reads and writes memory that the session's
+        allocator counts as unused.
         """
         if not self.bound.session.warm:
             self.bound.session.warm = True
             self._run(run_options(self.bound.device, shrink=True))
 
     def _run(self, options: Any) -> None:
+        """Run the session with these run options."""
         with on_shared_stream(self.bound.device), translate_out_of_memory():
             self.bound.session.run_with_iobinding(self.binding, options)

@@ -1,14 +1,14 @@
-"""Names inside a deployable, as the Hugging Face hub spells them, and inside its decoder's metadata."""
+"""File names in a deployable's folder, as on the Hugging Face hub, and names in its decoders' metadata and graphs."""
 
 ENCODER = "encoder_model.onnx"
 DECODER = "decoder_model_merged.onnx"
 STATIC_DECODE = "decoder_static_step.onnx"
-CROSS_CACHE = "decoder_cross_cache.onnx"
+CROSS_CACHE = "decoder_cross_cache.onnx"  # computes the cross-attention caches from the encoder's output
 VERDICT, MANIFEST = "verdict.json", "manifest.json"
 CERTIFICATE, CERTIFICATE_PAGE = "certificate.json", "certificate.html"
 
-FLAG = "accel.flag"  # metadata: name of the boolean input that chooses the branch
-CACHE = "accel.cache"  # metadata: JSON, cache input -> the output that becomes it at the next step
+FLAG = "accel.flag"  # metadata key: name of the merged decoder's boolean input that selects the branch
+CACHE = "accel.cache"  # metadata key: JSON, cache input -> the output that becomes it at the next decode step
 
-POSITION = "position"  # input of a static step, int64 scalar: tokens in the caches, which is where new ones go
-BUCKET = "bucket"  # axis of a static step: tokens that its caches have room for
+POSITION = "position"  # input of static_decode, int64 scalar: tokens in the caches = where the new entries are written
+BUCKET = "bucket"  # axis of static_decode: length of its caches, in tokens

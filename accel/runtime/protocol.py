@@ -1,4 +1,4 @@
-"""What generation needs of a runtime. Another engine joins by implementing these two protocols in a file of its own."""
+"""Protocols that a runtime implements to be driven by `accel.models`: another engine joins as one more module."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
@@ -8,38 +8,40 @@ from torch import Tensor
 
 
 class State(Protocol):
-    """The caches of one generation, wherever the runtime keeps them."""
+    """KV caches of one generation, in whatever form the runtime keeps them."""
 
     @property
     def length(self) -> int:
-        """Decoder tokens seen so far."""
+        """Number of decoder tokens in the caches."""
         ...
 
     @property
     def batch(self) -> int:
-        """Sequences, beams counted."""
+        """Number of sequences, beams counted."""
         ...
 
     def reorder(self, index: Tensor) -> None:
-        """Let sequence i continue from what sequence `index[i]` was; index: [batch], within each input's beams."""
+        """Continue every sequence i from sequence `index[i]`, a beam of the same input; index: int [batch]."""
         ...
 
     def crop(self, length: int) -> None:
-        """Forget all but the first `length` decoder tokens."""
+        """Drop all but the first `length` decoder tokens."""
         ...
 
     def expand(self, times: int) -> None:
-        """Repeat every sequence `times` times, neighbours staying together: [batch] -> [batch * times]."""
+        """Repeat every sequence `times` times, copies adjacent: [batch, ...] -> [batch * times, ...]."""
         ...
 
     def select(self, index: Tensor) -> None:
-        """Keep only the sequences `index`, of any input; index: [new batch]."""
+        """Continue with the sequences `index` of any input; index: int [new batch]."""
         ...
 
     def views(self) -> Mapping[str, Tensor]:
-        """The caches by input name, [batch, heads, length, head size], those that grow first, keys and values in turn.
+        """Return all caches as tensors, for the model's own code to read.
 
-        Valid until the next call.
+        Returns:
+            Cache input -> [batch, heads, length, head_size]: the self-attention caches first, then the cross-attention
+            caches, each as key and value in turn. Valid until the next call of the runtime or the state.
         """
         ...
 
@@ -48,31 +50,61 @@ S = TypeVar("S", bound=State)
 
 
 class Runtime(Protocol[S]):
-    """Runs the graphs of one deployable."""
+    """Executor of one deployable's components.
+
+    Attributes:
+        device: Device of logits and caches.
+        dtype: Dtype of the logits.
+    """
 
     device: torch.device
     dtype: torch.dtype
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Encoder inputs -> its outputs: last_hidden_state [batch, source, width]."""
+        """Run the encoder.
+
+        Args:
+            inputs: Encoder input -> tensor, for example `input_ids` and `attention_mask` [batch, source].
+
+        Returns:
+            `last_hidden_state` [batch, source, width].
+        """
         ...
 
     def prefill(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, S]:
-        """Decoder inputs without past -> logits [batch, new, vocabulary] and the state to continue from."""
+        """Run the decoder without past.
+
+        Args:
+            inputs: Decoder input -> tensor: `input_ids` [batch, new], the inputs that change with every call, and the
+                constants of the generation, such as the encoder's output and its mask.
+
+        Returns:
+            Logits [batch, new, vocabulary] and the state to continue from.
+        """
         ...
 
     def resume(self, caches: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> S:
-        """The state after tokens that were seen elsewhere: their caches, in the order of `State.views`, and `feeds` as
-        for a prefill, of which what does not change is kept.
+        """Return a state over existing caches of tokens that were computed elsewhere.
+
+        Args:
+            caches: The caches, in the order of `State.views`.
+            inputs: Inputs as for `prefill`; only the constants of the generation are used.
         """
         ...
 
     def decode(self, inputs: Mapping[str, Tensor], state: S) -> Tensor:
-        """Any number (>= 1) of new `input_ids` [batch, new], and what else changes with each call (in decoder-only
-        models the mask and the positions) -> logits [batch, new, vocabulary]; the state moves on.
+        """Run the decoder over one or more new tokens and the cached ones.
+
+        Args:
+            inputs: `input_ids` [batch, new] and the other inputs that change with every call: for decoder-only models
+                `attention_mask` [batch, past + new] and `position_ids` [batch, new].
+            state: Updated in place.
+
+        Returns:
+            Logits [batch, new, vocabulary].
         """
         ...
 
     def close(self) -> None:
-        """Free the sessions."""
+        """Free the sessions and their memory."""
         ...

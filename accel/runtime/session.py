@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions."""
+"""ONNX Runtime sessions: their settings, how they are opened, and which graphs can be captured as CUDA graphs."""
 
 import logging
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ from accel.runtime.providers import CUDA, RUNTIME_ERRORS, missing_library, onnxr
 from accel.runtime.streams import stream_options
 from accel.system.process_state import environment
 
-# Operators whose outputs' shapes depend on their inputs' values. https://onnx.ai/onnx/operators/
-VALUES_DECIDE = ("NonZero", "Compress", "Unique", "NonMaxSuppression", "Loop", "Scan", "If")
-TOO_NEW = "Current official support for domain"  # how ONNX Runtime's message on a newer opset ends
+# Operators whose output shapes depend on the values of their inputs. https://onnx.ai/onnx/operators/
+DATA_DEPENDENT = ("NonZero", "Compress", "Unique", "NonMaxSuppression", "Loop", "Scan", "If")
+OPSET_TOO_NEW = "Current official support for domain"  # how the last part of ONNX Runtime's message begins
 NoKernel = onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented
 
 logger = logging.getLogger(__name__)
 
 
-class Described(Protocol):
-    """What a runtime's YAML says about its sessions."""
+class RuntimeSettings(Protocol):
+    """Fields of a runtime's config that concern its sessions: see `accel.config.schema.RuntimeConfig`."""
 
     provider: str
     provider_options: dict[str, Any]
@@ -36,12 +36,19 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """How a session is opened. `session`: ONNX Runtime's configuration keys; `environment`: variables that it reads
-    when a session opens; `threads`: 0 for its default.
+    """Settings that a session is opened with.
 
-    `arena`: keep freed memory for the next run, and plan which values share it; without it, a run is slower, the
-    process smaller, and a graph of thousands of nodes opens in a second instead of twenty: the plan is quadratic.
-    `fuse`: let ONNX Runtime rewrite the graph first, which copies what it folds.
+    Attributes:
+        provider: ONNX Runtime's execution provider.
+        provider_options: Its options, by ONNX Runtime's names.
+        session: ONNX Runtime's session configuration entries.
+        environment: Environment variables that ONNX Runtime reads while a session opens.
+        threads: Threads of the session; 0 for ONNX Runtime's default.
+        arena: Keep freed memory for the next run, and plan which values share memory. Without it a run is slower, the
+            process takes less memory, and a graph of thousands of nodes opens in one second instead of twenty, because
+            planning is quadratic in the number of nodes.
+        fuse: Let ONNX Runtime optimise the graph when it opens it, which copies the weights that it folds.
+        profile: Path prefix of the file that ONNX Runtime's profiler writes; None to run without profiler.
     """
 
     provider: str = "CPUExecutionProvider"
@@ -54,8 +61,8 @@ class SessionSettings:
     profile: str | None = None
 
     @classmethod
-    def of(cls, runtime: Described, **changes: Any) -> "SessionSettings":
-        """As a runtime's YAML says, but for `changes`."""
+    def of(cls, runtime: RuntimeSettings, **changes: Any) -> "SessionSettings":
+        """Return the settings in a runtime's config, with `changes` in place of single fields."""
         settings = cls(
             runtime.provider, runtime.provider_options, runtime.session, runtime.environment, runtime.threads
         )
@@ -63,15 +70,26 @@ class SessionSettings:
 
 
 class Session(onnxruntime.InferenceSession):
-    """A session that goes when the device has nothing left to do for it.
+    """Session that waits for the device before it is destroyed, and keeps shared weights alive.
 
-    At the end of a run ONNX Runtime queues giving host memory back. If that finds its session gone, the process ends
-    (CUDA error 800, not permitted in a callback).
+    At the end of a run ONNX Runtime queues a callback that frees host memory. If the session is destroyed before the
+    callback runs, CUDA ends the process (error 800, not permitted in a callback).
+
+    Args:
+        graph: Path or serialised model.
+        options: ONNX Runtime's session options.
+        provider: Name of the provider and its options.
+        weights: Initializer -> OrtValue that the session reads in place of the file's data.
+
+    Attributes:
+        on_cuda: True if the session runs on the CUDA provider.
+        capturable: True if `open_capturable` opened it and its runs can be captured as a CUDA graph.
+        warm: True after its first run by `FixedCall.warm_up`.
     """
 
     on_cuda = False
-    capturable = False  # opened by `open_recordable`, and nothing was against it
-    warm = False  # `FixedCall.warm_up` has run it
+    capturable = False
+    warm = False
 
     def __init__(
         self,
@@ -80,7 +98,7 @@ class Session(onnxruntime.InferenceSession):
         provider: tuple[str, Any],
         weights: Mapping[str, Any],
     ) -> None:
-        self.weights = weights  # they hold the memory that the session reads
+        self.weights = weights  # kept alive: the session reads their memory
         for name, value in weights.items():
             options.add_initializer(name, value)
         super().__init__(graph, options, providers=[provider])
@@ -92,13 +110,20 @@ class Session(onnxruntime.InferenceSession):
 
 
 def open_session(graph: Path | bytes, settings: SessionSettings, weights: Mapping[str, Any] | None = None) -> Session:
-    """A session over the graph at a path or in memory, on the stream it shares with torch if it is on CUDA.
+    """Open a session, on CUDA on the stream shared with torch.
 
-    `weights`: initializers that it takes as they lie in memory, by name: see `runtime.weights`.
+    Args:
+        graph: Path or serialised model.
+        settings: Settings of the session. Their provider must be usable: see `check_provider`.
+        weights: Initializer -> OrtValue, for weights that are in memory already: see `SharedWeights`.
 
-    The provider must be there: see `check_provider`. Raises `OutOfMemory` if the weights don't fit, `AccelError` if
-    the provider's libraries can't be loaded, it has no kernel for an operator in the graph's precision, or ONNX Runtime
-    is older than the graph's operators.
+    Returns:
+        The session.
+
+    Raises:
+        DeviceMemoryError: The weights don't fit into device memory.
+        AccelError: The provider's libraries can't be loaded, it has no kernel for an operator in the graph's precision,
+            or ONNX Runtime is older than the graph's operators.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -111,33 +136,47 @@ def open_session(graph: Path | bytes, settings: SessionSettings, weights: Mappin
     if settings.profile:
         options.enable_profiling = True
         options.profile_file_prefix = settings.profile
-    chosen = {**settings.provider_options, **stream_options(settings.provider)}
+    provider_options = {**settings.provider_options, **stream_options(settings.provider)}
     source = graph if isinstance(graph, bytes) else str(graph)
     try:
         with translate_out_of_memory(), environment(settings.environment):
-            session = Session(source, options, (settings.provider, chosen), weights or {})
+            session = Session(source, options, (settings.provider, provider_options), weights or {})
     except NoKernel as error:
         reason = str(error).split(" : ")[-1].splitlines()[0]
-        raise AccelError(f"{settings.provider} can't run this graph: {reason}. Another precision may do") from error
+        raise AccelError(f"{settings.provider} can't run this graph: {reason}. Try another precision") from error
     except RUNTIME_ERRORS as error:
-        if TOO_NEW not in str(error):
+        if OPSET_TOO_NEW not in str(error):
             raise
-        name, limit = getattr(graph, "name", "this graph"), str(error)[str(error).index(TOO_NEW) :].splitlines()[0]
+        name = graph.name if isinstance(graph, Path) else "this graph"
+        limit = str(error)[str(error).index(OPSET_TOO_NEW) :].splitlines()[0]
         raise AccelError(f"onnxruntime {onnxruntime.__version__} is too old for {name}: {limit}") from error
-    if settings.provider not in session.get_providers():  # ONNX Runtime goes on without, on the CPU
+    if settings.provider not in session.get_providers():  # ONNX Runtime silently falls back to the CPU
         raise AccelError(missing_library())
     return session
 
 
 def open_capturable(graph: Path, settings: SessionSettings, weights: Mapping[str, Any] | None = None) -> Session:
-    """As `open_session`, for runs that are recorded as a CUDA graph: nothing that they queue calls the host back.
+    """Open a session whose runs can be captured as a CUDA graph; an ordinary one, with a warning, if they can't.
 
-    Where the graph can't be recorded, a warning says why, and the session is an ordinary one.
+    The option `enable_cuda_graph` keeps ONNX Runtime from queueing host callbacks, which can't be captured. The capture
+    itself is torch's: see `CudaGraphCallable`.
     https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html (`enable_cuda_graph`)
+
+    Args:
+        graph: Path of the ONNX file.
+        settings: Settings of the session. For other providers than CUDA this is `open_session`.
+        weights: Initializer -> OrtValue, for weights that are in memory already.
+
+    Returns:
+        The session; its attribute `capturable` tells which kind it is.
+
+    Raises:
+        AccelError: As `open_session`.
     """
     if settings.provider != CUDA:
         return open_session(graph, settings, weights)
-    if reason := obstacle(graph):
+    reason = capture_obstacle(graph)
+    if reason:
         logger.warning(f"{graph.name} is not captured: {reason}")
         return open_session(graph, settings, weights)
     options = {**settings.provider_options, "enable_cuda_graph": "1"}
@@ -152,25 +191,37 @@ def open_capturable(graph: Path, settings: SessionSettings, weights: Mapping[str
     return session
 
 
-def obstacle(path: Path) -> str | None:
-    """What keeps the runs of a graph from being recorded: the first node that looks at values or at host memory."""
-    graph = onnx.load(path, load_external_data=False).graph
-    lengths = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT64}
-    for node in graph.node:
+def capture_obstacle(graph: Path) -> str | None:
+    """Find a node whose work depends on values, or on host memory, so that a replay could give wrong results.
+
+    Args:
+        graph: Path of the ONNX file.
+
+    Returns:
+        The first such node and the reason; None if the runs of the graph can be captured.
+    """
+    proto = onnx.load(graph, load_external_data=False).graph
+    int64_weights = {tensor.name: tensor for tensor in proto.initializer if tensor.data_type == onnx.TensorProto.INT64}
+    for node in proto.node:
         if any(attribute.HasField("g") for attribute in node.attribute):
-            return f"node {node.name} ({node.op_type}) chooses what to run"
-        if node.op_type in VALUES_DECIDE:
-            return f"node {node.name} ({node.op_type}) makes as much as its input's values say"
-        sizes = lengths.get(node.input[1]) if node.op_type == "Split" and len(node.input) > 1 else None
-        if sizes is not None and len(set(onnx.numpy_helper.to_array(sizes).tolist())) > 1:
-            return f"node {node.name} (Split) reads the sizes of uneven parts from the host"
+            return f"node {node.name} ({node.op_type}) selects a subgraph at run time"
+        if node.op_type in DATA_DEPENDENT:
+            return f"node {node.name} ({node.op_type}) has an output shape that depends on its input's values"
+        if node.op_type == "Split" and len(node.input) > 1 and node.input[1] in int64_weights:
+            sizes = onnx.numpy_helper.to_array(int64_weights[node.input[1]]).tolist()
+            if len(set(sizes)) > 1:
+                return f"node {node.name} (Split) reads the sizes of unequal parts from host memory"
     return None
 
 
 class HostSession:
-    """A session called with tensors in host memory, by name. Outputs are copies.
+    """Session called with tensors in host memory, by name. Outputs are copies.
 
-    For checks and observation, where memory counts and speed doesn't. Inputs that the graph doesn't take are left out.
+    For calibration and checks, where memory use matters more than speed.
+
+    Args:
+        graph: Path or serialised model.
+        settings: Settings of the session.
     """
 
     def __init__(self, graph: Path | bytes, settings: SessionSettings) -> None:
@@ -179,7 +230,17 @@ class HostSession:
         self.outputs = [spec.name for spec in self._session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run on `feeds` and return every output. Raises `KeyError` if an input is missing."""
-        given = {name: inputs[name].cpu().numpy() for name in self.inputs}
-        values = self._session.run(None, given)
+        """Run the session.
+
+        Args:
+            inputs: Input -> tensor of the graph's dtype. Names that the graph doesn't take are ignored.
+
+        Returns:
+            Every output, on the CPU.
+
+        Raises:
+            KeyError: An input is missing.
+        """
+        arrays = {name: inputs[name].cpu().numpy() for name in self.inputs}
+        values = self._session.run(None, arrays)
         return {name: torch.from_numpy(value) for name, value in zip(self.outputs, values, strict=True)}

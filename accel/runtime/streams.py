@@ -1,7 +1,7 @@
-"""One CUDA stream for torch and ONNX Runtime, so that each finds the other's work done without waiting on the host.
+"""One CUDA stream shared by torch and ONNX Runtime, so that their work is ordered without waiting on the host.
 
-ONNX Runtime is given a stream of torch's when a session opens, and told not to wait for the device at the end of a run.
-It takes none but a stream made for the purpose: torch's default stream is the address 0, which it reads as "none".
+ONNX Runtime takes a torch stream when a session opens, and is configured not to synchronise at the end of a run. The
+stream must be created explicitly: torch's default stream has the address 0, which ONNX Runtime treats as "no stream".
 https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html (`user_compute_stream`)
 """
 
@@ -17,27 +17,33 @@ from accel.runtime.providers import CUDA, onnxruntime
 
 @cache
 def shared_stream() -> torch.cuda.Stream:
-    """The stream of every CUDA session in this process, and of torch while it decodes."""
+    """Return the stream of every CUDA session in this process, which torch uses as well while it decodes."""
     return torch.cuda.Stream()
 
 
 def stream_options(provider: str) -> dict[str, str]:
-    """The provider's options that make a session run on `shared_stream`; none on the CPU."""
+    """Return the provider options that make a session run on `shared_stream`; none for other providers than CUDA."""
     if provider != CUDA:
         return {}
     return {"has_user_compute_stream": "1", "user_compute_stream": str(shared_stream().cuda_stream)}
 
 
 def run_options(device: torch.device, shrink: bool = False) -> Any:
-    """Options of a run on `device`. Errors are raised, so ONNX Runtime need not print them too.
+    """Return ONNX Runtime's options for a run.
 
-    `shrink`: the session gives back memory that it doesn't need after the run.
+    Args:
+        device: Device of the session.
+        shrink: Let the session free the device memory that it no longer needs after the run.
+
+    Returns:
+        `onnxruntime.RunOptions`.
     """
     options = onnxruntime.RunOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # fatal only: errors are raised as exceptions, so they need not be logged too
     if device.type == "cuda":
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        options.add_run_config_entry("gpu_graph_id", "-1")  # what is captured, torch captures: see `runtime.capture`
+        # -1: no capture by ONNX Runtime. torch captures the runs: see `accel.runtime.cuda_graph`
+        options.add_run_config_entry("gpu_graph_id", "-1")
         if shrink:
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{device.index or 0}")
     return options
@@ -45,17 +51,17 @@ def run_options(device: torch.device, shrink: bool = False) -> Any:
 
 @contextmanager
 def on_shared_stream(device: torch.device) -> Iterator[None]:
-    """Context in which torch works on the sessions' stream: after what it was told before, before what comes next.
+    """Make torch use the sessions' stream: its work is ordered after earlier and before later work of the outer stream.
 
-    Free of cost on the CPU and inside itself.
+    Does nothing on the CPU, or where the shared stream is current already.
     """
     if device.type != "cuda" or torch.cuda.current_stream(device) == shared_stream():
         yield
         return
-    stream, outside = shared_stream(), torch.cuda.current_stream(device)
-    stream.wait_stream(outside)
+    stream, outer = shared_stream(), torch.cuda.current_stream(device)
+    stream.wait_stream(outer)
     try:
         with torch.cuda.stream(stream):
             yield
     finally:
-        outside.wait_stream(stream)
+        outer.wait_stream(stream)

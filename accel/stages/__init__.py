@@ -1,4 +1,5 @@
-"""One module per stage, each ending in its `STAGE`: what it takes, what its key depends on, and what runs.
+"""Stages of the pipeline, one module each.
 
-A stage is a pure function of its configuration, the artifacts it takes and the adapter. Imports everything but `cli`.
+Each module ends in its `STAGE`: the artifacts it reads, what its key depends on, and the function that runs it. A stage
+is a pure function of its configuration, its input artifacts and the adapter. May import every package but `cli`.
 """

@@ -1,8 +1,16 @@
-"""Decides what stays in FP32 and why: by rules on what every value held, then as little of it as trials allow."""
+"""Choose the nodes that stay in FP32, by rules over calibration statistics and then by sensitivity trials.
+
+Reads:
+    The checkpoint's config and tokenizer; `prompts.json` of `prompts`; `<component>.onnx` of `optimize` (FP32); the
+    statistics that `calibrate` recorded.
+
+Writes:
+    `plan.json`: for each component the nodes, weights, inputs and outputs kept in FP32, each with its reason.
+"""
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +22,8 @@ from accel import progress
 from accel.adapters.types import Architecture, Component
 from accel.config.schema import Config
 from accel.data import texts
-from accel.evaluation.calibration_data import batches, walk
+from accel.errors import unknown
+from accel.evaluation.calibration_data import batches, run_batches
 from accel.evaluation.component_runner import signatures
 from accel.evaluation.sensitivity import Recorder, SensitivityTrial
 from accel.graph import files
@@ -23,114 +32,142 @@ from accel.graph.precision.convert import convert_half, half_share
 from accel.graph.precision.formats import FORMATS, FP16, Format
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
-from accel.stages import prompts
-from accel.stages.calibrate import ComponentStatistics, lean, read_statistics, text_files
+from accel.stages.calibrate import ComponentStatistics, low_memory_settings, read_statistics, text_files
+from accel.stages.prompts import PROMPTS
 
 PLAN = "plan.json"
-TRIED_ON = 4  # batches
-NEAREST = 5  # values named in the report
-MASKED = 0.05  # as near to the number that masks are clamped to: a mask, and what was added to it
-MINIMIZED, BY_RULES = "minimized", "rules"
+TRIAL_BATCHES = 4  # calibration batches that trials run on
+LARGEST_SHOWN = 5  # values named in the report
+MASK_TOLERANCE = 0.05  # relative: a magnitude this close to the clamped mask constant is a mask, not an activation
+MINIMIZED, BY_RULES, BY_OPERATORS, BLANKET = "minimized", "rules", "operators", "blanket"
 RULES: dict[str, str] = {
-    MINIMIZED: "by what values held, less what trials show to be safe",
-    BY_RULES: "by what values held",
-    "operators": "by a list of operators, to compare with",
-    "blanket": "nothing that can be lowered, to compare with",
+    MINIMIZED: "rules over calibration statistics, without the nodes that trials show to be safe in 16 bits",
+    BY_RULES: "rules over calibration statistics alone",
+    BY_OPERATORS: "a baseline: the listed operators stay in FP32",
+    BLANKET: "a baseline: everything that can be lowered is lowered",
 }
 
 
-def target(config: Config) -> Format:
-    """The format that graphs are lowered to; FP16 where they are not: the plan then says what it would take."""
+def target_format(config: Config) -> Format:
+    """Return the 16-bit format that graphs are lowered to.
+
+    With `precision.dtype=float32` nothing is lowered, and the plan shows what FP16 would take.
+    """
     return FP16 if config.precision.dtype == "float32" else FORMATS[config.precision.dtype]
 
 
-def load(graphs: Path, component: Component, format: Format) -> ir.Model:
-    """A role's FP32 graph as plans are made for it: typed, its masks clamped."""
+def load_graph(graphs: Path, component: Component, format: Format) -> ir.Model:
+    """Load a component's FP32 graph from folder `graphs`, with types inferred and masks clamped to `format`."""
     model = files.load(graphs / f"{component}.onnx")
     observer.infer_types(model)
     plan.clamp_masks(model, format)
     return model
 
 
-def first_plans(
+def initial_plans(
     config: Config, models: Mapping[Component, ir.Model], statistics: Mapping[Component, ComponentStatistics]
 ) -> dict[Component, plan.Plan]:
-    """What the chosen rule keeps, before anything is tried."""
-    format = target(config)
-    rules: dict[str, Callable[[Component, ir.Model], plan.Plan]] = {
-        MINIMIZED: lambda component, model: plan.make_plan(
-            model, statistics[component], config.audit.overflow_margin, format
-        ),
-        BY_RULES: lambda component, model: plan.make_plan(
-            model, statistics[component], config.audit.overflow_margin, format
-        ),
-        "operators": lambda component, model: baselines.by_operators(model, config.precision.operators, format),
-        "blanket": lambda component, model: plan.least_plan(model, format),
-    }
-    return {component: rules[config.precision.plan](component, model) for component, model in models.items()}
+    """Make the plan of every component by the rule that `precision.plan` names, before any trial.
+
+    Raises:
+        AccelError: No such rule exists.
+    """
+    format, rule = target_format(config), config.precision.plan
+    plans: dict[Component, plan.Plan] = {}
+    for component, model in models.items():
+        if rule in (MINIMIZED, BY_RULES):
+            plans[component] = plan.make_plan(model, statistics[component], config.audit.overflow_margin, format)
+        elif rule == BY_OPERATORS:
+            plans[component] = baselines.by_operators(model, config.precision.operators, format)
+        elif rule == BLANKET:
+            plans[component] = plan.least_plan(model, format)
+        else:
+            raise unknown("precision.plan", rule, RULES)
+    return plans
 
 
-def smaller(
+def minimize_plans(
     config: Config,
     architecture: Architecture,
     checkpoint: Path,
     graphs: Path,
     plans: Mapping[Component, plan.Plan],
     statistics: Mapping[Component, ComponentStatistics],
-    asked: Sequence[texts.Prompt],
+    prompts: Sequence[texts.Prompt],
     scratch: Path,
 ) -> dict[Component, plan.Plan]:
-    """The plans without what trials show to be safe in 16 bits, every role by itself, fed what FP32 graphs give."""
-    format = target(config)
-    open_groups = {
-        component: minimize.groups(load(graphs, component, format), found) for component, found in plans.items()
-    }
-    if config.audit.trials == 0 or not any(open_groups.values()):
+    """Drop from every plan the nodes that trials show to be safe in 16 bits.
+
+    Each component is tried by itself, on inputs computed by the FP32 graphs.
+
+    Args:
+        config: The configuration.
+        architecture: The adapter of the model.
+        checkpoint: Folder of the checkpoint.
+        graphs: Folder of the optimised FP32 graphs.
+        plans: Plans made by the rules.
+        statistics: Calibration statistics of every component.
+        prompts: Inputs where neither `audit.texts` nor `model.references` is given.
+        scratch: Folder for recorded calls; its content may be deleted afterwards.
+
+    Returns:
+        The smaller plans, one a component.
+    """
+    format = target_format(config)
+    groups: dict[Component, list[list[str]]] = {}
+    for component, rule_plan in plans.items():
+        groups[component] = minimize.droppable_groups(load_graph(graphs, component, format), rule_plan)
+    if config.audit.trials == 0 or not any(groups.values()):
         return dict(plans)
-    description = AutoConfig.from_pretrained(checkpoint)
-    specs = signatures(architecture, description)
-    growing = {spec.name for spec in specs[Component.DECODE].outputs}
-    work = list(islice(batches(config, architecture, description, checkpoint, asked), TRIED_ON))
-    recorder, settings = Recorder(scratch, [batch.kind for batch in work]), lean(config.runtime, graphs)
-    walk(specs, work, lambda component: recorder.open(component, graphs / f"{component}.onnx", settings), scratch)
-    found = dict(plans)
-    for component, given in progress.track(list(plans.items()), "trials"):
-        model, path = load(graphs, component, format), graphs / f"{component}.onnx"
+    hf_config = AutoConfig.from_pretrained(checkpoint)
+    specs = signatures(architecture, hf_config)
+    self_caches = {spec.name for spec in specs[Component.DECODE].outputs}
+    work = list(islice(batches(config, architecture, hf_config, checkpoint, prompts), TRIAL_BATCHES))
+    recorder = Recorder(scratch, [batch.kind for batch in work])
+    settings = low_memory_settings(config.runtime, graphs)
+    run_batches(
+        specs, work, lambda component: recorder.open(component, graphs / f"{component}.onnx", settings), scratch
+    )
+    smaller_plans = dict(plans)
+    for component, rule_plan in progress.track(list(plans.items()), "trials"):
+        if not groups[component]:
+            continue
         trial = SensitivityTrial(
             component,
-            path,
+            graphs / f"{component}.onnx",
             recorder.calls[component],
             settings,
             format,
             config.audit.overflow_margin,
             statistics[component],
-            growing,
+            self_caches,
         )
-        if open_groups[component]:
-            found[component] = _minimized(model, given, open_groups[component], trial, config.audit.trials)
-    return found
+        model = load_graph(graphs, component, format)
+        smaller_plans[component] = _minimize_plan(model, rule_plan, groups[component], trial, config.audit.trials)
+    return smaller_plans
 
 
-def _minimized(
-    model: ir.Model, given: plan.Plan, groups: list[list[str]], trial: SensitivityTrial, trials: int
+def _minimize_plan(
+    model: ir.Model, rule_plan: plan.Plan, groups: list[list[str]], trial: SensitivityTrial, max_trials: int
 ) -> plan.Plan:
-    known = trial(given)
-    if not known.finite:
-        return given  # not even the rules' plan computes here: nothing to hold a smaller one to
+    """Return `rule_plan` without the groups of nodes whose lowering keeps the outputs within tolerance."""
+    baseline = trial(rule_plan)
+    if not baseline.finite:
+        return rule_plan  # its outputs aren't finite here, so there is nothing to compare a smaller plan with
 
     def passes(names: list[str]) -> bool:
-        return trial(minimize.without(model, given, names), known.changed).within(known)
+        return trial(minimize.drop_nodes(model, rule_plan, names), baseline.changed).within(baseline)
 
-    return minimize.without(model, given, minimize.droppable(groups, passes, trials))
+    return minimize.drop_nodes(model, rule_plan, minimize.find_droppable(groups, passes, max_trials))
 
 
-def agree(
+def unify_decoder_plans(
     plans: Mapping[Component, plan.Plan],
     models: Mapping[Component, ir.Model],
     architecture: Architecture,
     checkpoint: Path,
 ) -> None:
-    """In place: one type for every weight and cache of the decoders' graphs."""
+    """Extend the decoders' plans in place, so that each weight and cache has one type in all of their graphs."""
     decoders = [component for component in models if component is not Component.ENCODER]
     cache = architecture.signature(AutoConfig.from_pretrained(checkpoint), Component.DECODE).cache
     plan.unite(
@@ -141,74 +178,83 @@ def agree(
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes `plan.json`: for each role the nodes, weights and ports kept in FP32, each with its reason and numbers."""
+    """Write `plan.json`. Return the mix of precisions after each phase, and the nodes kept by each rule."""
     graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
     statistics, rows = read_statistics(inputs["calibrate"].folder)
-    format = target(config)
-    models = {component: load(graphs, component, format) for component in architecture.components()}
-    plans = first_plans(config, models, statistics)
-    agree(plans, models, architecture, checkpoint)
-    sizes = {"by the rule": sizes_of(graphs, plans, format)}
+    format = target_format(config)
+    models = {component: load_graph(graphs, component, format) for component in architecture.components()}
+    plans = initial_plans(config, models, statistics)
+    unify_decoder_plans(plans, models, architecture, checkpoint)
+    sizes = {"by the rule": precision_shares(graphs, plans, format)}
     if config.precision.plan == MINIMIZED:
-        asked = texts.read_prompts(inputs["prompts"].folder / prompts.PROMPTS)
+        prompts = texts.read_prompts(inputs["prompts"].folder / PROMPTS)
         with tempfile.TemporaryDirectory(dir=out) as scratch:
-            plans = smaller(config, architecture, checkpoint, graphs, plans, statistics, asked, Path(scratch))
-        agree(plans, models, architecture, checkpoint)
-        sizes["after trials"] = sizes_of(graphs, plans, format)
+            plans = minimize_plans(config, architecture, checkpoint, graphs, plans, statistics, prompts, Path(scratch))
+        unify_decoder_plans(plans, models, architecture, checkpoint)
+        sizes["after trials"] = precision_shares(graphs, plans, format)
         for component, model in models.items():
             plans[component].nodes.update(minimize.minimize_casts(model, plans[component]))
-        sizes["with the fewest casts"] = sizes_of(graphs, plans, format)
-    (out / PLAN).write_text(json.dumps({component: found.dump() for component, found in plans.items()}, indent=1))
+        sizes["with the fewest casts"] = precision_shares(graphs, plans, format)
+    record = {component: final_plan.dump() for component, final_plan in plans.items()}
+    (out / PLAN).write_text(json.dumps(record, indent=1))
     return {
         "format": format.name,
         "plan": config.precision.plan,
         "sizes": sizes,
-        "rules": _rules(plans),
-        "nearest": nearest(statistics, rows),
+        "rules": _count_rules(plans),
+        "largest_values": largest_values(statistics, rows),
     }
 
 
-def nearest(statistics: Mapping[Component, ComponentStatistics], rows: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """The values of the largest magnitude that FP32 holds, masks aside, and the input each was seen with."""
-    finite = [
-        (held, component, name)
-        for component, values in statistics.items()
-        for name, held in values.items()
-        if not held.not_finite and abs(held.largest / -FP16.mask - 1) > MASKED
-    ]
-    finite.sort(key=lambda found: -found[0].largest)
+def largest_values(
+    statistics: Mapping[Component, ComponentStatistics], rows: Sequence[Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Return the values of the largest finite magnitude, masks excluded, and the input that each was seen with.
+
+    Args:
+        statistics: Calibration statistics of every component.
+        rows: Description of each row of each calibration batch.
+
+    Returns:
+        At most `LARGEST_SHOWN` entries, largest first, as JSON.
+    """
+    finite = []
+    for component, values in statistics.items():
+        for name, seen in values.items():
+            is_mask = abs(seen.largest / -FP16.mask_value - 1) <= MASK_TOLERANCE
+            if not seen.not_finite and not is_mask:
+                finite.append((seen, component, name))
+    finite.sort(key=lambda entry: -entry[0].largest)
     return [
-        {"role": component, "value": name, "largest": held.largest, "seen_with": held.seen_with(rows)}
-        for held, component, name in finite[:NEAREST]
+        {"component": component, "value": name, "largest": seen.largest, "seen_with": seen.seen_with(rows)}
+        for seen, component, name in finite[:LARGEST_SHOWN]
     ]
 
 
-def sizes_of(graphs: Path, plans: Mapping[Component, plan.Plan], format: Format) -> dict[str, dict[str, float]]:
-    """Role -> what the mix would be made of: see `half_share`."""
-    found = {}
+def precision_shares(graphs: Path, plans: Mapping[Component, plan.Plan], format: Format) -> dict[str, dict[str, float]]:
+    """Return, for each component, the mix of precisions that its plan leads to (see `half_share`)."""
+    shares = {}
     for component, chosen in plans.items():
         model = files.load(graphs / f"{component}.onnx")
         convert_half(model, chosen, format)
-        found[str(component)] = half_share(model)
-    return found
+        shares[str(component)] = half_share(model)
+    return shares
 
 
-def _rules(plans: Mapping[Component, plan.Plan]) -> dict[str, dict[str, int]]:
-    """Role -> rule -> nodes that it keeps."""
-    found: dict[str, dict[str, int]] = {}
+def _count_rules(plans: Mapping[Component, plan.Plan]) -> dict[str, dict[str, int]]:
+    """Return, for each component and rule, the number of nodes that the rule keeps in FP32."""
+    counts: dict[str, dict[str, int]] = {}
     for component, chosen in plans.items():
-        counts = found[str(component)] = {}
+        by_rule = counts[str(component)] = {}
         for reason in chosen.nodes.values():
-            counts[reason.rule] = counts.get(reason.rule, 0) + 1
-    return found
+            by_rule[reason.rule] = by_rule.get(reason.rule, 0) + 1
+    return counts
 
 
 def read_plans(folder: Path) -> dict[Component, plan.Plan]:
-    """Role -> plan, as `run` wrote them."""
-    return {
-        Component(component): plan.Plan.parse(values)
-        for component, values in json.loads((folder / PLAN).read_text()).items()
-    }
+    """Return the plan of every component from the `plan.json` in `folder`."""
+    record = json.loads((folder / PLAN).read_text())
+    return {Component(component): plan.Plan.parse(values) for component, values in record.items()}
 
 
 STAGE = Stage(

@@ -1,9 +1,17 @@
-"""One point of the experiment: every setup generates the same number of tokens from the same inputs, in turn, each
-engine in a process of its own.
+"""Benchmark the deployable against other backends: latency, memory and bandwidth utilisation at one setting.
+
+All backends generate the same number of tokens from the same inputs, in worker processes and an interleaved schedule.
+
+Reads:
+    The checkpoint; the graphs of `convert`; the deployable of `verify`, or the bundle of `merge` where
+    `benchmark.unverified=true`.
+
+Writes:
+    `measurement.json`: all figures and raw timings; `latency.png`: latency by position; `accumulated.png`: accumulated
+    time.
 """
 
 import json
-import logging
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +27,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from accel.adapters.types import Architecture, Component
 from accel.benchmark import footprint
-from accel.benchmark.backends import BACKENDS, BASELINE, CAPTURED, OURS, SEPARATE, Sources, chosen
+from accel.benchmark.backends import BACKENDS, BASELINE, CAPTURED, OURS, SEPARATE, Sources, select_backends
 from accel.benchmark.schedule import time_backends
 from accel.benchmark.timer import BackgroundLoad, Timing
 from accel.config.schema import BenchmarkConfig, Config, RuntimeConfig
@@ -31,16 +39,18 @@ from accel.pipeline.store import Artifact
 from accel.system.environment import command, copy_bandwidth, machine
 from accel.system.hashing import DISTRIBUTION, versions
 
-logger = logging.getLogger(__name__)
-
 MEASUREMENT = "measurement.json"
 PLOTS = ("latency.png", "accumulated.png")
 PACKAGES = ("torch", "transformers", "onnxruntime", "onnxruntime-gpu")
 
 
 def check(benchmark: BenchmarkConfig, runtime: RuntimeConfig) -> None:
-    """Raises `AccelError` on setups that can't be had on `runtime`, or a number that makes no sense."""
-    chosen(benchmark.backends, runtime)
+    """Check the benchmark's settings.
+
+    Raises:
+        AccelError: A backend is unknown, named twice or not available on `runtime`, or a number is out of range.
+    """
+    select_backends(benchmark.backends, runtime)
     if benchmark.warmup < 0:
         raise AccelError(f"benchmark.warmup={benchmark.warmup}: must be 0 or more")
     if benchmark.warmup_tokens is not None and benchmark.warmup_tokens < 1:
@@ -50,55 +60,79 @@ def check(benchmark: BenchmarkConfig, runtime: RuntimeConfig) -> None:
 
 
 def random_inputs(
-    architecture: Architecture, description: PretrainedConfig, benchmark: BenchmarkConfig
+    architecture: Architecture, hf_config: PretrainedConfig, benchmark: BenchmarkConfig
 ) -> dict[str, Tensor]:
-    """`batch_size` rows of exactly `source_length` random ids, nothing padded."""
+    """Return inputs of random ids without padding, [batch_size, source_length]."""
     generator = torch.Generator().manual_seed(benchmark.seed)
     rows = [
-        architecture.sample_inputs(description, 1, benchmark.source_length, generator)
+        architecture.sample_inputs(hf_config, 1, benchmark.source_length, generator)
         for _ in range(benchmark.batch_size)
     ]
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def measure_memory(
-    names: Sequence[str], sources: Sources, given: Mapping[str, Tensor], benchmark: BenchmarkConfig
+    names: Sequence[str], sources: Sources, inputs: Mapping[str, Tensor], benchmark: BenchmarkConfig
 ) -> dict[str, dict[str, int]]:
-    """Setup -> bytes: `peak` of loading and one generation, and what its decoder's sessions hold: `session` after a few
-    tokens, `at the end` after all, with what the caches took on the way.
+    """Measure memory, each figure in a worker process of its own.
 
-    `decode alone` is the yardstick for the merged decoder: the step graph by itself, which can't begin a generation.
+    Args:
+        names: Backends.
+        sources: Files that the backends open.
+        inputs: Inputs to generate from, [batch_size, source_length].
+        benchmark: Section `benchmark`.
+
+    Returns:
+        Backend -> figure -> bytes. `peak`: the peak over loading and one generation. `session`: what the decoder's
+        sessions hold after a few tokens. `at the end`: the same after all tokens, with the caches. As a yardstick for
+        the merged decoder, `decode alone` is the decode graph by itself, which can't begin a generation.
     """
-    sessions = [name for name in (OURS, SEPARATE, CAPTURED) if name in names]
-    wanted = [(footprint.PEAK, name) for name in names] + [(footprint.SESSION, name) for name in sessions]
+    measurements = [(footprint.PEAK, name) for name in names]
+    measurements += [(footprint.SESSION, name) for name in (OURS, SEPARATE, CAPTURED) if name in names]
     if OURS in names:
-        wanted.append((footprint.SESSION, footprint.DECODE_ALONE))
+        measurements.append((footprint.SESSION, footprint.DECODE_ALONE))
     with TemporaryDirectory() as scratch:
-        inputs = Path(scratch) / "inputs.safetensors"
-        save_file(dict(given), inputs)
+        inputs_file = Path(scratch) / "inputs.safetensors"
+        save_file(dict(inputs), inputs_file)
         tasks = []
-        for kind, name in wanted:
+        for kind, name in measurements:
             backend = BACKENDS[OURS if name == footprint.DECODE_ALONE else name]
-            options = backend.options(benchmark.new_tokens, benchmark.num_beams)
             tasks.append(
                 footprint.Task(
-                    kind, name, sources.dump(), benchmark.batch_size, benchmark.source_length, str(inputs), options
+                    kind,
+                    name,
+                    sources.dump(),
+                    benchmark.batch_size,
+                    benchmark.source_length,
+                    str(inputs_file),
+                    backend.options(benchmark.new_tokens, benchmark.num_beams),
                 )
             )
-        weights = sum(path.stat().st_size for path in Path(sources.graphs).iterdir())
-        figures = footprint.measure_all(tasks, weights)
+        weight_bytes = sum(path.stat().st_size for path in Path(sources.graphs).iterdir())
+        figures = footprint.measure_all(tasks, weight_bytes)
     memory: dict[str, dict[str, int]] = {}
-    for (kind, name), figure in zip(wanted, figures, strict=True):
+    for (kind, name), figure in zip(measurements, figures, strict=True):
+        # A session's figure is a mapping already: `session` and `at the end`.
         memory.setdefault(name, {}).update(figure if kind == footprint.SESSION else {kind: figure})
     return memory
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def summarize(timings: Mapping[str, Sequence[Timing]], new_tokens: int) -> dict[str, dict[str, Any]]:
-    """The figures of every setup: seconds, milliseconds a token, ratios of medians within this run (more is faster)."""
+    """Compute the figures of every backend.
+
+    Args:
+        timings: Backend -> its timings, one a repeat.
+        new_tokens: Tokens generated in each repeat.
+
+    Returns:
+        Backend -> figures: seconds in total and inside the model's calls, ms a token, and ratios of median totals to
+        other backends of this run, where more than 1 is faster than the other.
+    """
     figures: dict[str, dict[str, Any]] = {}
     positions = latencies(timings)
     for name, repeats in timings.items():
@@ -111,36 +145,45 @@ def summarize(timings: Mapping[str, Sequence[Timing]], new_tokens: int) -> dict[
             "repeats": len(repeats),
             "compiled": all(timing.compiled for timing in repeats),
         }
-    known = BASELINE if BASELINE in timings else next(iter(timings))
+    compared = BASELINE if BASELINE in timings else next(iter(timings))
+    expected_tokens = timings[compared][0].tokens
     for name, values in figures.items():
         for key, other in (("vs_torch_cache", BASELINE), ("vs_two_files", SEPARATE)):
             values[key] = figures[other]["total"]["median"] / values["total"]["median"] if other in figures else None
-        values["same_tokens"] = all(timing.tokens == timings[known][0].tokens for timing in timings[name])
+        values["same_tokens"] = all(timing.tokens == expected_tokens for timing in timings[name])
     return figures
 
 
 def latencies(timings: Mapping[str, Sequence[Timing]]) -> dict[str, list[float]]:
-    """Setup -> seconds a token by position, medians over the repeats."""
-    return {
-        name: [statistics.median(position) for position in zip(*(timing.latencies for timing in repeats), strict=True)]
-        for name, repeats in timings.items()
-    }
+    """Return each backend's latency in seconds at each position, medians over the repeats."""
+    medians: dict[str, list[float]] = {}
+    for name, repeats in timings.items():
+        by_position = zip(*[timing.latencies for timing in repeats], strict=True)
+        medians[name] = [statistics.median(seconds) for seconds in by_position]
+    return medians
 
 
 def last_over_first(positions: Sequence[float]) -> float | None:
-    """Latency of the last tenth of the tokens over that of the first tenth, medians of each.
+    """Return the median latency of the last tenth of the tokens over that of the first tenth.
 
-    The very first token, which holds the encoder and prefill, is left out. None below two others.
+    The first token is left out, because its latency includes encoder and prefill. None with fewer than two others.
+
+    Args:
+        positions: Latency in seconds of each token.
     """
     rest = positions[1:]
+    if len(rest) < 2:
+        return None
     tenth = max(1, len(rest) // 10)
-    return statistics.median(rest[-tenth:]) / statistics.median(rest[:tenth]) if len(rest) > 1 else None
+    return statistics.median(rest[-tenth:]) / statistics.median(rest[:tenth])
 
 
 def measure_roofline(sources: Sources, benchmark: BenchmarkConfig) -> dict[str, float] | None:
-    """What a step must read at half of the new tokens, in bytes, and the seconds that takes; none on the CPU.
+    """Compute the least time of a decode step, as its memory traffic over the measured bandwidth.
 
-    `bandwidth`: bytes a second that a copy on the device reads and writes, measured here.
+    Returns:
+        `bytes` that a decode step reads with half of the new tokens in the cache, `bandwidth` in bytes per second that
+        a copy on the device reads and writes, and `seconds`, their ratio. None on the CPU.
     """
     device = torch.device(sources.runtime.device)
     if device.type != "cuda":
@@ -156,33 +199,33 @@ def measure_roofline(sources: Sources, benchmark: BenchmarkConfig) -> dict[str, 
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes `measurement.json`, the plot of latency by position and the plot of accumulated time."""
+    """Write `measurement.json` and the plots. Return the content of `measurement.json` without the raw timings."""
     benchmark = config.benchmark
     checkpoint = inputs["checkpoint"].folder
-    description = AutoConfig.from_pretrained(checkpoint)
+    hf_config = AutoConfig.from_pretrained(checkpoint)
     sources = Sources(
         checkpoint=str(checkpoint),
-        deployable=str(inputs[_measured(config)].folder),
+        deployable=str(inputs[_measured_stage(config)].folder),
         graphs=str(inputs["convert"].folder),
-        cache=architecture.signature(description, Component.DECODE).cache,
+        cache=architecture.signature(hf_config, Component.DECODE).cache,
         runtime=config.runtime,
         dtype=config.precision.dtype,
     )
-    names = chosen(benchmark.backends, config.runtime)
-    given = random_inputs(architecture, description, benchmark)
-    with BackgroundLoad() as others:
-        measured = time_backends(names, sources, given, benchmark)
-    facts = machine(config.runtime.device, config.runtime.threads) | {"background_load": others.share}
+    names = select_backends(benchmark.backends, config.runtime)
+    model_inputs = random_inputs(architecture, hf_config, benchmark)
+    with BackgroundLoad() as background:
+        measured = time_backends(names, sources, model_inputs, benchmark)
+    facts = machine(config.runtime.device, config.runtime.threads) | {"background_load": background.share}
     timings = measured.timings
-    memory = measure_memory(names, sources, given, benchmark) if benchmark.memory else {}
+    memory = measure_memory(names, sources, model_inputs, benchmark) if benchmark.memory else {}
     backends = summarize(timings, benchmark.new_tokens)
-    limit = measure_roofline(sources, benchmark)
-    if limit is not None:
+    roofline = measure_roofline(sources, benchmark)
+    if roofline is not None:
         for name, values in backends.items():
-            over = values["total"]["median"] / benchmark.new_tokens / limit["seconds"]
-            values["over_roofline"] = over if BACKENDS[name].use_cache else None
+            ratio = values["total"]["median"] / benchmark.new_tokens / roofline["seconds"]
+            values["over_roofline"] = ratio if BACKENDS[name].use_cache else None  # without a cache, more is read
     summary = {
-        "roofline": limit,
+        "roofline": roofline,
         "point": {key: value for key, value in asdict(benchmark).items() if key not in ("backends", "memory")},
         "precision": config.precision.dtype,
         "machine": facts,
@@ -200,17 +243,19 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     return summary
 
 
-def _measured(config: Config) -> str:
+def _measured_stage(config: Config) -> str:
+    """Return the stage whose artifact is measured."""
     return "merge" if config.benchmark.unverified else "verify"
 
 
 def _session_ratios(memory: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
-    """When -> memory of the merged decoder's session over that of the step graph alone."""
+    """Return the merged decoder's session memory over that of the decode graph alone, by figure."""
     alone = memory.get(footprint.DECODE_ALONE, {})
     return {when: memory[OURS][when] / size for when, size in alone.items() if size}
 
 
 def _plot(positions: Mapping[str, Sequence[float]], summary: Mapping[str, Any], out: Path) -> None:
+    """Plot latency and accumulated time by position."""
     from accel.reporting import plots  # imports matplotlib, which nothing else needs
 
     title = describe(summary)
@@ -219,7 +264,7 @@ def _plot(positions: Mapping[str, Sequence[float]], summary: Mapping[str, Any], 
 
 
 def describe(summary: Mapping[str, Any]) -> str:
-    """The point measured, in words."""
+    """Return one line on the setting that was measured."""
     point, facts = summary["point"], summary["machine"]
     beams = "greedy" if point["num_beams"] == 1 else f"{point['num_beams']} beams"
     return (
@@ -231,7 +276,7 @@ def describe(summary: Mapping[str, Any]) -> str:
 STAGE = Stage(
     name="benchmark",
     run=run,
-    inputs=lambda config: ("checkpoint", "convert", _measured(config)),
+    inputs=lambda config: ("checkpoint", "convert", _measured_stage(config)),
     sections=("precision", "runtime", "benchmark"),
     packages=PACKAGES,
     machine=True,

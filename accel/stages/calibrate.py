@@ -1,4 +1,13 @@
-"""Runs the FP32 graphs on random ids and the user's text until what their values hold is known."""
+"""Record calibration statistics: the magnitudes of every float value of the FP32 graphs, over random ids and texts.
+
+Reads:
+    The checkpoint's config and tokenizer; `prompts.json` of `prompts`; `<component>.onnx` of `optimize` (FP32); the
+    texts that `audit.texts` or `model.references` names.
+
+Writes:
+    `statistics.json`: for each component the statistics of each value, the inputs of each batch, and why no more
+    batches were run.
+"""
 
 import json
 import logging
@@ -20,7 +29,7 @@ from accel.adapters.types import Architecture, Component
 from accel.config.schema import Config, RuntimeConfig
 from accel.data import texts
 from accel.errors import AccelError
-from accel.evaluation.calibration_data import Batch, Call, batches, walk
+from accel.evaluation.calibration_data import Batch, Call, batches, run_batches
 from accel.evaluation.component_runner import signatures
 from accel.graph import files
 from accel.graph.precision import observer, plan
@@ -28,47 +37,54 @@ from accel.graph.precision.formats import FP16
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime.session import HostSession, SessionSettings
-from accel.stages import prompts
+from accel.stages.prompts import PROMPTS
 from accel.system.host_memory import release
 
 logger = logging.getLogger(__name__)
 
-STATISTICS = "ranges.json"
+STATISTICS = "statistics.json"
+NAMES_SHOWN = 5  # values named in a warning
 ComponentStatistics = dict[str, observer.ValueStatistics]
+"""Value name -> statistics, of one component's graph."""
 
 
 class ObservedGraph:
-    """One role's graph with probes. What every value held widens `ranges`, batch by batch."""
+    """A component's FP32 graph with observers inserted.
+
+    Attributes:
+        statistics: Statistics of every float value, over all batches run so far.
+    """
 
     def __init__(self, source: Path) -> None:
         model = files.load(source)
         plan.clamp_masks(model)
         self.names = observer.insert_observers(model)
-        self.rows = observer.by_row(model)
+        self.rows = observer.batch_first_values(model)
         self.statistics: ComponentStatistics = {name: observer.ValueStatistics() for name in self.names}
         self.graph, self.folder = files.dump(model), source.parent
         del model
         release()
 
     def open(self, runtime: RuntimeConfig) -> Call:
-        """A session over it."""
-        session = HostSession(self.graph, lean(runtime, self.folder))
+        """Open a session. Each call of the returned function adds to `statistics`."""
+        session = HostSession(self.graph, low_memory_settings(runtime, self.folder))
 
         def call(number: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            found = session(inputs)
-            columns = [found.pop(name).numpy() for name in observer.OUTPUTS]
-            height = len(inputs[session.inputs[0]])
-            for name, seen in observer.read_observers(self.names, columns, self.rows, (number, height)).items():
+            outputs = session(inputs)
+            columns = [outputs.pop(name).numpy() for name in observer.OUTPUTS]
+            batch_size = len(inputs[session.inputs[0]])
+            observed = observer.read_observers(self.names, columns, self.rows, (number, batch_size))
+            for name, seen in observed.items():
                 self.statistics[name].widen(seen)
-            return found
+            return outputs
 
         return call
 
 
-def lean(runtime: RuntimeConfig, weights: Path) -> SessionSettings:
-    """Settings of a session that runs a few times, where memory counts and speed doesn't.
+def low_memory_settings(runtime: RuntimeConfig, weights: Path) -> SessionSettings:
+    """Return settings for a session that runs only a few times: little memory, no graph optimisation.
 
-    Weights stay in the file in folder `weights` that they are mapped from, and what a node frees is gone.
+    Weights stay in the memory-mapped file in folder `weights`, and freed memory is not kept for the next run.
     """
     keys = {"session.disable_prepacking": "1", "session.model_external_initializers_file_folder_path": str(weights)}
     return SessionSettings.of(runtime, session=keys, arena=False, fuse=False)
@@ -77,14 +93,18 @@ def lean(runtime: RuntimeConfig, weights: Path) -> SessionSettings:
 def unsettled(
     statistics: Mapping[Component, ComponentStatistics], overflow_margin: float
 ) -> list[tuple[Component, str]]:
-    """The values that another growth like the newest would take into the margin of FP16's limit."""
-    found = []
+    """Return the values whose magnitude still grows towards FP16's limit.
+
+    A value counts if it is within the limit, overflow margin included, but would exceed it by growing once more by the
+    factor of the newest batches.
+    """
+    growing = []
     for component, values in statistics.items():
-        for name, held in values.items():
-            counts = held.largest * overflow_margin
-            if counts <= FP16.largest < counts * held.growth():
-                found.append((component, name))
-    return found
+        for name, seen in values.items():
+            with_margin = seen.largest * overflow_margin
+            if with_margin <= FP16.largest < with_margin * seen.growth():
+                growing.append((component, name))
+    return growing
 
 
 def observe(
@@ -92,108 +112,141 @@ def observe(
     architecture: Architecture,
     checkpoint: Path,
     graphs: Path,
-    asked: Sequence[texts.Prompt],
+    prompts: Sequence[texts.Prompt],
     scratch: Path,
 ) -> tuple[dict[Component, ComponentStatistics], list[Batch], str]:
-    """What every value of every role's graph held, the batches it was seen with, and why no more were taken.
+    """Run calibration batches through the observed graphs, and double their number until the statistics settle.
 
-    The number of batches doubles until the newer half reaches no further than it should: see `unsettled`.
+    Args:
+        config: The configuration.
+        architecture: The adapter of the model.
+        checkpoint: Folder of the checkpoint.
+        graphs: Folder of the optimised FP32 graphs.
+        prompts: Inputs where neither `audit.texts` nor `model.references` is given.
+        scratch: Folder for tensors that pass between components.
+
+    Returns:
+        The statistics of every component, the batches they were taken over, and why no more batches were run.
     """
     audit = config.audit
-    description = AutoConfig.from_pretrained(checkpoint)
-    specs = signatures(architecture, description)
-    supply = batches(config, architecture, description, checkpoint, asked)
+    hf_config = AutoConfig.from_pretrained(checkpoint)
+    specs = signatures(architecture, hf_config)
+    supply = batches(config, architecture, hf_config, checkpoint, prompts)
     observed = {component: ObservedGraph(graphs / f"{component}.onnx") for component in specs}
     statistics = {component: graph.statistics for component, graph in observed.items()}
-    seen: list[Batch] = []
-    for count in _rounds(audit.batches, audit.max_batches):
-        work = list(islice(supply, count - len(seen)))
+    used: list[Batch] = []
+    growing: list[tuple[Component, str]] = []
+    for count in _batch_counts(audit.batches, audit.max_batches):
+        work = list(islice(supply, count - len(used)))
         if not work:
-            return statistics, seen, f"all {len(seen)} batches there were"
-        walk(specs, work, lambda component: observed[component].open(config.runtime), scratch, len(seen))
-        seen += work
-        for held in (held for values in statistics.values() for held in values.values()):
-            held.mark(len(seen))
-        rising = unsettled(statistics, audit.overflow_margin)
-        if len(seen) >= audit.batches and not rising:
-            return statistics, seen, f"settled after {len(seen)} batches"
-    names = ", ".join(f"{component} {name}" for component, name in rising[:5])
+            return statistics, used, f"all {len(used)} batches were used"
+        run_batches(specs, work, lambda component: observed[component].open(config.runtime), scratch, len(used))
+        used += work
+        for values in statistics.values():
+            for seen in values.values():
+                seen.mark(len(used))
+        growing = unsettled(statistics, audit.overflow_margin)
+        if len(used) >= audit.batches and not growing:
+            return statistics, used, f"settled after {len(used)} batches"
+    names = ", ".join(f"{component} {name}" for component, name in growing[:NAMES_SHOWN])
+    more = ", …" if len(growing) > NAMES_SHOWN else ""
     logger.warning(
-        f"the audit saw audit.max_batches={audit.max_batches} batches, and {len(rising)} values still grow towards "
-        f"FP16's limit: {names}{', …' if len(rising) > 5 else ''}. Raise audit.max_batches or audit.overflow_margin"
+        f"calibration stopped at audit.max_batches={audit.max_batches} batches, while the magnitudes of "
+        f"{len(growing)} values still grow towards FP16's limit: {names}{more}. "
+        "Raise audit.max_batches or audit.overflow_margin"
     )
-    return statistics, seen, f"audit.max_batches={audit.max_batches} reached, {len(rising)} values still grow"
+    return statistics, used, f"audit.max_batches={audit.max_batches} reached, {len(growing)} values still grow"
 
 
-def _rounds(first: int, most: int) -> list[int]:
-    """Numbers of batches at which to look: half of `first`, `first`, and twice as many each time up to `most`."""
+def _batch_counts(first: int, maximum: int) -> list[int]:
+    """Return the numbers of batches after which growth is checked: half of `first`, `first`, then doubling."""
     counts = [max(1, first // 2), first] if first > 1 else [first]
-    while counts[-1] * 2 <= most:
+    while counts[-1] * 2 <= maximum:
         counts.append(counts[-1] * 2)
     return counts
 
 
 def check_finite(statistics: Mapping[Component, ComponentStatistics], load: Callable[[Component], ir.Model]) -> None:
-    """Raises `AccelError` if a model's outputs are NaN or infinite in FP32, and says where that begins."""
+    """Check that the FP32 graphs' outputs are finite.
+
+    Args:
+        statistics: Calibration statistics of every component.
+        load: Returns a component's FP32 graph.
+
+    Raises:
+        AccelError: An output was NaN or infinite. The message names the node, weight or input where that begins.
+    """
     for component, values in statistics.items():
         model = load(component)
         for output in model.graph.outputs:
-            held = values.get(output.name or "")
-            if held is not None and held.not_finite:
+            seen = values.get(output.name or "")
+            if seen is not None and seen.not_finite:
                 raise AccelError(
-                    f"the {component}'s {output.name} is not finite in FP32 either: {_beginning(output, values)}. "
-                    "The checkpoint, or what it is fed, is broken before any precision is chosen"
+                    f"{component}: output {output.name} is NaN or infinite in FP32 already, beginning at "
+                    f"{_origin(output, values)}. Check the checkpoint's weights and the inputs: no choice of precision "
+                    "can mend this"
                 )
 
 
-def _beginning(value: ir.Value, values: ComponentStatistics) -> str:
-    """The node where numbers stop being finite, on the way that leads to `value`."""
-    while (node := value.producer()) is not None:
-        bad = [given for given in node.inputs if given is not None and _broken(given, values)]
-        if not bad:
-            return f"it begins at the {node.op_type} that makes {value.name}"
-        value = bad[0]
-    return f"it begins with {'the weight' if value.is_initializer() else 'the input'} {value.name}"
+def _origin(value: ir.Value, values: ComponentStatistics) -> str:
+    """Describe where non-finite numbers begin, following the non-finite inputs upwards from `value`."""
+    producer = value.producer()
+    while producer is not None:
+        not_finite = [operand for operand in producer.inputs if operand is not None and _not_finite(operand, values)]
+        if not not_finite:
+            return f"the {producer.op_type} node with output {value.name}"
+        value = not_finite[0]
+        producer = value.producer()
+    return f"the {'weight' if value.is_initializer() else 'input'} {value.name}"
 
 
-def _broken(value: ir.Value, values: ComponentStatistics) -> bool:
+def _not_finite(value: ir.Value, values: ComponentStatistics) -> bool:
+    """Return whether a weight holds, or a computed value was seen to hold, NaN or infinity."""
     if value.const_value is not None:
         content = value.const_value.numpy()
         return content.dtype.kind == "f" and not bool(np.isfinite(content).all())
-    held = values.get(value.name or "")
-    return held is not None and held.not_finite > 0
+    seen = values.get(value.name or "")
+    return seen is not None and seen.not_finite > 0
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes `ranges.json`: what every value held, with which batch, and when the audit had seen enough."""
+    """Write `statistics.json`. Return the number of batches, and why no more were run."""
     graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
-    asked = texts.read_prompts(inputs["prompts"].folder / prompts.PROMPTS)
+    prompts = texts.read_prompts(inputs["prompts"].folder / PROMPTS)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
-        statistics, seen, stopped = observe(config, architecture, checkpoint, graphs, asked, Path(scratch))
-    progress.note(f"what values hold: {stopped}")
+        statistics, used, stopped = observe(config, architecture, checkpoint, graphs, prompts, Path(scratch))
+    progress.note(f"calibration statistics: {stopped}")
     check_finite(statistics, lambda component: files.load(graphs / f"{component}.onnx"))
-    components = {
-        component: {name: asdict(held) for name, held in values.items()} for component, values in statistics.items()
-    }
-    record = {"stopped": stopped, "batches": [list(batch.rows) for batch in seen], "components": components}
+    components = {}
+    for component, values in statistics.items():
+        components[component] = {name: asdict(seen) for name, seen in values.items()}
+    record = {"stopped": stopped, "batches": [list(batch.rows) for batch in used], "components": components}
     (out / STATISTICS).write_text(json.dumps(record))
-    return {"batches": len(seen), "stopped": stopped}
+    return {"batches": len(used), "stopped": stopped}
 
 
 def read_statistics(folder: Path) -> tuple[dict[Component, ComponentStatistics], list[list[str]]]:
-    """Role -> what its values held, and what each row of each batch was, as `run` wrote them."""
+    """Read the `statistics.json` in `folder`.
+
+    Returns:
+        The statistics of every component, and a description of each row of each batch.
+    """
     record = json.loads((folder / STATISTICS).read_text())
-    components = {
-        Component(component): {name: observer.ValueStatistics(**held) for name, held in values.items()}
-        for component, values in record["components"].items()
-    }
-    return components, record["batches"]
+    statistics = {}
+    for component, values in record["components"].items():
+        statistics[Component(component)] = {name: observer.ValueStatistics(**seen) for name, seen in values.items()}
+    return statistics, record["batches"]
 
 
 def text_files(config: Config) -> tuple[str, ...]:
-    """What lies outside the checkpoint's folder."""
-    own = config.model.references
-    return tuple(path for path in (config.audit.texts, own) if path is not None and (path != own or isabs(path)))
+    """Return the text files outside the checkpoint's folder whose content counts for the key."""
+    paths = []
+    if config.audit.texts is not None:
+        paths.append(config.audit.texts)
+    references = config.model.references  # relative to the checkpoint's folder, unless absolute
+    if references is not None and isabs(references):
+        paths.append(references)
+    return tuple(paths)
 
 
 STAGE = Stage(
@@ -201,8 +254,17 @@ STAGE = Stage(
     run=run,
     inputs=takes("checkpoint", "prompts", "optimize"),
     sections=(
-        *(f"audit.{key}" for key in ("batches", "max_batches", "batch_size", "max_length", "seed", "random")),
-        *("audit.texts", "audit.column", "audit.overflow_margin", "model.references", "runtime"),
+        "audit.batches",
+        "audit.max_batches",
+        "audit.batch_size",
+        "audit.max_length",
+        "audit.seed",
+        "audit.random",
+        "audit.texts",
+        "audit.column",
+        "audit.overflow_margin",
+        "model.references",
+        "runtime",
     ),
     packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"),
     files=text_files,

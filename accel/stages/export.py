@@ -1,4 +1,11 @@
-"""Export every role to ONNX, then run each at shapes unlike the example's and compare with PyTorch."""
+"""Export each component of the PyTorch model to ONNX, and compare the graphs with PyTorch at other shapes.
+
+Reads:
+    The checkpoint: config and weights.
+
+Writes:
+    `<component>.onnx` for each component, in FP32, and `<component>.onnx.data` where the weights are large.
+"""
 
 import inspect
 import logging
@@ -18,41 +25,67 @@ from accel.adapters.types import Architecture, Component, Signature
 from accel.config.schema import Config
 from accel.errors import AccelError
 from accel.evaluation.compare import token_errors
-from accel.evaluation.component_runner import ComponentRunner, Shape, component_inputs, longest, signatures, torch_run
+from accel.evaluation.component_runner import (
+    ComponentRunner,
+    Shape,
+    component_inputs,
+    max_positions,
+    signatures,
+    torch_run,
+)
 from accel.evaluation.io_check import check_specs
 from accel.evaluation.rounding import SAMPLES, Evaluator, allowed_errors, root_mean_square
 from accel.graph import files
-from accel.graph.cleanup.widen_bfloat16 import widen_bfloat16
+from accel.graph.cleanup.widen_bfloat16 import WidenBfloat16
 from accel.models.checkpoints import load_model
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime.providers import RUNTIME_ERRORS
 from accel.runtime.session import HostSession, SessionSettings
 
-# Every dimension of the example is at least 2 and unlike the others: the exporter freezes an axis of length 1. The
-# source is longer than two of the blocks, 16 each, that some encoders cut it into.
+# Every dimension of the example is at least 2, because the exporter freezes an axis of length 1, and no two are equal.
+# The source is longer than two blocks of 16 tokens, into which some encoders cut it.
 EXAMPLE = Shape(batch=2, source=37, past=7, new=3)
 SHAPES = (Shape(1, 1, 1, 1), Shape(1, 9, 0, 1), Shape(3, 6, 4, 2), Shape(2, 300, 2, 1), Shape(1, 11, 300, 1))
 
 
 def example(
-    runner: ComponentRunner, component: Component, given: Mapping[Component, Mapping[str, Tensor]]
+    runner: ComponentRunner, component: Component, caller_inputs: Mapping[Component, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The inputs of `role` at the example's shape, made by running the roles before it."""
+    """Return the inputs of `component` for tracing, after running the components before it.
+
+    Args:
+        runner: Runs the components in PyTorch.
+        component: The component to trace.
+        caller_inputs: The inputs of each component that come from the caller, not from other components.
+
+    Raises:
+        AccelError: The architecture has no such component.
+    """
     for earlier in runner.signatures:
         if earlier is component:
-            return runner.inputs(component, given[component])
-        runner(earlier, given[earlier])
-    raise AccelError(f"role {component} is not one of the architecture's: {', '.join(runner.signatures)}")
+            return runner.inputs(component, caller_inputs[component])
+        runner(earlier, caller_inputs[earlier])
+    raise AccelError(f"unknown component: {component}. The architecture has: {', '.join(runner.signatures)}")
 
 
-def export_role(wrapper: nn.Module, signature: Signature, inputs: Mapping[str, Tensor], opset: int) -> ir.Model:
-    """One graph, with the ports' names, as the exporter leaves it. `inputs` are in the signature's order."""
+def export_component(wrapper: nn.Module, signature: Signature, inputs: Mapping[str, Tensor], opset: int) -> ir.Model:
+    """Trace one component to an unoptimised ONNX graph.
+
+    Args:
+        wrapper: The component as a module: flat tensors in, flat tensors out.
+        signature: Tensor specs, whose names the graph's inputs and outputs get.
+        inputs: Example inputs, in the signature's order.
+        opset: Version of the ONNX operator set.
+
+    Raises:
+        AccelError: The exporter returned no program.
+    """
     axes: tuple[Any, ...] = tuple(dict(spec.axes) for spec in signature.inputs)
     parameters = inspect.signature(wrapper.forward).parameters.values()
-    named = sum(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
-    if len(axes) > named:  # the rest arrives in *past, which the exporter describes by a tuple of its own
-        axes = (*axes[:named], axes[named:])
+    positional = sum(parameter.kind is not inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    if len(axes) > positional:  # the exporter describes the tensors that go into *past by a nested tuple
+        axes = (*axes[:positional], axes[positional:])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -66,91 +99,110 @@ def export_role(wrapper: nn.Module, signature: Signature, inputs: Mapping[str, T
             verbose=False,
         )
     if program is None:
-        raise AccelError("torch.onnx.export made no program")
+        raise AccelError(f"torch.onnx.export returned no program for {type(wrapper).__name__}")
     model: ir.Model = program.model
-    # An initializer may already hold a port's name, so all are moved out of the way first.
-    for values, specs in ((model.graph.inputs, signature.inputs), (model.graph.outputs, signature.outputs)):
-        for value, spec in zip(values, specs, strict=True):
-            value.name = spec.name
-    widen_bfloat16(model)
+    for value, spec in zip(model.graph.inputs, signature.inputs, strict=True):
+        value.name = spec.name
+    for value, spec in zip(model.graph.outputs, signature.outputs, strict=True):
+        value.name = spec.name
+    WidenBfloat16()(model)
     return model
 
 
 def name_weights(graph: ir.Model, wrapper: nn.Module, model: PreTrainedModel) -> None:
-    """Give every initializer the name PyTorch knows its parameter by, also where two modules share one."""
-    known = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    inside = dict(wrapper.named_parameters(remove_duplicate=False)) | dict(
-        wrapper.named_buffers(remove_duplicate=False)
-    )
+    """Rename the initializers of `graph` to PyTorch's parameter names, also where modules share a parameter."""
+    model_names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    wrapper_tensors: dict[str, Tensor] = dict(wrapper.named_parameters(remove_duplicate=False))
+    wrapper_tensors.update(wrapper.named_buffers(remove_duplicate=False))
     for value in list(graph.graph.initializers.values()):
-        tensor = inside.get(value.name or "")
-        if tensor is not None and id(tensor) in known:
-            value.name = known[id(tensor)]
+        tensor = wrapper_tensors.get(value.name or "")
+        if tensor is not None and id(tensor) in model_names:
+            value.name = model_names[id(tensor)]
 
 
 @dataclass(frozen=True)
-class Known:
-    """What PyTorch makes of one role's inputs."""
+class TorchCall:
+    """One call of a component in PyTorch."""
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     shape: Shape
 
 
-def by_pytorch(architecture: Architecture, model: PreTrainedModel, seed: int) -> dict[Component, list[Known]]:
-    """Every role at every one of `SHAPES`, each fed by the outputs of those before it."""
+def run_torch(architecture: Architecture, model: PreTrainedModel, seed: int) -> dict[Component, list[TorchCall]]:
+    """Run every component at each of `SHAPES` in PyTorch, on random ids and the outputs of the components before it."""
     generator = torch.Generator().manual_seed(seed)
     specs = signatures(architecture, model.config)
     runner = ComponentRunner(specs, torch_run(architecture, model))
-    found: dict[Component, list[Known]] = {component: [] for component in specs}
-    for shape in progress.track([shape.within(longest(model.config)) for shape in SHAPES], "PyTorch"):
-        given = component_inputs(architecture, model.config, shape, generator)
+    calls: dict[Component, list[TorchCall]] = {component: [] for component in specs}
+    shapes = [shape.within(max_positions(model.config)) for shape in SHAPES]
+    for shape in progress.track(shapes, "PyTorch"):
+        caller_inputs = component_inputs(architecture, model.config, shape, generator)
         for component in specs:
             if component is Component.DECODE and shape.past == 0:
                 runner.forget_past()
-            inputs = runner.inputs(component, given[component])
-            found[component].append(Known(inputs, runner(component, given[component]), shape))
-    return found
+            inputs = runner.inputs(component, caller_inputs[component])
+            calls[component].append(TorchCall(inputs, runner(component, caller_inputs[component]), shape))
+    return calls
 
 
 def compare(
     architecture: Architecture, model: PreTrainedModel, folder: Path, tolerance: float, seed: int
 ) -> dict[str, float]:
-    """Largest difference of each role's outputs from PyTorch over `SHAPES`, relative to the output's largest magnitude.
+    """Compare the exported graphs with PyTorch at `SHAPES`.
 
-    Raises `AccelError` naming role, output and shape where it exceeds `tolerance`, and PyTorch's own rounding doesn't
-    explain it: see `rounding`. PyTorch goes first, so that each graph is opened once.
+    PyTorch runs first, so that each graph is opened only once.
+
+    Args:
+        architecture: The adapter of the model.
+        model: The PyTorch model, in FP32.
+        folder: Folder with `<component>.onnx` for each component.
+        tolerance: Largest difference allowed, relative to the largest magnitude of the output.
+        seed: Seed of the random ids.
+
+    Returns:
+        The largest relative difference of each component's outputs.
+
+    Raises:
+        AccelError: An output differs by more than `tolerance`, and by more than PyTorch's own rounding error explains
+            (see `accel.evaluation.rounding`). The message names component, output and shape.
     """
-    known = by_pytorch(architecture, model, seed)
+    calls = run_torch(architecture, model, seed)
     settings = SessionSettings(session={"session.disable_prepacking": "1"})  # weights stay in their file
     worst: dict[str, float] = {}
-    for component, calls in progress.track(list(known.items()), "comparing with PyTorch"):
+    for component, torch_calls in progress.track(list(calls.items()), "comparing with PyTorch"):
         worst[str(component)] = 0.0
         session = HostSession(folder / f"{component}.onnx", settings)
-        for one in calls:
+        for call in torch_calls:
             try:
-                found = session(one.inputs)
+                outputs = session(call.inputs)
             except RUNTIME_ERRORS as error:
                 reason = str(error).splitlines()[0]
-                raise AccelError(f"export of {component}: ONNX Runtime can't run it ({one.shape}): {reason}") from error
-            differences = _differences(component, found, one)
+                raise AccelError(
+                    f"export of {component}: ONNX Runtime can't run it ({call.shape}): {reason}"
+                ) from error
+            differences = _differences(component, outputs, call)
             worst[str(component)] = max(worst[str(component)], *differences.values())
-            if beyond := [name for name, difference in differences.items() if not difference <= tolerance]:
-                _check_rounding(architecture, model, component, found, one, beyond, tolerance)
+            beyond = [name for name, difference in differences.items() if not difference <= tolerance]  # NaN counts
+            if beyond:
+                _check_rounding(architecture, model, component, outputs, call, beyond, tolerance)
     return worst
 
 
-def _differences(component: Component, found: Mapping[str, Tensor], known: Known) -> dict[str, float]:
-    """Output -> largest difference, relative to its largest magnitude. Raises `AccelError` on another shape."""
+def _differences(component: Component, outputs: Mapping[str, Tensor], call: TorchCall) -> dict[str, float]:
+    """Return the largest difference of each output relative to its largest magnitude; raise if shapes differ."""
     differences = {}
-    for name, value in known.outputs.items():
-        if value.shape != found[name].shape:
+    for name, expected in call.outputs.items():
+        if expected.shape != outputs[name].shape:
             raise AccelError(
-                f"export of {component}: {name} has shape {tuple(found[name].shape)}, PyTorch gives "
-                f"{tuple(value.shape)} ({known.shape})"
+                f"export of {component}: {name} has shape {tuple(outputs[name].shape)}, PyTorch gives "
+                f"{tuple(expected.shape)} ({call.shape})"
             )
-        errors = token_errors(found[name], value)
-        differences[name] = float(errors.max() / value.abs().max().clamp_min(1e-6)) if errors.numel() else 0.0
+        errors = token_errors(outputs[name], expected)  # [rows, tokens]
+        if errors.numel():
+            differences[name] = float(errors.max() / expected.abs().max().clamp_min(1e-6))
+        else:
+            differences[name] = 0.0
     return differences
 
 
@@ -158,55 +210,58 @@ def _check_rounding(
     architecture: Architecture,
     model: PreTrainedModel,
     component: Component,
-    found: Mapping[str, Tensor],
-    known: Known,
+    outputs: Mapping[str, Tensor],
+    call: TorchCall,
     names: Sequence[str],
     tolerance: float,
 ) -> None:
-    """Raises `AccelError` unless each output of `names` is as near to float64 as PyTorch itself is, token by token."""
-    specs, run = signatures(architecture, model.config), torch_run(architecture, model)
-    exact = Evaluator(model, specs, run, torch.float64).alone(component, known.inputs)
-    rounded = Evaluator(model, specs, run, torch.float32).alone(component, known.inputs)
+    """Raise `AccelError` unless PyTorch's own error against float64 explains the error of each token of `names`."""
+    specs, run_component = signatures(architecture, model.config), torch_run(architecture, model)
+    exact = Evaluator(model, specs, run_component, torch.float64).evaluate_isolated(component, call.inputs)
+    rounded = Evaluator(model, specs, run_component, torch.float32).evaluate_isolated(component, call.inputs)
     for name in names:
         scale = float(exact[name].abs().max().clamp_min(1e-6))
-        own = root_mean_square(rounded[name], exact[name], SAMPLES)  # [rows, tokens]
-        errors = token_errors(found[name], exact[name]) / scale
-        used = errors / allowed_errors(own, scale, tolerance, errors)
+        torch_errors = root_mean_square(rounded[name], exact[name], SAMPLES)  # [rows, tokens]
+        errors = token_errors(outputs[name], exact[name]) / scale  # [rows, tokens]
+        used = errors / allowed_errors(torch_errors, scale, tolerance, errors)  # [rows, tokens]
         row, token = divmod(int(used.argmax()), used.shape[1])
         if not used.max() <= 1:
             raise AccelError(
                 f"export of {component}: {name} is off by {errors[row, token]:.2e} of its largest value, more than "
-                f"export.tolerance={tolerance:.0e}; PyTorch's own float32 is off by {own[row, token] / scale:.2e} "
-                f"there ({known.shape}: row {row + 1}, token {token + 1})"
+                f"export.tolerance={tolerance:.0e}; PyTorch's own float32 is off by "
+                f"{torch_errors[row, token] / scale:.2e} there ({call.shape}: row {row + 1}, token {token + 1})"
             )
 
 
-def _cause(error: BaseException) -> str:
-    """What was at the bottom of it, and where to read on."""
+def _describe_cause(error: BaseException) -> str:
+    """Return the type and first lines of the innermost cause, and the document that helps."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = f"{type(error).__name__}: {' '.join(lines[:3])[:300]}"
-    return f"{told}\ndocs/when-yaml-is-not-enough.md shows how a wrapper gets around it"
+    reason = f"{type(error).__name__}: {' '.join(lines[:3])[:300]}"
+    return f"{reason}\ndocs/when-yaml-is-not-enough.md shows how a wrapper avoids code that can't be traced"
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes `<role>.onnx` (with `<role>.onnx.data` when the weights are large) for every role."""
+    """Write the graph of every component. Return node counts and the largest differences from PyTorch."""
     model = load_model(inputs["checkpoint"].folder)
-    shape, other = (one.within(longest(model.config)) for one in (EXAMPLE, SHAPES[2]))
-    check_specs(architecture, model, (shape, other), config.export.seed)
+    limit = max_positions(model.config)
+    shape, other_shape = EXAMPLE.within(limit), SHAPES[2].within(limit)
+    check_specs(architecture, model, (shape, other_shape), config.export.seed)
     generator = torch.Generator().manual_seed(config.export.seed)
     specs = signatures(architecture, model.config)
-    given = component_inputs(architecture, model.config, shape, generator)
+    caller_inputs = component_inputs(architecture, model.config, shape, generator)
     runner = ComponentRunner(specs, torch_run(architecture, model))
     nodes: dict[str, int] = {}
     for component, signature in progress.track(list(specs.items()), "tracing"):
         wrapper = architecture.wrap(model, component)
         try:
-            graph = export_role(wrapper, signature, example(runner, component, given), config.export.opset)
+            graph = export_component(wrapper, signature, example(runner, component, caller_inputs), config.export.opset)
         except torch.onnx.OnnxExporterError as error:
-            kind = type(model).__name__
-            raise AccelError(f"export of {component}: torch can't trace {kind}: {_cause(error)}") from error
+            model_class = type(model).__name__
+            raise AccelError(
+                f"export of {component}: torch can't trace {model_class}: {_describe_cause(error)}"
+            ) from error
         name_weights(graph, wrapper, model)
         files.save(graph, out / f"{component}.onnx")
         nodes[str(component)] = files.node_count(graph)

@@ -1,4 +1,12 @@
-"""Generate text with a deployable, from text or from speech."""
+"""Generate text with the deployable, from text or from speech.
+
+Reads:
+    The deployable of `verify`; the tokenizer and references of the checkpoint; the files that `generate.file` or
+    `generate.audio` name.
+
+Writes:
+    `texts.json`: the inputs and the generated texts. A copy of the texts goes to the file `generate.output`.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -23,27 +31,35 @@ from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 
 RESULTS = "texts.json"
-BATCH = 16  # inputs at a time, unless generate.batch_size says otherwise
-WRITTEN, SPOKEN = ("text", "file"), ("audio",)  # options that name inputs
+BATCH_SIZE = 16  # unless generate.batch_size is given
+DEFAULT_INPUTS = 5  # references generated for where no option names an input
+TEXT_OPTIONS, SPEECH_OPTIONS = ("text", "file"), ("audio",)  # options that name inputs
 
 
-def listed(value: Any) -> list[str]:
-    """An option that takes one text or a list of them."""
-    return [str(one) for one in (value if isinstance(value, list) else [value])]
+def as_list(value: Any) -> list[str]:
+    """Return the value of an option, one text or a list of them, as a list."""
+    values = value if isinstance(value, list) else [value]
+    return [str(item) for item in values]
 
 
-def listens(config: PretrainedConfig) -> bool:
-    """Whether the model takes speech."""
+def takes_speech(config: PretrainedConfig) -> bool:
+    """Return whether the model's input is audio features."""
     return bool(model_class(config).main_input_name == "input_features")
 
 
-def check(config: Config, description: PretrainedConfig) -> None:
-    """Raises `AccelError` where the inputs named are not what the model takes, or it knows no chat."""
+def check(config: Config, hf_config: PretrainedConfig) -> None:
+    """Check that the inputs named in `generate` suit the model.
+
+    Raises:
+        AccelError: Text is given to a speech model or audio to a text model, or `generate.chat` is set and the
+            tokenizer has no chat template.
+    """
     options, name = config.generate, config.model.name
-    wrong = [key for key in (WRITTEN if listens(description) else SPOKEN) if key in options]
-    if wrong:
-        right = "speech: generate.audio=FILE" if listens(description) else "text: generate.text or generate.file"
-        raise AccelError(f"generate.{wrong[0]}: {name} takes {right}")
+    speech = takes_speech(hf_config)
+    expected = "speech: use generate.audio=FILE" if speech else "text: use generate.text or generate.file"
+    for key in TEXT_OPTIONS if speech else SPEECH_OPTIONS:
+        if key in options:
+            raise AccelError(f"generate.{key}: {name} takes {expected}")
     if options.get("chat"):
         tokenizer = texts.load_tokenizer(checkpoints.locate(config.model, weights=False))
         if tokenizer is None or tokenizer.chat_template is None:
@@ -51,28 +67,50 @@ def check(config: Config, description: PretrainedConfig) -> None:
 
 
 def named_inputs(config: Config, folder: Path) -> list[str]:
-    """The inputs: those that an option names, or the first references of the model."""
+    """Return the texts or audio paths to generate for.
+
+    Args:
+        config: `generate.text`, `generate.audio` or `generate.file` names the inputs; else `model.references`.
+        folder: Folder of the checkpoint, which holds the references.
+    """
     options = config.generate
     for key in ("text", "audio"):
         if options.get(key) is not None:
-            return listed(options[key])
+            return as_list(options[key])
     if options.get("file") is not None:
         return read_lines(Path(str(options["file"])))
     if config.model.references is not None:
-        return list(texts.References.read(folder / config.model.references).texts[:5])
+        return list(texts.References.read(folder / config.model.references).texts[:DEFAULT_INPUTS])
     return []
 
 
 def batches(
-    folder: Path, description: PretrainedConfig, inputs: list[str], size: int, chat: bool
+    folder: Path, hf_config: PretrainedConfig, inputs: list[str], batch_size: int, chat: bool
 ) -> Iterator[dict[str, Tensor]]:
-    """What `generate` takes for `inputs`, `size` of them at a time. Raises `AccelError` if they can't be read."""
+    """Encode `inputs` in batches for the model's `generate`.
+
+    Args:
+        folder: Folder of the deployable, with tokenizer and feature extractor.
+        hf_config: The model's Hugging Face config.
+        inputs: Texts, or paths of audio files for a speech model.
+        batch_size: Inputs a batch.
+        chat: Put each text into the tokenizer's chat template.
+
+    Yields:
+        Tensors by name: ids and mask, [batch, source], or audio features.
+
+    Raises:
+        AccelError: The model has no tokenizer, or a file can't be read.
+    """
     tokenizer = texts.load_tokenizer(folder)
     if tokenizer is None:
-        raise AccelError("the model has no tokenizer, so it can't read or write text: stage=benchmark needs none")
-    extractor = audio.load_extractor(folder) if listens(description) else None
-    for start in range(0, len(inputs), size):
-        chosen = inputs[start : start + size]
+        raise AccelError(
+            "the model has no tokenizer, so stage=generate can't encode inputs or decode outputs. "
+            "stage=benchmark needs no tokenizer"
+        )
+    extractor = audio.load_extractor(folder) if takes_speech(hf_config) else None
+    for start in range(0, len(inputs), batch_size):
+        chosen = inputs[start : start + batch_size]
         if extractor is not None:
             yield audio.encode(extractor, [audio.read(Path(path), extractor.sampling_rate) for path in chosen])
         else:
@@ -80,29 +118,33 @@ def batches(
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes `texts.json`. generate.output is a copy for the user, made anew by each run, also of reused texts.
+    """Write `texts.json`. Return the numbers of inputs and outputs.
 
-    Every input gives one output, or `num_return_sequences` of them, in order.
+    Each input has one output, or `num_return_sequences` of them, in order.
     """
     folder, options = inputs["verify"].folder, config.generate
     chosen = named_inputs(config, inputs["checkpoint"].folder)
-    written: list[str] = []
+    outputs: list[str] = []
     if chosen:
-        size, chat = options.get("batch_size", BATCH), bool(options.get("chat"))
+        batch_size, chat = options.get("batch_size", BATCH_SIZE), bool(options.get("chat"))
         torch.manual_seed(options.get("seed", 0))
         with open_model(folder, config.runtime) as model:
             tokenizer = texts.load_tokenizer(folder)
-            groups = batches(folder, model.config, chosen, size, chat)
-            for batch in progress.track(groups, "generating", total=-(-len(chosen) // size)):
-                given = {name: tensor.to(model.device) for name, tensor in batch.items()}
-                ids = model.generate(**given, **generation_options(options))
-                written += texts.written(model, tokenizer, batch, ids)
-    (out / RESULTS).write_text(json.dumps({"inputs": chosen, "outputs": written}))
-    return {"inputs": len(chosen), "outputs": len(written)}
+            encoded = batches(folder, model.config, chosen, batch_size, chat)
+            number_of_batches = -(-len(chosen) // batch_size)  # rounded up
+            for batch in progress.track(encoded, "generating", total=number_of_batches):
+                on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                ids = model.generate(**on_device, **generation_options(options))
+                outputs += texts.decode_new_tokens(model, tokenizer, batch, ids)
+    (out / RESULTS).write_text(json.dumps({"inputs": chosen, "outputs": outputs}))
+    return {"inputs": len(chosen), "outputs": len(outputs)}
 
 
 def deliver(config: Config, folder: Path) -> None:
-    """Write the outputs, one a line, to the file that `generate.output` names, if it does."""
+    """Write the outputs, one a line, to the file `generate.output` if it is given.
+
+    The pipeline calls this on each run, also when it reuses the artifact in `folder`.
+    """
     output = config.generate.get("output")
     if output is None:
         return
@@ -112,10 +154,14 @@ def deliver(config: Config, folder: Path) -> None:
 
 
 def input_files(config: Config) -> tuple[str, ...]:
-    """The files whose content counts."""
+    """Return the input files whose content counts for the stage's key."""
     options = config.generate
-    file = (str(options["file"]),) if options.get("file") is not None else ()
-    return (*file, *(listed(options["audio"]) if options.get("audio") is not None else ()))
+    paths = []
+    if options.get("file") is not None:
+        paths.append(str(options["file"]))
+    if options.get("audio") is not None:
+        paths += as_list(options["audio"])
+    return tuple(paths)
 
 
 STAGE = Stage(

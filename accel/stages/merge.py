@@ -1,4 +1,13 @@
-"""Both decoders in one file, every weight once, in an ordinary Hugging Face folder: the candidate."""
+"""Merge prefill and decode graph into one file that stores each weight once: the unverified bundle.
+
+Reads:
+    `<component>.onnx` of `convert`; the checkpoint's config, tokenizer and processor files.
+
+Writes:
+    A Hugging Face model folder: `encoder_model.onnx` if there is an encoder, `decoder_model_merged.onnx`, and the
+    checkpoint's files except its weights. Where `convert` made a static decode graph, that and the graph that computes
+    the cross-attention caches, both over the merged decoder's weights.
+"""
 
 import json
 import shutil
@@ -23,13 +32,22 @@ from accel.runtime import layout
 from accel.stages import convert
 
 STRATEGIES = ("shared", "two_branch", "three_branch")
-# Of the checkpoint: the description, the tokenizer and the processor. Not its weights, not its documentation.
-DESCRIPTION = ("*.json", "*.model", "*.txt", "*.jinja")
+# Files copied from the checkpoint: configs, tokenizer and processor, but neither weights nor documentation.
+CHECKPOINT_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 WEIGHT_INDEX = "*.index.json"
 
 
 def check(merge: MergeConfig, fuse_attention: Collection[str]) -> None:
-    """Raises `AccelError` on a style that doesn't exist or doesn't go with fused attention, or an empty flag."""
+    """Check the merge settings.
+
+    Args:
+        merge: Section `merge`.
+        fuse_attention: `convert.fuse_attention`, names of components.
+
+    Raises:
+        AccelError: A component or merge strategy is unknown, the strategy can't merge graphs with fused attention, or
+            the flag is no identifier.
+    """
     for name in fuse_attention:
         if name not in list(Component):
             raise unknown("convert.fuse_attention", name, list(Component))
@@ -38,19 +56,31 @@ def check(merge: MergeConfig, fuse_attention: Collection[str]) -> None:
     fused = {Component.PREFILL, Component.DECODE} & set(fuse_attention)
     if merge.strategy == "shared" and fused:
         raise AccelError(
-            f"convert.fuse_attention=[{','.join(sorted(fused))}] puts keys and values into one node, where "
-            "merge.strategy=shared looks for them one by one: use merge.strategy=two_branch or three_branch"
+            f"convert.fuse_attention=[{','.join(sorted(fused))}] fuses keys and values into one node, but "
+            "merge.strategy=shared needs them apart: use merge.strategy=two_branch or three_branch"
         )
     if not merge.flag.isidentifier():
-        raise AccelError(f"merge.flag={merge.flag!r} is not a name, such as enable_cache or use_cache_branch")
+        raise AccelError(
+            f"merge.flag={merge.flag!r} is not an identifier: use a name such as enable_cache or use_cache_branch"
+        )
 
 
 def merge(
     decode: ir.Model, prefill: ir.Model, config: MergeConfig, cache: Mapping[str, str], passes: Mapping[str, bool]
 ) -> ir.Model:
-    """Both graphs in one, marked with what a runtime must know: the flag, and which output feeds which input.
+    """Merge both graphs by `config.strategy`.
 
-    `passes`: over a step of one token, where it has a branch of its own.
+    The model's metadata names the flag and the cache outputs that become the next decode step's cache inputs.
+
+    Args:
+        decode: Graph with past caches as inputs.
+        prefill: Graph without past caches.
+        config: Section `merge`.
+        cache: Cache input of `decode` -> the output whose value it takes at the next decode step.
+        passes: Pass -> whether it runs, over the one-token branch of `three_branch`.
+
+    Raises:
+        AccelError: The graphs can't be merged.
     """
     try:
         if config.strategy == "shared":
@@ -58,7 +88,7 @@ def merge(
         else:
             if config.strategy == "three_branch":
                 single = decode.clone()
-                convert.for_one_token(single, {**passes, "fuse_attention": False})
+                convert.specialize_for_one_token(single, {**passes, "fuse_attention": False})
                 decode = fork_if(single, decode, convert.NAMES.new)
             merged = merge_if(decode, prefill, config.flag)
     except ValueError as error:
@@ -69,30 +99,28 @@ def merge(
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes `encoder_model.onnx` (if there is an encoder), `decoder_model_merged.onnx`, config and tokenizer files;
-    where `convert` made a static step, that and what makes the caches it only reads, over the same weights.
-    """
+    """Write the unverified bundle. Return the bytes of weights before and after merging, and the node count."""
     source, checkpoint = inputs["convert"].folder, inputs["checkpoint"].folder
-    description = AutoConfig.from_pretrained(checkpoint)
+    hf_config = AutoConfig.from_pretrained(checkpoint)
     components = architecture.components()
     if Component.ENCODER in components:
         files.save(files.load(source / f"{Component.ENCODER}.onnx"), out / layout.ENCODER)
-    decode, prefill = (files.load(source / f"{component}.onnx") for component in (Component.DECODE, Component.PREFILL))
+    decode = files.load(source / f"{Component.DECODE}.onnx")
+    prefill = files.load(source / f"{Component.PREFILL}.onnx")
     shared = shared_bytes(initializers(prefill), initializers(decode))
     decode_bytes, prefill_bytes = files.weight_bytes(decode), files.weight_bytes(prefill)
-    cache = architecture.signature(description, Component.DECODE).cache
-    static = source / f"{Component.STATIC_DECODE}.onnx"
-    beside = (
-        {layout.STATIC_DECODE: files.load(static), layout.CROSS_CACHE: cross_cache(prefill, decode, cache)}
-        if static.is_file()
-        else {}
-    )
+    cache = architecture.signature(hf_config, Component.DECODE).cache
+    static_decode = source / f"{Component.STATIC_DECODE}.onnx"
+    static_graphs: dict[str, ir.Model | None] = {}  # they refer to the merged decoder's weights
+    if static_decode.is_file():
+        static_graphs[layout.STATIC_DECODE] = files.load(static_decode)
+        static_graphs[layout.CROSS_CACHE] = cross_cache(prefill, decode, cache)
     merged = merge(decode, prefill, config.merge, cache, config.convert.decode_passes)
     files.save(merged, out / layout.DECODER)
-    for name, model in beside.items():
+    for name, model in static_graphs.items():
         if model is not None:
             files.save_beside(model, out / name, out / layout.DECODER)
-    for pattern in DESCRIPTION:
+    for pattern in CHECKPOINT_FILES:
         for path in checkpoint.glob(pattern):
             if not path.match(WEIGHT_INDEX):
                 shutil.copyfile(path, out / path.name)

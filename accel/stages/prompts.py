@@ -1,10 +1,17 @@
-"""What a model with a tokenizer is asked when nobody gives it texts: passages, questions, and text of its own.
+"""Make prompts for models with a tokenizer where the user gives no texts: passages, questions, the model's own text.
 
-Random ids are unlike anything a trained model was trained on: its activations there say little about real use.
+Random ids alone are a poor calibration set, because a trained model's activations there are unlike those on text.
+
+Reads:
+    The checkpoint: config, weights, tokenizer; the sample texts of `accel.data`.
+
+Writes:
+    `prompts.json`: kind, text and ids of each prompt; empty where the model has references, no tokenizer, or inputs
+    other than text.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +23,7 @@ from accel.config.schema import Config
 from accel.data import texts
 from accel.data.corpus import sample_lines
 from accel.data.texts import Prompt
-from accel.evaluation.component_runner import longest
+from accel.evaluation.component_runner import max_positions
 from accel.models.checkpoints import load_model
 from accel.models.generation import Generates
 from accel.models.model_class import model_class
@@ -25,78 +32,97 @@ from accel.pipeline.store import Artifact
 
 PROMPTS = "prompts.json"
 NEW_TOKENS = 48  # sampled after each question, or after the first token
-SAMPLED = 8  # texts sampled from the first token on, where there is no chat template
-LONGEST = 96  # tokens of a passage
+SAMPLED_TEXTS = 8  # texts sampled from the first token on, where there is no chat template
+MAX_TOKENS = 96  # of a passage or question
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes `prompts.json`: none where the model has references or no tokenizer, or takes something else than text."""
+    """Write `prompts.json`. Return the number of prompts and their kinds."""
     folder = inputs["checkpoint"].folder
     tokenizer = None if config.model.references else texts.load_tokenizer(folder)
-    found: list[Prompt] = []
-    description = AutoConfig.from_pretrained(folder)
-    if tokenizer is not None and getattr(model_class(description), "main_input_name", "") == "input_ids":
-        third = (longest(description) or 3 * LONGEST) // 3  # for what is given, for what is sampled, for what follows
-        most = min(LONGEST, third)
-        page = _passages(tokenizer, bool(description.is_encoder_decoder), most)
-        own: Iterator[Prompt] = iter(())
-        if not description.is_encoder_decoder:  # what an encoder-decoder writes of itself follows from a passage
+    hf_config = AutoConfig.from_pretrained(folder)
+    prompts: list[Prompt] = []
+    if tokenizer is not None and getattr(model_class(hf_config), "main_input_name", "") == "input_ids":
+        # One third of the model's positions each for the prompt, the sampled tokens, and the tokens generated later.
+        third = (max_positions(hf_config) or 3 * MAX_TOKENS) // 3
+        max_tokens = min(MAX_TOKENS, third)
+        passages = _passages(tokenizer, bool(hf_config.is_encoder_decoder), max_tokens)
+        generated: Iterator[Prompt] = iter(())
+        if not hf_config.is_encoder_decoder:  # an encoder-decoder needs a source, and the passages are that
             model = load_model(folder)
             model.to(device=config.runtime.device)  # type: ignore[call-arg]
-            own = _own(model, tokenizer, most, min(NEW_TOKENS, third))
-        found = [prompt for prompt in chain(*zip_longest(own, page)) if prompt is not None]
-    texts.write_prompts(found, out / PROMPTS)
-    return {"prompts": len(found), "kinds": sorted({prompt.kind for prompt in found})}
+            generated = _generated(model, tokenizer, max_tokens, min(NEW_TOKENS, third))
+        for pair in zip_longest(generated, passages):
+            prompts += [prompt for prompt in pair if prompt is not None]
+    texts.write_prompts(prompts, out / PROMPTS)
+    return {"prompts": len(prompts), "kinds": sorted({prompt.kind for prompt in prompts})}
 
 
-def _passages(tokenizer: PreTrainedTokenizerBase, whole: bool, most: int) -> Iterator[Prompt]:
-    """The page's passages. `whole`: the model reads one as a whole, otherwise it continues the first half of it."""
+def _passages(tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool, max_tokens: int) -> Iterator[Prompt]:
+    """Yield passages: an encoder reads all of one; a decoder-only model continues its first half."""
     for line in sample_lines("page.txt"):
-        ids = tokenizer(line)["input_ids"][:most]
-        yield Prompt("page", line, ids, len(ids) if whole else max(1, len(ids) // 2))
+        ids = tokenizer(line)["input_ids"][:max_tokens]
+        yield Prompt("page", line, ids, len(ids) if is_encoder_decoder else max(1, len(ids) // 2))
 
 
-def _own(model: Generates, tokenizer: PreTrainedTokenizerBase, most: int, new: int) -> Iterator[Prompt]:
-    """Text that the model writes at temperature 1: answers to questions in its chat template, or from nothing."""
+def _generated(
+    model: Generates, tokenizer: PreTrainedTokenizerBase, max_tokens: int, new_tokens: int
+) -> Iterator[Prompt]:
+    """Yield text sampled from the model: answers to chat questions, or without a template from the first token on."""
     if getattr(tokenizer, "chat_template", None):
-        questions = sample_lines("questions.txt")
-        asked = [texts.encode(tokenizer, [line], chat=True)["input_ids"][0].tolist()[:most] for line in questions]
-        for line, question, ids in zip(questions, asked, _sampled(model, tokenizer, asked, new), strict=True):
+        lines = sample_lines("questions.txt")
+        questions: list[list[int]] = []
+        for line in lines:
+            ids = texts.encode(tokenizer, [line], chat=True)["input_ids"][0].tolist()
+            questions.append(ids[:max_tokens])
+        answered = _sample(model, tokenizer, questions, new_tokens)
+        for line, question, ids in zip(lines, questions, answered, strict=True):
             yield Prompt("chat", line, ids, len(question))
         return
-    begin = next(
-        (one for one in (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id) if one is not None),
-        0,
-    )
-    for ids in _sampled(model, tokenizer, [[begin]] * SAMPLED, new):
+    first = _first_token(model, tokenizer)
+    for ids in _sample(model, tokenizer, [[first]] * SAMPLED_TEXTS, new_tokens):
         yield Prompt("sampled", str(tokenizer.decode(ids, skip_special_tokens=True)), ids, max(1, len(ids) // 4))
 
 
-def _sampled(
-    model: Generates, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Sequence[int]], new: int
+def _first_token(model: Generates, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return the id that a text begins with: BOS of the tokenizer or the model, else EOS, else 0."""
+    for token in (tokenizer.bos_token_id, model.config.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0
+
+
+def _sample(
+    model: Generates, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> list[list[int]]:
-    """Each of `asked` and what the model says to it, up to its end."""
+    """Return the ids of each prompt and its continuation at temperature 1, up to the end-of-sequence token."""
     torch.manual_seed(0)
-    batch = texts.pad([texts.unpadded(ids) for ids in asked], int(tokenizer.pad_token_id or 0), left=True)
-    ends = model.generation_config.eos_token_id
+    padding = int(tokenizer.pad_token_id or 0)
+    batch = texts.pad([texts.unpadded(ids) for ids in prompts], padding, left=True)  # [prompts, longest]
+    end_tokens = model.generation_config.eos_token_id
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=new,
-        eos_token_id=ends,
+        max_new_tokens=new_tokens,
+        eos_token_id=end_tokens,
         pad_token_id=tokenizer.pad_token_id or 0,
     )
-    given = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
     with torch.inference_mode():
-        written = model.generate(**given, generation_config=settings)[:, given["input_ids"].shape[1] :].tolist()
-    stops = set(ends if isinstance(ends, list) else [ends])
-    found = []
-    for question, answer in zip(asked, written, strict=True):
-        end = next((place + 1 for place, token in enumerate(answer) if token in stops), len(answer))
-        found.append([*question, *answer[:end]])
-    return found
+        sequences = model.generate(**on_device, generation_config=settings)
+    answers = sequences[:, on_device["input_ids"].shape[1] :].tolist()
+    stops = set(end_tokens if isinstance(end_tokens, list) else [end_tokens])
+    completed = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        length = len(answer)
+        for position, token in enumerate(answer):
+            if token in stops:
+                length = position + 1
+                break
+        completed.append([*prompt, *answer[:length]])
+    return completed
 
 
 STAGE = Stage(

@@ -1,6 +1,15 @@
-"""What PyTorch generates in FP32, and what its components give in float64: the values that errors are counted from.
+"""Compute the reference in PyTorch: tokens generated in FP32, and component outputs and logits in float64.
 
-Runs first and alone: PyTorch and ONNX Runtime never hold a model at the same time.
+PyTorch runs in a stage of its own, so that it and ONNX Runtime never hold a model at the same time.
+
+Reads:
+    The checkpoint; `prompts.json` of `prompts`; the texts and targets that `verify.texts`, `verify.targets` or
+    `model.references` name.
+
+Writes:
+    `tokens.json`: the texts, the ids generated for them by each decoding method, and the outputs for the references.
+    `calls.json` and `call-<n>.safetensors`: inputs and outputs of each component at a few shapes.
+    `path-<n>.safetensors`: inputs, ids and logits of a greedy generation.
 """
 
 import json
@@ -19,27 +28,40 @@ from accel.config.schema import Config, VerifyConfig
 from accel.data import texts
 from accel.data.corpus import read_texts
 from accel.errors import AccelError
-from accel.evaluation.component_runner import longest, signatures, torch_run
-from accel.evaluation.reference_data import PATH, PATHS, along, calls, write_calls
+from accel.evaluation.component_runner import max_positions, signatures, torch_run
+from accel.evaluation.reference_data import PATH, PATHS, calls, path_logits, write_calls
 from accel.evaluation.rounding import Evaluator
 from accel.models.checkpoints import load_model
 from accel.models.generation import Generates
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
-from accel.stages import prompts
 from accel.stages.checkpoint import reference_files
+from accel.stages.prompts import PROMPTS
 
 TOKENS = "tokens.json"
-GIVEN = (  # of the section `verify`: what PyTorch is given, not how what it said is judged
-    *("texts", "column", "targets", "targets_column", "batch_size", "inputs", "source_length"),
-    *("max_new_tokens", "num_beams", "references", "unique_tokens", "seed"),
+VERIFY_KEYS = (  # of the section `verify`: those that decide what PyTorch computes, not how results are judged
+    "verify.texts",
+    "verify.column",
+    "verify.targets",
+    "verify.targets_column",
+    "verify.batch_size",
+    "verify.inputs",
+    "verify.source_length",
+    "verify.max_new_tokens",
+    "verify.num_beams",
+    "verify.references",
+    "verify.unique_tokens",
+    "verify.seed",
 )
+REFERENCE_BATCH = 50  # references decoded at a time
 
 
 def cases(config: Config) -> dict[str, dict[str, Any]]:
-    """The decoding methods compared, as options of `GenerationConfig`. `padded` runs the inputs in one batch.
+    """Return the decoding methods to compare, as options of `GenerationConfig`.
 
-    Random weights say one token over and over, which would hide a wrong cache: there, no token may come twice.
+    `padded` decodes greedily in padded batches of `verify.batch_size`, the others one input at a time. Models with
+    random weights generate the same token over and over, which would hide a wrong cache. Therefore
+    `verify.unique_tokens` defaults to true for them, and no token may occur twice.
     """
     verify = config.verify
     unique = config.model.weights == "random" if verify.unique_tokens is None else verify.unique_tokens
@@ -61,22 +83,33 @@ def decode_case(
     inputs: Sequence[Mapping[str, Tensor]],
     config: VerifyConfig,
 ) -> list[list[int]]:
-    """The generated ids of every input under one case, without padding."""
-    size = config.batch_size if name == "padded" else 1
-    found: list[list[int]] = []
-    for start in range(0, len(inputs), size):
+    """Generate for every input by one decoding method.
+
+    Args:
+        model: The PyTorch model or the deployable.
+        name: Key of the decoding method in `cases`.
+        options: Its options of `GenerationConfig`.
+        inputs: Single inputs, [1, source] each.
+        config: Section `verify`.
+
+    Returns:
+        The ids of every input, without padding.
+    """
+    batch_size = config.batch_size if name == "padded" else 1
+    generated: list[list[int]] = []
+    for start in range(0, len(inputs), batch_size):
         torch.manual_seed(config.seed + start)
-        found += generate_ids(model, inputs[start : start + size], options)
-    return found
+        generated += generate_ids(model, inputs[start : start + batch_size], options)
+    return generated
 
 
 def generate_ids(
     model: Generates, inputs: Sequence[Mapping[str, Tensor]], options: Mapping[str, Any]
 ) -> list[list[int]]:
-    """Generate for single inputs in one padded batch; ids after the last that is not padding are dropped."""
+    """Generate for single inputs, [1, source] each, in one padded batch. Return their ids without trailing padding."""
     padding = model.generation_config.pad_token_id or 0
     padded = texts.pad(inputs, padding, left=not model.config.is_encoder_decoder)
-    batch = {name: tensor.to(model.device) for name, tensor in padded.items()}
+    batch = {name: tensor.to(model.device) for name, tensor in padded.items()}  # [batch, longest source]
     settings = GenerationConfig(**{**model.generation_config.to_diff_dict(), "max_length": None, **options})
     with torch.inference_mode():
         sequences: list[list[int]] = model.generate(**batch, generation_config=settings).tolist()
@@ -87,10 +120,17 @@ def generate_ids(
 
 
 def references(config: Config, folder: Path) -> texts.References | None:
-    """What `verify.texts` and `verify.targets` name, or else `model.references` in the checkpoint's folder."""
+    """Read the texts and their accepted outputs, or return None where no file is named.
+
+    Args:
+        config: `verify.texts` and `verify.targets` name the files; else `model.references`.
+        folder: Folder of the checkpoint, to which `model.references` is relative.
+    """
     verify = config.verify
     if verify.texts is None:
-        return texts.References.read(folder / config.model.references) if config.model.references else None
+        if not config.model.references:
+            return None
+        return texts.References.read(folder / config.model.references)
     lines = read_texts(verify.texts, verify.column)
     if verify.targets is None:
         return texts.References([line for line in lines if line.strip()], [])
@@ -98,70 +138,92 @@ def references(config: Config, folder: Path) -> texts.References | None:
     return texts.References.pair(lines, targets, (verify.texts, verify.targets))
 
 
-def fixed_inputs(
+def verification_inputs(
     config: Config,
     folder: Path,
     architecture: Architecture,
-    description: PretrainedConfig,
-    asked: Sequence[texts.Prompt],
+    hf_config: PretrainedConfig,
+    prompts: Sequence[texts.Prompt],
 ) -> tuple[list[Mapping[str, Tensor]], list[str]]:
-    """The inputs of every case, and their texts: the first references or prompts, or random ids without text."""
+    """Return the inputs that all decoding methods share.
+
+    They are the first references, else the first prompts, else random ids.
+
+    Args:
+        config: The configuration.
+        folder: Folder of the checkpoint.
+        architecture: The adapter of the model.
+        hf_config: The model's Hugging Face config.
+        prompts: Prompts of the stage `prompts`.
+
+    Returns:
+        Single inputs, [1, source] each, and their texts; no texts for random ids.
+
+    Raises:
+        AccelError: `verify.texts` is given, but the checkpoint has no tokenizer.
+    """
     verify = config.verify
-    tokenizer, known = texts.load_tokenizer(folder), references(config, folder)
+    tokenizer, examples = texts.load_tokenizer(folder), references(config, folder)
     if tokenizer is None and verify.texts is not None:
         raise AccelError(f"verify.texts={verify.texts}: the checkpoint has no tokenizer to read text with")
-    if known is None and asked:
-        positions = None if description.is_encoder_decoder else longest(description)
-        most = None if positions is None else max(1, positions - verify.max_new_tokens)
-        first = asked[: verify.inputs]
-        return [prompt.inputs(most) for prompt in first], [prompt.text for prompt in first]
-    if tokenizer is None or known is None:
-        return texts.random_inputs(architecture, description, verify.inputs, verify.source_length, verify.seed), []
-    lines = list(known.texts[: verify.inputs])
+    if examples is None and prompts:
+        max_tokens = None  # leaves positions for the new tokens, where their number is limited
+        positions = None if hf_config.is_encoder_decoder else max_positions(hf_config)
+        if positions is not None:
+            max_tokens = max(1, positions - verify.max_new_tokens)
+        first = prompts[: verify.inputs]
+        return [prompt.inputs(max_tokens) for prompt in first], [prompt.text for prompt in first]
+    if tokenizer is None or examples is None:
+        return texts.random_inputs(architecture, hf_config, verify.inputs, verify.source_length, verify.seed), []
+    lines = list(examples.texts[: verify.inputs])
     return [texts.encode(tokenizer, [line]) for line in lines], lines
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes the tokens of every case, what every component gives at a few shapes, logits along tokens, and texts."""
+    """Write the reference. Return the numbers of inputs, component calls and distinct greedy tokens."""
     folder = inputs["checkpoint"].folder
     model = load_model(folder)
     model.to(device=config.runtime.device)  # type: ignore[call-arg]  # sampling draws from the device's own generator
     settings = config.verify
-    asked = texts.read_prompts(inputs["prompts"].folder / prompts.PROMPTS)
-    chosen, lines = fixed_inputs(config, folder, architecture, model.config, asked)
-    compared = cases(config)
-    tokens = {
-        name: decode_case(model, name, options, chosen, settings)
-        for name, options in progress.track(list(compared.items()), "PyTorch, FP32")
-    }
+    prompts = texts.read_prompts(inputs["prompts"].folder / PROMPTS)
+    model_inputs, lines = verification_inputs(config, folder, architecture, model.config, prompts)
+    tokens = {}
+    for name, options in progress.track(list(cases(config).items()), "PyTorch, FP32"):
+        tokens[name] = decode_case(model, name, options, model_inputs, settings)
+    greedy = tokens["greedy"]
     evaluate = Evaluator(model, signatures(architecture, model.config), torch_run(architecture, model), torch.float64)
-    said = tokens["greedy"]
-    count = write_calls(evaluate, calls(architecture, model.config, chosen, said, settings.seed), out)
-    for number, (given, ids) in enumerate(zip(chosen[:PATHS], said[:PATHS], strict=True)):
-        logits = along(evaluate, given, torch.tensor([ids]))
-        path = {"ids": torch.tensor([ids]), "logits": logits} | {f"given.{name}": one for name, one in given.items()}
+    component_calls = calls(architecture, model.config, model_inputs, greedy, settings.seed)
+    count = write_calls(evaluate, component_calls, out)
+    for number, (single_input, ids) in enumerate(zip(model_inputs[:PATHS], greedy[:PATHS], strict=True)):
+        path_ids = torch.tensor([ids])  # [1, tokens]
+        logits = path_logits(evaluate, single_input, path_ids)  # [1, tokens, vocabulary]
+        path = {"ids": path_ids, "logits": logits}
+        for name, tensor in single_input.items():
+            path[f"inputs.{name}"] = tensor
         save_file(path, out / PATH.format(number))
-    (out / TOKENS).write_text(
-        json.dumps({"texts": lines, "tokens": tokens, "references": _references(config, folder, model)})
-    )
-    return {"inputs": len(chosen), "calls": count, "distinct_tokens": len({i for ids in said for i in ids})}
+    outputs = _decode_references(config, folder, model)
+    (out / TOKENS).write_text(json.dumps({"texts": lines, "tokens": tokens, "references": outputs}))
+    distinct = {token for ids in greedy for token in ids}
+    return {"inputs": len(model_inputs), "calls": count, "distinct_tokens": len(distinct)}
 
 
-def _references(config: Config, folder: Path, model: Generates) -> list[str]:
-    tokenizer, known = texts.load_tokenizer(folder), references(config, folder)
-    if tokenizer is None or known is None or not known.accepted:
+def _decode_references(config: Config, folder: Path, model: Generates) -> list[str]:
+    """Return the model's outputs for the references; none without a tokenizer or accepted outputs."""
+    tokenizer, examples = texts.load_tokenizer(folder), references(config, folder)
+    if tokenizer is None or examples is None or not examples.accepted:
         return []
-    return decode_texts(model, tokenizer, known.texts[: config.verify.references], batch_size=50)
+    return decode_texts(model, tokenizer, examples.texts[: config.verify.references], REFERENCE_BATCH)
 
 
 def decode_texts(model: Generates, tokenizer: Any, lines: Sequence[str], batch_size: int) -> list[str]:
-    """Greedy outputs for `lines` under the model's own generation config, in order."""
+    """Return the greedy outputs for `lines`, under the model's own generation config."""
     outputs: list[str] = []
     for start in progress.track(range(0, len(lines), batch_size), "references"):
         batch = texts.encode(tokenizer, lines[start : start + batch_size])
         with torch.inference_mode():
-            ids = model.generate(**{name: tensor.to(model.device) for name, tensor in batch.items()}, num_beams=1)
-        outputs += texts.written(model, tokenizer, batch, ids)
+            on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            ids = model.generate(**on_device, num_beams=1)
+        outputs += texts.decode_new_tokens(model, tokenizer, batch, ids)
     return outputs
 
 
@@ -169,7 +231,7 @@ STAGE = Stage(
     name="reference",
     run=run,
     inputs=takes("checkpoint", "prompts"),
-    sections=("model", "runtime.device", *(f"verify.{key}" for key in GIVEN)),
+    sections=("model", "runtime.device", *VERIFY_KEYS),
     packages=("torch", "transformers"),
     files=reference_files,
 )

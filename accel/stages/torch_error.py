@@ -1,4 +1,11 @@
-"""How far PyTorch itself is from float64, in the precision that a candidate computes in, token by token."""
+"""Measure PyTorch's own error against float64, in the precision of the graphs, token by token.
+
+Reads:
+    The checkpoint; `call-<n>.safetensors` and `path-<n>.safetensors` of `reference`.
+
+Writes:
+    `errors.safetensors`: one tensor an output, or none where PyTorch lacks a kernel for the precision.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -25,22 +32,24 @@ ERRORS = "errors.safetensors"
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes `errors.safetensors`: the error of every token of every output, [rows, tokens], absolute.
+    """Write `errors.safetensors`. Return the number of outputs, and of evaluations that each error is the mean of.
 
-    The name of an output is its call's number and its own: `3.logits`, or `path-0.logits`.
+    A tensor [rows, tokens] holds the absolute error of each token of an output. Its key is the number of the component
+    call and the output's name, as in `3.logits`; for logits along a generation, `path-0.logits`.
     """
-    known, dtype = inputs["reference"].folder, getattr(torch, config.precision.dtype)
+    folder, dtype = inputs["reference"].folder, getattr(torch, config.precision.dtype)
     model = load_model(inputs["checkpoint"].folder, dtype)
     model.to(device=config.runtime.device)  # type: ignore[call-arg]
     evaluate = Evaluator(model, signatures(architecture, model.config), torch_run(architecture, model), dtype)
+    calls = list(reference_data.read_calls(folder))
     errors: dict[str, Tensor] = {}
     try:
-        for number, call in enumerate(progress.track(list(reference_data.read_calls(known)), "PyTorch's own error")):
-            found = evaluate(call.component, call.given)
-            for name, value in call.expected.items():
-                errors[f"{number}.{name}"] = root_mean_square(found[name], value, SAMPLES)
-        for number, path in enumerate(reference_data.read_paths(known)):
-            logits = reference_data.along(evaluate, path.given, path.ids)
+        for number, call in enumerate(progress.track(calls, "PyTorch's own error")):
+            outputs = evaluate(call.component, call.inputs)
+            for name, expected in call.expected.items():
+                errors[f"{number}.{name}"] = root_mean_square(outputs[name], expected, SAMPLES)
+        for number, path in enumerate(reference_data.read_paths(folder)):
+            logits = reference_data.path_logits(evaluate, path.inputs, path.ids)
             errors[f"path-{number}.logits"] = root_mean_square(logits, path.logits, SAMPLES)
     except (RuntimeError, NotImplementedError) as error:
         if "not implemented for" not in str(error):
@@ -53,7 +62,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 
 
 def read_errors(folder: Path) -> dict[str, Tensor]:
-    """Output -> error of every token, as `run` wrote them."""
+    """Return the tensors of the `errors.safetensors` in `folder`: key -> absolute error of each token."""
     return load_file(folder / ERRORS)
 
 

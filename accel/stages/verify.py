@@ -1,4 +1,13 @@
-"""Proves a candidate against PyTorch: outputs, logits along a path, tokens. A deployable is what passed."""
+"""Verify the unverified bundle against PyTorch: component outputs, logits along generations, generated tokens.
+
+Reads:
+    The bundle of `merge`; the checkpoint; `prompts.json` of `prompts`; the files of `reference` and `torch_error`; in
+    16 bits also the statistics of `calibrate` and the plans of `audit`, for the certificate.
+
+Writes:
+    The deployable, if the bundle passes: the bundle's files, `verdict.json` (the verification result), and the
+    certificate as `certificate.json` and `certificate.html`.
+"""
 
 import json
 import shutil
@@ -28,34 +37,43 @@ from accel.pipeline.store import Artifact
 from accel.reporting import certificate
 from accel.runtime import layout
 from accel.runtime.layout import MANIFEST
-from accel.stages import audit, calibrate, prompts, reference, torch_error
+from accel.stages import audit, calibrate, reference, torch_error
 from accel.stages.checkpoint import reference_files
+from accel.stages.prompts import PROMPTS
 
-GATED = ("greedy", "beams", "padded")  # sampling draws another token at the least difference
-LEAST = 0.5  # of the sequences, where `verify.min_token_agreement` is null and the graph in 16 bits
-# Near a tie, rounding lets a router pick other experts: logits jump there, and at the tokens that attend to it. In 16
-# bits this share of a path may; what is wrong everywhere, as a stale cache is, shows in the other half.
+GATED = ("greedy", "beams", "padded")  # not sampling, which draws other tokens at the smallest difference
+DEFAULT_MIN_AGREEMENT = 0.5  # of the sequences, in 16 bits, where `verify.min_token_agreement` is null
+# Share of a path's tokens whose logits aren't compared where a router picks experts. Near a tie, rounding in 16 bits
+# makes it pick others, and logits jump there and at the tokens that attend to it. A fault that affects every token,
+# such as a stale cache, still shows in the rest.
 REROUTED = 0.5
-SHOWN = 20  # differing sequences that a verdict holds
+MAX_DIFFERING = 20  # differing sequences that a verification result holds
+MAX_FAILURES = 7  # failures that a message lists
 
 
 def threshold(dtype: str, layers: int) -> float:
-    """The largest difference allowed, relative to an output's largest value.
+    """Return the largest error allowed, relative to an output's largest magnitude.
 
-    Rounding errors of independent operations add up like a random walk, so with the square root of the depth; an
-    operation of a layer may lose a few units in the last place, which the factors allow for.
+    Rounding errors of independent operations add up like a random walk, hence the square root of the depth. The factors
+    allow for the few units in the last place that the operations of one layer lose.
+
+    Args:
+        dtype: Precision of the graphs.
+        layers: Depth of the decoder.
     """
-    return float((64 if dtype == "float32" else 16) * FORMATS[dtype].step * max(1, layers) ** 0.5)
+    return float((64 if dtype == "float32" else 16) * FORMATS[dtype].epsilon * max(1, layers) ** 0.5)
 
 
-def least_agreement(config: Config) -> float:
-    """The share of sequences that must be PyTorch's: all in FP32; random weights decide by rounding in 16 bits."""
-    given = config.verify.min_token_agreement
-    if given is not None:
-        return given
+def min_token_agreement(config: Config) -> float:
+    """Return the smallest share of sequences that must be identical to PyTorch's, from 0 to 1.
+
+    By default all in FP32. In 16 bits none for random weights, whose tokens depend on rounding.
+    """
+    if config.verify.min_token_agreement is not None:
+        return config.verify.min_token_agreement
     if config.precision.dtype == "float32":
         return 1.0
-    return 0.0 if config.model.weights == "random" else LEAST
+    return 0.0 if config.model.weights == "random" else DEFAULT_MIN_AGREEMENT
 
 
 def compare_tokens(
@@ -66,102 +84,151 @@ def compare_tokens(
     expected: Any,
     verification: VerificationResult,
 ) -> None:
-    """Generate for the reference's inputs under every case, and count the sequences that are the same."""
-    compared, verification.inputs = reference.cases(config), len(inputs)
+    """Generate by every decoding method, and record in `verification` which sequences equal PyTorch's.
+
+    Args:
+        model: The bundle's model.
+        folder: Folder of the checkpoint, which holds the tokenizer.
+        config: The configuration.
+        inputs: The inputs that the reference was generated for, [1, source] each.
+        expected: Content of the reference's `tokens.json`.
+        verification: Updated in place.
+    """
+    methods = reference.cases(config)
+    verification.inputs = len(inputs)
     tokenizer = texts.load_tokenizer(folder) if expected["texts"] else None
 
     def readable(number: int, ids: Sequence[int]) -> str:
-        """What the model generated for an input; what a decoder-only model continues is left out."""
+        """Decode the ids generated for input `number`, without the prompt of a decoder-only model."""
         if tokenizer is None:
             return " ".join(map(str, ids))
-        begin = 0 if model.config.is_encoder_decoder else inputs[number]["input_ids"].shape[1]
-        return str(tokenizer.decode(list(ids[begin:]), skip_special_tokens=True))
+        prompt_length = 0 if model.config.is_encoder_decoder else inputs[number]["input_ids"].shape[1]
+        return str(tokenizer.decode(list(ids[prompt_length:]), skip_special_tokens=True))
 
-    for name, options in progress.track(list(compared.items()), "tokens"):
-        right = expected["tokens"][name]
+    for name, options in progress.track(list(methods.items()), "tokens"):
+        torch_sequences = expected["tokens"][name]
         try:
-            found = reference.decode_case(model, name, options, inputs, config.verify)
-        except RuntimeError as error:  # torch refuses to sample from what is not finite
+            sequences = reference.decode_case(model, name, options, inputs, config.verify)
+        except RuntimeError as error:  # torch refuses to sample from logits that aren't finite
             verification.failures.append(f"{name}: {str(error).splitlines()[0]}")
             verification.identical[name] = 0.0
             continue
-        verification.identical[name] = sum(map(list.__eq__, found, right)) / len(right)
-        for number, (ours, theirs) in enumerate(zip(found, right, strict=True)):
+        identical = 0
+        for number, (ours, theirs) in enumerate(zip(sequences, torch_sequences, strict=True)):
             if ours == theirs:
+                identical += 1
                 continue
-            pairs = enumerate(zip(ours, theirs, strict=False))
-            position = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
+            position = _first_difference(ours, theirs)
             verification.first_difference[f"{name}.{number}"] = position
-            if name in GATED and len(verification.differing) < SHOWN:
-                given = expected["texts"][number] if expected["texts"] else f"input {number}"
-                said = {"pytorch": readable(number, theirs), "ours": readable(number, ours)}
-                verification.differing.append({"case": name, "input": given, "position": position, **said})
+            if name in GATED and len(verification.differing) < MAX_DIFFERING:
+                text = expected["texts"][number] if expected["texts"] else f"input {number}"
+                verification.differing.append(
+                    {
+                        "case": name,
+                        "input": text,
+                        "position": position,
+                        "pytorch": readable(number, theirs),
+                        "ours": readable(number, ours),
+                    }
+                )
+        verification.identical[name] = identical / len(torch_sequences)
         if name == "greedy" and expected["texts"]:
-            verification.samples = [
-                {"input": line, "pytorch": readable(number, theirs), "ours": readable(number, ours)}
-                for number, (line, theirs, ours) in enumerate(zip(expected["texts"], right, found, strict=True))
-            ]
+            for number, (text, theirs, ours) in enumerate(
+                zip(expected["texts"], torch_sequences, sequences, strict=True)
+            ):
+                verification.samples.append(
+                    {"input": text, "pytorch": readable(number, theirs), "ours": readable(number, ours)}
+                )
+
+
+def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Return the first position at which two sequences differ; if one begins with the other, the shorter length."""
+    for position, (token, torch_token) in enumerate(zip(ours, theirs, strict=False)):
+        if token != torch_token:
+            return position
+    return min(len(ours), len(theirs))
 
 
 def compare_references(
     model: AcceleratedModel, folder: Path, config: Config, expected: list[str], verification: VerificationResult
 ) -> None:
-    """The metrics on the references, PyTorch's beside ours."""
-    known = reference.references(config, folder)
+    """Score the references' outputs, PyTorch's and the bundle's, and record the metrics in `verification`.
+
+    Nothing is recorded without references, accepted outputs or a tokenizer.
+
+    Args:
+        model: The bundle's model.
+        folder: Folder of the checkpoint.
+        config: The configuration.
+        expected: PyTorch's outputs for the references.
+        verification: Updated in place.
+    """
+    examples = reference.references(config, folder)
     tokenizer = texts.load_tokenizer(folder)
-    if known is None or not known.accepted or tokenizer is None:
+    if examples is None or not examples.accepted or tokenizer is None:
         return
-    known = known.first(config.verify.references)
-    found = reference.decode_texts(model, tokenizer, known.texts, batch_size=50)
-    verification.references = len(known.texts)
+    examples = examples.first(config.verify.references)
+    outputs = reference.decode_texts(model, tokenizer, examples.texts, reference.REFERENCE_BATCH)
     names = config.verify.metrics
+    verification.references = len(examples.texts)
     verification.metrics = {
-        side: metrics.scores(names, outputs, known.accepted)
-        for side, outputs in (("pytorch", expected), ("ours", found))
+        "pytorch": metrics.scores(names, expected, examples.accepted),
+        "ours": metrics.scores(names, outputs, examples.accepted),
     }
 
 
 def judge(config: Config, verification: VerificationResult) -> None:
-    """Add what `verify.min_token_agreement` and `verify.max_metric_loss` refuse to the failures."""
-    least = least_agreement(config)
-    below = {name: verification.identical[name] for name in GATED if verification.identical[name] < least}
-    if below:
+    """Add to `verification.failures` each breach of `verify.min_token_agreement` and `verify.max_metric_loss`."""
+    minimum = min_token_agreement(config)
+    if any(verification.identical[name] < minimum for name in GATED):
         shares = ", ".join(f"{name} {share:.1%}" for name, share in verification.identical.items())
         verification.failures.append(
-            f"sequences that are PyTorch's: {shares}; at least {least:.1%} must be, sampling aside"
+            f"sequences identical to PyTorch's: {shares}; verify.min_token_agreement requires at least {minimum:.1%} "
+            "(sampling excepted)"
         )
     for name, theirs in verification.metrics.get("pytorch", {}).items():
         ours = verification.metrics["ours"][name]
         if metrics.METRICS[name].loss(ours, theirs) > config.verify.max_metric_loss:
             verification.failures.append(
-                f"{name} is {ours:.2f}%, PyTorch's {theirs:.2f}%; at most verify.max_metric_loss="
-                f"{config.verify.max_metric_loss} points may be lost"
+                f"{name} is {ours:.2f}%, PyTorch's {theirs:.2f}%: worse by more than verify.max_metric_loss="
+                f"{config.verify.max_metric_loss} percentage points"
             )
     if verification.failures:
-        verification.failures += [
-            f"{each['case']}, {each['input'][:60]!r}: token {each['position']} is the first to differ"
-            for each in verification.differing[:3]
-        ]
+        for sequence in verification.differing[:3]:
+            verification.failures.append(
+                f"{sequence['case']}, {sequence['input'][:60]!r}: first differing token at {sequence['position']}"
+            )
 
 
 def advice(config: Config) -> str:
-    """What to try with a candidate that was refused."""
+    """Return what to try after a failed verification."""
     if config.precision.dtype == "float32":
-        return "FP32 must say what PyTorch says: this is a defect of an adapter or of a graph pass"
-    tries = ["audit.texts=FILE with inputs like yours", "a larger audit.overflow_margin (more stays in FP32)"]
+        return "FP32 parity failed: likely a bug in the adapter or a graph pass"
+    options = ["audit.texts=FILE with inputs like yours", "a larger audit.overflow_margin (more stays in FP32)"]
     if config.precision.plan != "rules":
-        tries.append("precision=fp16-rules" if config.precision.plan == "minimized" else "precision=fp16")
-    tries += [] if config.precision.dtype == "bfloat16" else ["precision=bf16 where the GPU has it"]
-    return f"Try {', '.join(tries)}, or precision=fp32"
+        options.append("precision=fp16-rules" if config.precision.plan == "minimized" else "precision=fp16")
+    if config.precision.dtype != "bfloat16":
+        options.append("precision=bf16 where the GPU has it")
+    return f"Try {', '.join(options)}, or precision=fp32"
 
 
-def routes(folder: Path) -> bool:
-    """Whether the decoder in `folder` picks experts by the numbers it computes."""
-    return any(node.op_type == "TopK" for node in files.load(folder / layout.DECODER).graph.all_nodes())
+def routes_experts(folder: Path) -> bool:
+    """Return whether the decoder in `folder` is a mixture of experts, whose router picks by computed scores."""
+    decoder = files.load(folder / layout.DECODER)
+    return any(node.op_type == "TopK" for node in decoder.graph.all_nodes())
 
 
-def emulated(bundle: Path, folder: Path, format: Format) -> Path:
-    """The candidate with its graphs emulated (`accel.graph.emulate`), in `folder`, over the same weights."""
+def emulate_bundle(bundle: Path, folder: Path, format: Format) -> Path:
+    """Write a copy of `bundle` whose graphs emulate 16-bit arithmetic in FP32 (see `accel.graph.precision.emulate`).
+
+    Args:
+        bundle: The unverified bundle.
+        folder: Existing folder to write into.
+        format: The 16-bit format.
+
+    Returns:
+        `folder`.
+    """
     for path in bundle.iterdir():
         if path.suffix != ".onnx":
             shutil.copyfile(path, folder / path.name)
@@ -179,52 +246,68 @@ def examine(
     architecture: Architecture,
     verification: VerificationResult,
 ) -> None:
-    """Fill in the verdict on the model in `folder`."""
+    """Compare the model in `folder` with the reference, and fill in `verification`.
+
+    Stops early where outputs have wrong shapes or aren't finite, because nothing can be generated then.
+
+    Args:
+        folder: The unverified bundle, or its emulation.
+        config: The configuration.
+        inputs: The stage's input artifacts.
+        architecture: The adapter of the model.
+        verification: Updated in place.
+    """
     checkpoint, expected = inputs["checkpoint"].folder, inputs["reference"].folder
-    own = torch_error.read_errors(inputs["torch_error"].folder)
-    asked = texts.read_prompts(inputs["prompts"].folder / prompts.PROMPTS)
+    torch_errors = torch_error.read_errors(inputs["torch_error"].folder)
+    prompts = texts.read_prompts(inputs["prompts"].folder / PROMPTS)
     with open_model(folder, config.runtime) as model:
         layers = len(architecture.signature(model.config, Component.DECODE).outputs) // 2
         verification.threshold = threshold(config.precision.dtype, layers)
-        chosen, _ = reference.fixed_inputs(config, checkpoint, architecture, model.config, asked)
-        if not compare_outputs(model, architecture, expected, own, verification):
-            return  # nothing can be decoded
-        rerouted = REROUTED if config.precision.dtype != "float32" and routes(folder) else 0.0
-        if not compare_paths(model, architecture, expected, own, verification, rerouted):
+        model_inputs, _ = reference.verification_inputs(config, checkpoint, architecture, model.config, prompts)
+        if not compare_outputs(model, architecture, expected, torch_errors, verification):
+            return
+        rerouted = REROUTED if config.precision.dtype != "float32" and routes_experts(folder) else 0.0
+        if not compare_paths(model, architecture, expected, torch_errors, verification, rerouted):
             return
         tokens = json.loads((expected / reference.TOKENS).read_text())
-        compare_tokens(model, checkpoint, config, chosen, tokens, verification)
+        compare_tokens(model, checkpoint, config, model_inputs, tokens, verification)
         compare_references(model, checkpoint, config, tokens["references"], verification)
     judge(config, verification)
     verification.passed = not verification.failures
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Writes the candidate's files, `verdict.json` and the certificate. Raises `Refused` if it doesn't pass."""
+    """Write the deployable. Return the summary of the verification.
+
+    Where the runtime's provider doesn't compute in the graphs' precision, an emulation is verified instead.
+
+    Raises:
+        VerificationError: The bundle didn't pass.
+    """
     bundle, dtype = inputs["merge"].folder, config.precision.dtype
     native = config.runtime.compute_dtype.get(dtype) == dtype
     verification = VerificationResult(
         precision=dtype, execution="native" if native else "emulated", runtime=config.runtime.name
     )
     with tempfile.TemporaryDirectory(dir=out) as scratch:
-        tested = bundle if native else emulated(bundle, Path(scratch), FORMATS[dtype])
+        tested = bundle if native else emulate_bundle(bundle, Path(scratch), FORMATS[dtype])
         examine(tested, config, inputs, architecture, verification)
     if not verification.passed:
-        kept = "\n".join(list(dict.fromkeys(verification.failures))[:7])
-        message = f"verify refuses the candidate ({dtype}, {verification.execution}):\n{kept}\n{advice(config)}"
+        failures = "\n".join(list(dict.fromkeys(verification.failures))[:MAX_FAILURES])
+        message = (
+            f"verification of the bundle failed ({dtype}, {verification.execution}):\n{failures}\n{advice(config)}"
+        )
         raise VerificationError(message, summarize(verification, inputs, None))
     for path in bundle.iterdir():  # copied: onnx refuses weights in a file with more than one hard link
         if path.name != MANIFEST:
             shutil.copyfile(path, out / path.name)
     (out / layout.VERDICT).write_text(json.dumps(asdict(verification), indent=1))
-    measured = latency.beside_torch(out, config, inputs, architecture) if config.verify.latency else None
+    measured = latency.compare_with_torch(out, config, inputs, architecture) if config.verify.latency else None
     explained = {}
     if "audit" in inputs:
-        plans, (held, rows) = (
-            audit.read_plans(inputs["audit"].folder),
-            calibrate.read_statistics(inputs["calibrate"].folder),
-        )
-        explained = certificate.explain(plans, held, rows)
+        plans = audit.read_plans(inputs["audit"].folder)
+        statistics, rows = calibrate.read_statistics(inputs["calibrate"].folder)
+        explained = certificate.explain(plans, statistics, rows)
     certificate.write(out, asdict(verification), measured, explained, config, inputs)
     return summarize(verification, inputs, measured)
 
@@ -232,10 +315,19 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 def summarize(
     verification: VerificationResult, inputs: Mapping[str, Artifact], measured: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What the manifest and a sweep's table say of a candidate."""
-    mixes = inputs["convert"].summary.values()
+    """Return the summary for the manifest and a sweep's table.
+
+    Args:
+        verification: The verification result, passed or not.
+        inputs: The stage's input artifacts.
+        measured: Latency and memory beside PyTorch's, or None if not measured.
+    """
+    mixes = inputs["convert"].summary.values()  # of precisions, one a component; none where all is FP32
     return {
-        **{key: getattr(verification, key) for key in ("passed", "execution", "identical", "metrics")},
+        "passed": verification.passed,
+        "execution": verification.execution,
+        "identical": verification.identical,
+        "metrics": verification.metrics,
         "worst_logits": max(verification.drift.worst, default=None),
         "fp32_nodes": sum(mix["fp32_nodes"] for mix in mixes) if mixes else "all",
         "casts": sum(mix["casts"] for mix in mixes),
@@ -244,7 +336,8 @@ def summarize(
     }
 
 
-def taken(config: Config) -> tuple[str, ...]:
+def input_stages(config: Config) -> tuple[str, ...]:
+    """Return the stages whose artifacts this one reads; `calibrate` and `audit` only in 16 bits."""
     mixed = ("calibrate", "audit") if config.precision.dtype != "float32" else ()
     return ("checkpoint", "prompts", "convert", "merge", "reference", "torch_error", *mixed)
 
@@ -252,7 +345,7 @@ def taken(config: Config) -> tuple[str, ...]:
 STAGE = Stage(
     name="verify",
     run=run,
-    inputs=taken,
+    inputs=input_stages,
     sections=("model", "precision", "runtime", "verify"),
     packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "sacrebleu"),
     files=reference_files,

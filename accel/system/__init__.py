@@ -1,4 +1,4 @@
-"""This process and this machine: memory, processor and device, other libraries' messages.
+"""State of this process and this machine: memory, processor, device, environment, other libraries' messages.
 
 Imports nothing of accel but `errors` and `config`.
 """

@@ -1,4 +1,4 @@
-"""What a measurement depends on beside the configuration."""
+"""Facts about the machine and the command that a measurement depends on."""
 
 import importlib.metadata
 import json
@@ -18,7 +18,12 @@ from accel.system.hashing import DISTRIBUTION
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
-    """Processor, device, driver and threads, as JSON. `threads`: 0 for as many as torch takes."""
+    """Describe the machine: processor, device, driver and threads, as JSON.
+
+    Args:
+        device: torch's name of the device.
+        threads: Configured number of threads; 0 for torch's default, which is then given instead.
+    """
     facts: dict[str, Any] = {
         "platform": platform.platform(),
         "processor": _processor(),
@@ -33,12 +38,22 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 
 
 def copy_bandwidth(device: torch.device, size: int = 1 << 30, repeats: int = 20) -> float:
-    """Bytes a second that a copy within a GPU's memory reads and writes together; the median of `repeats` copies."""
+    """Measure the memory bandwidth of a GPU by copies within its memory.
+
+    Args:
+        device: The GPU.
+        size: Bytes per copy.
+        repeats: Number of copies, of whose durations the median counts.
+
+    Returns:
+        Bytes per second, those read and those written added up.
+    """
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []
     for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         target.copy_(source)
         end.record()
@@ -49,51 +64,63 @@ def copy_bandwidth(device: torch.device, size: int = 1 << 30, repeats: int = 20)
 
 @cache
 def _driver() -> str:
-    """Version of NVIDIA's driver, as its own tool says."""
+    """Return the version of NVIDIA's driver, as `nvidia-smi` reports it."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return "unknown"
-    asked = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
-    lines = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
-    return lines[0] if lines else "unknown"
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    versions = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    return versions[0] if versions else "unknown"
 
 
 @cache
 def commit() -> str | None:
-    """The commit of accel's own source: of its checkout, or as pip notes it for what it installs from a repository."""
+    """Return the git commit of accel's source, or None if it is unknown.
+
+    It is read from the checkout that accel runs from, or from pip's record of an installation from a repository.
+    """
     package = Path(__file__).parents[1]
-    if (package.parent / ".git").exists() and (git := shutil.which("git")) is not None:
-        asked = [git, "-C", str(package.parent), "rev-parse", "HEAD"]
-        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
+    git = shutil.which("git")
+    if git is not None and (package.parent / ".git").exists():
+        query = [git, "-C", str(package.parent), "rev-parse", "HEAD"]
+        return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or None
     try:
-        noted = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
+        record = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         return None
-    found: str | None = json.loads(noted or "{}").get("vcs_info", {}).get("commit_id")
-    return found
+    commit_id: str | None = json.loads(record or "{}").get("vcs_info", {}).get("commit_id")
+    return commit_id
 
 
 def command(arguments: Sequence[str]) -> str | None:
-    """The command line that began this process, to be repeated elsewhere; None if it wasn't accel's own.
+    """Return the command line that started this process, to be repeated on another machine.
 
-    `arguments`: `sys.argv`. Where artifacts and tables lie is left out, other folders are cut to their last part.
+    The folders of artifacts and of Hydra's output are left out; other absolute paths are cut to their last part.
+
+    Args:
+        arguments: `sys.argv`.
+
+    Returns:
+        The command line, or None if the process isn't accel's command.
     """
-    program, *given = arguments
+    program, *overrides = arguments
     if Path(program).name not in ("accel", "accel.exe", "__main__.py"):
         return None
-    kept = []
-    for argument in given:
-        key, equals, value = argument.partition("=")
+    portable = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
         if key == "artifacts" or key.startswith(("hydra.run.dir", "hydra.sweep.dir")):
             continue
         path = Path(value.strip("'\"")).expanduser()
-        kept.append(f"{key}={path.name}" if equals and path.is_absolute() else argument)
-    return shlex.join(["python", "-m", "accel", *kept])
+        portable.append(f"{key}={path.name}" if equals and path.is_absolute() else override)
+    return shlex.join(["python", "-m", "accel", *portable])
 
 
 def _processor() -> str:
+    """Return the processor's model name; on Linux, that of `/proc/cpuinfo`."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,4 +1,4 @@
-"""Hashes of files and of values: what names an artifact."""
+"""Hashes of files and of values, by which artifacts are named."""
 
 import hashlib
 import importlib.metadata
@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DISTRIBUTION = "accel-onnx"  # the name that pip knows this package by
+DISTRIBUTION = "accel-onnx"  # name of this package for pip
 
 _hashes: dict[tuple[int, int, int, int], str] = {}
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, as hex. Computed once per process for each state of the file, wherever it moves."""
+    """Return the SHA-256 of a file's content, in hexadecimal.
+
+    It is computed once per process and state of the file: device, inode, size and time of modification. So a file that
+    was moved isn't read again.
+    """
     status = path.stat()
     state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     if state not in _hashes:
@@ -23,17 +27,16 @@ def file_hash(path: Path) -> str:
 
 
 def make_key(**parts: Any) -> str:
-    """SHA-256 over named parts, as hex. The parts must be JSON; their order does not matter."""
+    """Return the SHA-256 of named values, in hexadecimal. They must be JSON; their order doesn't matter."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Installed version of each package; `absent` where there is none."""
-
-    def version(package: str) -> str:
+    """Return the installed version of each package, or `absent`."""
+    found: dict[str, str] = {}
+    for package in packages:
         try:
-            return importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            return "absent"
-
-    return {package: version(package) for package in packages}
+            found[package] = "absent"
+    return found

@@ -1,4 +1,4 @@
-"""Memory of this process and of tensors, in bytes."""
+"""Physical memory of this process, in bytes."""
 
 import ctypes
 import gc
@@ -9,16 +9,16 @@ from types import TracebackType
 import psutil
 
 STATUS = Path("/proc/self/status")
-CLEAR = Path("/proc/self/clear_refs")
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def resident() -> int:
-    """Bytes of physical memory this process holds now, files mapped into memory included."""
+    """Return the bytes of physical memory that this process holds now, files mapped into memory included."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident() -> int:
-    """The most bytes of physical memory this process held since its start or the last `reset_peak`."""
+    """Return the most bytes of physical memory that this process held since its start or the last `reset_peak`."""
     if STATUS.exists():
         for line in STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -27,15 +27,15 @@ def peak_resident() -> int:
 
 
 def reset_peak() -> None:
-    """Let the peak start again from now, where the system allows it (Linux, `man 5 proc`, clear_refs)."""
+    """Restart the measurement of the peak, where the system allows it (Linux: `man 5 proc`, clear_refs)."""
     try:
-        CLEAR.write_text("5")
+        CLEAR_REFS.write_text("5")
     except OSError:
         return  # the peak then counts from the start of the process: too high, never too low
 
 
 def release() -> None:
-    """Give freed memory back to the system: collect cycles, and trim the C heap where glibc is there."""
+    """Return freed memory to the system: collect reference cycles and, with glibc, trim the C heap."""
     gc.collect()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -44,7 +44,12 @@ def release() -> None:
 
 
 class PeakMemory:
-    """Context that measures the peak (`peak`) and how far it rose above what was held before (`added`)."""
+    """Context that measures this process's peak memory.
+
+    Attributes:
+        peak: Bytes at the peak.
+        added: Bytes by which the peak exceeds the memory held at the beginning.
+    """
 
     def __enter__(self) -> "PeakMemory":
         release()

@@ -1,4 +1,4 @@
-"""State of the whole process that a library may change for a moment only: environment variables, threads of OpenMP."""
+"""Temporary changes to the state of the process, as a library may make them: environment variables, OpenMP threads."""
 
 import os
 import threading
@@ -14,20 +14,21 @@ _environment = threading.RLock()
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Context in which `variables` are set; afterwards those of before are there again.
+    """Set environment variables within the context, and restore the previous ones at the end.
 
-    One thread at a time: others that want to set some wait until this one has left. Costs nothing where there are none.
+    Only one thread at a time may have set some; others wait until its context ends. Does nothing, and takes no lock,
+    for empty `variables`.
     """
     if not variables:
         yield
         return
     with _environment:
-        before = {name: os.environ.get(name) for name in variables}
+        previous = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
         try:
             yield
         finally:
-            for name, value in before.items():
+            for name, value in previous.items():
                 if value is None:
                     os.environ.pop(name, None)
                 else:
@@ -36,17 +37,18 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def one_openmp_thread() -> Iterator[None]:
-    """Context in which this thread's parallel regions of OpenMP, as torch's operators have, run on one thread.
+    """Run the OpenMP regions that this thread starts, such as those of torch's operators, on one thread.
 
-    `torch.set_num_threads` would change a number of the whole process, which a thread that starts meanwhile keeps.
-    OpenMP counts threads for each thread that starts a region, and only that count is changed here.
-    https://www.openmp.org/spec-html/5.0/openmpsu28.html (`nthreads-var`)
+    `torch.set_num_threads` would change a number of the whole process, which threads that start meanwhile take over.
+    OpenMP keeps a number per thread that starts a region (`nthreads-var`), and only that one is changed here.
+    https://www.openmp.org/spec-html/5.0/openmpsu28.html
     """
-    torch.get_num_threads()  # torch sets a thread's number when it first works there: let it do so before
+    torch.get_num_threads()  # torch sets a thread's number at its first call there, which would undo the limit
     with _openmp().limit(limits=1):
         yield
 
 
 @cache
 def _openmp() -> ThreadpoolController:
+    """Return the controller of the OpenMP libraries of this process."""
     return ThreadpoolController().select(user_api="openmp")

@@ -1,4 +1,4 @@
-"""Keeps other libraries' progress bars and advice off the screen, so that a person sees what accel is doing."""
+"""Silence for other libraries' progress bars and advice, so that accel's own messages stand out."""
 
 import logging
 import warnings
@@ -6,13 +6,13 @@ from contextlib import suppress
 
 
 def quiet() -> None:
-    """For the command line only: a library must not change its host's settings."""
+    """Turn off other libraries' messages. For the command line only: a library must not change its host's settings."""
     import transformers
 
-    with suppress(ImportError):  # a message of accel's own says so later
+    with suppress(ImportError):  # a missing ONNX Runtime is reported later, by accel
         import onnxruntime
 
-        onnxruntime.set_default_logger_severity(4)  # what goes wrong is raised as well
+        onnxruntime.set_default_logger_severity(4)  # errors are raised as exceptions as well
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""The conformance suite: whether an architecture takes its models the whole road and loses nothing that `generate` can.
+"""Conformance suite: checks that an architecture's models run end to end and that no feature of `generate` is lost.
 
-It ships, so that an adapter in another package is held to the same:
+It is part of the package, so that adapters in other packages can be checked in the same way:
 
     import pytest
     from accel import testing
@@ -14,7 +14,7 @@ It ships, so that an adapter in another package is held to the same:
     def test_conformance(check, subject):
         check(subject)
 
-Every check raises `AssertionError` where PyTorch and the deployable part ways.
+Every check raises `AssertionError` where the deployable's results differ from PyTorch's.
 """
 
 from accel.testing.checks import CHECKS, Check, name

@@ -1,4 +1,4 @@
-"""What the checks look at: one architecture on one random model, in PyTorch and as a deployable."""
+"""Subject of the checks: one architecture on one random model, in PyTorch and as a deployable."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,73 +20,113 @@ from accel.models.model_class import model_class
 from accel.pipeline.store import Artifact
 from accel.runtime import layout
 
-TOKENS = 12
-# Random weights say one token over and over, which would hide a wrong cache: none may come twice.
-BUCKETS = [8, 16, 24, 40, 64, 512]  # so close that a generation outgrows some
-UNIQUE = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "no_repeat_ngram_size": 1, "do_sample": False}
+NEW_TOKENS = 12
+# Options of `generate` for all checks. Random weights would generate one token over and over, which would hide a wrong
+# cache: no token may be generated twice.
+UNIQUE_TOKENS = {
+    "max_new_tokens": NEW_TOKENS,
+    "min_new_tokens": NEW_TOKENS,
+    "no_repeat_ngram_size": 1,
+    "do_sample": False,
+}
+BUCKETS = [8, 16, 24, 40, 64, 512]  # in tokens; small enough that generations move from one bucket to the next
 
 
 def random_model(config: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
-    """A model of `config`, a Hugging Face config with `model_type`, in which a mix-up of any two parameters shows.
+    """Return a model with random weights, in which exchanging any two parameters changes the output.
 
-    Biases and norms differ from each other, and weights are large enough for attention to choose.
+    Biases and norms are made different from each other, and small weights larger, so that attention is not uniform.
+
+    Args:
+        config: Values of a Hugging Face config, `model_type` included.
+        seed: Seed of the weights.
+
+    Returns:
+        The model in evaluation mode, in FP32 on the CPU.
     """
     values = dict(config)
-    description = AutoConfig.for_model(values.pop("model_type"), **values)
+    model_config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(seed)
-    model: PreTrainedModel = model_class(description)._from_config(description, attn_implementation="eager").eval()
+    transformers_class = model_class(model_config)
+    model: PreTrainedModel = transformers_class._from_config(model_config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
-            elif parameter.std() < 0.05:  # as most families begin: attention would see all tokens alike
+            elif parameter.std() < 0.05:  # most families' initialisation, with which all tokens get equal attention
                 parameter.mul_(3)
     return model
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One architecture on one random model: in PyTorch, as a deployable, and what the stages made on the way."""
+    """One architecture on one random model.
+
+    Attributes:
+        eager: The model in PyTorch.
+        model: The FP32 deployable, with dynamic caches.
+        architecture: The adapter.
+        artifacts: Artifacts of the FP32 stages, by stage.
+        fp16_artifacts: Artifacts of the FP16 stages, by stage.
+        static: The FP32 deployable with static caches; None if the model can't be exported with them.
+    """
 
     eager: PreTrainedModel
     model: AcceleratedModel
     architecture: Architecture
     artifacts: Mapping[str, Artifact]
-    half: Mapping[str, Artifact]
-    static: AcceleratedModel | None = None  # over caches of a fixed length, where the model's step allows them
+    fp16_artifacts: Mapping[str, Artifact]
+    static: AcceleratedModel | None = None
 
     @property
-    def encodes(self) -> bool:
+    def has_encoder(self) -> bool:
+        """True for encoder-decoder models."""
         return Component.ENCODER in self.architecture.components()
 
     def inputs(self, rows: int = 1, length: int = 9) -> dict[str, Any]:
-        """Random inputs, padded where there are several."""
+        """Return random inputs of `generate`: [rows, length, ...], with padding where there are several rows."""
         generator = torch.Generator().manual_seed(rows)
-        given = self.architecture.sample_inputs(self.eager.config, rows, length, generator)
-        return {name: value.to(self.model.device) for name, value in given.items()}
+        inputs = self.architecture.sample_inputs(self.eager.config, rows, length, generator)
+        return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     def ids(self, rows: int, length: int, seed: int = 5) -> Tensor:
-        """Random ids, special ones left out."""
+        """Return random ids [rows, length] without special ones."""
         vocabulary = self.eager.config.get_text_config(decoder=True).vocab_size
         ids = torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
         return ids.to(self.model.device)
 
-    def both(self, **options: Any) -> tuple[Any, Any]:
-        """What PyTorch and the deployable generate, from the same seed."""
-        found = []
+    def generate_both(self, **options: Any) -> tuple[Any, Any]:
+        """Return the results of PyTorch's and the deployable's `generate`, from the same seed.
+
+        `options` are added to `UNIQUE_TOKENS`.
+        """
+        results = []
         for model in (self.eager, self.model):
             torch.manual_seed(0)
             with torch.inference_mode():
-                found.append(model.generate(**UNIQUE | options))  # type: ignore[operator]
-        return found[0], found[1]
+                results.append(model.generate(**UNIQUE_TOKENS | options))  # type: ignore[operator]
+        return results[0], results[1]
 
-    def same(self, distinct: int = TOKENS - 2, **options: Any) -> Tensor:
-        """The tokens of both, which must be equal and of many kinds."""
-        expected, found = self.both(**options)
-        assert torch.equal(found, expected), f"PyTorch says {expected.tolist()}, the deployable {found.tolist()}"
-        kinds = len(set(found[0].tolist()))
-        assert kinds >= distinct, f"only {kinds} kinds of token in {found[0].tolist()}: too few to show a mistake"
-        return found  # type: ignore[no-any-return]
+    def assert_same_tokens(self, distinct: int = NEW_TOKENS - 2, **options: Any) -> Tensor:
+        """Generate with PyTorch and the deployable, and require equal and varied tokens.
+
+        Args:
+            distinct: Smallest number of different ids in the first row. With fewer, a mistake might not show.
+            options: Inputs and options of `generate`, added to `UNIQUE_TOKENS`.
+
+        Returns:
+            The ids, [rows, length].
+
+        Raises:
+            AssertionError: The tokens differ or are not varied enough.
+        """
+        expected, actual = self.generate_both(**options)
+        assert torch.equal(actual, expected), f"PyTorch generates {expected.tolist()}, the deployable {actual.tolist()}"
+        different = len(set(actual[0].tolist()))
+        assert different >= distinct, (
+            f"only {different} different ids in {actual[0].tolist()}, at least {distinct} are needed to show a mistake"
+        )
+        return actual  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -97,10 +137,21 @@ def prepare(
     artifacts: Path | None = None,
     runtime: str = "cpu",
 ) -> Iterator[Subject]:
-    """Take a random model of `config` up to `verify`, in FP32 and FP16, on `runtime`, a YAML in `conf/runtime`.
+    """Run the stages up to `verify` on a random model, in FP32 and FP16, and open the deployable.
 
-    `folder` receives the checkpoint and, unless `artifacts` names another, what the stages make. Raises `AccelError`
-    where a stage refuses.
+    Args:
+        config: Values of a Hugging Face config, `model_type` included.
+        folder: Folder for the checkpoint and, unless `artifacts` names another, for the artifacts. An existing
+            checkpoint is used again.
+        overrides: Hydra overrides, such as `architecture=mine`.
+        artifacts: Folder for the artifacts.
+        runtime: Preset: name of a YAML file in `conf/runtime`.
+
+    Yields:
+        The subject. Its models are closed afterwards.
+
+    Raises:
+        AccelError: A stage failed.
     """
     checkpoint = folder / "checkpoint"
     if not (checkpoint / "config.json").is_file():
@@ -116,25 +167,29 @@ def prepare(
         "verify.latency=false",
         "convert.static_decode=true",
         "convert.fuse_transposed_matmul=true",
-        *(["convert.fuse_attention=[static_decode]"] if runtime == "cpu" else []),  # as it is on a GPU
-        *overrides,
     ]
-    composed = compose([*common, "precision=fp32"])
-    made = execute(composed)
-    # random weights decide nearly at random: what counts in FP16 is that outputs are within rounding
-    halved = [
-        *common,
-        "precision=fp16",
-        "verify.min_token_agreement=0",
-        "merge.strategy=three_branch",
-    ]  # as it is on a GPU
-    half = execute(compose(halved))
-    kind = model_class(AutoConfig.from_pretrained(checkpoint))
-    eager = kind.from_pretrained(checkpoint, attn_implementation="eager").eval()
-    folder = made["verify"].folder
-    with ExitStack() as opened:
-        model = opened.enter_context(load(folder, runtime=runtime))
+    if runtime == "cpu":
+        common.append("convert.fuse_attention=[static_decode]")  # so that the CPU tests what a GPU runs
+    common += overrides
+    fp32_config = compose([*common, "precision=fp32"])
+    fp32_artifacts = execute(fp32_config)
+    fp16_config = compose(
+        [
+            *common,
+            "precision=fp16",
+            # with random weights rounding changes tokens: in FP16 only the outputs' errors are judged
+            "verify.min_token_agreement=0",
+            "merge.strategy=three_branch",  # the strategy that GPUs use
+        ]
+    )
+    fp16_artifacts = execute(fp16_config)
+    transformers_class = model_class(AutoConfig.from_pretrained(checkpoint))
+    eager = transformers_class.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    deployable = fp32_artifacts["verify"].folder
+    with ExitStack() as stack:
+        model = stack.enter_context(load(deployable, runtime=runtime))
         static = None
-        if (folder / layout.STATIC_DECODE).is_file():
-            static = opened.enter_context(load(folder, runtime, static=True, capture=True, buckets=BUCKETS))
-        yield Subject(eager.to(model.device), model, registry.build(composed.architecture), made, half, static)
+        if (deployable / layout.STATIC_DECODE).is_file():
+            static = stack.enter_context(load(deployable, runtime, static=True, capture=True, buckets=BUCKETS))
+        architecture = registry.build(fp32_config.architecture)
+        yield Subject(eager.to(model.device), model, architecture, fp32_artifacts, fp16_artifacts, static)

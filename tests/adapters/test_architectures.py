@@ -91,9 +91,9 @@ def test_what_can_not_be_accelerated(
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("stage=benchmark benchmark.new_tokens=500", ("benchmark.new_tokens=500", "532 positions", "knows 512")),
+        ("stage=benchmark benchmark.new_tokens=500", ("benchmark.new_tokens=500", "532 positions", "has 512")),
         ("stage=profile profile.source_length=500", ("profile.source_length=500", "'gpt2'")),
-        ("stage=verify verify.max_new_tokens=600", ("verify.max_new_tokens=600", "knows 512")),
+        ("stage=verify verify.max_new_tokens=600", ("verify.max_new_tokens=600", "has 512")),
     ],
 )
 def test_more_positions_than_a_model_knows(
@@ -114,7 +114,7 @@ AXES = "{attention_mask: {0: batch, 1: new}}"
     ("family", "override", "named"),
     [
         ("llama", "+architecture.layers=n_layers", ("layers=n_layers", "num_hidden_layers")),
-        ("llama", "+architecture.present=present.key", ("4 ports", "present.key")),
+        ("llama", "+architecture.present=present.key", ("4 tensor specs", "present.key")),
         ("llama", "+architecture.past='past.{layer}.{prat}'", ("past.{layer}.{prat}", "{layer}", "{part}")),
         (
             "llama",

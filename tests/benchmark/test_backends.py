@@ -1,4 +1,4 @@
-"""The setups: which fit the device, what PyTorch's are, and how they take turns."""
+"""Backends: which fit a device, how PyTorch's models are loaded, and how they are scheduled."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,10 +14,10 @@ from accel.benchmark.backends import (
     TORCH,
     TORCH_FP32,
     Sources,
-    chosen,
+    deployable_backend,
     kept_in_fp32,
-    opened,
-    ours,
+    loaded_model,
+    select_backends,
 )
 from accel.benchmark.schedule import run_interleaved, time_backends, warmup_tokens
 from accel.benchmark.timer import Timing
@@ -28,19 +28,19 @@ from accel.models.checkpoints import load_model
 COMPILED, AUTOCAST = "torch_static_compiled", "torch_autocast"
 
 
-def test_setups_fit_the_device() -> None:
-    """Without a choice all that fit run: on CUDA also compiled PyTorch and autocast."""
+def test_backends_fit_the_device() -> None:
+    """Without a selection all backends that fit run: on CUDA also compiled PyTorch and autocast."""
     cpu, cuda = RuntimeConfig(name="cpu"), RuntimeConfig(name="cuda", device="cuda:0")
-    assert chosen([], replace(cuda, capture=True)) == list(BACKENDS)
-    assert set(BACKENDS) - set(chosen([], cuda)) == {CAPTURED}
-    assert set(BACKENDS) - set(chosen([], cpu)) == {COMPILED, AUTOCAST, CAPTURED}
-    assert chosen([COMPILED], cuda) == [COMPILED]
+    assert select_backends([], replace(cuda, capture=True)) == list(BACKENDS)
+    assert set(BACKENDS) - set(select_backends([], cuda)) == {CAPTURED}
+    assert set(BACKENDS) - set(select_backends([], cpu)) == {COMPILED, AUTOCAST, CAPTURED}
+    assert select_backends([COMPILED], cuda) == [COMPILED]
     with pytest.raises(AccelError, match="'onnx_captured' needs runtime=cuda-graph"):
-        chosen([CAPTURED], cuda)
+        select_backends([CAPTURED], cuda)
 
 
-def test_what_captures_is_compared_with_what_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the runtime captures, the merged decoder beside it grows its caches; elsewhere it is as it says."""
+def test_captured_is_compared_with_a_dynamic_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the runtime captures, the merged decoder has a dynamic cache; elsewhere it is opened as configured."""
     asked: list[tuple[bool, bool]] = []
 
     def noted(folder: Path, runtime: RuntimeConfig) -> nullcontext[None]:
@@ -51,14 +51,14 @@ def test_what_captures_is_compared_with_what_grows(monkeypatch: pytest.MonkeyPat
     graph, plain = RuntimeConfig(name="g", static=True, capture=True), RuntimeConfig(name="p", static=True)
     for runtime in (graph, plain):
         for name in (CAPTURED, OURS):
-            with opened(BACKENDS[name].engine, Sources("", "", "", {}, runtime)):
+            with loaded_model(BACKENDS[name].model, Sources("", "", "", {}, runtime)):
                 pass
     assert asked == [(True, True), (False, False), (True, False), (True, False)]
-    assert (ours(graph), ours(plain)) == (CAPTURED, OURS)
+    assert (deployable_backend(graph), deployable_backend(plain)) == (CAPTURED, OURS)
 
 
-def test_patience() -> None:
-    """A setup past its patience gets no more repeats, each gets one at least, and no warm-up is counted."""
+def test_time_budget() -> None:
+    """A backend past its time budget gets no more repeats, each gets at least one, and warm-ups don't count."""
     seconds = {"torch_no_cache": 50.0, "torch_cache": 20.0, "onnx_merged": 1.0}
     asked: list[tuple[str, int]] = []
 
@@ -75,14 +75,14 @@ def test_patience() -> None:
     }
     assert asked[:6] == [(name, 16) for name in seconds] * 2
     assert {tokens for _, tokens in asked[6:]} == {200}
-    assert [name for name, _ in asked[6:9]] == list(seconds)  # in turns
+    assert [name for name, _ in asked[6:9]] == list(seconds)  # interleaved
     asked.clear()
     found = run_interleaved(list(seconds), BenchmarkConfig(repeats=5, time_budget_s=None), generate)
     assert {len(timings) for timings in found.values()} == {5}
     assert len(run_interleaved(["torch_no_cache"], BenchmarkConfig(time_budget_s=0.0), generate)["torch_no_cache"]) == 1
 
 
-def test_warm_up_of_what_compiles_is_whole() -> None:
+def test_warm_up_of_compiled_backends_has_full_length() -> None:
     point = BenchmarkConfig(new_tokens=100, warmup_tokens=16)
     assert [warmup_tokens(name, point) for name in ("torch_cache", COMPILED, CAPTURED)] == [16, 100, 100]
     point.num_beams = 4  # transformers' beam search doesn't compile
@@ -94,7 +94,7 @@ def test_warm_up_of_what_compiles_is_whole() -> None:
 def test_torch_baseline_is_what_people_run(tiny: Path) -> None:
     """PyTorch runs with transformers' own choice of attention, not with the export's."""
     sources = Sources(str(tiny), "", "", {}, RuntimeConfig(name="cpu"))
-    with opened("torch", sources) as model:
+    with loaded_model("torch", sources) as model:
         assert model.config._attn_implementation == "sdpa"
         assert model.dtype == torch.float32
 
@@ -108,12 +108,12 @@ def test_half_precision_keeps_what_transformers_keeps(tiny: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_torch_engines_on_cuda(tiny: Path) -> None:
+def test_torch_models_on_cuda(tiny: Path) -> None:
     """PyTorch's FP16 keeps `wo` in FP32; autocast has FP32 weights and makes FP16 logits."""
     sources = Sources(str(tiny), "", "", {}, RuntimeConfig(name="cuda", device="cuda"), "float16")
-    with opened(TORCH, sources) as model:
+    with loaded_model(TORCH, sources) as model:
         assert kept_in_fp32(model) == {"wo": 5}
-    with opened(TORCH_FP32, sources) as model, BACKENDS[AUTOCAST].context():
+    with loaded_model(TORCH_FP32, sources) as model, BACKENDS[AUTOCAST].context():
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         ids = torch.arange(2, 9, device="cuda")[None]
         assert model(input_ids=ids, decoder_input_ids=ids[:, :1]).logits.dtype == torch.float16
@@ -121,8 +121,8 @@ def test_torch_engines_on_cuda(tiny: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("beams", [1, 2])
-def test_cuda_only_setups(tiny: Path, beams: int) -> None:
-    """They generate as many tokens as they are asked for; greedy search compiles, beam search doesn't."""
+def test_cuda_only_backends(tiny: Path, beams: int) -> None:
+    """They generate the number of tokens asked for; greedy search compiles, beam search doesn't."""
     sources = Sources(str(tiny), "", "", {}, RuntimeConfig(name="cuda", device="cuda"), "float16")
     ids = torch.arange(2, 9)[None]
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -1,4 +1,4 @@
-"""The clock: counts every decoder call, changes nothing, and leaves no trace."""
+"""Timer: times every decoder call, doesn't change the generation, and restores the model."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from accel.benchmark.backends import BACKENDS, TORCH, Sources, opened
+from accel.benchmark.backends import BACKENDS, TORCH, Sources, loaded_model
 from accel.benchmark.timer import BackgroundLoad, GenerationTimer, fixed_length_options, time_generation
 from accel.config.schema import RuntimeConfig
 from accel.models.loading import open_model
@@ -23,14 +23,14 @@ PATCHED = {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation
 PATCHED_RUNTIME = {"encode", "prefill", "decode"}
 
 
-@pytest.mark.parametrize("engine", ["torch", "merged"])
-def test_clock_leaves_no_trace(build: Build, tiny: Path, engine: str) -> None:
+@pytest.mark.parametrize("name", ["torch", "merged"])
+def test_timer_restores_the_model(build: Build, tiny: Path, name: str) -> None:
     """Timing counts every decoder call, and afterwards the model is as before."""
     config, artifacts = build(tiny, "merge")
     sources = Sources(str(tiny), str(artifacts["merge"].folder), "", {}, config.runtime)
     ids = torch.arange(2, 9)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with opened(engine, sources) as model:
+    with loaded_model(name, sources) as model:
         plain = model.generate(**inputs, **fixed_length_options(5, 1, use_cache=True))
         timing = time_generation(model, inputs, fixed_length_options(5, 1, use_cache=True))
         assert timing.tokens == plain.tolist()
@@ -44,8 +44,8 @@ def test_clock_leaves_no_trace(build: Build, tiny: Path, engine: str) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_clock_and_compiled_calls(tiny: Path, beams: int) -> None:
-    """What transformers compiles, it compiles as if no clock were there: once, and with the same tokens."""
+def test_timer_and_compiled_calls(tiny: Path, beams: int) -> None:
+    """Transformers compiles under the timer as without it: once, and with the same tokens."""
     graphs = []
 
     def backend(module: torch.fx.GraphModule, _: Any) -> Any:
@@ -54,26 +54,26 @@ def test_clock_and_compiled_calls(tiny: Path, beams: int) -> None:
 
     compiling = CompileConfig(backend=backend, mode="default")
     compiling._compile_all_devices = True  # the CPU too
-    further = {**BACKENDS[COMPILED].further, "compile_config": compiling}
+    compiled_options = {**BACKENDS[COMPILED].generate_options, "compile_config": compiling}
     ids = torch.arange(2, 9)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     sources = Sources(str(tiny), "", "", {}, RuntimeConfig(name="cpu"))
-    with opened(TORCH, sources) as model:
+    with loaded_model(TORCH, sources) as model:
         plain = model.generate(**inputs, **fixed_length_options(6, beams, use_cache=True))
-        options = fixed_length_options(6, beams, use_cache=True) | further
+        options = fixed_length_options(6, beams, use_cache=True) | compiled_options
         with BACKENDS[COMPILED].context():
             first = time_generation(model, inputs, options)
-            made = len(graphs)
+            compiled_graphs = len(graphs)
             second = time_generation(model, inputs, options)
-        assert first.compiled is second.compiled is (beams == 1) is BACKENDS[COMPILED].prepares(beams)
-        assert (made > 0) is (beams == 1)
-        assert len(graphs) == made
+        assert first.compiled is second.compiled is (beams == 1) is BACKENDS[COMPILED].needs_full_warmup(beams)
+        assert (compiled_graphs > 0) is (beams == 1)
+        assert len(graphs) == compiled_graphs
         assert first.tokens == second.tokens == plain.tolist()
         assert len(second.latencies) == 6
     torch.compiler.reset()
 
 
-def test_clock_restores_after_an_error(build: Build, tiny: Path) -> None:
+def test_timer_restores_the_model_after_an_error(build: Build, tiny: Path) -> None:
     config, artifacts = build(tiny, "merge")
     with open_model(artifacts["merge"].folder, config.runtime) as model:
         with pytest.raises(ValueError, match="decoder_input_ids"), GenerationTimer(model):
@@ -94,7 +94,7 @@ def spinning(orphan: bool) -> int:
     return int(subprocess.run(start, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
-def test_other_load() -> None:
+def test_background_load() -> None:
     """Another process that keeps a core busy is seen; this one's own work and its children's is not."""
     shares = {}
     for orphan in (False, True):
@@ -115,14 +115,14 @@ def test_other_load() -> None:
 
 
 @pytest.mark.gpu
-def test_clock_on_cuda(tiny: Path) -> None:
+def test_timer_on_cuda(tiny: Path) -> None:
     """As many latencies as tokens, which together make up nearly all of the wall clock, and calls inside them."""
     sources = Sources(str(tiny), "", "", {}, RuntimeConfig(name="cuda", device="cuda"), "float16")
     ids = torch.arange(2, 9, device="cuda")[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     for name in ("torch_cache", AUTOCAST, COMPILED):
         backend = BACKENDS[name]
-        with opened(backend.engine, sources) as model, backend.context():
+        with loaded_model(backend.model, sources) as model, backend.context():
             for _ in range(3):
                 timing = time_generation(model, inputs, backend.options(40, 1))
         assert len(timing.latencies) == 40

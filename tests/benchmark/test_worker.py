@@ -1,4 +1,4 @@
-"""An engine in another process says what it says here, and what goes wrong there is told here."""
+"""Worker processes: a model generates the same there as here, and its errors come back."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +10,9 @@ from transformers import AutoConfig
 
 from accel.adapters import registry
 from accel.adapters.types import Component
-from accel.benchmark.backends import MERGED, TORCH, Sources, opened
+from accel.benchmark.backends import MERGED, TORCH, Sources, loaded_model
 from accel.benchmark.timer import fixed_length_options
-from accel.benchmark.worker import BackendWorker
+from accel.benchmark.worker import ModelWorker
 from accel.errors import AccelError, DeviceMemoryError
 from tests.conftest import Build
 
@@ -32,11 +32,11 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
-def test_says_the_same(sources: Sources) -> None:
-    """The tokens of the engine opened here, one latency each; its process is another, and goes at the end."""
-    with opened(MERGED, sources) as model:
+def test_same_tokens_in_another_process(sources: Sources) -> None:
+    """Tokens equal those of the model loaded here, with one latency each; the process ends with the context."""
+    with loaded_model(MERGED, sources) as model:
         expected = model.generate(**INPUTS, **OPTIONS)
-    with BackendWorker(MERGED, sources) as merged, BackendWorker(TORCH, sources) as eager:
+    with ModelWorker(MERGED, sources) as merged, ModelWorker(TORCH, sources) as eager:
         for process in (merged, eager):
             process.open(INPUTS)
         for process, name in ((merged, "onnx_merged"), (eager, "torch_cache")):
@@ -50,26 +50,26 @@ def test_says_the_same(sources: Sources) -> None:
 
 
 def test_errors_come_back(sources: Sources) -> None:
-    """With their message; the process goes on."""
-    with BackendWorker(MERGED, replace(sources, deployable="nowhere")) as process:
+    """Errors keep their message, and the process goes on."""
+    with ModelWorker(MERGED, replace(sources, deployable="nowhere")) as process:
         with pytest.raises(AccelError, match="'nowhere' holds no decoder_model_merged"):
             process.open(INPUTS)
         assert process.process.pid in children()
 
 
 def test_a_process_that_ends_is_named(sources: Sources) -> None:
-    """As when the system takes its memory."""
-    with BackendWorker(MERGED, sources) as process:
+    """A killed process, as by an out-of-memory killer, is reported by its model's name."""
+    with ModelWorker(MERGED, sources) as process:
         psutil.Process(process.process.pid).kill()
         with pytest.raises(AccelError, match=f"the process that runs '{MERGED}' ended"):
             process.open(INPUTS)
 
 
-def test_no_room_for_all(sources: Sources) -> None:
-    """The engine that had none left is named, and what would need less; it can still be asked for less itself."""
-    with BackendWorker(MERGED, sources) as process:
+def test_out_of_memory(sources: Sources) -> None:
+    """The message names the model and the remedy; the model itself goes on and can be asked for less."""
+    with ModelWorker(MERGED, sources) as process:
         process.open(INPUTS)
-        said = r"'merged': the device has no room for \d+ MB more.*fewer benchmark.backends"
+        said = r"'merged': the device is out of memory: \d+ MB more were requested\..*fewer benchmark.backends"
         with pytest.raises(DeviceMemoryError, match=said):
             process.generate("onnx_merged", fixed_length_options(10**15, 1, use_cache=True))  # petabytes
         assert len(process.generate("onnx_merged", OPTIONS).latencies) == 6

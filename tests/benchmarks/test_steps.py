@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from accel.adapters import registry
 from accel.adapters.types import Component
-from accel.benchmark.backends import Sources, torch_model, two_files
+from accel.benchmark.backends import Sources, open_two_files, torch_model
 from accel.benchmark.timer import fixed_length_options
 from accel.config.schema import Config
 from accel.graph import files
@@ -53,7 +53,9 @@ def sources(made: tuple[Config, dict[str, Artifact], Path]) -> Sources:
 @pytest.fixture(params=["merged", "two files"])
 def accelerated(request: pytest.FixtureRequest, sources: Sources) -> Iterator[Any]:
     opened = (
-        two_files(sources) if request.param == "two files" else open_model(Path(sources.deployable), sources.runtime)
+        open_two_files(sources)
+        if request.param == "two files"
+        else open_model(Path(sources.deployable), sources.runtime)
     )
     with opened as model:
         yield model

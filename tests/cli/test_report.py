@@ -1,4 +1,4 @@
-"""What the command line shows and writes when the stages are done."""
+"""Report that the command line prints after the stages."""
 
 from pathlib import Path
 
@@ -10,15 +10,15 @@ from accel.pipeline.store import Artifact, Manifest
 
 
 def test_what_stays_in_fp32_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    """Before and after trials, why, and which values come nearest to the limit, with the input that took them there."""
+    """The size of the plan before and after trials, the rules, and the largest magnitudes with their inputs."""
     mix = {"nodes": 0.75, "weight_bytes": 0.5, "fp32_nodes": 12, "fp32_bytes": 2_500_000, "casts": 7}
     summary = {
         "format": "float16",
         "sizes": {"by the rule": {"decode": mix}, "after trials": {"decode": mix | {"fp32_nodes": 4, "nodes": 0.9}}},
         "rules": {"decode": {"overflow": 3, "underflow": 1}, "encoder": {"overflow": 2}},
-        "nearest": [{"role": "decode", "value": "add_7", "largest": 31234.5, "seen_with": "text 3: harke"}],
+        "largest_values": [{"component": "decode", "value": "add_7", "largest": 31234.5, "seen_with": "text 3: harke"}],
     }
     report.finish(Config(), {"audit": Artifact(Path(), Manifest("audit", "key", {}, {}, {}, 0.0, 0, 0, summary, {}))})
     shown = capsys.readouterr().out
-    for part in ("12 (25.0%), 7, 2.5 MB", "4 (10.0%), 7, 2.5 MB", "overflow: step 3, encoder 2", "text 3: harke"):
+    for part in ("12 (25.0%), 7, 2.5 MB", "4 (10.0%), 7, 2.5 MB", "overflow: decode 3, encoder 2", "text 3: harke"):
         assert part in shown

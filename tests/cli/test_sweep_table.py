@@ -52,7 +52,7 @@ def test_rows_come_one_by_one(tmp_path: Path) -> None:
         "benchmark.new_tokens",
         "benchmark.num_beams",
         "torch_cache (s)",
-        "torch static cache, compiled (s)",
+        "torch_static_compiled (s)",
         "onnx_merged (s)",
         "x torch_cache",
         "x two_files",
@@ -159,7 +159,7 @@ def test_multirun(build: Build, tiny: Path, shared: Path, tmp_path: Path) -> Non
 
 
 def test_ways_to_choose_a_precision_side_by_side(tmp_path: Path) -> None:
-    """What verify found is in the row, whether it passed the candidate or refused it."""
+    """The row of a job has the results of verify, whether the bundle passed or failed."""
     passed = {
         **{"passed": True, "execution": "emulated", "identical": {"greedy": 1.0, "beams": 0.875}},
         "metrics": {"pytorch": {"exact_match": 76.0}, "ours": {"exact_match": 75.5}},

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from accel.adapters.types import Component
-from accel.evaluation.sensitivity import Result, SensitivityTrial
+from accel.evaluation.sensitivity import SensitivityTrial, TrialResult
 from accel.graph import files
 from accel.graph.precision.formats import FP16
 from accel.graph.precision.observer import ValueStatistics
@@ -16,7 +16,7 @@ from accel.graph.precision.plan import Plan, Reason
 from accel.runtime.session import SessionSettings
 from tests.graph import text
 
-KNOWN = Result({"random": [0.03, 0.04], "text": [0.003, 0.004]}, changed=1)
+KNOWN = TrialResult({"random": [0.03, 0.04], "text": [0.003, 0.004]}, changed=1)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ KNOWN = Result({"random": [0.03, 0.04], "text": [0.003, 0.004]}, changed=1)
 )
 def test_as_good_as_the_rules_plan(errors: dict[str, list[float]], changed: int, passes: bool) -> None:
     """Within a quarter of its distance from FP32 on each kind of input, with no more tokens changed, and finite."""
-    assert Result(errors, changed).within(KNOWN) == passes
+    assert TrialResult(errors, changed).within(KNOWN) == passes
 
 
 def test_errors_of_a_kind_are_pooled() -> None:
@@ -57,6 +57,6 @@ def test_a_trial_keeps_the_margin(tmp_path: Path, overflow_margin: float, scale:
         Component.DECODE, tmp_path / "decode.onnx", calls, SessionSettings(), FP16, overflow_margin, held, ()
     )
     expected = [name for name, seen in held.items() if seen.largest * overflow_margin > 65504]
-    assert trial._headroom() == dict.fromkeys(expected, scale)
+    assert trial._overflow_scales() == dict.fromkeys(expected, scale)
     assert trial(Plan()).finite == (overflow_margin == 1)
     assert trial(Plan({"near": Reason("overflow", "near")}, specs={"near": Reason("overflow", "near")})).finite

@@ -1,4 +1,4 @@
-"""What a step must read."""
+"""Bytes that a decode step must read."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ TEXT = """g (int64[batch, 1] ids, float16[batch, 2, past, 4] past_k, float[batch
 
 
 def test_weights_and_caches() -> None:
-    """Each weight once, of a table that is only looked up nothing; of the inputs those that are caches, at a length."""
+    """Weights count once, lookup tables not at all, and of the inputs only caches, at the given lengths."""
     weights = {
         "table": np.zeros((100, 8), np.float32),
         "weight": np.zeros((8, 8), np.float32),
@@ -29,6 +29,6 @@ def test_weights_and_caches() -> None:
 
 
 def test_a_tied_head_is_read() -> None:
-    """A table that is also a factor counts."""
+    """A lookup table that is also a factor of a product counts."""
     tied = "g (int64[n] ids) => (float[n, n] y) { x = Gather (table, ids)\n t = Transpose (table)\n y = MatMul (x, t) }"
     assert bytes_read(parse(tied, {"table": np.zeros((100, 8), np.float32)}), [], {}) == 4 * 100 * 8

@@ -1,4 +1,4 @@
-"""Graphs on disk: small ones in one file, large ones with their weights beside them, the same numbers after loading."""
+"""ONNX files with and without external data."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ INPUTS = {"x": numbers(2, 600)}
 
 
 def model(width: int) -> ir.Model:
-    """Weights of 600 * width * 4 bytes and a little more."""
+    """Return a model with weights of 600 * width * 4 bytes and a few more."""
     return parse(TEXT, {"w": numbers(600, width), "v": numbers(width, 4)})
 
 
@@ -27,7 +27,7 @@ def session(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize(("width", "external"), [(8, False), (500, True)])
 def test_weights_move_out_above_a_megabyte(tmp_path: Path, width: int, external: bool) -> None:
-    """Below, one file; above, the graph and one data file. Loaded again, by us or ONNX Runtime, the same numbers."""
+    """Smaller models are one file, larger ones a graph and a data file; both give the same results when loaded."""
     graph = model(width)
     expected = run(graph, INPUTS)["y"]
     path = tmp_path / "decoder.onnx"
@@ -43,7 +43,7 @@ def test_weights_move_out_above_a_megabyte(tmp_path: Path, width: int, external:
 
 
 def inlined(graph: ir.Model) -> ir.Model:
-    """The graph with its weights in memory, as a session over bytes needs them."""
+    """Load the weights into memory, as a session over bytes needs them."""
     for value in graph.graph.initializers.values():
         if value.const_value is not None:
             value.const_value = ir.tensor(value.const_value.numpy().copy(), name=value.name)
@@ -51,7 +51,7 @@ def inlined(graph: ir.Model) -> ir.Model:
 
 
 def test_weights_that_shrank_come_back_inline(tmp_path: Path) -> None:
-    """A model loaded from external data and made small is one file that stands alone, the old data file gone."""
+    """A model that was loaded from external data and became small is one file, independent of the old data file."""
     files.save(model(500), tmp_path / "large.onnx")
     graph = files.load(tmp_path / "large.onnx")
     for name, array in {"w": numbers(600, 8, seed=1), "v": numbers(8, 4)}.items():
@@ -67,7 +67,7 @@ def test_weights_that_shrank_come_back_inline(tmp_path: Path) -> None:
 
 
 def test_small_part_of_an_external_model_stands_alone(tmp_path: Path) -> None:
-    """A weight still on disk in another file is read into the new one, never pointed at across folders."""
+    """A weight that is still in another data file is copied, so that no file refers to another folder."""
     files.save(model(500), tmp_path / "large.onnx")
     graph = files.load(tmp_path / "large.onnx")
     first = graph.graph.initializers["w"]
@@ -79,7 +79,7 @@ def test_small_part_of_an_external_model_stands_alone(tmp_path: Path) -> None:
     other.mkdir()
     files.save(graph, other / "part.onnx")
     (tmp_path / "large.onnx.data").unlink()
-    proto = onnx.load(str(other / "part.onnx"))  # raises if it points at a file that isn't there
+    proto = onnx.load(str(other / "part.onnx"))  # raises if it refers to a file that doesn't exist
     stored = {entry.name: onnx.numpy_helper.to_array(entry) for entry in proto.graph.initializer}
     np.testing.assert_array_equal(stored["v"], kept)
 
@@ -104,7 +104,7 @@ def test_saving_leaves_the_model_usable(tmp_path: Path) -> None:
 
 
 def test_nodes_are_sorted_and_subgraph_weights_counted(tmp_path: Path) -> None:
-    """Nodes added at the wrong place are written in order, and a weight inside a subgraph counts."""
+    """Nodes are written in topological order, and a weight inside a subgraph counts."""
     graph = parse("g (float[n] x) => (float[n] y) { h = Neg(x)\n y = Abs(h) }")
     nodes = list(graph.graph)
     graph.graph.remove(nodes[0])

@@ -1,8 +1,8 @@
-"""All passes on whole models: far fewer nodes, the same numbers at shapes that nobody exported."""
+"""All passes on whole models: far fewer nodes, and the same results at shapes other than the exported ones."""
 
 import importlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,15 @@ from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, 
 
 from accel.evaluation.component_runner import ComponentRunner, component_inputs, signatures, torch_run
 from accel.graph import files
-from accel.graph.fusion.fuse_attention import fuse_attention
+from accel.graph.fusion.fuse_attention import FuseAttention
+from accel.graph.passes import GraphPass, run_pass
+from accel.graph.registry import OPTIMIZE
 from accel.graph.weights import initializers, shared_bytes
 from accel.stages import export
-from accel.stages.optimize import PASSES
 from tests.conftest import Build
 from tests.graph import text
 
-ROLES = ("encoder", "prefill", "decode")
+COMPONENTS = ("encoder", "prefill", "decode")
 # batch, source, past, new
 SHAPES = ((1, 1, 1, 1), (1, 9, 0, 1), (3, 6, 4, 2), (2, 30, 2, 1), (4, 3, 5, 7))
 BART = {
@@ -40,7 +41,7 @@ BART = {
 
 
 def shaken(model: PreTrainedModel) -> PreTrainedModel:
-    """Norms and biases away from ones and zeros, so that one that is lost or mixed up shows."""
+    """Set norms and biases to values other than 1 and 0, so that a lost or exchanged one changes the results."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:
@@ -52,7 +53,7 @@ def shaken(model: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def bart(shared: Path) -> Path:
-    """The three exported graphs of a tiny BART: norms with bias, products with bias, scores that are scaled."""
+    """Export the three graphs of a tiny BART: norms and products with bias, scaled scores."""
     folder = shared / "bart-graphs"
     with FileLock(shared / "bart-graphs.lock"):
         if not (folder / "decode.onnx").exists():
@@ -64,14 +65,14 @@ def bart(shared: Path) -> Path:
             given = component_inputs(adapter, model.config, export.EXAMPLE, torch.Generator().manual_seed(0))
             for component, signature in chain.signatures.items():
                 wrapper, example = adapter.wrap(model, component), export.example(chain, component, given)
-                graph = export.export_role(wrapper, signature, example, 20)
+                graph = export.export_component(wrapper, signature, example, 20)
                 export.name_weights(graph, wrapper, model)
                 files.save(graph, folder / f"{component}.onnx")
     return folder
 
 
-def inputs(model: ir.Model) -> Iterator[Mapping[str, np.ndarray]]:
-    """Random inputs at every shape, some of the source masked."""
+def random_inputs(model: ir.Model) -> Iterator[Mapping[str, np.ndarray]]:
+    """Yield random inputs at every shape, part of the source masked."""
     generator = np.random.default_rng(0)
     for lengths in SHAPES:
         known = dict(zip(("batch", "source", "past", "new"), lengths, strict=True))
@@ -88,14 +89,14 @@ def inputs(model: ir.Model) -> Iterator[Mapping[str, np.ndarray]]:
         yield made
 
 
-def optimised(folder: Path, *more: Callable[[Sequence[ir.Model]], None]) -> dict[str, ir.Model]:
-    """The graphs after all passes and `more`, with every output compared with those before."""
-    models = {component: files.load(folder / f"{component}.onnx") for component in ROLES}
-    inputs = {component: list(inputs(model)) for component, model in models.items()}
+def optimized(folder: Path, *more: type[GraphPass]) -> dict[str, ir.Model]:
+    """Run all passes and `more`, and compare every output with that of the graphs before."""
+    models = {component: files.load(folder / f"{component}.onnx") for component in COMPONENTS}
+    inputs = {component: list(random_inputs(model)) for component, model in models.items()}
     before = {component: [text.run(model, feed) for feed in inputs[component]] for component, model in models.items()}
-    for transform in (*PASSES.values(), *more):
-        transform([models["encoder"]])
-        transform([models["prefill"], models["decode"]])
+    for graph_pass in (*OPTIMIZE.values(), *more):
+        run_pass(graph_pass(), [models["encoder"]])
+        run_pass(graph_pass(), [models["prefill"], models["decode"]])
     for component, model in models.items():
         for feed, right in zip(inputs[component], before[component], strict=True):
             found = text.run(model, feed)
@@ -108,31 +109,31 @@ def optimised(folder: Path, *more: Callable[[Sequence[ir.Model]], None]) -> dict
 
 
 def layer_ops(model: ir.Model, layers: int = 2) -> dict[str, float]:
-    """How many of the operators that layers are made of there are for each layer."""
+    """Return the number of the operators that layers consist of, per layer."""
     found = Counter(node.op_type for node in model.graph)
     heavy = ("MatMul", "Softmax", "Reshape", "Split", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
     return {op: found[op] / layers for op in heavy if found[op]}
 
 
 def test_rms_norms_and_position_bias(build: Build, tiny: Path) -> None:
-    """T5: nothing of the norms' chains is left, a bias and a mask are added once, and the decoders share all bytes."""
-    models = optimised(build(tiny, "export")[1]["export"].folder)
+    """T5: norms are fused, bias and mask are added once, and both decoders share all weights."""
+    models = optimized(build(tiny, "export")[1]["export"].folder)
     decode = models["decode"]
     found = Counter(node.op_type for node in decode.graph)
     assert found["SkipSimplifiedLayerNormalization"] == 6
-    assert found["SimplifiedLayerNormalization"] == 1  # of the embedding, which is no sum
+    assert found["SimplifiedLayerNormalization"] == 1  # behind the embedding, where there is no sum to fuse
     assert not {"Pow", "ReduceMean", "Sqrt", "Reciprocal"} & found.keys()
     assert sum(node.op_type == "Add" and node.outputs[0].dtype == ir.DataType.FLOAT for node in decode.graph) == 5
     assert files.node_count(decode) < 150
     assert shared_bytes(initializers(models["prefill"]), initializers(decode)) == files.weight_bytes(decode)
     prefill = models["prefill"].graph.initializers
     assert any("SelfAttention.q+k+v" in name for name in prefill)
-    assert "decoder.block.0.layer.1.EncDecAttention.k.weight" in prefill  # what step lacks stays apart
+    assert "decoder.block.0.layer.1.EncDecAttention.k.weight" in prefill  # not packed: the decode graph lacks it
 
 
 def test_norms_and_products_with_bias(bart: Path) -> None:
-    """BART: biases go into the joined product and into the norm behind the sum."""
-    models = optimised(bart)
+    """BART: biases become part of the packed product and of the norm behind the sum."""
+    models = optimized(bart)
     decode = models["decode"]
     assert layer_ops(decode)["SkipLayerNormalization"] == 3
     assert all(len(node.inputs) == 5 for node in decode.graph if node.op_type == "SkipLayerNormalization")
@@ -143,13 +144,13 @@ def test_norms_and_products_with_bias(bart: Path) -> None:
 
 @pytest.mark.parametrize("family", ["T5", "BART"])
 def test_attention_is_one_node(build: Build, tiny: Path, bart: Path, family: str) -> None:
-    """Biased by positions or scaled, over growing caches, fixed ones or none: nothing of the heads' turning is left."""
+    """Attention with position bias or scale, over self- or cross-attention caches or none, has no transposes."""
     folder = bart if family == "BART" else build(tiny, "export")[1]["export"].folder
-    models = optimised(folder, fuse_attention)
+    models = optimized(folder, FuseAttention)
     found = {component: Counter(node.op_type for node in model.graph) for component, model in models.items()}
     layers = {"T5": (3, 4, 4), "BART": (2, 4, 4)}[family]
-    assert tuple(found[component]["MultiHeadAttention"] for component in ROLES) == layers
-    assert all(found[component]["Softmax"] == 0 for component in ROLES)
+    assert tuple(found[component]["MultiHeadAttention"] for component in COMPONENTS) == layers
+    assert all(found[component]["Softmax"] == 0 for component in COMPONENTS)
     assert found["decode"]["Reshape"] <= 5  # of lengths
     assert shared_bytes(initializers(models["prefill"]), initializers(models["decode"])) > 0.99 * files.weight_bytes(
         models["decode"]
@@ -157,7 +158,7 @@ def test_attention_is_one_node(build: Build, tiny: Path, bart: Path, family: str
 
 
 class Logits(nn.Module):
-    """A decoder-only model from ids to logits."""
+    """Decoder-only model from ids to logits."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -168,7 +169,7 @@ class Logits(nn.Module):
 
 
 def test_grouped_queries() -> None:
-    """Llama: RMS norms, and one product for queries and fewer keys and values, which are turned by rotation."""
+    """Llama: fused RMS norms, and one product for queries, keys and values with rotary embedding and GQA."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 100}
     config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager")
@@ -184,8 +185,8 @@ def test_grouped_queries() -> None:
     )
     assert program is not None
     model = program.model
-    for transform in PASSES.values():
-        transform([model])
+    for graph_pass in OPTIMIZE.values():
+        run_pass(graph_pass(), [model])
     name = model.graph.inputs[0].name or ""
     for rows, length in ((1, 1), (3, 4), (2, 9)):
         ids = torch.randint(100, (rows, length))

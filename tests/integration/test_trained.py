@@ -43,7 +43,7 @@ def folder(variable: str) -> Path:
 def llama(build: Build) -> Case:
     config, _ = build(folder(LLAMA), "verify", TRAINED)
     pipeline = Pipeline(config, registry.build(config.architecture))
-    return Case(config, {name: pipeline.artifact(name) for name in (*verify.taken(config), "verify")})
+    return Case(config, {name: pipeline.artifact(name) for name in (*verify.input_stages(config), "verify")})
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def both(model: AcceleratedModel, patch: pytest.MonkeyPatch, **given: Any) -> tu
     """What transformers' loop says over this model, and what ours does, from the same seed."""
     torch.manual_seed(11)
     with patch.context() as theirs:
-        theirs.setattr(AcceleratedModel, "_decodes", lambda *_: False)
+        theirs.setattr(AcceleratedModel, "_supports", lambda *_: False)
         expected = model.generate(**given)
     torch.manual_seed(11)
     return expected, model.generate(**given)
@@ -71,7 +71,7 @@ def test_the_same_words(
     late: int,
 ) -> None:
     """Tokens and padding are transformers', whether the end is noticed at once, as on a CPU, or later, as on a GPU."""
-    monkeypatch.setattr(stop_poller, "lag", lambda device: late)
+    monkeypatch.setattr(stop_poller, "poll_lag", lambda device: late)
     with caplog.at_level(logging.INFO, "accel.decoding"):
         expected, found = both(model, monkeypatch, **words, **({"max_new_tokens": 40} | options))
     assert caplog.messages == ["decoding in accel"]
@@ -106,8 +106,8 @@ def test_steps_in_vain(
     for late in (None, 0, 5):
         with monkeypatch.context() as patch:
             if late is None:
-                patch.setattr(AcceleratedModel, "_decodes", lambda *_: False)
-            patch.setattr(stop_poller, "lag", lambda device, late=late: late)
+                patch.setattr(AcceleratedModel, "_supports", lambda *_: False)
+            patch.setattr(stop_poller, "poll_lag", lambda device, late=late: late)
             model.generate(**words, max_new_tokens=60, **options)
         ends.append(seen[-1])
     assert ends == [ends[0], ends[0], ends[0] + 5]
@@ -117,7 +117,7 @@ def test_a_state_to_go_on_from(
     model: AcceleratedModel, words: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caches that `generate` returns hold what was said, and not the tokens computed after the end."""
-    monkeypatch.setattr(stop_poller, "lag", lambda device: 5)
+    monkeypatch.setattr(stop_poller, "poll_lag", lambda device: 5)
     one = {name: value[:1] for name, value in words.items()}
     expected, found = both(model, monkeypatch, **one, max_new_tokens=60, return_dict_in_generate=True)
     assert torch.equal(found.sequences, expected.sequences)

@@ -18,7 +18,7 @@ from accel.config.schema import STAGES, Config
 from accel.errors import AccelError
 from accel.pipeline import runner as module
 from accel.pipeline import source
-from accel.pipeline.runner import HIDDEN, Pipeline, chosen, load_stage, only
+from accel.pipeline.runner import HIDDEN, Pipeline, load_stage, restrict_config, select_stages
 from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact
 from accel.system import host_memory
@@ -59,20 +59,20 @@ def changed(tiny: Path, *overrides: str) -> set[str]:
 
 def test_chosen_stages_come_in_their_order() -> None:
     """`all`, one name or a list in any order: the stages run in the order of the pipeline."""
-    assert chosen("all") == list(STAGES)
-    assert chosen("all", mixed=False) == [name for name in STAGES if name != "audit"]
-    assert chosen(["all", "audit"], mixed=False) == list(STAGES)
-    assert chosen("merge") == ["merge"]
-    assert chosen(["verify", "export", "merge", "export"]) == ["export", "merge", "verify"]
+    assert select_stages("all") == list(STAGES)
+    assert select_stages("all", mixed=False) == [name for name in STAGES if name != "audit"]
+    assert select_stages(["all", "audit"], mixed=False) == list(STAGES)
+    assert select_stages("merge") == ["merge"]
+    assert select_stages(["verify", "export", "merge", "export"]) == ["export", "merge", "verify"]
     for hidden in HIDDEN:
-        assert hidden not in chosen("all")
+        assert hidden not in select_stages("all")
 
 
 @pytest.mark.parametrize("stage", ["exports", ["export", "exports"], "checkpoint", "", None, 3, ["all", 1]])
 def test_unknown_stage_is_named_with_the_choices(stage: object) -> None:
     """The message holds the value and every stage there is."""
     with pytest.raises(AccelError) as caught:
-        chosen(stage)
+        select_stages(stage)
     message = str(caught.value)
     for name in (*STAGES, "all"):
         assert name in message
@@ -83,7 +83,7 @@ def test_unknown_stage_is_named_with_the_choices(stage: object) -> None:
 
 def test_all_inside_a_list_means_all() -> None:
     """`stage=[all]` is `stage=all`, not an unknown stage."""
-    assert chosen(["all"]) == list(STAGES)
+    assert select_stages(["all"]) == list(STAGES)
 
 
 # what a stage may see
@@ -95,9 +95,9 @@ def test_only_resets_what_a_stage_did_not_declare() -> None:
     config.benchmark.source_length = 7
     config.merge.flag = "use_cache_branch"
     config.export.seed = 5
-    seen = only(config, ("merge",))
+    seen = restrict_config(config, ("merge",))
     assert seen == Config(merge=config.merge)
-    assert only(config, ()) == Config()
+    assert restrict_config(config, ()) == Config()
     assert config.export.seed == 5
 
 
@@ -106,10 +106,10 @@ def test_every_stage_declares_what_it_reads(tiny: Path, tmp_path: Path, monkeypa
     seen: dict[str, Config] = {}
     toys(monkeypatch, lambda name, config, folder: seen.__setitem__(name, config))
     subject = pipeline(tiny, tmp_path, "benchmark.source_length=9", "export.seed=4", "+generate.num_beams=2")
-    subject.run(chosen("all"))
+    subject.run(select_stages("all"))
     assert set(seen) >= set(STAGES)
     for name, config in seen.items():
-        assert config == only(subject.config, load_stage(name).sections)
+        assert config == restrict_config(subject.config, load_stage(name).sections)
     assert seen["merge"].benchmark == Config().benchmark
     assert seen["merge"].generate == {}
 
@@ -233,7 +233,7 @@ def test_keys_depend_on_code_that_was_typed_in() -> None:
     hashes = set()
     for number in (1, 1, 2):
         space: dict[str, Any] = {"__name__": "__main__", "Causal": importlib.import_module(CAUSAL).Causal}
-        exec(f"class Mine(Causal):\n    def roles(self):\n        return {number}, [i for i in 'ab']\n", space)
+        exec(f"class Mine(Causal):\n    def components(self):\n        return {number}, [i for i in 'ab']\n", space)
         hashes.add(source.adapter_source({}, space["Mine"]()))
     assert len(hashes) == 2
 
@@ -263,7 +263,7 @@ def toys(monkeypatch: pytest.MonkeyPatch, work: Callable[[str, Config, Path], An
 def order_of_all(tiny: Path, root: Path) -> list[str]:
     """The order in which a fresh `stage=all` makes its artifacts."""
     fresh = pipeline(tiny, root)
-    fresh.run(chosen("all"))
+    fresh.run(select_stages("all"))
     return fresh.built
 
 
@@ -274,7 +274,7 @@ def killed_at(victim: str, tiny: Path, root: Path) -> int:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 toys(patch, lambda name, *_: os.kill(os.getpid(), signal.SIGKILL) if name == victim else None)
-                pipeline(tiny, root).run(chosen("all"))
+                pipeline(tiny, root).run(select_stages("all"))
         finally:
             os._exit(1)
     return os.WTERMSIG(os.waitpid(child, 0)[1])
@@ -289,10 +289,10 @@ def test_kill_at_every_stage(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
         root = tmp_path / victim
         assert killed_at(victim, tiny, root) == signal.SIGKILL
         resumed = pipeline(tiny, root)
-        resumed.run(chosen("all"))
+        resumed.run(select_stages("all"))
         assert resumed.built == order[position:], f"killed in {victim}"
         again = pipeline(tiny, root)
-        again.run(chosen("all"))
+        again.run(select_stages("all"))
         assert again.built == []
         assert not list(root.glob("*/*.tmp*"))
 
@@ -305,10 +305,10 @@ def test_stage_alone_makes_or_reuses_what_it_needs(
     toys(monkeypatch, lambda *_: None)
     fresh = pipeline(tiny, tmp_path / "a")
     fresh.run([name])
-    assert set(fresh.built) == {name} | fresh._below(name) - {"checkpoint"}
+    assert set(fresh.built) == {name} | fresh._upstream(name) - {"checkpoint"}
     assert fresh.built[-1] == name
     before = pipeline(tiny, tmp_path / "b")
-    before.run(sorted(fresh._below(name) - {"checkpoint"}))
+    before.run(sorted(fresh._upstream(name) - {"checkpoint"}))
     second = pipeline(tiny, tmp_path / "b")
     second.run([name])
     assert second.built == [name]
@@ -324,7 +324,7 @@ def test_nothing_is_made_from_deleted_intermediates(
         for folder in tmp_path.glob(f"*/{name}-*"):
             shutil.rmtree(folder, ignore_errors=True)
     second = pipeline(tiny, tmp_path)
-    second.run(chosen("all", mixed=False))
+    second.run(select_stages("all", mixed=False))
     assert second.built == ["generate"]
 
 
@@ -350,7 +350,7 @@ def test_the_folder_that_a_run_names_is_undamaged(tiny: Path, tmp_path: Path, mo
     (verify,) = tmp_path.glob("*/verify-*[!k]")
     (verify / "made").write_text("broken")
     second = pipeline(tiny, tmp_path)
-    second.run(chosen("all"))
+    second.run(select_stages("all"))
     assert second.built == ["verify"]
     assert (verify / "made").read_text() != "broken"
 

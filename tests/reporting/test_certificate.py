@@ -57,7 +57,7 @@ def test_it_holds_what_was_found(made: dict[str, Artifact]) -> None:
     else:
         assert certificate["speed"] is None
         assert certificate["mix"] == made["convert"].summary
-        assert {node["role"] for node in certificate["kept"]} == {"encoder", "prefill", "decode"}
+        assert {node["component"] for node in certificate["kept"]} == {"encoder", "prefill", "decode"}
         assert certificate["statistics"]["decode"]["logits"][0] > 1
     assert str(Path.home()) not in json.dumps(certificate)
     assert str(folder) not in json.dumps(certificate)
@@ -113,7 +113,7 @@ def test_what_a_model_says_is_text(made: dict[str, Artifact]) -> None:
 def test_nothing_stays_in_fp32(made: dict[str, Artifact]) -> None:
     """Then that is said, in place of a table without rows."""
     certificate = json.loads((made["verify"].folder / "certificate.json").read_text())
-    said = "No node must stay in FP32."
+    said = "No node has to stay in FP32."
     assert said not in page.render(certificate)
     assert (said in page.render(certificate | {"kept": []})) == ("mix" in certificate)
 

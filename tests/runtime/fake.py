@@ -1,6 +1,6 @@
-"""A runtime unlike ONNX Runtime's: caches written in place, beams as a table of origins, PyTorch underneath.
+"""Test runtime on PyTorch: caches written in place, beams kept as a table of source rows.
 
-It shows that generation asks nothing of a runtime but `accel/runtime/protocol.py`, so that a static cache fits later.
+Shows that generation needs nothing of a runtime but `accel/runtime/protocol.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 
 from accel.adapters.types import Architecture, Component
 
-CAPACITY = 64  # decoder tokens that a state has room for
+CAPACITY = 64  # decoder tokens
 
 
 class TableState:
-    """Buffers that never move. Token t of sequence b lies in row `origin[b, t]`, at position t."""
+    """Caches at constant addresses. Token t of sequence b is in row `origin[b, t]`, at position t."""
 
     def __init__(self, constants: dict[str, Tensor], batch: int) -> None:
         self.constants = constants
-        self.buffers: dict[str, Tensor] = {}  # cache input -> [rows, heads, CAPACITY, head size]
+        self.buffers: dict[str, Tensor] = {}  # cache input -> [rows, heads, CAPACITY, head_size]
         self.origin = torch.arange(batch)[:, None].repeat(1, CAPACITY)  # [batch, CAPACITY]
         self.length = 0
 
@@ -28,25 +28,25 @@ class TableState:
         return self.origin.shape[0]
 
     def write(self, new: Mapping[str, Tensor]) -> None:
-        """Put each [batch, heads, new, head size] behind the tokens seen so far, in every sequence's own row."""
+        """Append each [batch, heads, new, head_size] to the tokens so far, in every sequence's own row."""
         count = next(iter(new.values())).shape[2]
         where = slice(self.length, self.length + count)
         if where.stop > CAPACITY:
-            raise ValueError(f"{where.stop} tokens, there is room for {CAPACITY}")
+            raise ValueError(f"{where.stop} tokens exceed the capacity of {CAPACITY}")
         for name, tensor in new.items():
             batch, heads, _, size = tensor.shape
             buffer = self.buffers.get(name)
-            if buffer is None or buffer.shape[0] < batch:  # more sequences than rows: the old rows keep their place
-                grown = torch.full((batch, heads, CAPACITY, size), torch.nan, dtype=tensor.dtype)
+            if buffer is None or buffer.shape[0] < batch:  # more sequences than rows: copy the old rows
+                larger = torch.full((batch, heads, CAPACITY, size), torch.nan, dtype=tensor.dtype)
                 if buffer is not None:
-                    grown[: buffer.shape[0]] = buffer
-                self.buffers[name] = buffer = grown
+                    larger[: buffer.shape[0]] = buffer
+                self.buffers[name] = buffer = larger
             buffer[:batch, :, where] = tensor
         self.origin[:, where] = torch.arange(self.batch)[:, None]
         self.length = where.stop
 
     def reorder(self, index: Tensor) -> None:
-        self.origin = self.origin[index]  # no cache moves
+        self.origin = self.origin[index]  # caches are not copied
 
     def crop(self, length: int) -> None:
         self.length = length
@@ -67,7 +67,7 @@ class TableState:
 
 
 class FakeRuntime:
-    """Runs an architecture's wrappers in PyTorch over a `TableState`."""
+    """Runtime that runs an architecture's wrappers in PyTorch over a `TableState`."""
 
     def __init__(self, architecture: Architecture, model: PreTrainedModel) -> None:
         self.device, self.dtype = torch.device("cpu"), torch.float32
@@ -92,18 +92,18 @@ class FakeRuntime:
         return outputs["logits"], self._state({name: outputs[source] for name, source in self.cache.items()}, inputs)
 
     def resume(self, caches: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> TableState:
-        names = sorted(self.cache, key=lambda name: not self._grows(name))
+        names = sorted(self.cache, key=lambda name: not self._is_self_cache(name))
         return self._state(dict(zip(names, caches, strict=True)), inputs)
 
-    def _grows(self, name: str) -> bool:
+    def _is_self_cache(self, name: str) -> bool:
         return self.cache[name] in {spec.name for spec in self.signatures[Component.DECODE].outputs}
 
     def _state(self, caches: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> TableState:
         specs = {spec.name: spec for spec in self.signatures[Component.DECODE].inputs}
         constants = {name: value for name, value in inputs.items() if name in specs and specs[name].source}
-        constants |= {name: tensor for name, tensor in caches.items() if not self._grows(name)}
+        constants |= {name: tensor for name, tensor in caches.items() if not self._is_self_cache(name)}
         state = TableState(constants, inputs["input_ids"].shape[0])
-        state.write({name: tensor for name, tensor in caches.items() if self._grows(name)})
+        state.write({name: tensor for name, tensor in caches.items() if self._is_self_cache(name)})
         return state
 
     def decode(self, inputs: Mapping[str, Tensor], state: TableState) -> Tensor:

@@ -1,14 +1,14 @@
-"""Rows that change places in caches: the same as copying them whole, and no more moved than changes."""
+"""Beam reordering in place: same result as copying whole rows, and only changed tokens are moved."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from accel.runtime import beam_cache
-from accel.runtime.beam_cache import BeamAncestry, mover
+from accel.runtime.beam_cache import BeamAncestry, row_mover
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-SHAPES = {  # of one cache, with 6 rows and room for 600 tokens, and the axis of its tokens
+SHAPES = {  # shape of one cache for 6 rows and 600 tokens, and its token axis
     "heads": ((6, 3, 600, 8), 2),
     "no heads": ((6, 600, 5), 1),
     "odd": ((6, 2, 600, 3), 2),
@@ -18,57 +18,58 @@ SHAPES = {  # of one cache, with 6 rows and room for 600 tokens, and the axis of
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_as_copying_whole_rows(device: str, shape: str, dtype: torch.dtype) -> None:
-    """Steps and reorderings in turn, among them rows that trade places, and tokens that are forgotten."""
+def test_same_as_copying_whole_rows(device: str, shape: str, dtype: torch.dtype) -> None:
+    """Decode steps and reorderings in turn, with permuted rows and with dropped tokens."""
     size, axis = SHAPES[shape]
     random = torch.Generator().manual_seed(0)
     stack = torch.randn(4, *size, generator=random).to(device, dtype)
-    expected, rows = stack.clone(), BeamAncestry(6, 600, torch.device(device))
+    expected, ancestry = stack.clone(), BeamAncestry(6, 600, torch.device(device))
     length = 500
-    for decode in range(30):
-        index = orders(random, decode).to(device)
-        rows.reorder(index.int() if decode % 2 else index, length, [(stack, axis + 1)])
+    for number in range(30):
+        index = source_rows(random, number).to(device)
+        ancestry.reorder(index.int() if number % 2 else index, length, [(stack, axis + 1)])
         kept = expected.narrow(axis + 1, 0, length)
         kept.copy_(kept.index_select(1, index))
-        assert torch.equal(stack, expected), decode
-        if decode == 20:
+        assert torch.equal(stack, expected), number
+        if number == 20:
             length -= 40
-            rows.begin(length)
+            ancestry.reset(length)
         new = torch.randn(4, *size, generator=random).to(device, dtype).narrow(axis + 1, length, 1)
         for caches in (stack, expected):
             caches.narrow(axis + 1, length, 1).copy_(new)
         length += 1
 
 
-def orders(random: torch.Generator, decode: int) -> Tensor:
-    if decode % 3 == 0:
+def source_rows(random: torch.Generator, number: int) -> Tensor:
+    """Return a permutation, rows drawn with repetition, or the identity."""
+    if number % 3 == 0:
         return torch.randperm(6, generator=random)
-    return torch.randint(0, 6, (6,), generator=random) if decode % 3 == 1 else torch.arange(6)
+    return torch.randint(0, 6, (6,), generator=random) if number % 3 == 1 else torch.arange(6)
 
 
 @pytest.fixture
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The first token of every move."""
+    """First token of every copy."""
     starts: list[int] = []
-    theirs = beam_cache.move_all
+    copy_rows = beam_cache.copy_rows
 
-    def noted(caches: Tensor, index: Tensor, changes: Tensor, length: int, start: int = 0) -> None:
+    def record(caches: Tensor, index: Tensor, changes: Tensor, length: int, start: int = 0) -> None:
         starts.append(start)
-        theirs(caches, index, changes, length, start)
+        copy_rows(caches, index, changes, length, start)
 
-    monkeypatch.setattr(beam_cache, "move_all", noted)
+    monkeypatch.setattr(beam_cache, "copy_rows", record)
     return starts
 
 
-def test_what_rows_have_in_common_stays(moved: list[int]) -> None:
-    """Once all descend from one row, what it computed until then is never moved again."""
-    rows, stack = BeamAncestry(3, 10, torch.device("cpu")), torch.zeros(1, 3, 1, 10, 4)
+def test_shared_tokens_are_not_copied(moved: list[int]) -> None:
+    """Once all rows descend from one row, the tokens that it computed until then are never copied again."""
+    ancestry, stack = BeamAncestry(3, 10, torch.device("cpu")), torch.zeros(1, 3, 1, 10, 4)
 
     def follow(index: list[int], length: int) -> None:
-        rows.reorder(torch.tensor(index), length, [(stack, 3)])
+        ancestry.reorder(torch.tensor(index), length, [(stack, 3)])
 
     follow([0, 0, 0], 4)
-    follow([2, 1, 0], 5)  # token 4 was computed by each
+    follow([2, 1, 0], 5)  # every row computed its own token 4
     follow([2, 1, 0], 5)
     follow([0, 1, 2], 6)
     follow([1, 1, 1], 7)
@@ -77,22 +78,22 @@ def test_what_rows_have_in_common_stays(moved: list[int]) -> None:
 
 
 def test_a_larger_bucket(moved: list[int]) -> None:
-    """What rows had in common they have in common in the larger caches that theirs were copied into."""
-    rows, larger = (BeamAncestry(3, bucket, torch.device("cpu")) for bucket in (4, 8))
-    rows.reorder(torch.tensor([1, 1, 1]), 3, [(torch.zeros(1, 3, 1, 4, 2), 3)])
-    larger.take(rows, 4)
+    """Rows share the same tokens after their caches were copied to a larger bucket."""
+    ancestry, larger = (BeamAncestry(3, bucket, torch.device("cpu")) for bucket in (4, 8))
+    ancestry.reorder(torch.tensor([1, 1, 1]), 3, [(torch.zeros(1, 3, 1, 4, 2), 3)])
+    larger.copy_from(ancestry, 4)
     larger.reorder(torch.tensor([0, 2, 1]), 4, [(torch.zeros(1, 3, 1, 8, 2), 3)])
     assert moved == [0, 3]
 
 
 @pytest.mark.gpu
 def test_a_kernel_moves_rows_on_cuda() -> None:
-    """Not the way around for a machine without CuPy."""
-    assert mover(torch.device("cuda")) is beam_cache.move_on_cuda
+    """The kernel is used, not the fallback for a machine without CuPy."""
+    assert row_mover(torch.device("cuda")) is beam_cache.move_rows_on_cuda
 
 
 @pytest.mark.gpu
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are moved all the same."""
-    monkeypatch.setattr(beam_cache, "mover", lambda device: beam_cache.move_all)
-    test_as_copying_whole_rows("cuda", "heads", torch.float16)
+    """Reordering falls back to copies and gives the same result."""
+    monkeypatch.setattr(beam_cache, "row_mover", lambda device: beam_cache.copy_rows)
+    test_same_as_copying_whole_rows("cuda", "heads", torch.float16)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: work in the right order without waiting, and a device that runs full."""
+"""Behaviour that needs a GPU: work ordered by the shared stream, and device memory that runs out."""
 
 import gc
 from pathlib import Path
@@ -36,7 +36,7 @@ def opened(folder: Path, text: str, **options: str) -> BoundSession:
 
 
 def race(session: BoundSession) -> int:
-    """How often a run read its input before a long kernel had written it, or its output was read before it was."""
+    """Count the runs that read an input before it was written, or whose output was read before it was written."""
     x = torch.zeros(ELEMENTS, device=DEVICE)
     wrong = 0
     for number in range(1, REPEATS + 1):
@@ -48,15 +48,15 @@ def race(session: BoundSession) -> int:
 
 
 def test_torch_and_onnx_runtime_share_a_stream(tmp_path: Path) -> None:
-    """While decoding, torch works on the sessions' stream: neither overtakes the other."""
+    """While decoding, torch uses the sessions' stream, so that neither runs ahead of the other."""
     session = opened(tmp_path, DOUBLE)
     with on_shared_stream(DEVICE):
         assert torch.cuda.current_stream() == shared_stream()
         assert race(session) == 0
 
 
-def test_callers_on_another_stream_wait_their_turn(tmp_path: Path) -> None:
-    """A runtime called from torch's default stream, or from one of the caller's own, is in order as well."""
+def test_callers_on_another_stream_are_ordered(tmp_path: Path) -> None:
+    """Calls from torch's default stream, or from a stream of the caller, are ordered as well."""
     session = opened(tmp_path, DOUBLE)
     assert race(session) == 0
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -64,7 +64,7 @@ def test_callers_on_another_stream_wait_their_turn(tmp_path: Path) -> None:
 
 
 def test_the_race_is_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same test on a session with a stream of its own does read too early: the others can fail."""
+    """The same check fails for a session with a stream of its own, so the tests above are sensitive."""
     monkeypatch.setattr("accel.runtime.session.stream_options", lambda provider: {})
     session = opened(tmp_path, DOUBLE)
     with on_shared_stream(DEVICE):
@@ -81,11 +81,11 @@ FROM_HOST = """g (float[n] x, float[k] past) => (int64[m] y)
 }"""
 
 
-def test_what_the_host_computed_is_not_overwritten(tmp_path: Path) -> None:
-    """Runs are queued behind a long kernel, each with another length, and each is given its own."""
+def test_values_from_the_host_are_not_overwritten(tmp_path: Path) -> None:
+    """Runs with different lengths, queued behind a long kernel, each read their own length."""
     session = opened(tmp_path, FROM_HOST)
     x, past = torch.ones(16, device=DEVICE), torch.zeros(REPEATS, device=DEVICE)
-    for _ in range(2):  # room for all outputs: what is allocated anew would be waited for
+    for _ in range(2):  # allocate memory for all outputs beforehand: an allocation would synchronise
         kept = [session({"x": x, "past": past}, ["y"])[0] for _ in range(REPEATS)]
     del kept
     with on_shared_stream(DEVICE):
@@ -94,8 +94,8 @@ def test_what_the_host_computed_is_not_overwritten(tmp_path: Path) -> None:
         assert [{int(y.min()), int(y.max())} for y in found] == [{length + 1} for length in range(REPEATS)]
 
 
-def test_a_session_may_go_while_the_device_works(tmp_path: Path) -> None:
-    """Dropped right after a run that is still queued: the process goes on, and the output comes out right."""
+def test_a_session_deleted_while_the_device_works(tmp_path: Path) -> None:
+    """A session deleted right after a run that is still queued: the process goes on, the output is correct."""
     for number in range(10):
         session = opened(tmp_path, FROM_HOST)
         x, past = torch.ones(16, device=DEVICE), torch.zeros(7, device=DEVICE)
@@ -107,8 +107,8 @@ def test_a_session_may_go_while_the_device_works(tmp_path: Path) -> None:
             assert int(y.max()) == number % 7 + 1
 
 
-def test_a_session_may_go_right_after_a_run(tmp_path: Path) -> None:
-    """As the audit's do, which run on arrays of the host and wait for their outputs: something is queued even so."""
+def test_a_session_deleted_right_after_a_run(tmp_path: Path) -> None:
+    """Runs on host arrays wait for their outputs, as in calibration, but still leave a callback queued."""
     path = tmp_path / "text.onnx"
     path.write_bytes(ir.to_proto(parse(FROM_HOST)).SerializeToString())
     for length in range(1, 101):
@@ -123,8 +123,8 @@ NORM = """g (float16[b, n, 1024] x, float16[b, n, 1024] residual) => (float16[b,
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_norms_add_up_in_fp32(tmp_path: Path, scale: float) -> None:
-    """Squares of numbers that FP16 holds, but whose mean square it does not, on either end of its range."""
+def test_norms_accumulate_in_fp32(tmp_path: Path, scale: float) -> None:
+    """Values within FP16 whose mean square is outside, at both ends of its range."""
     path = tmp_path / "norm.onnx"
     path.write_bytes(ir.to_proto(parse(NORM, {"weight": np.ones(1024, np.float16)})).SerializeToString())
     session = BoundSession(open_session(path, SessionSettings.of(runtime_preset("cuda"))), DEVICE)
@@ -137,15 +137,15 @@ def test_norms_add_up_in_fp32(tmp_path: Path, scale: float) -> None:
 
 
 @pytest.mark.parametrize("limit", [True, False], ids=["memory limit", "whole device"])
-def test_a_full_device_says_so_and_the_session_goes_on(tmp_path: Path, limit: bool) -> None:
-    """One message with sizes and what to do; the next run, a smaller one, is right."""
+def test_out_of_memory_leaves_the_session_usable(tmp_path: Path, limit: bool) -> None:
+    """The message has sizes and advice; the next, smaller run is correct."""
     session = opened(tmp_path, MANY, **({"gpu_mem_limit": str(200 << 20)} if limit else {}))
-    room = 200 << 20
-    taken = 0 if limit else torch.cuda.mem_get_info()[0] - room  # `Tile` makes no more than 4 GiB
+    available = 200 << 20  # bytes
+    taken = 0 if limit else torch.cuda.mem_get_info()[0] - available  # the output of `Tile` is limited to 4 GiB
     filled = torch.empty(max(0, taken), dtype=torch.uint8, device=DEVICE)
-    elements = room // 4 // 8  # eight times what there is
+    elements = available // 4 // 8  # the output takes eight times the available memory
     (before,) = session({"x": torch.arange(1000.0)}, ["y"])
-    with pytest.raises(DeviceMemoryError, match=r"no room for \d+ MB more.*fewer beams"):
+    with pytest.raises(DeviceMemoryError, match=r"out of memory: \d+ MB more were requested\. Reduce .*num_beams"):
         session({"x": torch.ones(elements, device=DEVICE)}, ["y"])
     del filled
     (after,) = session({"x": torch.arange(1000.0)}, ["y"])
@@ -153,12 +153,12 @@ def test_a_full_device_says_so_and_the_session_goes_on(tmp_path: Path, limit: bo
     assert torch.equal(after.cpu(), torch.arange(1000.0).repeat(64))
 
 
-def test_a_gpu_too_small_is_foretold(tmp_path: Path) -> None:
-    """Weights that exceed what is free are refused before anything is loaded."""
+def test_weights_too_large_for_the_gpu(tmp_path: Path) -> None:
+    """Weights larger than free memory are refused before anything is loaded."""
     graph, data = tmp_path / "decoder.onnx", tmp_path / "decoder.onnx.data"
     graph.write_bytes(b"")
     with data.open("wb") as file:
-        file.truncate(torch.cuda.mem_get_info()[1])  # a sparse file: it takes no room on the disk
+        file.truncate(torch.cuda.mem_get_info()[1])  # a sparse file, which takes no disk space
     with pytest.raises(DeviceMemoryError, match=r"too small: the model has \d+ MB of weights"):
         check_weights_fit([graph], DEVICE)
     with data.open("wb") as file:

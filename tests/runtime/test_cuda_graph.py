@@ -1,24 +1,24 @@
-"""What is recorded once and replayed does what it did, and what can't be recorded goes on as it is."""
+"""Captured work gives the same results when it is replayed, and work that can't be captured still runs."""
 
 import pytest
 import torch
 
-from accel.runtime.cuda_graph import CudaGraphCallable, _reason
+from accel.runtime.cuda_graph import CudaGraphCallable, _failure_reason
 from accel.runtime.streams import on_shared_stream
 
 CUDA = torch.device("cuda")
 
 
 class Counter:
-    """Adds a number to a sum, both tensors that stay, and counts how often it was called to do so."""
+    """Callable that adds a number to a sum, both tensors at constant addresses, and counts its calls."""
 
-    def __init__(self, device: torch.device, asks: bool = False) -> None:
+    def __init__(self, device: torch.device, synchronizes: bool = False) -> None:
         self.number, self.sum = torch.ones(1000, device=device), torch.zeros(1000, device=device)
-        self.calls, self.asks = 0, asks
+        self.calls, self.synchronizes = 0, synchronizes
 
     def __call__(self) -> None:
         self.calls += 1
-        if self.asks:
+        if self.synchronizes:
             self.sum.max().item()
         self.sum += self.number * 2
 
@@ -34,8 +34,8 @@ def test_on_the_cpu_it_is_called() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_is_recorded_at_the_second_call() -> None:
-    """Replays read what is there then: the number changes between them."""
+def test_on_a_gpu_the_second_call_is_captured() -> None:
+    """Replays read the current values of the tensors: the number changes between them."""
     work = Counter(CUDA)
     captured = CudaGraphCallable(work, CUDA, "a sum")
     with on_shared_stream(CUDA):
@@ -48,9 +48,9 @@ def test_on_a_gpu_it_is_recorded_at_the_second_call() -> None:
 
 
 @pytest.mark.gpu
-def test_what_asks_the_device_is_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
-    """One warning, and every call counts once all the same."""
-    work = Counter(CUDA, asks=True)
+def test_synchronizing_work_is_not_captured(caplog: pytest.LogCaptureFixture) -> None:
+    """One warning is logged, and every call still runs the function once."""
+    work = Counter(CUDA, synchronizes=True)
     captured = CudaGraphCallable(work, CUDA, "a sum")
     with on_shared_stream(CUDA):
         for _ in range(4):
@@ -61,8 +61,8 @@ def test_what_asks_the_device_is_not_recorded(caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.gpu
-def test_recordings_that_come_and_go() -> None:
-    """Memory of one that is gone may be another's: none reads what it left there."""
+def test_graphs_created_and_destroyed() -> None:
+    """Graphs that reuse the memory of destroyed ones give correct results."""
     with on_shared_stream(CUDA):
         for _ in range(5):
             first, second = Counter(CUDA), Counter(CUDA)
@@ -74,11 +74,11 @@ def test_recordings_that_come_and_go() -> None:
 
 
 def test_the_reason_names_the_node() -> None:
-    said = (
+    message = (
         "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running NonZero node. "
         "Name:'experts.nonzero' Status Message: CUDA failure 900: operation not permitted when stream is capturing"
     )
-    end = RuntimeError("the recording is invalid")
-    end.__context__ = RuntimeError(said)
-    found = "node experts.nonzero (NonZero): CUDA failure 900: operation not permitted when stream is capturing"
-    assert _reason(end) == found
+    error = RuntimeError("the capture is invalid")
+    error.__context__ = RuntimeError(message)
+    expected = "node experts.nonzero (NonZero): CUDA failure 900: operation not permitted when stream is capturing"
+    assert _failure_reason(error) == expected

@@ -1,4 +1,4 @@
-"""The growing cache: what a State does to its caches is what PyTorch's caches do, and nothing leaves the device."""
+"""Dynamic caches: same contents as PyTorch's caches after every operation, and no copies to the host."""
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -34,7 +34,7 @@ def eager(tiny: Path) -> T5ForConditionalGeneration:
 
 
 class Both:
-    """The same decoder twice, after the same prefill: PyTorch's with its own cache, ours with its State."""
+    """One decoder in PyTorch with transformers' cache and in a runtime with its state, after the same prefill."""
 
     def __init__(self, model: AcceleratedModel, eager: T5ForConditionalGeneration, past: int = PAST) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -67,7 +67,7 @@ class Both:
         return output.logits
 
     def assert_same(self) -> None:
-        """Every cache, and the logits of two more steps, one of them with several new ids."""
+        """Compare every cache, and the logits of two more calls, one of them with several new ids."""
         self.assert_same_caches()
         for new in (1, 3):
             ids = torch.arange(3, 3 + self.state.batch * new).view(-1, new)
@@ -77,7 +77,7 @@ class Both:
         self.assert_same_caches()
 
     def expand_then_reorder(self) -> None:
-        """What beams do, and the same afterwards."""
+        """Expand and reorder as beam search does, and compare after each."""
         self.state.expand(2)
         self.cache.batch_repeat_interleave(2)
         self.hidden, self.mask = self.hidden.repeat_interleave(2, 0), self.mask.repeat_interleave(2, 0)
@@ -105,27 +105,27 @@ def both(model: AcceleratedModel, eager: T5ForConditionalGeneration) -> Both:
     return Both(model, eager)
 
 
-def test_views_and_steps(both: Both) -> None:
-    """Untouched: the caches are PyTorch's, [batch, heads, length, head size]."""
+def test_views_and_decode_steps(both: Both) -> None:
+    """Caches equal PyTorch's, [batch, heads, length, head_size]."""
     both.assert_same()
     assert both.state.views()["past_key_values.0.decoder.key"].shape == (BATCH, 4, PAST + 4, 16)
 
 
 def test_crop(both: Both) -> None:
-    """Forgetting the last tokens, then going on."""
+    """Decoding continues after the last tokens are dropped."""
     both.state.crop(2)
-    both.cache.crop(2 - PAST)  # PyTorch's counts what to forget
+    both.cache.crop(2 - PAST)  # transformers takes the negative number of tokens to drop
     assert both.state.length == 2
     both.assert_same()
 
 
 def test_expand_then_reorder(both: Both) -> None:
-    """Beams: every sequence twice, some steps, then each continues from what another of its input was."""
+    """Sequences are repeated, decoded, then reordered within each input."""
     both.expand_then_reorder()
 
 
 def test_reorder_moves_the_right_rows(both: Both) -> None:
-    """Every cache of the decoder's own follows the index, and the sequences do differ."""
+    """Every self-attention cache follows the index, and its rows differ."""
     both.state.expand(2)
     both.model.runtime.decode({"input_ids": torch.arange(10, 16)[:, None]}, both.state)
     before = {name: view.clone() for name, view in both.state.views().items()}
@@ -138,7 +138,7 @@ def test_reorder_moves_the_right_rows(both: Both) -> None:
 
 
 def test_select(both: Both) -> None:
-    """Some sequences of any input go on, the others are dropped: masks and cross caches follow."""
+    """Selected sequences continue, with their masks and cross-attention caches."""
     index = torch.tensor([2, 1])
     both.state.select(index)
     both.cache.batch_select_indices(index)
@@ -148,7 +148,7 @@ def test_select(both: Both) -> None:
 
 
 def test_states_are_independent(model: AcceleratedModel, eager: T5ForConditionalGeneration) -> None:
-    """Two generations at once over one runtime don't touch each other's caches."""
+    """Two generations at once over one runtime don't change each other's caches."""
     first, second = Both(model, eager), Both(model, eager)
     second.state.select(torch.tensor([0]))
     model.runtime.decode({"input_ids": torch.tensor([[4]])}, second.state)
@@ -156,14 +156,14 @@ def test_states_are_independent(model: AcceleratedModel, eager: T5ForConditional
 
 
 def test_prefill_takes_no_past(both: Both, model: AcceleratedModel) -> None:
-    """A prefill after other generations starts from nothing, for batches of any size."""
+    """A prefill after other generations starts with empty caches, for any batch size."""
     one = {"input_ids": torch.tensor([[5]]), "encoder_hidden_states": both.hidden[:1]}
     one["encoder_attention_mask"] = both.mask[:1]
     _, state = model.runtime.prefill(one)
     assert (state.length, state.batch) == (1, 1)
 
 
-# what happens inside a whole generation
+# calls within one `generate`
 
 
 def inputs() -> dict[str, Any]:
@@ -173,7 +173,7 @@ def inputs() -> dict[str, Any]:
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}])
 def test_encoder_runs_once(model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    """Once per `generate`, on the inputs as given, not once per beam or token."""
+    """The encoder runs once per `generate`, on the inputs as given, not once per beam or token."""
     calls: list[int] = []
     real = model.runtime.encode
 
@@ -186,8 +186,8 @@ def test_encoder_runs_once(model: AcceleratedModel, monkeypatch: pytest.MonkeyPa
     assert calls == [2]
 
 
-def test_prefill_once_then_one_token_a_step(model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache is used: one prefill, and every step is given one new id and a past that is one longer."""
+def test_prefill_once_then_one_token_per_decode_step(model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache is used: one prefill, then every decode step takes one new id and a past that is one longer."""
     steps: list[tuple[int, int]] = []
     prefills: list[int] = []
     decode, prefill = model.runtime.decode, model.runtime.prefill
@@ -203,8 +203,8 @@ def test_prefill_once_then_one_token_a_step(model: AcceleratedModel, monkeypatch
     assert steps == [(1, length) for length in range(1, 12)]
 
 
-def test_caches_never_leave_for_numpy(model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No array of ONNX Runtime's or torch's is turned into NumPy's while text is generated."""
+def test_caches_are_never_converted_to_numpy(model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is converted to NumPy arrays during a generation."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("copied to NumPy")
@@ -218,28 +218,28 @@ def test_caches_never_leave_for_numpy(model: AcceleratedModel, monkeypatch: pyte
     assert torch.equal(model.generate(**inputs(), num_beams=3), expected)
 
 
-def test_caches_stay_where_onnx_runtime_put_them(model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Greedy: what a step takes as its past lies where the step before it left its present."""
+def test_caches_are_not_copied(model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy: the past of a decode step has the address of the present of the step before it."""
     runs: list[tuple[dict[str, int], dict[str, int]]] = []
     real = BoundSession.run
 
-    def place(value: Value) -> int:
+    def address(value: Value) -> int:
         return int(value.value.data_ptr() if isinstance(value, OrtValueHandle) else value.data_ptr())
 
-    def run(self: BoundSession, inputs: Mapping[str, Value], wanted: list[str], held: int = 0) -> list[Value]:
-        outputs = real(self, inputs, wanted, held)
-        taken = {name: place(value) for name, value in inputs.items()}
-        runs.append((taken, dict(zip(wanted, map(place, outputs), strict=True))))
+    def run(self: BoundSession, inputs: Mapping[str, Value], output_names: list[str], handles: int = 0) -> list[Value]:
+        outputs = real(self, inputs, output_names, handles)
+        read = {name: address(value) for name, value in inputs.items()}
+        runs.append((read, dict(zip(output_names, map(address, outputs), strict=True))))
         return outputs
 
     monkeypatch.setattr(BoundSession, "run", run)
     model.generate(**inputs(), min_new_tokens=12)
     decoder = runs[1:]
     assert len(decoder) == 12
-    for (_, made), (taken, _) in pairwise(decoder):
+    for (_, written), (read, _) in pairwise(decoder):
         for layer in range(2):
             for kind in ("key", "value"):
                 present, past = f"present.{layer}.decoder.{kind}", f"past_key_values.{layer}.decoder.{kind}"
-                assert taken[past] == made[present]
-    crossed = [taken["past_key_values.0.encoder.key"] for taken, _ in decoder[1:]]
-    assert set(crossed) == {decoder[0][1]["present.0.encoder.key"]}
+                assert read[past] == written[present]
+    cross = [read["past_key_values.0.encoder.key"] for read, _ in decoder[1:]]
+    assert set(cross) == {decoder[0][1]["present.0.encoder.key"]}

@@ -1,4 +1,4 @@
-"""An encoder whose inputs lie where they lay before says what it says about inputs of their own."""
+"""An encoder over padded buffers at constant addresses returns what an ordinary run returns."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from accel.runtime.encoder_graphs import KEPT, CapturedEncoder
+from accel.runtime.encoder_graphs import MAX_GRAPHS, CapturedEncoder
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.layout import ENCODER
 from accel.runtime.session import SessionSettings, open_session
@@ -18,7 +18,7 @@ def session(deployable: Path) -> BoundSession:
 
 
 def inputs(rows: int, length: int) -> dict[str, Tensor]:
-    """The last row is padded, if there are several."""
+    """Return ids and a mask, the last row padded if there are several."""
     ids = torch.randint(3, 120, (rows, length), generator=torch.Generator().manual_seed(rows * length))
     mask = torch.ones_like(ids)
     mask[-1, length - (rows > 1) * length // 3 :] = 0
@@ -26,7 +26,7 @@ def inputs(rows: int, length: int) -> dict[str, Tensor]:
 
 
 def test_the_same_at_any_length(session: BoundSession) -> None:
-    """Rounded up or not, one after the other in the same place, which still holds the longer one before."""
+    """Lengths that are padded or not, in buffers that still hold a longer input from before."""
     encoder = CapturedEncoder(session)
     for length in (16, 15, 3, 17, 16, 32, 1):
         for rows in (1, 3):
@@ -39,7 +39,7 @@ def test_the_same_at_any_length(session: BoundSession) -> None:
     assert len(encoder._entries) == 4  # 16 and 32, of one row and of three
 
 
-def test_what_it_returned_stays(session: BoundSession) -> None:
+def test_outputs_are_not_overwritten(session: BoundSession) -> None:
     encoder = CapturedEncoder(session)
     first = encoder(inputs(1, 5))["last_hidden_state"]
     kept = first.clone()
@@ -48,32 +48,32 @@ def test_what_it_returned_stays(session: BoundSession) -> None:
 
 
 def test_few_shapes_are_kept(session: BoundSession) -> None:
-    """Those used last."""
+    """Only graphs of the shapes used last are kept."""
     encoder = CapturedEncoder(session)
     for rows in (1, 2, 3, 4, 1, 5, 6):
         encoder(inputs(rows, 4))
     assert [kind[0][1] for kind in encoder._entries] == [(4, 16), (1, 16), (5, 16), (6, 16)]
-    assert len(encoder._entries) == KEPT
+    assert len(encoder._entries) == MAX_GRAPHS
 
 
 def test_large_outputs_are_not_kept(session: BoundSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They come from an ordinary call, as long as they are."""
+    """Large outputs come from an ordinary run, without padding."""
     size = 2 * 16 * session.outputs["last_hidden_state"].shape[2] * 4
     given = inputs(2, 11)
     (expected,) = session(given, ["last_hidden_state"])
     for largest, kept in ((size - 1, 0), (size, 1)):
-        monkeypatch.setattr("accel.runtime.encoder_graphs.LARGEST", largest)
+        monkeypatch.setattr("accel.runtime.encoder_graphs.MAX_OUTPUT_BYTES", largest)
         encoder = CapturedEncoder(session)
         torch.testing.assert_close(encoder(given)["last_hidden_state"][0], expected[0], rtol=1e-4, atol=1e-5)
         assert len(encoder._entries) == kept
 
 
-def test_only_where_it_is_recorded(session: BoundSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And where no output has a length of its own."""
-    assert not CapturedEncoder.fits(session)
-    monkeypatch.setattr(session.session, "recordable", True)
-    assert CapturedEncoder.fits(session)
+def test_supported_sessions(session: BoundSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The session must be capturable, and every output axis must be an input axis."""
+    assert not CapturedEncoder.supports(session)
+    monkeypatch.setattr(session.session, "capturable", True)
+    assert CapturedEncoder.supports(session)
     monkeypatch.setattr(session, "inputs", {"input_ids": session.inputs["input_ids"]})
-    assert CapturedEncoder.fits(session)
+    assert CapturedEncoder.supports(session)
     monkeypatch.setattr(session, "inputs", {})
-    assert not CapturedEncoder.fits(session)
+    assert not CapturedEncoder.supports(session)

@@ -1,4 +1,4 @@
-"""Calls of a session on tensors: no copies, no overwritten outputs, any tensor as a feed."""
+"""Sessions called with torch tensors: no copies, no overwritten outputs, inputs of any layout and dtype."""
 
 import gc
 from pathlib import Path
@@ -29,12 +29,12 @@ TEXT = """g (float[n, m] x, int64[k] ids, bool negate) => (float[n, m] y, float[
 ON, OFF = torch.tensor(True), torch.tensor(False)
 
 
-def open_bound(folder: Path, device: str, by: TensorExchange) -> BoundSession:
-    """A fresh session over the text."""
+def open_bound(folder: Path, device: str, exchange: TensorExchange) -> BoundSession:
+    """Open a new session over `TEXT`."""
     path = folder / "text.onnx"
     path.write_bytes(ir.to_proto(parse(TEXT)).SerializeToString())
     settings = SessionSettings(CUDA if device == "cuda" else CPU)
-    return BoundSession(open_session(path, settings), torch.device(device), by)
+    return BoundSession(open_session(path, settings), torch.device(device), exchange)
 
 
 @pytest.fixture(
@@ -46,12 +46,12 @@ def open_bound(folder: Path, device: str, by: TensorExchange) -> BoundSession:
     ],
 )
 def bound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BoundSession:
-    """Every device and every bridge, which all mean the same."""
+    """Open a session on every device with every tensor exchange."""
     return open_bound(tmp_path_factory.mktemp("text"), *request.param)
 
 
 class Recording:
-    """Stands in for a session and remembers where the outputs of its last run lie."""
+    """Session wrapper that records the addresses of the outputs of its last run."""
 
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self.session = session
@@ -64,9 +64,9 @@ class Recording:
         self.session.run_with_iobinding(binding, *more)
         self.pointers = [value.data_ptr() for value in binding.get_outputs()]
 
-    def run_with_ortvaluevector(self, *given: Any) -> None:
-        self.session.run_with_ortvaluevector(*given)
-        outputs = given[4]
+    def run_with_ortvaluevector(self, *arguments: Any) -> None:
+        self.session.run_with_ortvaluevector(*arguments)
+        outputs = arguments[4]
         self.pointers = [value.data_ptr() for value in outputs]
 
 
@@ -79,7 +79,7 @@ def inputs(x: torch.Tensor, negate: torch.Tensor = OFF) -> dict[str, torch.Tenso
 
 
 def test_outputs_are_onnx_runtimes_own_memory(bound: BoundSession) -> None:
-    """Each tensor starts where ONNX Runtime put the output: nothing was copied."""
+    """Each tensor has the address that ONNX Runtime gave the output: nothing is copied."""
     recording = Recording(bound.session)
     subject = BoundSession(recording, bound.device, bound.tensor_exchange)  # type: ignore[arg-type]
     outputs = subject(inputs(numbers(bound, 3, 5)), ["y", "rows"])
@@ -88,7 +88,7 @@ def test_outputs_are_onnx_runtimes_own_memory(bound: BoundSession) -> None:
 
 
 def test_numbers_order_and_types(bound: BoundSession) -> None:
-    """Outputs come in the order asked for, whichever that is, with the graph's shapes and types."""
+    """Outputs come in the requested order, with the graph's shapes and dtypes."""
     x = numbers(bound, 3, 5)
     rows, y = bound(inputs(x), ["rows", "y"])
     assert torch.equal(y, 2 * x)
@@ -101,17 +101,17 @@ def test_numbers_order_and_types(bound: BoundSession) -> None:
 
 
 def test_last_outputs_are_not_overwritten(bound: BoundSession) -> None:
-    """Tensors of earlier runs keep their numbers and have memory of their own."""
-    inputs = [numbers(bound, 3, 5) + number for number in range(20)]
-    outputs = [bound(inputs(x), ["y", "rows"]) for x in inputs]
-    for x, (y, rows) in zip(inputs, outputs, strict=True):
+    """Tensors of earlier runs keep their values and have memory of their own."""
+    tensors = [numbers(bound, 3, 5) + number for number in range(20)]
+    outputs = [bound(inputs(x), ["y", "rows"]) for x in tensors]
+    for x, (y, rows) in zip(tensors, outputs, strict=True):
         assert torch.equal(y, 2 * x)
         assert torch.equal(rows, x[[1, 0]])
     assert len({tensor.data_ptr() for pair in outputs for tensor in pair}) == 40
 
 
 def test_outputs_outlive_the_session(bound: BoundSession, tmp_path: Path) -> None:
-    """The memory belongs to the tensor: it stays when session and binding are gone."""
+    """A tensor keeps its memory after session and binding are deleted."""
     subject = open_bound(tmp_path, bound.device.type, bound.tensor_exchange)
     x = numbers(bound, 300, 500)
     y, rows = subject(inputs(x), ["y", "rows"])
@@ -123,8 +123,8 @@ def test_outputs_outlive_the_session(bound: BoundSession, tmp_path: Path) -> Non
     assert len(churn) == 20
 
 
-def test_output_fed_back(bound: BoundSession) -> None:
-    """An output is the next run's input, as a cache is, many times over."""
+def test_output_as_next_input(bound: BoundSession) -> None:
+    """An output is the input of the next run, as a cache is, many times."""
     x = numbers(bound, 3, 5)
     y = x
     for _ in range(10):
@@ -144,8 +144,8 @@ def test_output_fed_back(bound: BoundSession) -> None:
     ],
     ids=["transposed", "strided", "expanded", "double", "offset", "with gradient"],
 )
-def test_any_tensor_is_a_feed(bound: BoundSession, change: Any) -> None:
-    """Order in memory, type and offset of a feed make no difference."""
+def test_any_tensor_is_an_input(bound: BoundSession, change: Any) -> None:
+    """Memory layout, dtype and offset of an input make no difference."""
     x = numbers(bound, 3, 5)
     y, rows = bound(inputs(change(x)), ["y", "rows"])
     assert torch.equal(y, 2 * x)
@@ -153,7 +153,7 @@ def test_any_tensor_is_a_feed(bound: BoundSession, change: Any) -> None:
 
 
 def test_narrow_ids_and_numbers_for_flags(bound: BoundSession) -> None:
-    """int32 ids are widened; a flag may be any number; what the graph doesn't take is left out."""
+    """int32 ids are widened, a flag may be an integer, and names that the graph doesn't take are ignored."""
     x = numbers(bound, 3, 5)
     given = {"x": x, "ids": torch.tensor([2], dtype=torch.int32), "negate": torch.tensor(1), "unknown": x}
     y, rows = bound(given, ["y", "rows"])
@@ -161,14 +161,14 @@ def test_narrow_ids_and_numbers_for_flags(bound: BoundSession) -> None:
     assert torch.equal(rows, x[[2]])
 
 
-def test_missing_feed_is_named(bound: BoundSession) -> None:
-    """Without one of its inputs a session is not run on garbage."""
+def test_missing_input_is_named(bound: BoundSession) -> None:
+    """A session is not run if an input is missing."""
     with pytest.raises(KeyError, match="ids"):
         bound({"x": numbers(bound, 3, 5), "negate": OFF}, ["y"])
 
 
 def test_empty_inputs_and_outputs(bound: BoundSession) -> None:
-    """Length 0 goes in and comes out, as caches without past do."""
+    """Inputs and outputs may have length 0, as caches without past do."""
     given = {"x": numbers(bound, 3, 0), "ids": torch.zeros(0, dtype=torch.int64), "negate": OFF}
     y, rows = bound(given, ["y", "rows"])
     assert y.shape == (3, 0)
@@ -176,7 +176,7 @@ def test_empty_inputs_and_outputs(bound: BoundSession) -> None:
 
 
 def test_boolean_output(bound: BoundSession) -> None:
-    """DLPack knows no bool in ONNX Runtime's hands; the tensor must come out all the same."""
+    """Boolean outputs are returned, though ONNX Runtime's DLPack has no bool type."""
     x = numbers(bound, 3, 5)
     (positive,) = bound(inputs(x), ["positive"])
     assert torch.equal(positive.bool(), x > 0)

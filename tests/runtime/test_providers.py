@@ -1,4 +1,4 @@
-"""What is missing for CUDA is named, with the extra that brings it."""
+"""Error messages name the library that CUDA needs and the extra that installs it."""
 
 import ctypes
 from typing import Any
@@ -16,7 +16,7 @@ from accel.runtime import providers
     [("13.0", "accel-onnx[cuda13]"), ("12.8", "accel-onnx[cuda12]"), ("11.8", "accel-onnx[cuda11]")],
 )
 def test_missing_library_and_its_extra(monkeypatch: pytest.MonkeyPatch, version: str, extra: str) -> None:
-    """The loader's own words name the library; the wheel knows its CUDA."""
+    """The dynamic loader's error names the library, the wheel its CUDA version."""
 
     def refuse(name: str, **_: Any) -> None:
         raise OSError("libcublasLt.so.13: cannot open shared object file: No such file or directory")
@@ -29,8 +29,8 @@ def test_missing_library_and_its_extra(monkeypatch: pytest.MonkeyPatch, version:
     assert f"CUDA {version.split('.')[0]}" in message
 
 
-def test_another_reason_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that is there but doesn't fit is not called missing."""
+def test_another_loader_error_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that is found but can't be loaded is not reported as missing."""
 
     def refuse(name: str, **_: Any) -> None:
         raise OSError("libfoo.so: undefined symbol: bar")
@@ -40,8 +40,8 @@ def test_another_reason_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_provider_that_does_not_load_is_found_before_any_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime lists CUDA and torch sees a GPU, but a session comes up without: said at once, not after export."""
+def test_a_provider_that_does_not_load_is_reported_before_any_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime lists CUDA and torch finds a GPU, but sessions open without the provider: reported before export."""
     monkeypatch.setattr(providers, "available_providers", lambda: [providers.CUDA, providers.CPU])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     providers._loads.cache_clear()

@@ -1,4 +1,4 @@
-"""How sessions are opened."""
+"""Opening of sessions, and detection of graphs that can't be captured."""
 
 import os
 import re
@@ -11,30 +11,30 @@ import pytest
 from accel.config.presets import runtime_preset
 from accel.errors import AccelError
 from accel.runtime import session
-from accel.runtime.session import SessionSettings, obstacle, open_session
+from accel.runtime.session import SessionSettings, capture_obstacle, open_session
 from tests.graph.text import parse
 
 DOUBLE = "g (float[n] x) => (float[n] y) { y = Add(x, x) }"
 
 
-def test_environment_stands_before_a_session_opens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime reads its variables while it makes the session: later is too late."""
+def test_environment_is_set_before_a_session_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime reads its environment variables while it creates the session."""
     name = "ACCEL_TEST_OF_A_SESSION"
     monkeypatch.setenv(name, "before")
     seen: list[str] = []
     opened = session.Session
 
-    def noted(*given: Any) -> Any:
+    def record(*arguments: Any) -> Any:
         seen.append(os.environ[name])
-        return opened(*given)
+        return opened(*arguments)
 
-    monkeypatch.setattr(session, "Session", noted)
+    monkeypatch.setattr(session, "Session", record)
     open_session(ir.to_proto(parse(DOUBLE)).SerializeToString(), SessionSettings(environment={name: "set"}))
     assert seen == ["set"]
 
 
-def test_no_plan_for_every_length_on_cuda() -> None:
-    """The runtime's YAML switches off the attention that makes one."""
+def test_cudnn_attention_is_off_on_cuda() -> None:
+    """cuDNN's attention builds a plan for every length, so the preset disables it."""
     assert SessionSettings.of(runtime_preset("cuda")).environment == {"ORT_ENABLE_CUDNN_FLASH_ATTENTION": "0"}
 
 
@@ -49,23 +49,23 @@ CUT = "g (float[8] x) => (float[a] y, float[b] z) <int64[2] sizes = SIZES> { y, 
     ("text", "reason"),
     [
         (DOUBLE, None),
-        (IF, r"node .*\(If\) chooses what to run"),
-        (ROUTED, r"node .*\(NonZero\) makes as much as"),
+        (IF, r"node .*\(If\) selects a subgraph at run time"),
+        (ROUTED, r"node .*\(NonZero\) has an output shape that depends on"),
         (CUT.replace("SIZES", "{4, 4}"), None),
-        (CUT.replace("SIZES", "{6, 2}"), r"node .*\(Split\) reads the sizes of uneven parts from the host"),
+        (CUT.replace("SIZES", "{6, 2}"), r"node .*\(Split\) reads the sizes of unequal parts from host memory"),
     ],
     ids=["plain", "branches", "values", "even", "uneven"],
 )
-def test_what_keeps_a_graph_from_being_recorded(tmp_path: Path, text: str, reason: str | None) -> None:
-    """Named before a session opens: recorded all the same, it would replay the shapes of another input."""
+def test_capture_obstacles(tmp_path: Path, text: str, reason: str | None) -> None:
+    """Obstacles are found before a session opens: a captured graph would replay the shapes of another input."""
     path = tmp_path / "text.onnx"
     path.write_bytes(ir.to_proto(parse(text)).SerializeToString())
-    found = obstacle(path)
+    found = capture_obstacle(path)
     assert found is None if reason is None else re.search(reason, found or "")
 
 
 def test_a_graph_too_new_for_onnx_runtime(tmp_path: Path) -> None:
-    """As a static step is for one that knows no opset 24: one message with both versions."""
+    """One message names both versions, as for a static decode graph (opset 24) on an older ONNX Runtime."""
     model = parse(DOUBLE)
     model.opset_imports[""] = 99
     path = tmp_path / "new.onnx"

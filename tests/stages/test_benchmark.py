@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from accel.adapters import registry
 from accel.benchmark import footprint
-from accel.benchmark.backends import BACKENDS, Sources, chosen, torch_model
+from accel.benchmark.backends import BACKENDS, Sources, select_backends, torch_model
 from accel.benchmark.timer import Timing
 from accel.cli import benchmark_table
 from accel.cli.compose import compose, execute
@@ -34,7 +34,7 @@ def test_figures(build: Build, tiny: Path) -> None:
     artifact = artifacts["benchmark"]
     summary = artifact.summary
     measured = json.loads((artifact.folder / benchmark.MEASUREMENT).read_text())
-    assert set(summary["backends"]) == set(measured["latencies"]) == set(chosen([], RuntimeConfig(name="cpu")))
+    assert set(summary["backends"]) == set(measured["latencies"]) == set(select_backends([], RuntimeConfig(name="cpu")))
     assert summary["point"] | {"new_tokens": 6, "num_beams": 2, "batch_size": 3} == summary["point"]
     assert set(summary["machine"]) >= {"device", "threads", "processor", "background_load"}
     assert summary["packages"]["torch"] == torch.__version__
@@ -90,7 +90,8 @@ def test_memory(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) ->
     benchmark_table.show(summary)
     told = " ".join(capsys.readouterr().out.split())
     assert (
-        "step graph alone: {session:.2f}x, {at the end:.2f}x after 6 tokens".format(**summary["session_ratios"]) in told
+        "decode graph alone: {session:.2f}x, {at the end:.2f}x after 6 tokens".format(**summary["session_ratios"])
+        in told
     )
 
 
@@ -98,7 +99,7 @@ def test_failing_process_is_named(build: Build, tiny: Path) -> None:
     config, artifacts = build(tiny, "merge")
     sources = Sources(str(tiny), str(artifacts["merge"].folder), "nowhere", {}, config.runtime)
     task = footprint.Task(footprint.SESSION, footprint.DECODE_ALONE, sources.dump(), 1, 4, "", {"num_beams": 1})
-    with pytest.raises(AccelError, match=r"'decode alone' failed.*step\.onnx"):
+    with pytest.raises(AccelError, match=r"'decode alone' failed.*decode\.onnx"):
         footprint.measure_all([task], weight_bytes=0)
 
 
@@ -178,9 +179,9 @@ def test_one_process_at_a_time_on_a_gpu() -> None:
         sources = {"runtime": {"device": device}}
         return [footprint.Task(footprint.PEAK, name, sources, 1, 4, "", {}) for name in ("torch_cache", "onnx_merged")]
 
-    assert footprint.at_once(tasks("cuda:0"), 0) == 1
-    assert footprint.at_once(tasks("cpu"), 0) == min(os.cpu_count() or 1, 2**20)
-    assert footprint.at_once(tasks("cpu"), 2**50) == 1
+    assert footprint.parallel_processes(tasks("cuda:0"), 0) == 1
+    assert footprint.parallel_processes(tasks("cpu"), 0) == min(os.cpu_count() or 1, 2**20)
+    assert footprint.parallel_processes(tasks("cpu"), 2**50) == 1
 
 
 def test_inputs_are_not_padded(tiny: Path, build: Build) -> None:
@@ -214,7 +215,7 @@ def test_busy_machine_is_told(capsys: pytest.CaptureFixture[str], caplog: pytest
         )
         printed = capsys.readouterr()
         assert ("other programs took 60%" in caplog.text) is (share == 0.6)
-        assert ("0.300 ms a token, which reading 900 MB" in printed.out) is (share == 0.6)
+        assert ("0.300 ms, the time it takes to read 900 MB" in printed.out) is (share == 0.6)
         assert ("keeps in FP32: 48 x wo" in printed.out) is (share == 0.6)
 
 
@@ -251,8 +252,8 @@ def test_benchmark_on_cuda(tiny: Path, shared: Path) -> None:
 def test_prepared_device_holds_its_context(tiny: Path) -> None:
     """What CUDA and cuBLAS set up is not counted: a second preparation takes nothing."""
     device = torch.device("cuda")
-    footprint.prepare(device)
-    before = footprint.held(device)
-    footprint.prepare(device)
-    assert footprint.held(device) == before
+    footprint.initialize_cuda(device)
+    before = footprint.used_memory(device)
+    footprint.initialize_cuda(device)
+    assert footprint.used_memory(device) == before
     assert torch_model(Sources(str(tiny), "", "", {}, RuntimeConfig(name="cuda", device="cuda"))).device.type == "cuda"

@@ -12,7 +12,7 @@ from accel.errors import AccelError
 from accel.graph.precision.observer import (
     OUTPUTS,
     ValueStatistics,
-    by_row,
+    batch_first_values,
     infer_types,
     insert_observers,
     read_observers,
@@ -27,7 +27,7 @@ def test_every_element_is_counted_where_it_belongs() -> None:
     values = np.array([0, 1e-8, -3e-8, 6e-8, 6e-5, 7e-5, 1, -65504, 65519, 65520, 1e9, np.inf, np.nan, 0], np.float32)
     model = text.parse("g (float[b, k] x) => (float[b, k] y) { y = Neg (x) }", {})
     names = insert_observers(model)
-    rows = by_row(model)
+    rows = batch_first_values(model)
     found = text.run(model, {"x": values.reshape(2, 7)})
     seen = read_observers(names, [found[name] for name in OUTPUTS], rows, (5, 2))["y"]
     with np.errstate(over="ignore"):
@@ -47,7 +47,7 @@ def test_the_row_that_reached_furthest_is_known() -> None:
     model = text.parse("g (float[b, 2] x) => (float[2, b] y) { y = Transpose <perm = [1, 0]> (x) }", {})
     names = insert_observers(model)
     found = text.run(model, {"x": np.array([[1, 2], [-9, 3], [4, 5]], np.float32)})
-    seen = read_observers(names, [found[name] for name in OUTPUTS], by_row(model), (4, 3))
+    seen = read_observers(names, [found[name] for name in OUTPUTS], batch_first_values(model), (4, 3))
     assert seen["x"].source == (4, 1)
     assert seen["y"].source == (4, None)
     seen["x"].widen(ValueStatistics(8.0, 1.0, source=(5, 0)))
@@ -85,7 +85,7 @@ def test_what_may_yet_reach_the_limit_is_not_settled(largest: tuple[float, ...],
     ("first", "most", "counts"), [(8, 64, [4, 8, 16, 32, 64]), (1, 4, [1, 2, 4]), (3, 3, [1, 3]), (5, 12, [2, 5, 10])]
 )
 def test_looks_are_twice_as_long_each_time(first: int, most: int, counts: list[int]) -> None:
-    assert calibrate._rounds(first, most) == counts
+    assert calibrate._batch_counts(first, most) == counts
 
 
 def test_the_beginning_of_what_is_not_finite_is_named() -> None:
@@ -108,10 +108,13 @@ def test_the_beginning_of_what_is_not_finite_is_named() -> None:
             calibrate.check_finite({Component.PREFILL: held | changes}, lambda component: model)
         return str(caught.value)
 
-    assert "prefill's logits is not finite in FP32 either: it begins at the Div that makes a" in message()
-    assert "it begins with the input x" in message(x=bad)
+    assert (
+        "prefill: output logits is NaN or infinite in FP32 already, beginning at the Div node with output a"
+        in message()
+    )
+    assert "beginning at the input x" in message(x=bad)
     model.graph.initializers["w"].const_value = ir.tensor(np.array([[np.nan]], np.float32), name="w")
-    assert "it begins with the weight w" in message(a=ValueStatistics(1.0, 1.0))
+    assert "beginning at the weight w" in message(a=ValueStatistics(1.0, 1.0))
     calibrate.check_finite({Component.PREFILL: held | {"logits": ValueStatistics(1.0, 1.0)}}, lambda component: model)
 
 
@@ -124,7 +127,7 @@ def test_a_users_texts_are_looked_at(build: Build, tmp_path: Path) -> None:
     folder = made["calibrate"].folder
     record = json.loads((folder / calibrate.STATISTICS).read_text())
     assert record["batches"] == [["text 1: a", "text 2: b"], ["text 3: supercalifragilisticexpialidocious"]]
-    assert record["stopped"] == "all 2 batches there were"
+    assert record["stopped"] == "all 2 batches were used"
     held, rows = calibrate.read_statistics(folder)
     steps = [held[Component.DECODE][name].elements for name in ("logits",)]
     assert steps == [32 * 3 * 101]  # 32 steps of three lines over the vocabulary

@@ -71,7 +71,7 @@ def case(request: pytest.FixtureRequest, build: Build, shared: Path) -> Case:
             ill_conditioned_llama().save_pretrained(checkpoint)
     config, _ = build(checkpoint, "merge", [*FAST, *options])
     pipeline = Pipeline(config, registry.build(config.architecture))
-    return Case(config, {name: pipeline.artifact(name) for name in verify.taken(config)})
+    return Case(config, {name: pipeline.artifact(name) for name in verify.input_stages(config)})
 
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -107,10 +107,10 @@ def shift_positions(inputs: dict[str, Tensor], state: DynamicCacheState) -> None
 
 
 def hide_a_token(inputs: dict[str, Tensor], state: DynamicCacheState) -> None:
-    if "encoder_attention_mask" in state.fixed:
-        mask = state.fixed["encoder_attention_mask"].clone()
+    if "encoder_attention_mask" in state.constants:
+        mask = state.constants["encoder_attention_mask"].clone()
         mask[:, 0] = 0
-        state.fixed["encoder_attention_mask"], state.ready = mask, None
+        state.constants["encoder_attention_mask"], state.bound_constants = mask, None
     else:
         inputs["attention_mask"] = inputs["attention_mask"].clone()
         inputs["attention_mask"][:, 0] = 0

@@ -72,13 +72,13 @@ def test_a_refusal_names_inputs_and_what_to_try(build: Build, tiny: Path, artifa
     with pytest.raises(VerificationError) as caught:
         build(tiny, "verify", [*given, "verify.min_token_agreement=1"])
     message = str(caught.value)
-    assert "at least 100.0% must be" in message
+    assert "requires at least 100.0%" in message
     assert "'input " in message
     assert "precision=bf16" in message
     assert "audit.overflow_margin" in message
     assert len(message.splitlines()) <= 12  # all of it is shown
-    assert caught.value.found["identical"] == agreed
-    assert caught.value.found["passed"] is False
+    assert caught.value.summary["identical"] == agreed
+    assert caught.value.summary["passed"] is False
     assert set((artifacts / tiny.name).glob("verify-*/manifest.json")) == before
     assert (made["merge"].folder / "decoder_model_merged.onnx").is_file()
 

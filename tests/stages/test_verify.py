@@ -10,7 +10,7 @@ from torch import Tensor
 from accel.adapters import registry
 from accel.adapters.types import Component
 from accel.evaluation import parity
-from accel.evaluation.compare import visible
+from accel.evaluation.compare import output_mask
 from accel.models.loading import open_model
 from accel.pipeline.runner import Pipeline
 from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState
@@ -60,7 +60,7 @@ def test_padding_is_not_compared(
     mask = torch.ones(2, 5, dtype=torch.int64)
     mask[1, 4] = 0
     expected = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shown = visible(component, name, {"attention_mask": mask}, expected, {"present.0.key"})
+    shown = output_mask(component, name, {"attention_mask": mask}, expected, {"present.0.key"})
     results = []
     for place, number in ((padding, 9.0), (padding, torch.nan), ((0, *padding[1:]), 9.0)):
         found = expected.clone()

@@ -75,7 +75,7 @@ def twice(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
 
 def wide(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
     """Most of a graph left in FP32."""
-    patch.setitem(subject.half["convert"].summary["decode"], "nodes", 0.4)
+    patch.setitem(subject.fp16_artifacts["convert"].summary["decode"], "nodes", 0.4)
 
 
 def silent(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def silent(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
     [
         (checks.verified, refused),
         (checks.weights_once, twice),
-        (checks.mostly_half, wide),
+        (checks.mostly_fp16, wide),
         (checks.streaming, silent),
         (checks.greedy, changed(later)),
         (checks.greedy, changed(unmasked)),

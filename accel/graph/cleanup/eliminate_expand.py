@@ -1,119 +1,126 @@
-"""A mask is made no wider than it is: what it is added to, or compared with, does that on the way.
+"""Remove redundant `Expand`s on masks; consumers broadcast implicitly.
 
-Exporters expand masks to every sequence and every new token, and combine them with others that are true everywhere.
-Left narrow, a mask is less to compute and to read, and ONNX Runtime adds one that all heads and tokens share within
-its softmax.
+Exporters expand masks to every sequence and every new token, and combine them with masks that are true everywhere.
+A narrow mask is less to compute and to read, and ONNX Runtime adds one that all heads and tokens share within its
+softmax.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir import convenience
+from onnx_ir.passes import PassResult
 
-from accel.graph.shapes import Dims, dims, made_by, scalar
+from accel.graph.passes import GraphPass, remove_unused
+from accel.graph.shapes import Dims, broadcast, dims, made_by, scalar
 
-# They broadcast their inputs, element by element.
+# Operators that broadcast their inputs and compute element by element.
 ELEMENTWISE = {
     *("Add", "Sub", "Mul", "Div", "Min", "Max", "Neg", "Abs", "Cast", "Where", "And", "Or", "Xor", "Not"),
     *("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"),
 }
-SAME_PLACES = ("Unsqueeze", "Expand", "Identity", "Cast")  # true everywhere before, true everywhere after
+KEEP_TRUE = ("Unsqueeze", "Expand", "Identity", "Cast")  # their output is true everywhere if their input is
 
 
-def eliminate_expand(models: Sequence[ir.Model]) -> None:
-    """In place: an `Expand` goes, and an `And` with what is true everywhere, where those that read them broadcast.
+class EliminateExpand(GraphPass):
+    """Remove `Expand`, and `And` with a mask that is true everywhere, where all consumers broadcast.
 
-    What any other reader further down is left with has the shape it had.
+    Only where every value that is left with a narrower shape is read by elementwise operators alone: what any other
+    node further down reads, and the model's outputs, keep their shapes.
     """
-    for model in models:
+
+    name = "eliminate_expand"
+    description = "Let consumers broadcast narrow masks"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Bypass them, and correct the shapes of what is computed from their inputs."""
+        modified = False
         for node in list(model.graph):
-            for narrow in _candidates(node):
-                shapes = _narrowed(node.outputs[0], narrow)
+            for narrow in _replacements(node):
+                shapes = _narrowed_shapes(node.outputs[0], narrow)
                 if shapes is not None:
-                    ir.convenience.replace_all_uses_with(node.outputs[0], narrow)
+                    convenience.replace_all_uses_with(node.outputs[0], narrow)
                     for value, shape in shapes.items():
                         value.shape = ir.Shape(shape)
+                    modified = True
                     break
-        RemoveUnusedNodesPass()(model)
+        return remove_unused(model, modified)
 
 
-def _candidates(node: ir.Node) -> list[ir.Value]:
-    """What may stand in for what `node` makes, if a narrower shape will do."""
-    found: list[ir.Value | None] = []
+def _replacements(node: ir.Node) -> list[ir.Value]:
+    """Return the values that equal the output of `node` once they are broadcast."""
+    values: list[ir.Value | None] = []
     if node.domain == "" and node.op_type == "Expand":
-        found = [node.inputs[0]]
+        values.append(node.inputs[0])
     elif node.domain == "" and node.op_type == "And":
         first, second = node.inputs
-        found = [second if _all_true(first) else None, first if _all_true(second) else None]
-    return [value for value in found if value is not None]
+        if _is_true(first):
+            values.append(second)
+        if _is_true(second):
+            values.append(first)
+    return [value for value in values if value is not None]
 
 
-def _narrowed(value: ir.Value, narrow: ir.Value) -> dict[ir.Value, Dims] | None:
-    """The values, and their shapes, that become narrower if `narrow` is read in place of `value`.
+def _narrowed_shapes(value: ir.Value, narrow: ir.Value) -> dict[ir.Value, Dims] | None:
+    """Return the values that change shape if `narrow` is read in place of `value`, with their new shapes.
 
-    None if that is not known, or if one of them is the caller's or read by something that doesn't broadcast.
+    None if a shape is unknown, or if a value that changes is an output of the model or read by a node that doesn't
+    broadcast.
     """
-    known = dims(narrow)
-    if known is None:
+    narrow_shape = dims(narrow)
+    if narrow_shape is None:
         return None
-    found = {value: known}
-    waiting = [value]
-    while waiting:
-        one = waiting.pop()
-        if one.is_graph_output():
+    shapes = {value: narrow_shape}
+    pending = [value]
+    while pending:
+        changed = pending.pop()
+        if changed.is_graph_output():
             return None
-        for node, _ in one.uses():
+        for node, _ in changed.uses():
             if node.domain != "" or node.op_type not in ELEMENTWISE:
                 return None
-            made = node.outputs[0]
-            left = _broadcast([found.get(given, dims(given)) if given is not None else () for given in node.inputs])
-            if left is None:
-                return None
-            if left != found.get(made, dims(made)):
-                found[made] = left
-                waiting.append(made)
-    del found[value]
-    return found
-
-
-def _broadcast(shapes: Sequence[Dims | None]) -> Dims | None:
-    """The shape that all of `shapes` broadcast to; None if that is not known."""
-    rank = max((len(shape) for shape in shapes if shape is not None), default=0)
-    found: list[int | str] = []
-    for axis in range(-rank, 0):
-        lengths = set()
-        for shape in shapes:
+            shape = _output_shape(node, shapes)
             if shape is None:
                 return None
-            lengths.add(shape[axis] if len(shape) >= -axis else 1)
-        wide = lengths - {1}
-        if len(wide) > 1:
-            return None
-        found.append(wide.pop() if wide else 1)
-    return tuple(found)
+            output = node.outputs[0]
+            if shape != shapes.get(output, dims(output)):
+                shapes[output] = shape
+                pending.append(output)
+    del shapes[value]
+    return shapes
 
 
-def _all_true(value: ir.Value | None) -> bool:
-    """Whether every element is true, whatever the input."""
+def _output_shape(node: ir.Node, shapes: dict[ir.Value, Dims]) -> Dims | None:
+    """Return the shape that the inputs of `node` broadcast to, where `shapes` overrides what is noted on values."""
+    inputs: list[Dims] = []
+    for value in node.inputs:
+        if value is not None:
+            shape = shapes.get(value, dims(value))
+            if shape is None:
+                return None
+            inputs.append(shape)
+    return broadcast(inputs)
+
+
+def _is_true(value: ir.Value | None) -> bool:
+    """Return whether every element is known to be true."""
     if value is None:
         return False
-    constant = ir.convenience.get_const_tensor(value)
+    constant = convenience.get_const_tensor(value)
     if constant is not None:
         return constant.dtype is ir.DataType.BOOL and bool(np.all(constant.numpy()))
     node = value.producer()
     if node is None or node.domain != "":
         return False
-    if node.op_type in SAME_PLACES:
-        return _all_true(node.inputs[0])
+    if node.op_type in KEEP_TRUE:
+        return _is_true(node.inputs[0])
     if node.op_type == "And":
-        return all(_all_true(one) for one in node.inputs)
-    return node.op_type == "GreaterOrEqual" and scalar(node.inputs[1]) == 0 and _counts(node.inputs[0])
+        return all(_is_true(term) for term in node.inputs)
+    return node.op_type == "GreaterOrEqual" and scalar(node.inputs[1]) == 0 and _counts_from_zero(node.inputs[0])
 
 
-def _counts(value: ir.Value | None) -> bool:
-    """Whether `value` counts upwards from zero."""
-    while (node := made_by(value, "Unsqueeze")) is not None:
-        value = node.inputs[0]
+def _counts_from_zero(value: ir.Value | None) -> bool:
+    """Return whether `value` is a `Range` that counts upwards from zero."""
+    while (unsqueeze := made_by(value, "Unsqueeze")) is not None:
+        value = unsqueeze.inputs[0]
     count = made_by(value, "Range")
     return count is not None and scalar(count.inputs[0]) == 0 and (scalar(count.inputs[2]) or 0) > 0

@@ -1,49 +1,79 @@
-"""Compute what does not depend on an input, and drop what the exporter leaves behind."""
-
-from collections.abc import Sequence
+"""Compute what doesn't depend on an input, and drop what the exporter leaves behind."""
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
+from onnx_ir.passes import PassResult, common
 from onnxscript import rewriter
 from onnxscript.optimizer import fold_constants_ir
 
+from accel.graph.passes import GraphPass, remove_unused, snapshot
 
-def fold_constants(models: Sequence[ir.Model]) -> None:
-    """In place, until nothing changes. Weights are left alone: the transposes of large ones are `fold_transposes`'s."""
-    for model in models:
-        before = None
-        while before != (before := model.graph.num_nodes()):
-            with np.errstate(all="ignore"):  # such as the logarithm of 0, which another branch stands in for
+
+class StripMetadata(GraphPass):
+    """Drop the stack traces that torch's exporter writes on every node."""
+
+    name = "strip_metadata"
+    description = "Drop the exporter's stack traces"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Clear metadata and documentation strings."""
+        before = snapshot(model)
+        common.ClearMetadataAndDocStringPass()(model)
+        return PassResult(model, snapshot(model) != before)
+
+
+class FoldConstants(GraphPass):
+    """Evaluate nodes whose inputs are constants, until none is left.
+
+    Weights stay as they are: `fold_transposes` deals with transposes of large ones.
+    """
+
+    name = "fold_constants"
+    description = "Evaluate nodes whose inputs are constants"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Fold, and lift every constant to an initializer."""
+        before = snapshot(model)
+        nodes = None
+        while nodes != model.graph.num_nodes():
+            nodes = model.graph.num_nodes()
+            with np.errstate(all="ignore"):  # such as log(0), where a `Where` selects the other branch
                 fold_constants_ir(model, should_fold=_keep_weights)
             common.IdentityEliminationPass()(model)
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
             common.RemoveUnusedNodesPass()(model)
+        return PassResult(model, snapshot(model) != before)
 
 
-def simplify(models: Sequence[ir.Model]) -> None:
-    """In place: onnxscript's own rules, such as casts, expands and reshapes that change nothing."""
-    for model in models:
+class Simplify(GraphPass):
+    """Apply onnxscript's rewrite rules, such as removing casts, expands and reshapes that change nothing."""
+
+    name = "simplify"
+    description = "Apply onnxscript's rewrite rules"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Run the rules, then remove identities and unused nodes."""
+        before = snapshot(model)
         rewriter.rewrite(model)
         common.IdentityEliminationPass()(model)
         common.RemoveUnusedNodesPass()(model)
+        return PassResult(model, snapshot(model) != before)
 
 
-def merge_duplicates(models: Sequence[ir.Model]) -> None:
-    """In place: a value computed twice is computed once, also where it comes from two equal small constants."""
-    for model in models:
-        common.DeduplicateInitializersPass(size_limit=16)(model)  # elements; a weight keeps its own name
-        common.CommonSubexpressionEliminationPass()(model)
-        common.RemoveUnusedNodesPass()(model)
+class MergeDuplicates(GraphPass):
+    """Compute equal values once, also where they come from two equal small constants."""
 
+    name = "merge_duplicates"
+    description = "Compute equal values once"
 
-def strip_metadata(models: Sequence[ir.Model]) -> None:
-    """In place: drop the stack traces the exporter writes on every node."""
-    for model in models:
-        common.ClearMetadataAndDocStringPass()(model)
+    def call(self, model: ir.Model) -> PassResult:
+        """Merge equal initializers of up to 16 elements, then equal subexpressions. A weight keeps its own name."""
+        merged_initializers = common.DeduplicateInitializersPass(size_limit=16)(model).modified
+        merged_nodes = common.CommonSubexpressionEliminationPass()(model).modified
+        return remove_unused(model, merged_initializers or merged_nodes)
 
 
 def _keep_weights(node: ir.Node) -> bool | None:
-    """False for a transposed initializer, which would become a second copy; None leaves it to the rules."""
+    """Return False for a transposed initializer, which would become a second copy; None leaves it to the rules."""
     first = node.inputs[0] if node.inputs else None
     return False if node.op_type == "Transpose" and first is not None and first.is_initializer() else None

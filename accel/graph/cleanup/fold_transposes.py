@@ -1,53 +1,68 @@
-"""Store a weight the way it is used."""
+"""Store weights in the layout in which they are used."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import convenience
+from onnx_ir.passes import PassResult
+
+from accel.graph.passes import GraphPass
+from accel.graph.shapes import permutation
 
 
-def fold_transposes(models: Sequence[ir.Model]) -> None:
-    """In place: a weight that every graph only uses transposed is stored transposed, under its own name.
+class FoldTransposes(GraphPass):
+    """Store a weight that every graph reads only through one `Transpose` transposed, under its own name.
 
-    A weight that any graph also uses as it is (a tied embedding) stays, and its `Transpose` with it, so that all
+    A weight that any graph also reads untransposed (a tied embedding) stays, and its `Transpose` with it, so that all
     graphs keep holding equal bytes.
     """
-    orders: dict[str, set[tuple[int, ...] | None]] = {}
-    for model in models:
-        for value in model.graph.initializers.values():
-            orders.setdefault(value.name or "", set()).add(_order(value))
-    for model in models:
-        for value in list(model.graph.initializers.values()):
-            agreed = orders[value.name or ""]
-            order = next(iter(agreed)) if len(agreed) == 1 else None
-            if order is not None and value.const_value is not None:
-                _fold(value, value.const_value, order)
+
+    name = "fold_transposes"
+    description = "Store weights transposed where every use transposes them"
+
+    def prepare(self, models: Sequence[ir.Model]) -> None:
+        """Collect in which orders of axes the graphs read each weight."""
+        self._orders: dict[str, set[tuple[int, ...] | None]] = {}
+        for model in models:
+            for name, weight in model.graph.initializers.items():
+                self._orders.setdefault(name, set()).add(_order_read(weight))
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Transpose the weights on which all graphs agree."""
+        modified = False
+        for name, weight in model.graph.initializers.items():
+            orders = self._orders[name]
+            order = next(iter(orders)) if len(orders) == 1 else None
+            tensor = weight.const_value
+            if order is not None and tensor is not None:
+                _transpose(weight, tensor, order)
+                modified = True
+        return PassResult(model, modified)
 
 
-def _order(value: ir.Value) -> tuple[int, ...] | None:
-    """The one order of axes in which a weight is used, or None if it is also used otherwise or returned."""
-    users = value.consumers()
-    if value.const_value is None or value.is_graph_output() or not users:
+def _order_read(weight: ir.Value) -> tuple[int, ...] | None:
+    """Return the one order of axes in which nodes read a weight; None if it is also read otherwise, or returned."""
+    readers = weight.consumers()
+    if weight.const_value is None or weight.is_graph_output() or not readers:
         return None
-    if any(user.op_type != "Transpose" or user.outputs[0].is_graph_output() for user in users):
+    if any(node.op_type != "Transpose" or node.outputs[0].is_graph_output() for node in readers):
         return None
-    rank = len(value.const_value.shape)
-    found = {tuple(user.attributes.get_ints("perm", ())) or tuple(reversed(range(rank))) for user in users}
-    return found.pop() if len(found) == 1 else None
+    rank = len(weight.const_value.shape)
+    orders = {permutation(node) or tuple(reversed(range(rank))) for node in readers}
+    return orders.pop() if len(orders) == 1 else None
 
 
-def _fold(value: ir.Value, tensor: ir.TensorProtocol, order: tuple[int, ...]) -> None:
-    users = value.consumers()
-    shape = ir.Shape([tensor.shape.numpy()[axis] for axis in order])
-    value.const_value = ir.LazyTensor(
+def _transpose(weight: ir.Value, tensor: ir.TensorProtocol, order: tuple[int, ...]) -> None:
+    """Transpose a weight's content, when it is read, and remove the `Transpose` nodes behind it."""
+    weight.shape = ir.Shape([tensor.shape.numpy()[axis] for axis in order])
+    weight.const_value = ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(tensor.numpy().transpose(order)), dtype=tensor.dtype),
         dtype=tensor.dtype,
-        shape=shape,
-        name=value.name,
+        shape=weight.shape,
+        name=weight.name,
     )
-    value.shape = shape
-    for user in users:
-        convenience.replace_all_uses_with(user.outputs[0], value)
-        if user.graph is not None:
-            user.graph.remove(user, safe=True)
+    for node in weight.consumers():
+        convenience.replace_all_uses_with(node.outputs[0], weight)
+        if node.graph is not None:
+            node.graph.remove(node, safe=True)

@@ -1,124 +1,141 @@
-"""A lookup by a function of distances becomes one by the distance: what relative positions mean is written out once.
+"""Tabulate relative position biases by distance, instead of computing a bucket for every distance in every run.
 
-T5's takes a dozen nodes over a few integers (`_relative_position_bucket`), which a GPU computes anew for every token:
-https://github.com/huggingface/transformers/blob/main/src/transformers/models/t5/modeling_t5.py
+T5 computes a bucket from a distance by a dozen nodes over a few integers (`_relative_position_bucket`), which a GPU
+repeats for every token: https://github.com/huggingface/transformers/blob/main/src/transformers/models/t5/modeling_t5.py
 """
 
-from collections.abc import Sequence
+from collections import deque
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir import convenience
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes import PassResult
 
+from accel.graph.build import add_node
 from accel.graph.cleanup.eliminate_expand import ELEMENTWISE
+from accel.graph.passes import GraphPass, remove_unused
 from accel.graph.shapes import dims, integer, scalar
 
 FUNCTIONS = ELEMENTWISE | {"Log", "Exp", "Sqrt", "Floor", "Ceil", "Round", "Sign", "Pow", "Mod", "Clip"}
-FEWEST = 4  # nodes; what takes their place are three
-REACH = 2**16  # distances that are looked at, in both directions; beyond, the function is taken to stay as it is
-LONGEST = 2**11  # entries of a table
+MIN_NODES = 4  # of a function that is worth a table: `Max`, `Min` and `Gather` replace it
+MAX_DISTANCE = 2**16  # distances evaluated in both directions; the function is taken to be constant beyond
+MAX_ROWS = 2**11  # of a table
 
 
-def precompute_position_bias(models: Sequence[ir.Model]) -> None:
-    """In place: `Gather(weight, f(x))`, x integers and f elementwise, becomes `Gather(table, x)`, x limited to the
-    distances beyond which f no longer changes. Left alone where f goes on changing, or leads out of the weight.
+class PrecomputePositionBias(GraphPass):
+    """Replace `Gather(weight, f(x))` by `Gather(table, clip(x))`, for integers x and an elementwise function f.
+
+    x is clipped to the distances beyond which f is constant. The `Gather` stays as it is where f never becomes
+    constant, needs too large a table, or yields indices outside of the weight.
     """
-    for model in models:
+
+    name = "precompute_position_bias"
+    description = "Tabulate relative position biases by distance"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Replace them in the main graph."""
+        modified = False
         for node in list(model.graph):
             if node.op_type == "Gather" and node.domain == "" and node.attributes.get_int("axis", 0) == 0:
-                _write_out(model.graph, node)
-        RemoveUnusedNodesPass()(model)
+                modified |= _tabulate(model.graph, node)
+        return remove_unused(model, modified)
 
 
-def _write_out(graph: ir.Graph, lookup: ir.Node) -> None:
-    weight, index = lookup.inputs
-    constant = convenience.get_const_tensor(weight) if weight is not None else None
-    given = _argument(index) if index is not None and constant is not None else None
-    if constant is None or given is None or weight is None or index is None:
-        return
-    value, function = given
-    if len(function) < FEWEST or dims(value) is None or dims(value) != dims(index):
-        return
-    places = _computed(graph, value, index)
-    least, most = _limits(places)
-    if most - least >= LONGEST:
-        return
-    distances = np.array([*range(most + 1), *range(least, 0)])  # negative entries count from a table's end
-    wanted = places[distances + REACH]
-    rows = constant.numpy()
-    if not -len(rows) <= wanted.min() <= wanted.max() < len(rows):
-        return
-    table = rows[wanted]
-    name = f"{weight.name}.by_distance"
+def _tabulate(graph: ir.Graph, gather: ir.Node) -> bool:
+    """Let a `Gather` read a table by distance, if it can; return whether it does."""
+    weight, index = gather.inputs
+    tensor = convenience.get_const_tensor(weight) if weight is not None else None
+    if weight is None or index is None or tensor is None:
+        return False
+    distance, nodes = _distance(index)
+    if distance is None or nodes < MIN_NODES or dims(distance) is None or dims(distance) != dims(index):
+        return False
+    indices = _evaluate(graph, distance, index)
+    lowest, highest = _limits(indices)
+    if highest - lowest >= MAX_ROWS:
+        return False
+    distances = np.array([*range(highest + 1), *range(lowest, 0)])  # negative indices count from the table's end
+    indices = indices[distances + MAX_DISTANCE]
+    rows = tensor.numpy()
+    if indices.min() < -len(rows) or indices.max() >= len(rows):
+        return False
+    table = _table(graph, f"{weight.name}.by_distance", rows[indices], tensor.dtype)
+    if table is None:
+        return False
+    clipped = distance
+    for op_type, limit in (("Max", lowest), ("Min", highest)):
+        inputs = [clipped, integer(graph, limit)]
+        clipped = add_node(graph, op_type, inputs, dtype=distance.dtype, shape=distance.shape, before=gather)
+    gather.replace_input_with(0, table)
+    gather.replace_input_with(1, clipped)
+    return True
+
+
+def _table(graph: ir.Graph, name: str, content: np.ndarray, dtype: ir.DataType) -> ir.Value | None:
+    """Return the initializer `name`, created if there is none; None if there is one of other content."""
     if name not in graph.initializers:
-        graph.register_initializer(ir.val(name, const_value=ir.tensor(table, dtype=constant.dtype, name=name)))
-    known = graph.initializers[name].const_value
-    if known is None or not np.array_equal(known.numpy(), table):
-        return
-    for op, limit in (("Max", least), ("Min", most)):
-        limited = ir.Value(type=value.type, shape=value.shape)
-        graph.insert_before(lookup, ir.node(op, [value, integer(graph, limit)], outputs=[limited]))
-        value = limited
-    lookup.replace_input_with(0, graph.initializers[name])
-    lookup.replace_input_with(1, value)
+        graph.register_initializer(ir.val(name, const_value=ir.tensor(content, dtype=dtype, name=name)))
+    existing = graph.initializers[name].const_value
+    if existing is None or not np.array_equal(existing.numpy(), content):
+        return None
+    return graph.initializers[name]
 
 
-def _computed(graph: ir.Graph, value: ir.Value, index: ir.Value) -> np.ndarray:
-    """What `index` is where `value` is -REACH, ..., REACH."""
-    part = convenience.extract(graph, [value], [index])
-    part.opset_imports.update(graph.opset_imports)
-    distances = np.arange(-REACH, REACH + 1).reshape(*[1] * (len(value.shape or ()) - 1), -1)
-    with np.errstate(all="ignore"):  # such as the logarithm of 0, which another branch stands in for
-        made: Any = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=10))).run(
-            None, {str(value.name): distances}
-        )
-    return np.asarray(made[0]).reshape(-1)
+def _evaluate(graph: ir.Graph, distance: ir.Value, index: ir.Value) -> np.ndarray:
+    """Return the values of `index` where `distance` is -MAX_DISTANCE, ..., MAX_DISTANCE."""
+    function = convenience.extract(graph, [distance], [index])
+    function.opset_imports.update(graph.opset_imports)
+    distances = np.arange(-MAX_DISTANCE, MAX_DISTANCE + 1).reshape(*[1] * (len(distance.shape or ()) - 1), -1)
+    evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(function, ir_version=10)))
+    with np.errstate(all="ignore"):  # such as log(0), where a `Where` selects the other branch
+        outputs: Any = evaluator.run(None, {str(distance.name): distances})
+    return np.asarray(outputs[0]).reshape(-1)
 
 
-def _limits(places: np.ndarray) -> tuple[int, int]:
-    """The distances, 0 and around it, beyond which `places` are what they are at the ends."""
-    below, above = np.flatnonzero(places != places[0]), np.flatnonzero(places != places[-1])
-    least = int(below[0]) - 1 - REACH if len(below) else 0
-    most = int(above[-1]) + 1 - REACH if len(above) else 0
-    return min(least, 0), max(most, 0)
+def _limits(indices: np.ndarray) -> tuple[int, int]:
+    """Return the lowest and highest distance, 0 or beyond it, outside of which `indices` are constant."""
+    from_below, from_above = np.flatnonzero(indices != indices[0]), np.flatnonzero(indices != indices[-1])
+    lowest = int(from_below[0]) - 1 - MAX_DISTANCE if len(from_below) else 0
+    highest = int(from_above[-1]) + 1 - MAX_DISTANCE if len(from_above) else 0
+    return min(lowest, 0), max(highest, 0)
 
 
-def _argument(index: ir.Value) -> tuple[ir.Value, list[ir.Node]] | None:
-    """The value x of integers, as early as there is one, that `index` is a function of, and the function's nodes."""
-    found = None
-    values = [index]
-    for value in values:  # grows
-        function = _function(index, value)
-        if (
-            function is not None
-            and value.dtype is ir.DataType.INT64
-            and (found is None or len(function) > len(found[1]))
-        ):
-            found = value, function
+def _distance(index: ir.Value) -> tuple[ir.Value | None, int]:
+    """Return the int64 value from which most nodes compute `index`, and the number of these nodes."""
+    distance, most_nodes = None, -1
+    pending, seen = deque([index]), {index}
+    while pending:
+        value = pending.popleft()
+        nodes = _nodes_between(value, index)
+        if nodes is not None and value.dtype is ir.DataType.INT64 and nodes > most_nodes:
+            distance, most_nodes = value, nodes
         node = value.producer()
-        if node is not None and _elementwise(node):
-            values += [one for one in node.inputs if one is not None and scalar(one) is None and one not in values]
-    return found
+        if node is not None and _is_elementwise(node):
+            for term in node.inputs:
+                if term is not None and scalar(term) is None and term not in seen:
+                    seen.add(term)
+                    pending.append(term)
+    return distance, most_nodes
 
 
-def _function(index: ir.Value, value: ir.Value) -> list[ir.Node] | None:
-    """The nodes by which `index` is computed from `value` and constants alone; None if it takes more."""
-    nodes: dict[ir.Node, None] = {}
-    values = [index]
-    while values:
-        one = values.pop()
-        node = one.producer()
-        if one is value or scalar(one) is not None or node in nodes:
+def _nodes_between(value: ir.Value, index: ir.Value) -> int | None:
+    """Return by how many elementwise nodes `value` and constants make `index`; None if it needs anything else."""
+    nodes: set[ir.Node] = set()
+    pending = [index]
+    while pending:
+        term = pending.pop()
+        node = term.producer()
+        if term is value or scalar(term) is not None or node in nodes:
             continue
-        if node is None or not _elementwise(node):
+        if node is None or not _is_elementwise(node):
             return None
-        nodes[node] = None
-        values += [given for given in node.inputs if given is not None]
-    return list(nodes)
+        nodes.add(node)
+        pending += [each for each in node.inputs if each is not None]
+    return len(nodes)
 
 
-def _elementwise(node: ir.Node) -> bool:
+def _is_elementwise(node: ir.Node) -> bool:
+    """Return whether `node` computes each element from elements of its inputs alone."""
     return node.domain == "" and node.op_type in FUNCTIONS

@@ -1,63 +1,72 @@
-"""Count from where the count begins, instead of counting from zero and adding the rest."""
+"""Shift the limits of a range instead of adding to its elements."""
 
 from collections.abc import Sequence
 
 import onnx_ir as ir
 from onnx_ir import convenience
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes import PassResult
 
+from accel.graph.build import add_node
+from accel.graph.passes import GraphPass, remove_unused
 from accel.graph.shapes import dims, made_by, scalar
 
 VIEWS = ("Unsqueeze", "Squeeze", "Reshape")
 
 
-def shift_ranges(models: Sequence[ir.Model]) -> None:
-    """In place: `Range(a, b, d) + s` becomes `Range(a + s, b + s, d)` for a scalar `s`.
+class ShiftRanges(GraphPass):
+    """Replace `Range(a, b, d) + s` by `Range(a + s, b + s, d)` for a scalar `s`.
 
     Such as the positions of new tokens, which begin where the past ends. A range's limits are computed on the host,
-    where lengths are known; the sum would need the past's length on the device, copied there at every step.
+    where lengths are known; the sum would need the past's length on the device, copied there at every decode step.
     """
-    for model in models:
+
+    name = "shift_ranges"
+    description = "Add to the limits of ranges, not to their elements"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Shift them in the main graph."""
+        modified = False
         for node in list(model.graph):
-            if node.op_type == "Add" and node.domain == "" and dims(node.outputs[0]) is not None:
-                for counted, shift in (node.inputs, reversed(node.inputs)):
-                    if shift is not None and dims(shift) == () and (views := views_of_range(counted)):
-                        _shift(model.graph, node, views, shift)
-                        break
-        RemoveUnusedNodesPass()(model)
+            if node.op_type != "Add" or node.domain != "" or dims(node.outputs[0]) is None:
+                continue
+            for counted, shift in (node.inputs, reversed(node.inputs)):
+                if shift is None or dims(shift) != ():
+                    continue
+                nodes = range_and_views(counted)
+                if nodes:
+                    _shift(model.graph, node, nodes, shift)
+                    modified = True
+                    break
+        return remove_unused(model, modified)
 
 
-def views_of_range(value: ir.Value | None) -> list[ir.Node]:
-    """The `Range` that `value` comes from and what only changes its shape since, in order; empty if there is none."""
-    views: list[ir.Node] = []
+def range_and_views(value: ir.Value | None) -> list[ir.Node]:
+    """Return the `Range` that `value` comes from, and the nodes that reshape it on the way; empty if there is none."""
+    nodes: list[ir.Node] = []
     while (view := made_by(value, *VIEWS)) is not None:
-        views.insert(0, view)
+        nodes.insert(0, view)
         value = view.inputs[0]
     counted = made_by(value, "Range")
-    return [counted, *views] if counted is not None else []
+    return [counted, *nodes] if counted is not None else []
 
 
-def _shift(graph: ir.Graph, total: ir.Node, views: Sequence[ir.Node], shift: ir.Value) -> None:
-    """Replace the sum `total` by copies of `views` whose range is shifted."""
-    old, (counted, *rest) = total.outputs[0], views
-    limits = [_plus(graph, total, value, shift) for value in counted.inputs[:2]]
-    made: ir.Value | None = None
-    for node in (counted, *rest):
-        inputs = [*limits, counted.inputs[2]] if made is None else [made, *node.inputs[1:]]
-        like = node.outputs[0]
-        made = ir.Value(name=f"{old.name}.{like.name}", type=like.type, shape=like.shape)
-        copy = ir.node(node.op_type, inputs, attributes=node.attributes, outputs=[made], name=made.name)
-        graph.insert_before(total, copy)
-    if made is not None:
-        made.type, made.shape = old.type, old.shape
-        convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
-        graph.remove(total, safe=True)
-        made.name = old.name
+def _shift(graph: ir.Graph, total: ir.Node, nodes: Sequence[ir.Node], shift: ir.Value) -> None:
+    """Replace the sum `total` by copies of a `Range` and its views, with the range's limits shifted."""
+    start, limit, delta = nodes[0].inputs
+    range_inputs = [_add(graph, total, start, shift), _add(graph, total, limit, shift), delta]
+    copies: list[ir.Node] = []
+    for node in nodes:
+        inputs = [copies[-1].outputs[0], *node.inputs[1:]] if copies else range_inputs
+        original = node.outputs[0]
+        name = f"{total.outputs[0].name}.{original.name}"
+        output = ir.Value(name=name, type=original.type, shape=original.shape)
+        copies.append(ir.node(node.op_type, inputs, attributes=node.attributes, outputs=[output], name=name))
+    convenience.replace_nodes_and_values(graph, total, [total], copies, total.outputs, copies[-1].outputs)
 
 
-def _plus(graph: ir.Graph, before: ir.Node, value: ir.Value | None, shift: ir.Value) -> ir.Value | None:
-    if scalar(value) == 0:
+def _add(graph: ir.Graph, total: ir.Node, limit: ir.Value | None, shift: ir.Value) -> ir.Value:
+    """Return `limit` + `shift`, computed before `total`."""
+    if scalar(limit) == 0:
         return shift
-    output = ir.Value(name=f"{before.outputs[0].name}.{len(graph)}", type=shift.type, shape=shift.shape)
-    graph.insert_before(before, ir.node("Add", [value, shift], outputs=[output], name=output.name))
-    return output
+    name = f"{total.outputs[0].name}.{len(graph)}"
+    return add_node(graph, "Add", [limit, shift], name, dtype=shift.dtype, shape=shift.shape, before=total)

@@ -1,25 +1,33 @@
-"""Give a `Reshape` its target as a constant, where the exporter computes it from the lengths of its inputs."""
-
-from collections.abc import Sequence
+"""Make the targets of `Reshape` constants, where the exporter computes them from the lengths of inputs."""
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes import PassResult
 
+from accel.graph.passes import GraphPass, remove_unused
 from accel.graph.shapes import integers, reshape_target
 
 
-def static_reshapes(models: Sequence[ir.Model]) -> None:
-    """In place: a shape vector put together at run time becomes a constant, and what computed it goes.
+class StaticReshapes(GraphPass):
+    """Replace a `Reshape`'s computed target by a constant, and remove what computed it.
 
-    An axis that keeps its place and length is written 0, which copies it; a fixed one as it is. One axis may be -1,
-    and only where all others are fixed: next to a copied axis of length 0, -1 could not be told.
+    An axis that keeps its index and length is written as 0, which copies it, and an axis of fixed length as that
+    length. One axis may be -1, but only where all others are fixed: beside a copied axis of length 0, its length
+    would be undefined.
     ONNX specification: https://onnx.ai/onnx/operators/onnx__Reshape.html
     """
-    for model in models:
+
+    name = "static_reshapes"
+    description = "Make the targets of reshapes constants"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Replace the targets in the main graph."""
+        modified = False
         for node in list(model.graph):
-            if node.op_type == "Reshape" and node.domain == "" and node.inputs[1] is not None:
-                target = reshape_target(node.inputs[0], node.outputs[0])
-                if node.inputs[1].const_value is None and target is not None:
-                    node.replace_input_with(1, integers(model.graph, "shape", target))
-                    node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
-        RemoveUnusedNodesPass()(model)
+            if node.op_type != "Reshape" or node.domain != "" or node.inputs[1] is None:
+                continue
+            target = reshape_target(node.inputs[0], node.outputs[0])
+            if node.inputs[1].const_value is None and target is not None:
+                node.replace_input_with(1, integers(model.graph, "shape", target))
+                node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+                modified = True
+        return remove_unused(model, modified)

@@ -1,6 +1,6 @@
-"""Weights that lie stacked and are only ever looked at one by one, as those of experts, become weights of their own.
+"""Store stacked weights that are only read one by one, such as those of experts, as separate weights.
 
-A stack in the graph is cut at every run, unless the runtime folds the cut, which it does once per branch of an `If`.
+Slices of a stack are cut in every run, unless the runtime folds them, which it does once per branch of an `If`.
 """
 
 from collections.abc import Sequence
@@ -8,55 +8,80 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import convenience
+from onnx_ir.passes import PassResult
+
+from accel.graph.passes import GraphPass
 
 
-def unstack_expert_weights(models: Sequence[ir.Model]) -> None:
-    """In place: a weight that every graph only takes layers of, by constant numbers, is stored layer by layer."""
-    whole = {value.name for model in models for value in model.graph.initializers.values() if not _cut(value)}
-    for model in models:
-        for value in list(model.graph.initializers.values()):
-            if value.name not in whole:
-                _split(model.graph, value)
+class UnstackExpertWeights(GraphPass):
+    """Store a weight layer by layer if every graph only gathers single layers of it, by constant indices."""
+
+    name = "unstack_expert_weights"
+    description = "Store stacked weights of experts one by one"
+
+    def prepare(self, models: Sequence[ir.Model]) -> None:
+        """Collect the weights that some graph reads otherwise."""
+        self._kept: set[str] = set()
+        for model in models:
+            for name, weight in model.graph.initializers.items():
+                if _gathered_layers(weight) is None:
+                    self._kept.add(name)
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Split the weights that all graphs read layer by layer."""
+        modified = False
+        for name, weight in list(model.graph.initializers.items()):
+            layers, tensor = _gathered_layers(weight), weight.const_value
+            if name not in self._kept and layers is not None and tensor is not None:
+                _split(model.graph, tensor, layers, name)
+                del model.graph.initializers[name]
+                modified = True
+        return PassResult(model, modified)
 
 
-def _cut(value: ir.Value) -> bool:
-    """Whether all that reads `value` is a `Gather` of one layer of its first axis."""
-    tensor, users = value.const_value, value.consumers()
-    if tensor is None or len(tensor.shape) < 2 or not users or value.is_graph_output():
-        return False
-    return all(user.inputs[0] is value and _layer(user) is not None for user in users)
+def _gathered_layers(weight: ir.Value) -> dict[ir.Node, int] | None:
+    """Return which layer of the first axis each consumer gathers; None if any reads the weight otherwise."""
+    tensor, consumers = weight.const_value, weight.consumers()
+    if tensor is None or len(tensor.shape) < 2 or not consumers or weight.is_graph_output():
+        return None
+    layers: dict[ir.Node, int] = {}
+    for node in consumers:
+        index = _gathered_layer(node)
+        if index is None or node.inputs[0] is not weight:
+            return None
+        layers[node] = index % tensor.shape.numpy()[0]  # a negative index counts from the end
+    return layers
 
 
-def _layer(node: ir.Node) -> int | None:
-    """The one layer that a node takes of its first input's first axis, counted from the end if negative."""
+def _gathered_layer(node: ir.Node) -> int | None:
+    """Return the constant index by which a `Gather` reads one layer of the first axis; None for any other node."""
     if node.op_type != "Gather" or node.domain != "" or node.attributes.get_int("axis", 0) != 0:
         return None
-    number = convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
-    known = number is not None and len(number.shape) == 0 and not node.outputs[0].is_graph_output()
-    return int(number.numpy()) if known and number is not None else None
+    index = convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+    if index is None or len(index.shape) != 0 or node.outputs[0].is_graph_output():
+        return None
+    return int(index.numpy())
 
 
-def _split(graph: ir.Graph, stack: ir.Value) -> None:
-    tensor = stack.const_value
-    if tensor is None:
-        return
-    parts: dict[int, ir.Value] = {}
-    for user in stack.consumers():
-        number = (_layer(user) or 0) % tensor.shape.numpy()[0]
-        if number not in parts:
-            parts[number] = _part(tensor, number, f"{stack.name}.{number}")
-            graph.register_initializer(parts[number])
-        convenience.replace_all_uses_with(user.outputs[0], parts[number])
-        if user.graph is not None:
-            user.graph.remove(user, safe=True)
-    graph.initializers.pop(stack.name or "")
+def _split(graph: ir.Graph, stack: ir.TensorProtocol, layers: dict[ir.Node, int], name: str) -> None:
+    """Replace each `Gather` of a stack by an initializer that holds the layer."""
+    weights: dict[int, ir.Value] = {}
+    for node, index in layers.items():
+        if index not in weights:
+            weights[index] = _layer(stack, index, f"{name}.{index}")
+            graph.register_initializer(weights[index])
+        convenience.replace_all_uses_with(node.outputs[0], weights[index])
+        if node.graph is not None:
+            node.graph.remove(node, safe=True)
 
 
-def _part(tensor: ir.TensorProtocol, number: int, name: str) -> ir.Value:
+def _layer(tensor: ir.TensorProtocol, index: int, name: str) -> ir.Value:
+    """Return an initializer that holds one layer of `tensor`, copied when it is read."""
+
     def load() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(tensor.numpy()[number]), dtype=tensor.dtype)
+        return ir.tensor(np.ascontiguousarray(tensor.numpy()[index]), dtype=tensor.dtype)
 
     shape = ir.Shape(tensor.shape.numpy()[1:])
-    part = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape)
-    part.const_value = ir.LazyTensor(load, dtype=tensor.dtype, shape=shape, name=name)
-    return part
+    layer = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape)
+    layer.const_value = ir.LazyTensor(load, dtype=tensor.dtype, shape=shape, name=name)
+    return layer

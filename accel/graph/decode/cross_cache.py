@@ -1,4 +1,4 @@
-"""Of a prefill, what makes the caches that stay as they are: keys and values of the encoder's output."""
+"""Extraction of the part of prefill that computes the cross-attention caches."""
 
 from collections.abc import Mapping
 
@@ -10,18 +10,23 @@ from accel.graph.shapes import dims
 
 
 def cross_cache(prefill: ir.Model, decode: ir.Model, cache: Mapping[str, str]) -> ir.Model | None:
-    """A graph of its own for them, over the same weights; None where there are none, as in decoder-only models.
+    """Return a model that computes only the cross-attention caches from the encoder's output.
 
-    `cache`: cache input of `step` -> the output, of both, that feeds it.
+    Args:
+        prefill: Model to extract it from; not changed. The result shares its weights.
+        decode: Model that reads the caches. A cache input without an axis of past tokens is a cross-attention cache.
+        cache: Cache input of `decode` -> output of `prefill` that becomes that input.
+
+    Returns:
+        The model; None if there are no such caches, as in decoder-only models.
     """
-    fixed = [
-        cache[value.name]
-        for value in decode.graph.inputs
-        if value.name is not None and value.name in cache and Names.past not in (dims(value) or ())
-    ]
-    if not fixed:
+    outputs = []
+    for value in decode.graph.inputs:
+        if value.name is not None and value.name in cache and Names.past not in (dims(value) or ()):
+            outputs.append(cache[value.name])
+    if not outputs:
         return None
-    graph = convenience.extract(prefill.graph, prefill.graph.inputs, fixed)
+    graph = convenience.extract(prefill.graph, prefill.graph.inputs, outputs)
     for value in list(graph.inputs):
         if not value.uses():
             graph.inputs.remove(value)

@@ -1,100 +1,132 @@
-"""A step of exactly one new token: where an axis has one place, nothing needs to be moved around it."""
+"""Specialize a decode graph for exactly one new token: an axis of length 1 needs no transposes around it."""
 
 from math import prod
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir import convenience
+from onnx_ir.passes import PassResult
 
-from accel.graph.shapes import dims, integers, made_by, order, reshape_target
-
-
-def one_token(decode: ir.Model, new: str) -> None:
-    """In place: the axis `new` has length 1."""
-    graph = decode.graph
-    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-        if value.shape is not None:
-            value.shape = ir.Shape([1 if _is(dim, new) else dim for dim in value.shape])
+from accel.graph.passes import GraphPass, remove_unused
+from accel.graph.shapes import dims, integers, made_by, permutation, reshape_target
 
 
-def transpose_to_reshape(decode: ir.Model) -> None:
-    """In place: a `Transpose` that only moves axes of length 1 becomes a `Reshape`, and parts are cut once.
+class OneToken(GraphPass):
+    """Give the axis of new tokens length 1 in every shape.
 
-    A transposition reads and writes everything, a reshape nothing: heads of one token lie the same both ways.
+    Args:
+        new: Symbol of the axis of new tokens.
     """
-    graph = decode.graph
-    for node in list(graph):
-        target = _untouched(node) if node.op_type == "Transpose" and node.domain == "" else None
-        if target is not None:
-            old = node.outputs[0]
-            made = ir.node("Reshape", [node.inputs[0], integers(graph, "shape", target)], name=node.name)
-            made.outputs[0].type, made.outputs[0].shape = old.type, old.shape
-            graph.insert_before(node, made)
-            ir.convenience.replace_all_uses_with(old, made.outputs[0], replace_graph_outputs=True)
-            graph.remove(node, safe=True)
-            made.outputs[0].name = old.name
-    _split_once(graph)
-    RemoveUnusedNodesPass()(decode)
+
+    name = "one_token"
+    description = "Specialize shapes for one new token"
+
+    def __init__(self, new: str) -> None:
+        super().__init__()
+        self.new = new
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Replace the symbol in the shapes of the main graph."""
+        modified = False
+        graph = model.graph
+        for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+            if value.shape is not None and any(self._is_new(dim) for dim in value.shape):
+                value.shape = ir.Shape([1 if self._is_new(dim) else dim for dim in value.shape])
+                modified = True
+        return PassResult(model, modified)
+
+    def _is_new(self, dim: int | ir.SymbolicDim) -> bool:
+        """Return whether an axis is that of new tokens."""
+        return not isinstance(dim, int) and dim.value == self.new
 
 
-def _split_once(graph: ir.Graph) -> None:
-    """What is cut both side by side and by heads is cut side by side alone: of one token, each part is the same."""
-    for node in list(graph):
-        whole = _source(node.inputs[0]) if _cuts_rows(node) else None
-        for flat in list(whole.consumers()) if whole is not None else ():
-            if flat is not node and _cuts_rows(flat) and len(flat.outputs) == len(node.outputs):
-                pairs = list(zip(node.outputs, flat.outputs, strict=True))
-                if all(_size(old) is not None and _size(old) == _size(new) for old, new in pairs):
-                    for old, new in pairs:
-                        _reshaped(graph, node, old, new)
-                break
+class TransposeToReshape(GraphPass):
+    """Replace a `Transpose` that only moves axes of length 1 by a `Reshape`, and split rows of features once.
+
+    A transposition reads and writes all elements, a reshape none: one token's heads have the same order in memory
+    before and after it.
+    """
+
+    name = "transpose_to_reshape"
+    description = "Reshape where a transpose only moves axes of length 1"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Replace transposes, then the splits that are equal without them."""
+        modified = False
+        graph = model.graph
+        for node in list(graph):
+            target = _target(node) if node.op_type == "Transpose" and node.domain == "" else None
+            if target is not None:
+                reshape = ir.node("Reshape", [node.inputs[0], integers(graph, "shape", target)], name=node.name)
+                convenience.replace_nodes_and_values(graph, node, [node], [reshape], node.outputs, reshape.outputs)
+                modified = True
+        for node in list(graph):
+            modified |= _reuse_split(graph, node)
+        return remove_unused(model, modified)
 
 
-def _cuts_rows(node: ir.Node) -> bool:
-    """Whether a `Split` cuts what each sequence has from its beginning to its end: nothing lies across its parts."""
-    known = dims(node.inputs[0]) if node.op_type == "Split" and node.domain == "" else None
-    if known is None:
+def _target(transpose: ir.Node) -> tuple[int, ...] | None:
+    """Return the target of an equivalent `Reshape`; None unless all axes longer than 1 keep their order."""
+    shape = dims(transpose.inputs[0])
+    if shape is None:
+        return None
+    long_axes = [axis for axis in permutation(transpose) if shape[axis] != 1]
+    return reshape_target(transpose.inputs[0], transpose.outputs[0]) if long_axes == sorted(long_axes) else None
+
+
+def _reuse_split(graph: ir.Graph, split: ir.Node) -> bool:
+    """Replace the parts of a `Split` by reshaped parts of another, of what both reshape; return whether it could.
+
+    Such as heads split on their own axis for the caches, and features split on the last axis for attention: of one
+    token, the parts hold the same elements.
+    """
+    source = _before_reshapes(split.inputs[0]) if _splits_rows(split) else None
+    if source is None:
         return False
-    axis = node.attributes.get_int("axis", 0) % len(known)
-    return axis > 0 and all(dim == 1 for dim in known[1:axis])
+    for other in source.consumers():
+        if other is split or not _splits_rows(other) or len(other.outputs) != len(split.outputs):
+            continue
+        modified = False
+        pairs = list(zip(split.outputs, other.outputs, strict=True))
+        if all(_size(old) is not None and _size(old) == _size(new) for old, new in pairs):
+            for old, new in pairs:
+                modified |= _replace_by_reshape(graph, split, old, new)
+        return modified
+    return False
 
 
-def _reshaped(graph: ir.Graph, before: ir.Node, old: ir.Value, new: ir.Value) -> None:
-    """Let `new` in the shape of `old` stand in for it."""
-    target = reshape_target(new, old)
-    if target is not None and old.uses():
-        made = ir.node("Reshape", [new, integers(graph, "shape", target)])
-        made.outputs[0].type, made.outputs[0].shape = old.type, old.shape
-        made.outputs[0].name = f"{old.name}.reshaped"
-        after = new.producer()
-        if after is not None:
-            graph.insert_after(max(after, before, key=list(graph).index), made)
-            ir.convenience.replace_all_uses_with(old, made.outputs[0], replace_graph_outputs=True)
+def _splits_rows(node: ir.Node) -> bool:
+    """Return whether a `Split` cuts each sequence's elements into contiguous parts."""
+    shape = dims(node.inputs[0]) if node.op_type == "Split" and node.domain == "" else None
+    if shape is None:
+        return False
+    axis = node.attributes.get_int("axis", 0) % len(shape)
+    return axis > 0 and all(dim == 1 for dim in shape[1:axis])
 
 
-def _source(value: ir.Value | None) -> ir.Value | None:
-    """What `value` is a reshape of."""
-    while (node := made_by(value, "Reshape")) is not None:
-        value = node.inputs[0]
+def _replace_by_reshape(graph: ir.Graph, split: ir.Node, old: ir.Value, new: ir.Value) -> bool:
+    """Replace `old`, a part of `split`, by `new` in its shape, if a `Reshape` can; return whether it does."""
+    target, producer = reshape_target(new, old), new.producer()
+    if target is None or producer is None or not old.uses():
+        return False
+    reshape = ir.node("Reshape", [new, integers(graph, "shape", target)])
+    output = reshape.outputs[0]
+    output.type, output.shape, output.name = old.type, old.shape, f"{old.name}.reshaped"
+    graph.insert_after(max(producer, split, key=list(graph).index), reshape)
+    convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
+    return True
+
+
+def _before_reshapes(value: ir.Value | None) -> ir.Value | None:
+    """Return the value that `value` is a reshape of, itself if it is none."""
+    while (reshape := made_by(value, "Reshape")) is not None:
+        value = reshape.inputs[0]
     return value
 
 
 def _size(value: ir.Value) -> tuple[int, tuple[str, ...]] | None:
-    """Elements: the product of the known lengths, and the symbols of the others."""
-    known = dims(value)
-    if known is None:
+    """Return the product of a value's known lengths, and the symbols of its other axes; None if one is unknown."""
+    shape = dims(value)
+    if shape is None:
         return None
-    symbols = tuple(sorted(dim for dim in known if isinstance(dim, str)))
-    return prod(dim for dim in known if isinstance(dim, int)), symbols
-
-
-def _is(dim: int | ir.SymbolicDim, symbol: str) -> bool:
-    return not isinstance(dim, int) and dim.value == symbol
-
-
-def _untouched(turn: ir.Node) -> tuple[int, ...] | None:
-    """The shape that says what this `Transpose` does, if all axes of more than one place stay in order."""
-    given = dims(turn.inputs[0])
-    if given is None:
-        return None
-    wide = [axis for axis in order(turn) if given[axis] != 1]
-    return reshape_target(turn.inputs[0], turn.outputs[0]) if wide == sorted(wide) else None
+    symbols = tuple(sorted(dim for dim in shape if isinstance(dim, str)))
+    return prod(dim for dim in shape if isinstance(dim, int)), symbols

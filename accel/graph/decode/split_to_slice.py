@@ -1,37 +1,49 @@
-"""Parts of different sizes are cut one by one."""
+"""Cut parts of different sizes one by one."""
 
 import onnx_ir as ir
 from onnx_ir import convenience
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes import PassResult
 
+from accel.graph.passes import GraphPass, remove_unused
 from accel.graph.shapes import integers
 
 
-def split_to_slice(model: ir.Model) -> None:
-    """In place: a `Split` into parts of different sizes becomes a `Slice` for each part that is used.
+class SplitToSlice(GraphPass):
+    """Replace a `Split` into parts of different sizes by a `Slice` for each part that is used.
 
-    On CUDA, ONNX Runtime (1.31) hands such a `Split` its sizes in four copies from host memory at every run. They take
-    longer than the parts do; and a recorded run reads that memory again when it is replayed, whatever it holds by then.
+    On CUDA, ONNX Runtime (1.31) copies the sizes of such a `Split` from host memory to the device in four copies per
+    run. They take longer than cutting the parts, and a captured CUDA graph reads the same host memory when it is
+    replayed, whatever it holds by then.
     """
-    graph = model.graph
-    for node in list(graph):
-        sizes = _sizes(node) if node.op_type == "Split" and node.domain == "" else ()
-        if len(set(sizes)) < 2:
-            continue
-        axis, start = integers(graph, "axis", [node.attributes.get_int("axis", 0)]), 0
-        for part, size in zip(list(node.outputs), sizes, strict=True):
-            ends = [integers(graph, "place", [place]) for place in (start, start + size)]
-            made = ir.node("Slice", [node.inputs[0], *ends, axis], name=f"{part.name}.slice")
-            made.outputs[0].type, made.outputs[0].shape = part.type, part.shape
-            graph.insert_before(node, made)
-            convenience.replace_all_uses_with(part, made.outputs[0], replace_graph_outputs=True)
-            made.outputs[0].name, part.name = part.name, f"{part.name}.part"
-            start += size
-        graph.remove(node, safe=True)
-    RemoveUnusedNodesPass()(model)
+
+    name = "split_to_slice"
+    description = "Slice parts of different sizes"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Replace them in the main graph."""
+        modified = False
+        for node in list(model.graph):
+            sizes = _sizes(node) if node.op_type == "Split" and node.domain == "" else ()
+            if len(set(sizes)) > 1:
+                _slice(model.graph, node, sizes)
+                modified = True
+        return remove_unused(model, modified)
 
 
-def _sizes(node: ir.Node) -> tuple[int, ...]:
-    """The parts' lengths, where they are known."""
-    given = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None
-    return tuple(given.numpy().tolist()) if given is not None else ()
+def _sizes(split: ir.Node) -> tuple[int, ...]:
+    """Return the lengths of the parts, empty if they are not constant."""
+    sizes = split.inputs[1].const_value if len(split.inputs) > 1 and split.inputs[1] is not None else None
+    return tuple(sizes.numpy().tolist()) if sizes is not None else ()
+
+
+def _slice(graph: ir.Graph, split: ir.Node, sizes: tuple[int, ...]) -> None:
+    """Replace a `Split` by one `Slice` per part."""
+    axis = integers(graph, "axis", [split.attributes.get_int("axis", 0)])
+    slices = []
+    start = 0
+    for part, size in zip(split.outputs, sizes, strict=True):
+        limits = [integers(graph, "place", [start]), integers(graph, "place", [start + size])]
+        slices.append(ir.node("Slice", [split.inputs[0], *limits, axis], name=f"{part.name}.slice"))
+        start += size
+    parts = [node.outputs[0] for node in slices]
+    convenience.replace_nodes_and_values(graph, split, [split], slices, split.outputs, parts)

@@ -1,24 +1,34 @@
-"""A decoder step over caches of a fixed length, which it writes in place: every shape is known before it runs."""
+"""Give a decode graph KV caches of fixed length, written in place, so that all shapes are known before it runs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir import convenience
-from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
+from onnx_ir.passes import PassResult
+from onnx_ir.passes.common import TopologicalSortPass
 
+from accel.graph.build import add_node
+from accel.graph.passes import GraphPass, remove_unused
 from accel.graph.shapes import integer, made_by, scalar
 
-OPSET = 24  # the first with TensorScatter; other operators take more types from version 20 to it, and mean the same
+OPSET = 24  # the first with TensorScatter; since 20 the other operators only gained types, and compute the same
 SUMS = ("Add", "Sub", "Mul")
-# What arithmetic on data may do with the number of past tokens: it is then the place of the first new one.
+# Operators on data in which the number of past tokens is the position of the first new token.
 ON_DATA = (*SUMS, "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "Where", "Max", "Min", "Cast")
+ON_SHAPES = ("Concat", "Expand", "Reshape", "ConstantOfShape")
 
 
 @dataclass(frozen=True)
 class Names:
-    """Axes of a step: past tokens, new ones, both. Of a static step: the input with the first new token's place, the
-    axis of the tokens there is room for.
+    """Names in a decode graph.
+
+    Attributes:
+        position: New input of a static decode graph: position of the first new token, an int64 scalar.
+        bucket: Axis of a static cache's tokens, written or not.
+        past: Axis of past tokens.
+        new: Axis of new tokens.
+        total: Axis of past and new tokens.
     """
 
     position: str
@@ -29,41 +39,61 @@ class Names:
 
 
 class NotStaticError(ValueError):
-    """The graph does something with the number of past tokens that a cache of fixed length can't answer."""
+    """A graph uses the number of past tokens in a way that a static cache doesn't allow."""
 
     def __init__(self, node: ir.Node | None, reason: str) -> None:
         super().__init__(f"node {node.name} ({node.op_type}): {reason}" if node is not None else reason)
 
 
-def static_cache(decode: ir.Model, cache: Mapping[str, str], names: Names) -> None:
-    """In place: a decoder with past becomes one with caches of a fixed length, a bucket's, as input and as output.
+class StaticCache(GraphPass):
+    """Replace dynamic caches by static ones, as input and as output.
 
-    `cache`: cache input -> the output that feeds it. Those with an axis of past tokens grow: where the graph appends to
-    one, it writes the new entries at `position` instead, a new input, by `TensorScatter`, which ONNX Runtime does in
-    place if input and output share their address. The mask's axis is the bucket's as well: what is not yet written is
-    masked there by 0, and by the model's own causal mask, which sees the new tokens at `position`.
-    Raises `NotStatic` where the graph uses the number of past tokens in another way.
+    Caches with an axis of past tokens are self-attention caches. Where the graph appends to one, it writes the new
+    entries at the new input `position` instead, by `TensorScatter`, which ONNX Runtime does in place if input and
+    output share their address. The attention mask gets the bucket's length as well: positions that aren't written yet
+    are masked by 0 there, and by the model's own causal mask, in which the new tokens begin at `position`.
     ONNX specification, from opset 24 on: https://onnx.ai/onnx/operators/onnx__TensorScatter.html
+
+    Args:
+        cache: Cache input -> cache output that becomes it in the next decode step.
+        names: Names in the graph.
     """
-    graph = decode.graph
-    grown = {
-        value: axis for value in graph.inputs if value.name in cache and (axis := _axis(value, names.past)) is not None
-    }
-    outputs = {value.name: value for value in graph.outputs}
-    position = ir.Value(name=names.position, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
-    graph.inputs.append(position)
-    Lengths(graph, grown, position, names).resolve()
-    writes = Writes(graph, position)
-    for value, axis in grown.items():
-        writes.append(value, outputs[cache[value.name or ""]], axis)
-    decode.opset_imports[""] = max(OPSET, decode.opset_imports[""])
-    _rename(graph, names)
-    RemoveUnusedNodesPass()(decode)
-    TopologicalSortPass()(decode)
+
+    name = "static_cache"
+    description = "Write caches of fixed length in place"
+
+    def __init__(self, cache: Mapping[str, str], names: Names) -> None:
+        super().__init__()
+        self.cache, self.names = cache, names
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite a decode graph.
+
+        Raises:
+            NotStaticError: The graph uses the number of past tokens in another way. It is left half-rewritten.
+        """
+        graph, names = model.graph, self.names
+        axes = {}  # self-attention cache -> axis of its tokens
+        for value in graph.inputs:
+            axis = _axis(value, names.past)
+            if value.name in self.cache and axis is not None:
+                axes[value] = axis
+        outputs = {value.name: value for value in graph.outputs}
+        position = ir.Value(name=names.position, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+        graph.inputs.append(position)
+        PastLengths(graph, axes, position, names).rewrite_uses()
+        writer = CacheWriter(graph, position)
+        for value, axis in axes.items():
+            writer.write_in_place(value, outputs[self.cache[value.name or ""]], axis)
+        model.opset_imports[""] = max(OPSET, model.opset_imports[""])
+        _rename_axes(graph, names)
+        result = remove_unused(model)  # modified: the graph has a new input
+        TopologicalSortPass()(model)
+        return result
 
 
 def _axis(value: ir.Value, symbol: str) -> int | None:
-    """The axis of `value` that goes by `symbol`."""
+    """Return the axis of `value` whose length is `symbol`."""
     for axis, dim in enumerate(value.shape or ()):
         if not isinstance(dim, int) and dim.value == symbol:
             return axis
@@ -72,180 +102,179 @@ def _axis(value: ir.Value, symbol: str) -> int | None:
 
 @dataclass(frozen=True)
 class Sum:
-    """So many times the past tokens, the new ones, and a constant."""
+    """A length as `past` times the past tokens, `new` times the new tokens, and `rest`."""
 
     past: int = 0
     new: int = 0
     rest: int = 0
 
     def plus(self, other: "Sum", sign: int = 1) -> "Sum":
+        """Return this length plus `sign` times `other`."""
         return Sum(self.past + sign * other.past, self.new + sign * other.new, self.rest + sign * other.rest)
 
 
 PAST, TOTAL, NEW = Sum(past=1), Sum(past=1, new=1), Sum(new=1)
 
 
-class Lengths:
-    """The number of past tokens, wherever the graph knows it from, and what is made of it.
+class PastLengths:
+    """The values of a graph that hold the number of past tokens, or are computed from it.
 
-    As a length (of a mask, a shape, a count from zero) it becomes the bucket's, as the caches' shape says now; as a
-    place, `position`.
+    As a length (of a mask, a shape, a range from zero) the number becomes the bucket's length, which the caches' shape
+    holds in a static graph; as a position it becomes `position`.
     """
 
-    def __init__(self, graph: ir.Graph, grown: Mapping[ir.Value, int], position: ir.Value, names: Names) -> None:
+    def __init__(self, graph: ir.Graph, axes: Mapping[ir.Value, int], position: ir.Value, names: Names) -> None:
         self.graph, self.position, self.names = graph, position, names
-        self.sums: dict[ir.Value, Sum] = {}  # lengths that past tokens are in
-        self.pasts: dict[int, ir.Value] = {}  # number of axes, none or one -> the past tokens themselves
-        for value, axis in grown.items():
-            for length in self._read(value, axis):
+        self.sums: dict[ir.Value, Sum] = {}  # lengths that count past tokens
+        self.lengths: dict[int, ir.Value] = {}  # rank, 0 or 1 -> a value that holds the number of past tokens alone
+        for cache, axis in axes.items():
+            for length in self._lengths(cache, axis):
                 self.sums[length] = PAST
-                self.pasts.setdefault(len(length.shape or ()), length)
+                self.lengths.setdefault(len(length.shape or ()), length)
 
-    def _read(self, value: ir.Value, axis: int) -> Iterable[ir.Value]:
-        """`Shape` of that axis of a cache, as a vector and as the scalars taken out of it."""
-        rank = len(value.shape or ())
-        for node, _ in list(value.uses()):
+    def _lengths(self, cache: ir.Value, axis: int) -> list[ir.Value]:
+        """Return what holds the length of a cache's axis: vectors that `Shape` makes, and scalars taken from them."""
+        rank = len(cache.shape or ())
+        lengths = []
+        for node, _ in cache.uses():
             if node.op_type != "Shape":
                 continue
-            start, end, _ = slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", rank)).indices(
-                rank
-            )
+            first, last = node.attributes.get_int("start", 0), node.attributes.get_int("end", rank)
+            start, end, _ = slice(first, last).indices(rank)
             if not start <= axis < end:
                 continue
             if end - start > 1:
-                raise NotStaticError(node, "it takes the number of past tokens together with other lengths")
-            yield node.outputs[0]
-            for user, _ in list(node.outputs[0].uses()):
-                if user.op_type in ("Gather", "Squeeze"):
-                    yield user.outputs[0]
+                raise NotStaticError(node, "it reads the number of past tokens together with other lengths")
+            vector = node.outputs[0]
+            lengths.append(vector)
+            for consumer, _ in vector.uses():
+                if consumer.op_type in ("Gather", "Squeeze"):
+                    lengths.append(consumer.outputs[0])
+        return lengths
 
-    def resolve(self) -> None:
+    def rewrite_uses(self) -> None:
         """Rewrite every use of the number of past tokens."""
         for node in self.graph:  # in topological order
             if node.op_type in ("Add", "Sub") and any(value in self.sums for value in node.inputs):
-                terms = [self._sum(value) for value in node.inputs]
-                if terms[0] is not None and terms[1] is not None:
-                    self.sums[node.outputs[0]] = terms[0].plus(terms[1], -1 if node.op_type == "Sub" else 1)
+                first, second = (self._sum(value) for value in node.inputs)
+                if first is not None and second is not None:
+                    self.sums[node.outputs[0]] = first.plus(second, -1 if node.op_type == "Sub" else 1)
         uses = [(node, index, value) for value in self.sums for node, index in value.uses()]
         for node, index, value in uses:
             if node.graph is not None and node.outputs[0] not in self.sums:
-                self._use(node, index, value)
+                self._rewrite_use(node, index, value)
 
     def _sum(self, value: ir.Value | None) -> Sum | None:
-        """What `value` is as a sum of lengths; None if it isn't one."""
-        if value is None or value in self.sums:
-            return None if value is None else self.sums[value]
+        """Return `value` as a sum of lengths; None if it isn't one."""
+        if value is None:
+            return None
+        if value in self.sums:
+            return self.sums[value]
         number = scalar(value)
         if number is not None:
             return Sum(rest=int(number))
         return NEW if self._is_new(value) else None
 
     def _is_new(self, value: ir.Value) -> bool:
-        """Whether `value` is the number of new tokens: their axis of an input."""
+        """Return whether `value` is the number of new tokens, read from the shape of another value."""
         taken = made_by(value, "Gather", "Squeeze")
         shape = made_by(taken.inputs[0] if taken is not None else value, "Shape")
-        known = shape.inputs[0].shape if shape is not None and shape.inputs[0] is not None else None
-        if shape is None or known is None:
+        source = shape.inputs[0] if shape is not None else None
+        if shape is None or source is None or source.shape is None:
             return False
-        read = known[shape.attributes.get_int("start", 0) : shape.attributes.get_int("end", len(known))]
-        return [dim if isinstance(dim, int) else dim.value for dim in read] == [self.names.new]
+        start, end = shape.attributes.get_int("start", 0), shape.attributes.get_int("end", len(source.shape))
+        lengths = [dim if isinstance(dim, int) else dim.value for dim in source.shape[start:end]]
+        return lengths == [self.names.new]
 
-    def _use(self, node: ir.Node, index: int, value: ir.Value) -> None:
-        """One use of a length that past tokens are in."""
-        sum_, axes = self.sums[value], len(value.shape or ())
+    def _rewrite_use(self, node: ir.Node, index: int, value: ir.Value) -> None:
+        """Rewrite input `index` of `node`, a length that counts past tokens."""
+        length, rank = self.sums[value], len(value.shape or ())
         if node.op_type == "Range":
-            self._range(node)
-        elif node.op_type in ("Concat", "Expand", "Reshape", "ConstantOfShape") and sum_ in (PAST, TOTAL):
-            node.replace_input_with(index, self.pasts[axes])
-        elif node.op_type in ON_DATA and sum_ == PAST and axes == 0:
+            self._rewrite_range(node)
+        elif node.op_type in ON_SHAPES and length in (PAST, TOTAL):
+            node.replace_input_with(index, self.lengths[rank])
+        elif node.op_type in ON_DATA and length == PAST and rank == 0:
             node.replace_input_with(index, self.position)
         else:
-            raise NotStaticError(
-                node, "it uses the number of past tokens in a way that a cache of fixed length can't answer"
-            )
+            raise NotStaticError(node, "it uses the number of past tokens in a way that a static cache doesn't allow")
 
-    def _range(self, node: ir.Node) -> None:
-        """A count of all tokens goes over the bucket; one of the new ones begins at `position`."""
+    def _rewrite_range(self, node: ir.Node) -> None:
+        """Let a range over all tokens cover the bucket, and one over the new tokens begin at `position`."""
         start, limit = (self._sum(value) for value in node.inputs[:2])
         if start is None or limit is None or scalar(node.inputs[2]) != 1:
-            raise NotStaticError(node, "it counts by what a cache of fixed length can't answer")
+            raise NotStaticError(node, "its limits are no sums of token counts, or its delta isn't 1")
         if start == Sum() and limit == TOTAL:
-            node.replace_input_with(1, self.pasts[0])
+            node.replace_input_with(1, self.lengths[0])
         elif start == Sum(past=1, rest=start.rest) and limit == start.plus(NEW):
-            first = integer(self.graph, start.rest)
-            counted = _insert(self.graph, node, "Range", [first, self._new_plus(node, start.rest), node.inputs[2]])
+            inputs = [integer(self.graph, start.rest), self._new_tokens(node, start.rest), node.inputs[2]]
+            counted = _add_int64(self.graph, "Range", inputs, node)
             counted.shape = node.outputs[0].shape
-            _replace(self.graph, node, ir.node("Add", [counted, self.position]))
+            _replace(self.graph, node, "Add", [counted, self.position])
         else:
             raise NotStaticError(node, "it counts neither all tokens nor the new ones")
 
-    def _new_plus(self, before: ir.Node, rest: int) -> ir.Value:
-        """The number of new tokens, and `rest`."""
-        ids, axis = next(
-            (value, axis) for value in self.graph.inputs if (axis := _axis(value, self.names.new)) is not None
-        )
-        new = _insert(
-            self.graph,
-            before,
-            "Gather",
-            [_insert(self.graph, before, "Shape", [ids]), integer(self.graph, axis)],
-            axis=0,
-        )
-        return _insert(self.graph, before, "Add", [new, integer(self.graph, rest)]) if rest else new
+    def _new_tokens(self, before: ir.Node, rest: int) -> ir.Value:
+        """Return the number of new tokens plus `rest`, computed before a node."""
+        ids, axis = self._new_axis()
+        shape = _add_int64(self.graph, "Shape", [ids], before)
+        new = _add_int64(self.graph, "Gather", [shape, integer(self.graph, axis)], before, axis=0)
+        return _add_int64(self.graph, "Add", [new, integer(self.graph, rest)], before) if rest else new
+
+    def _new_axis(self) -> tuple[ir.Value, int]:
+        """Return the first input with an axis of new tokens, and the axis."""
+        for value in self.graph.inputs:
+            axis = _axis(value, self.names.new)
+            if axis is not None:
+                return value, axis
+        raise NotStaticError(None, f"no input has an axis {self.names.new!r} of new tokens")
 
 
-class Writes:
-    """New entries of caches, written at `position`."""
+class CacheWriter:
+    """Writes of new cache entries at `position`."""
 
     def __init__(self, graph: ir.Graph, position: ir.Value) -> None:
         self.graph, self.position = graph, position
-        self.places: ir.Value | None = None  # `position` for every sequence
+        self.positions: ir.Value | None = None  # `position` for every sequence, [B]
 
-    def append(self, cache: ir.Value, grown: ir.Value, axis: int) -> None:
-        """`grown` = `Concat(cache, entries)` along `axis` becomes `cache` with `entries` from `position` on."""
-        node = grown.producer()
+    def write_in_place(self, cache: ir.Value, present: ir.Value, axis: int) -> None:
+        """Replace `present` = `Concat(cache, entries)` along `axis` by a write of `entries` into `cache`."""
+        node = present.producer()
         rank = len(cache.shape or ())
         entries = node.inputs[1] if node is not None and node.op_type == "Concat" and len(node.inputs) == 2 else None
         if node is None or entries is None or node.inputs[0] is not cache:
-            raise NotStaticError(node, f"{grown.name} is not {cache.name} with new entries behind it")
+            raise NotStaticError(node, f"{present.name} is not {cache.name} with new entries appended")
         if node.attributes.get_int("axis", 0) % rank != axis or axis == 0:
-            raise NotStaticError(node, f"{cache.name} grows along another axis than its tokens'")
-        if self.places is None:
-            sequences = _insert(self.graph, node, "Shape", [cache], start=0, end=1)
-            self.places = _insert(self.graph, node, "Expand", [self.position, sequences])
-        _replace(self.graph, node, ir.node("TensorScatter", [cache, entries, self.places], {"axis": axis}))
+            raise NotStaticError(node, f"new entries of {cache.name} aren't appended along its axis of tokens")
+        if self.positions is None:
+            batch = _add_int64(self.graph, "Shape", [cache], node, start=0, end=1)
+            self.positions = _add_int64(self.graph, "Expand", [self.position, batch], node)
+        _replace(self.graph, node, "TensorScatter", [cache, entries, self.positions], axis=axis)
 
 
-def _insert(
-    graph: ir.Graph, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], **attributes: int
+def _add_int64(
+    graph: ir.Graph, op_type: str, inputs: list[ir.Value | None], before: ir.Node, **attributes: int
 ) -> ir.Value:
-    """What a new node computes from integers."""
-    made = ir.Value(type=ir.TensorType(ir.DataType.INT64))
-    graph.insert_before(before, ir.node(op, inputs, attributes, outputs=[made]))
-    return made
+    """Insert a node that computes integers before another one, and return its output."""
+    return add_node(graph, op_type, inputs, attributes=attributes, dtype=ir.DataType.INT64, before=before)
 
 
-def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    """Put `new`, of one output, in the place of `old`, under its names."""
-    made, known = new.outputs[0], old.outputs[0]
-    made.type, made.shape, new.name = known.type, known.shape, old.name
-    graph.insert_before(old, new)
-    convenience.replace_all_uses_with(known, made, replace_graph_outputs=True)
-    graph.remove(old, safe=True)
-    made.name = known.name
+def _replace(graph: ir.Graph, node: ir.Node, op_type: str, inputs: list[ir.Value | None], **attributes: int) -> None:
+    """Replace a node of one output by another that takes over its names."""
+    new = ir.node(op_type, inputs, attributes, name=node.name)
+    convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
 
 
-def _rename(graph: ir.Graph, names: Names) -> None:
-    """The bucket's name for axes of past tokens, or of all; an axis that has more in it is no longer known."""
-    old = {names.past, names.total, f"{names.past} + {names.new}", f"{names.new} + {names.past}"}
-
-    def renamed(dim: int | ir.SymbolicDim) -> int | str | None:
-        if isinstance(dim, int) or dim.value is None:
-            return dim if isinstance(dim, int) else None
-        if dim.value in old:
-            return names.bucket
-        return None if any(symbol in dim.value for symbol in (names.past, names.total)) else dim.value
-
+def _rename_axes(graph: ir.Graph, names: Names) -> None:
+    """Name axes of past tokens, and of all tokens, after the bucket; drop the names of axes computed from them."""
     for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         if value.shape is not None:
-            value.shape = ir.Shape([renamed(dim) for dim in value.shape])
+            value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
+
+
+def _renamed(dim: int | ir.SymbolicDim, names: Names) -> int | str | None:
+    """Return the length of an axis in a static graph; None if it is unknown."""
+    if isinstance(dim, int) or dim.value is None:
+        return dim if isinstance(dim, int) else None
+    if dim.value in (names.past, names.total, f"{names.past} + {names.new}", f"{names.new} + {names.past}"):
+        return names.bucket
+    return None if names.past in dim.value or names.total in dim.value else dim.value

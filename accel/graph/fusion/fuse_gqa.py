@@ -1,131 +1,175 @@
-"""Queries that share keys and values look at them together, instead of at a copy each.
+"""Rewrite grouped-query attention to avoid repeating keys and values for every query head.
 
-Grouped-query attention (https://arxiv.org/abs/2305.13245), as exported, repeats every key and value for all queries of
-its group: in a step, the whole cache. For one token the queries of a group are rows of one product with the cache as it
-lies.
+Grouped-query attention (https://arxiv.org/abs/2305.13245), as exported, repeats every key and value for all query heads
+of its group: in a decode step, the whole cache. For one token, the queries of a group can be the rows of one product
+with the group's keys.
 """
 
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes import PassResult
 
-from accel.graph.shapes import dims, integers, made_by, order, scalar, used_once
-
-KEYS = (0, 1, 3, 2)  # [B, H, T, K] -> [B, H, K, T]
+from accel.graph.build import add_node
+from accel.graph.passes import GraphPass, NoMatchError, remove_unused
+from accel.graph.shapes import KEYS, Dims, dims, integers, made_by, permutation, scalar, used_once
 
 
 @dataclass
-class Grouped:
-    """Products with repeated keys and values, and the nodes between them, whose values have the heads' axis."""
+class GroupedAttention:
+    """Products with repeated keys and values, and the nodes between them, whose values have an axis of heads."""
 
     scores: ir.Node  # query [B, H, 1, D] times keys
     keys: ir.Value  # [B, G, T, D], repeated for `scores`
     between: list[ir.Node]
-    mixed: ir.Node  # shares [B, H, 1, T] times values
+    mixed: ir.Node  # probabilities [B, H, 1, T] times values
     values: ir.Value  # [B, G, T, D]
 
 
-def fuse_gqa(decode: ir.Model) -> None:
-    """In place, in a graph of one token."""
-    for node in list(decode.graph):
-        found = _grouped(node) if node.op_type == "Softmax" and node.domain == "" else None
-        if found is not None:
-            _rewrite(decode.graph, found)
-    RemoveUnusedNodesPass()(decode)
+class FuseGqa(GraphPass):
+    """Multiply the queries of a group [B, G, H / G, D] with its keys and values, in a graph of one token."""
+
+    name = "fuse_gqa"
+    description = "Share keys and values between the queries of a group"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite every attention of the main graph that repeats keys and values."""
+        modified = False
+        for node in list(model.graph):
+            if node.op_type != "Softmax" or node.domain != "":
+                continue
+            try:
+                _rewrite(model.graph, _match(node))
+            except NoMatchError as error:
+                self.log_miss(node, error)
+                continue
+            modified = True
+        return remove_unused(model, modified)
 
 
-def _grouped(softmax: ir.Node) -> Grouped | None:
+def _match(softmax: ir.Node) -> GroupedAttention:
+    """Match grouped-query attention around a softmax; raise `NoMatchError` if it is none."""
     if softmax.attributes.get_int("axis", -1) not in (-1, 3):
-        return None
-    between: list[ir.Node] = [softmax]
-    value = softmax.outputs[0]
-    while used_once(value) and (cast := next(iter(value.consumers()))).op_type == "Cast":
-        between.append(cast)
-        value = cast.outputs[0]
-    mixed = next(iter(value.consumers()), None) if used_once(value) else None
-    if mixed is None or mixed.op_type != "MatMul" or mixed.inputs[0] is not value:
-        return None
-    if mixed.outputs[0].is_graph_output():
-        return None
-    scores = _scores(softmax.inputs[0], between)
-    turned = made_by(scores.inputs[1], "Transpose") if scores is not None else None
-    if scores is None or turned is None or order(turned) != KEYS:
-        return None
-    keys, values = _unrepeated(turned.inputs[0]), _unrepeated(mixed.inputs[1])
+        raise NoMatchError(f"the softmax is over axis {softmax.attributes.get_int('axis', -1)}")
+    between = [softmax]
+    mixed = _product_behind(softmax, between)
+    scores = _product_before(softmax.inputs[0], between)
+    transpose = made_by(scores.inputs[1], "Transpose")
+    if transpose is None or permutation(transpose) != KEYS:
+        raise NoMatchError("the keys are not transposed for the product")
+    keys, values = _unrepeated(transpose.inputs[0], "keys"), _unrepeated(mixed.inputs[1], "values")
     query = dims(scores.inputs[0])
-    if keys is None or values is None or query is None or len(query) != 4 or query[2] != 1:
-        return None
-    return Grouped(scores, keys, between, mixed, values)
+    if query is None or len(query) != 4 or query[2] != 1:
+        raise NoMatchError(f"the queries have shape {query}, expected [batch, heads, 1, width]")
+    return GroupedAttention(scores, keys, between, mixed, values)
 
 
-def _scores(value: ir.Value | None, between: list[ir.Node]) -> ir.Node | None:
-    """The product that `value` comes from by casts, one factor for all, and a bias that all heads share."""
-    while value is not None and used_once(value) and (node := made_by(value, "Add", "Mul", "Div", "Cast", "MatMul")):
+def _product_behind(softmax: ir.Node, between: list[ir.Node]) -> ir.Node:
+    """Return the product of probabilities and values, and append the casts before it to `between`."""
+    probabilities = softmax.outputs[0]
+    node = next(iter(probabilities.consumers()), None)
+    while node is not None and node.op_type == "Cast" and used_once(probabilities):
+        between.append(node)
+        probabilities = node.outputs[0]
+        node = next(iter(probabilities.consumers()), None)
+    if node is None or node.op_type != "MatMul" or node.inputs[0] is not probabilities or not used_once(probabilities):
+        raise NoMatchError("the probabilities are not read by one product alone")
+    if node.outputs[0].is_graph_output():
+        raise NoMatchError("the attention's result is an output of the graph")
+    return node
+
+
+def _product_before(value: ir.Value | None, between: list[ir.Node]) -> ir.Node:
+    """Return the product of queries and keys, and append what is between it and `value` to `between`.
+
+    Casts, constant factors and a bias that is the same for all heads may be between them.
+    """
+    while value is not None and used_once(value):
+        node = made_by(value, "Add", "Mul", "Div", "Cast", "MatMul")
+        if node is None:
+            break
         if node.op_type == "MatMul":
             return node
         between.append(node)
-        if node.op_type == "Cast" or (node.op_type in ("Mul", "Div") and scalar(node.inputs[1]) is not None):
+        if node.op_type == "Add":
+            same = [_same_for_all_heads(addend) for addend in node.inputs]
+            if same.count(True) != 1:
+                raise NoMatchError("the bias of the scores differs between heads")
+            value = node.inputs[same.index(False)]
+        elif node.op_type == "Cast" or scalar(node.inputs[1]) is not None:
             value = node.inputs[0]
-        elif node.op_type == "Add":
-            shared = [_for_all_heads(one) for one in node.inputs]
-            if shared.count(True) != 1:
-                return None
-            value = node.inputs[shared.index(False)]
         else:
-            return None
-    return None
+            raise NoMatchError("the scores are scaled by something else than a constant")
+    raise NoMatchError("the scores are not the product of queries and keys")
 
 
-def _for_all_heads(value: ir.Value | None) -> bool:
-    known = dims(value)
-    return known is not None and (len(known) < 3 or all(dim == 1 for dim in known[-3:-1]))
+def _same_for_all_heads(value: ir.Value | None) -> bool:
+    """Return whether a value [..., H, S, T] broadcasts over heads and queries."""
+    shape = dims(value)
+    return shape is not None and (len(shape) < 3 or all(dim == 1 for dim in shape[-3:-1]))
 
 
-def _unrepeated(value: ir.Value | None) -> ir.Value | None:
-    """[B, H, T, D] -> the [B, G, T, D] it repeats, H / G times each."""
-    wide = made_by(value, "Reshape")
-    repeated = made_by(wide.inputs[0], "Expand") if wide is not None else None
-    apart = made_by(repeated.inputs[0], "Unsqueeze") if repeated is not None else None
-    source = apart.inputs[0] if apart is not None else None
-    given, made = dims(source), dims(value)
-    if apart is None or given is None or made is None or len(given) != 4 or len(made) != 4:
-        return None
-    heads, groups = made[1], given[1]
-    if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups or scalar(apart.inputs[1]) != 2:
-        return None
-    return source if (given[0], *given[2:]) == (made[0], *made[2:]) else None
+def _unrepeated(value: ir.Value | None, what: str) -> ir.Value:
+    """Return the [B, G, T, D] of which `value` [B, H, T, D] repeats each head; else raise `NoMatchError`."""
+    reshape = made_by(value, "Reshape")
+    expand = made_by(reshape.inputs[0], "Expand") if reshape is not None else None
+    unsqueeze = made_by(expand.inputs[0], "Unsqueeze") if expand is not None else None
+    source = unsqueeze.inputs[0] if unsqueeze is not None else None
+    shape, repeated = dims(source), dims(value)
+    if unsqueeze is None or source is None or shape is None or repeated is None:
+        raise NoMatchError(f"the {what} are not repeated by Unsqueeze, Expand and Reshape")
+    if len(shape) != 4 or len(repeated) != 4 or scalar(unsqueeze.inputs[1]) != 2:
+        raise NoMatchError(f"{what} of shape {shape} are repeated into {repeated}, expected 4 axes")
+    groups, heads = shape[1], repeated[1]
+    if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
+        raise NoMatchError(f"{heads} heads are not a multiple of {groups} groups")
+    if (shape[0], *shape[2:]) != (repeated[0], *repeated[2:]):
+        raise NoMatchError(f"{what} of shape {shape} are repeated into {repeated}")
+    return source
 
 
-def _rewrite(graph: ir.Graph, found: Grouped) -> None:
-    query = found.scores.inputs[0]
-    before, after = dims(query), dims(found.mixed.outputs[0])
-    held = dims(found.keys)
-    if query is None or before is None or after is None or held is None:
-        return
-    groups = int(held[1])
-    rows = int(before[1]) // groups
-    width = int(before[3])
-    grouped = integers(graph, "shape", [0, groups, rows, width])
-    rows_of_groups = ir.node("Reshape", [query, grouped])
-    turned = ir.node("Transpose", [found.keys], attributes={"perm": KEYS})
-    rows_of_groups.outputs[0].shape = ir.Shape([before[0], groups, rows, width])
-    turned.outputs[0].shape = ir.Shape([held[0], groups, width, held[2]])
-    for index, (node, like) in enumerate(((rows_of_groups, query), (turned, found.keys))):
-        node.outputs[0].type = like.type
-        graph.insert_before(found.scores, node)
-        found.scores.replace_input_with(index, node.outputs[0])
-    for one in (found.scores, *found.between):
-        known = dims(one.outputs[0])
-        if known is not None:
-            one.outputs[0].shape = ir.Shape([known[0], groups, rows, known[3]])
-    found.mixed.replace_input_with(1, found.values)
-    old = found.mixed.outputs[0]
-    old.shape = ir.Shape([after[0], groups, rows, after[3]])
-    uses = list(old.uses())
-    target = integers(graph, "shape", [0, int(after[1]), 1, int(after[3])])
-    made = ir.node("Reshape", [old, target])
-    made.outputs[0].type, made.outputs[0].shape = old.type, ir.Shape(after)
-    graph.insert_after(found.mixed, made)
-    for user, index in uses:
-        user.replace_input_with(index, made.outputs[0])
+def _rewrite(graph: ir.Graph, attention: GroupedAttention) -> None:
+    """Let the product read the group's keys and values; queries become rows [B, G, H / G, D]."""
+    query = attention.scores.inputs[0]
+    query_shape, keys_shape = dims(query), dims(attention.keys)
+    result_shape = dims(attention.mixed.outputs[0])
+    if query is None or query_shape is None or keys_shape is None or result_shape is None:
+        raise NoMatchError("shapes are unknown")
+    batch, heads, _, width = query_shape
+    groups, tokens = int(keys_shape[1]), keys_shape[2]
+    rows = int(heads) // groups
+
+    scores = attention.scores
+    target = integers(graph, "shape", [0, groups, rows, int(width)])
+    grouped_shape = ir.Shape([batch, groups, rows, width])
+    grouped = add_node(graph, "Reshape", [query, target], dtype=query.dtype, shape=grouped_shape, before=scores)
+    transposed = add_node(
+        graph,
+        "Transpose",
+        [attention.keys],
+        attributes={"perm": KEYS},
+        dtype=attention.keys.dtype,
+        shape=ir.Shape([keys_shape[0], groups, width, tokens]),
+        before=scores,
+    )
+    scores.replace_input_with(0, grouped)
+    scores.replace_input_with(1, transposed)
+    for node in (scores, *attention.between):
+        shape = dims(node.outputs[0])
+        if shape is not None:
+            node.outputs[0].shape = ir.Shape(_with_groups(shape, groups, rows))  # [B, G, H / G, T]
+    attention.mixed.replace_input_with(1, attention.values)
+    result = attention.mixed.outputs[0]
+    result.shape = ir.Shape(_with_groups(result_shape, groups, rows))  # [B, G, H / G, D]
+    readers = list(result.uses())
+    target = integers(graph, "shape", [0, int(result_shape[1]), 1, int(result_shape[3])])
+    joined = add_node(
+        graph, "Reshape", [result, target], dtype=result.dtype, shape=ir.Shape(result_shape), behind=result
+    )  # [B, H, 1, D]
+    for node, index in readers:
+        node.replace_input_with(index, joined)
+
+
+def _with_groups(shape: Dims, groups: int, rows: int) -> Dims:
+    """Return [B, H, 1, X] as [B, groups, rows, X]."""
+    return (shape[0], groups, rows, shape[3])

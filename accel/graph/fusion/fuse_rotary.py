@@ -1,135 +1,151 @@
-"""Rotary positions, written as products, slices and a sum, become one node.
+"""Fuse rotary position embeddings that are written as products, slices and a sum.
 
-The node is ONNX Runtime's `RotaryEmbedding`, with kernels on CPU and CUDA:
+The fused node is ONNX Runtime's `RotaryEmbedding`, with kernels on CPU and CUDA:
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.RotaryEmbedding
-Rotary positions: https://arxiv.org/abs/2104.09864
+Rotary position embeddings: https://arxiv.org/abs/2104.09864
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
 import onnx_ir as ir
 from onnx_ir import convenience
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes import PassResult
 
+from accel.graph.build import CONTRIB, add_node
+from accel.graph.passes import GraphPass, NoMatchError, remove_unused
 from accel.graph.shapes import dims, integer, integers, made_by, scalar
 
-DOMAIN = "com.microsoft"
-Pair = tuple[ir.Value, ir.Value]  # cosines and sines of angles
+Angles = tuple[ir.Value, ir.Value]  # cosines and sines, each [B or 1, 1, 1, D] with equal halves
 
 
 @dataclass
 class Rotation:
-    """x cos + (-x's second half, x's first half) sin: a pair of elements half a width apart is turned by an angle."""
+    """x * cos + rotate_half(x) * sin, where rotate_half(x) is x's second half, negated, and then its first."""
 
     x: ir.Value  # [B, H, 1, D]
-    angles: Pair  # each [B or 1, 1, 1, D], its halves alike
-    last: ir.Node
+    angles: Angles
 
 
-def fuse_rotary(decode: ir.Model) -> None:
-    """In place, in a graph of one token: the angles are cut in half once, and each rotation is one node."""
-    graph = decode.graph
-    tables: dict[Pair, list[ir.Value]] = {}
-    for node in list(graph):
-        found = next(_rotations(node), None) if node.op_type == "Add" and node.domain == "" else None
-        if found is None:
-            continue
-        if found.angles not in tables:
-            tables[found.angles] = _tables(graph, node, found.angles)
-        old = node.outputs[0]
-        made = ir.Value(name=old.name, type=old.type, shape=old.shape)
-        turned = ir.node("RotaryEmbedding", [found.x, *tables[found.angles]], domain=DOMAIN, outputs=[made])
-        graph.insert_before(node, turned)
-        convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
-        graph.opset_imports.setdefault(DOMAIN, 1)
-    RemoveUnusedNodesPass()(decode)
+class FuseRotary(GraphPass):
+    """Replace each rotation by one node, in a graph of one token; its tables are half the angles, cut once."""
+
+    name = "fuse_rotary"
+    description = "Fuse each rotary position embedding into one node"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Fuse those of the main graph."""
+        graph = model.graph
+        tables: dict[Angles, list[ir.Value]] = {}
+        for node in list(graph):
+            if node.op_type != "Add" or node.domain != "":
+                continue
+            try:
+                rotation = _match(node)
+            except NoMatchError as error:
+                self.log_miss(node, error)
+                continue
+            if rotation is None:
+                continue
+            if rotation.angles not in tables:
+                tables[rotation.angles] = _add_tables(graph, node, rotation.angles)
+            fused = ir.node("RotaryEmbedding", [rotation.x, *tables[rotation.angles]], domain=CONTRIB)
+            convenience.replace_nodes_and_values(graph, node, [node], [fused], node.outputs, fused.outputs)
+            graph.opset_imports.setdefault(CONTRIB, 1)
+        return remove_unused(model, modified=bool(tables))
 
 
-def _rotations(add: ir.Node) -> Iterator[Rotation]:
+def _match(add: ir.Node) -> Rotation | None:
+    """Match a rotation that ends in `add`; None if it doesn't look like one.
+
+    Raise `NoMatchError` if it is a rotation that the kernel can't compute.
+    """
     for straight, crossed in permutations(add.inputs):
         products = made_by(straight, "Mul"), made_by(crossed, "Mul")
         if products[0] is None or products[1] is None:
             continue
         for x, cosines in permutations(products[0].inputs):
             for halves, sines in permutations(products[1].inputs):
-                if x is None or cosines is None or sines is None or not _swapped(halves, x):
+                if x is None or cosines is None or sines is None or not _is_rotated_half(halves, x):
                     continue
-                if _fits(x, cosines) and _fits(x, sines) and dims(cosines) == dims(sines):
-                    yield Rotation(x, (cosines, sines), add)
+                _check_angles(x, cosines)
+                _check_angles(x, sines)
+                if dims(cosines) != dims(sines):
+                    raise NoMatchError(f"cosines have shape {dims(cosines)}, sines {dims(sines)}")
+                return Rotation(x, (cosines, sines))
+    return None
 
 
-def _swapped(halves: ir.Value | None, x: ir.Value) -> bool:
-    """Whether `halves` is the second half of `x`, negated, and then its first."""
+def _is_rotated_half(value: ir.Value | None, x: ir.Value) -> bool:
+    """Return whether `value` is the second half of `x`, negated, and then its first."""
     shape = dims(x)
-    joined = made_by(halves, "Concat")
-    if shape is None or joined is None or len(joined.inputs) != 2 or not isinstance(shape[-1], int):
+    concat = made_by(value, "Concat")
+    if shape is None or concat is None or len(concat.inputs) != 2 or not isinstance(shape[-1], int):
         return False
     rank, half = len(shape), shape[-1] // 2
-    negated = made_by(joined.inputs[0], "Neg")
+    negated = made_by(concat.inputs[0], "Neg")
     return (
-        joined.attributes.get_int("axis", 0) % rank == rank - 1
+        concat.attributes.get_int("axis", 0) % rank == rank - 1
         and negated is not None
-        and _slice(negated.inputs[0], x, half, shape[-1])
-        and _slice(joined.inputs[1], x, 0, half)
+        and _is_slice(negated.inputs[0], x, half, shape[-1])
+        and _is_slice(concat.inputs[1], x, 0, half)
     )
 
 
-def _slice(value: ir.Value | None, x: ir.Value, start: int, end: int) -> bool:
-    """Whether `value` is `x` from `start` to `end` along its last axis."""
+def _is_slice(value: ir.Value | None, x: ir.Value, start: int, end: int) -> bool:
+    """Return whether `value` is `x` from `start` to `end` along its last axis."""
     shape, node = dims(x), made_by(value, "Slice")
     if node is None or node.inputs[0] is not x or shape is None or len(node.inputs) < 4:
         return False
-    first, last, axis, stride = ([scalar(one) for one in node.inputs[1:]] + [1.0])[:4]
-    return (
-        first == start
-        and last is not None
-        and min(last, int(shape[-1])) == end
-        and axis is not None
-        and int(axis) % len(shape) == len(shape) - 1
-        and stride == 1
-    )
-
-
-def _fits(x: ir.Value, angles: ir.Value) -> bool:
-    """Whether `angles` are one token's, of the width and type of `x`, and both halves of them alike."""
-    own, wide = dims(angles), dims(x)
-    if own is None or wide is None or len(own) != 4 or len(wide) != 4 or angles.dtype != x.dtype:
+    first, last, axis = (scalar(bound) for bound in node.inputs[1:4])
+    stride = scalar(node.inputs[4]) if len(node.inputs) > 4 else 1
+    if last is None or axis is None:
         return False
-    return wide[2] == 1 and own[1:3] == (1, 1) and own[0] in (1, wide[0]) and own[3] == wide[3] and _alike(angles)
+    rank = len(shape)
+    return first == start and min(last, int(shape[-1])) == end and int(axis) % rank == rank - 1 and stride == 1
 
 
-def _alike(angles: ir.Value) -> bool:
+def _check_angles(x: ir.Value, angles: ir.Value) -> None:
+    """Raise `NoMatchError` unless `angles` are one token's, of the width and type of `x`, and of equal halves."""
+    shape, wanted = dims(angles), dims(x)
+    if shape is None or wanted is None or len(shape) != 4 or len(wanted) != 4:
+        raise NoMatchError(f"angles of shape {shape} for queries of shape {wanted}, expected 4 axes")
+    if wanted[2] != 1 or shape[1:3] != (1, 1) or shape[0] not in (1, wanted[0]) or shape[3] != wanted[3]:
+        raise NoMatchError(f"angles of shape {shape} don't turn one token of shape {wanted} alike in all heads")
+    if angles.dtype != x.dtype:
+        raise NoMatchError(f"angles are {angles.dtype}, what they turn is {x.dtype}")
+    if not _has_equal_halves(angles):
+        raise NoMatchError("the halves of the angles may differ")
+
+
+def _has_equal_halves(angles: ir.Value) -> bool:
+    """Return whether `angles` are computed elementwise from the concatenation of a value with itself."""
     value: ir.Value | None = angles
-    while (node := made_by(value, "Unsqueeze", "Cast", "Mul", "Cos", "Sin")) is not None:
+    node = made_by(value, "Unsqueeze", "Cast", "Mul", "Cos", "Sin")
+    while node is not None:
         if node.op_type == "Mul" and scalar(node.inputs[1]) is None:
             return False
         value = node.inputs[0]
-    joined = made_by(value, "Concat")
-    return joined is not None and len(joined.inputs) == 2 and joined.inputs[0] is joined.inputs[1]
+        node = made_by(value, "Unsqueeze", "Cast", "Mul", "Cos", "Sin")
+    concat = made_by(value, "Concat")
+    return concat is not None and len(concat.inputs) == 2 and concat.inputs[0] is concat.inputs[1]
 
 
-def _tables(graph: ir.Graph, before: ir.Node, angles: Pair) -> list[ir.Value]:
-    """Rows of the tables, [B, 1] or [1], and the tables: cosines and sines, [B or 1, D / 2]."""
+def _add_tables(graph: ir.Graph, before: ir.Node, angles: Angles) -> list[ir.Value]:
+    """Return position ids, [B, 1] or [1], and the tables that they select from: cosines and sines, [B or 1, D / 2]."""
     shape = dims(angles[0]) or (1, 1, 1, 2)
-    width = int(shape[3])
-
-    def node(op: str, inputs: Sequence[ir.Value | None], kind: ir.DataType, **attributes: int) -> ir.Value:
-        made = ir.node(op, inputs, attributes=attributes)
-        made.outputs[0].type = ir.TensorType(kind)
-        graph.insert_before(before, made)
-        return made.outputs[0]
-
-    ends = [integers(graph, "lengths", [number]) for number in (0, width // 2, 1)]
-    halves = []
-    for one in angles:
-        kind = one.dtype or ir.DataType.FLOAT
-        rows = node("Reshape", [one, integers(graph, "shape", [-1, width])], kind)
-        halves.append(node("Slice", [rows, *ends], kind))
+    width, int64 = int(shape[3]), ir.DataType.INT64
+    start, end, axis = (integers(graph, "lengths", [number]) for number in (0, width // 2, 1))
+    tables = []
+    for each in angles:
+        target = integers(graph, "shape", [-1, width])
+        rows = add_node(graph, "Reshape", [each, target], dtype=each.dtype, before=before)  # [B or 1, D]
+        tables.append(add_node(graph, "Slice", [rows, start, end, axis], dtype=each.dtype, before=before))
     if shape[0] == 1:
-        return [integers(graph, "lengths", [0]), *halves]
-    lengths = node("Shape", [angles[0]], ir.DataType.INT64)
-    batch = node("Gather", [lengths, integer(graph, 0)], ir.DataType.INT64, axis=0)
-    count = node("Range", [integer(graph, 0), batch, integer(graph, 1)], ir.DataType.INT64)
-    return [node("Reshape", [count, integers(graph, "shape", [-1, 1])], ir.DataType.INT64), *halves]
+        return [integers(graph, "lengths", [0]), *tables]
+    zero, one = integer(graph, 0), integer(graph, 1)
+    lengths = add_node(graph, "Shape", [angles[0]], dtype=int64, before=before)
+    batch = add_node(graph, "Gather", [lengths, zero], attributes={"axis": 0}, dtype=int64, before=before)
+    rows = add_node(graph, "Range", [zero, batch, one], dtype=int64, before=before)
+    target = integers(graph, "shape", [-1, 1])
+    return [add_node(graph, "Reshape", [rows, target], dtype=int64, before=before), *tables]  # [B, 1]

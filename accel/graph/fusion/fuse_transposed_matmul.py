@@ -1,51 +1,60 @@
-"""Read a weight that is used both ways as it lies, instead of a transposed copy of it."""
+"""Multiply with the transpose of a tied embedding without storing a transposed copy."""
 
 import onnx_ir as ir
 from onnx_ir import convenience
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes import PassResult
 
-from accel.graph.fusion.fuse_skip_norm import DOMAIN
-from accel.graph.shapes import made_by
+from accel.graph.build import CONTRIB
+from accel.graph.passes import GraphPass, NoMatchError, remove_unused
+from accel.graph.shapes import made_by, permutation
 
 FUSED = "FusedMatMul"
-KINDS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+DTYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
-def fuse_transposed_matmul(model: ir.Model) -> None:
-    """In place: the product with a transposed weight that is looked up as well, as tied embeddings are, is one node.
+class FuseTransposedMatmul(GraphPass):
+    """Replace `MatMul(x, Transpose(weight))` by `FusedMatMul(x, weight, transB=1)`.
 
     ONNX Runtime would transpose the weight when a session opens, and hold that copy beside it, in each branch of an
-    `If` another one. What is only used transposed `fold_transposes` has stored so.
+    `If` another one. A weight that is only used transposed is stored so by `fold_transposes`.
     https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.FusedMatMul
     """
-    for graph in list(model.graphs()):
-        for node in list(graph):
-            weight = _transposed(node)
-            if weight is not None:
+
+    name = "fuse_transposed_matmul"
+    description = "Multiply with tied embeddings without a transposed copy"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Fuse those of all graphs, subgraphs included."""
+        modified = False
+        for graph in list(model.graphs()):
+            for node in list(graph):
+                transpose = made_by(node.inputs[1], "Transpose") if node.op_type == "MatMul" else None
+                if transpose is None or node.domain != "":
+                    continue
+                try:
+                    weight = _weight(transpose)
+                except NoMatchError as error:
+                    self.log_miss(node, error)
+                    continue
                 _fuse(graph, node, weight)
-                model.graph.opset_imports.setdefault(DOMAIN, 1)
-    RemoveUnusedNodesPass()(model)
+                model.graph.opset_imports.setdefault(CONTRIB, 1)
+                modified = True
+        return remove_unused(model, modified)
 
 
-def _transposed(node: ir.Node) -> ir.Value | None:
-    """The weight, rows by columns, whose transpose is the second factor of a product."""
-    if node.op_type != "MatMul" or node.domain != "":
-        return None
-    turn = made_by(node.inputs[1], "Transpose")
-    weight = turn.inputs[0] if turn is not None else None
-    if turn is None or weight is None or not weight.is_initializer() or weight.dtype not in KINDS:
-        return None
-    if weight.shape is None or len(weight.shape) != 2 or list(turn.attributes.get_ints("perm", (1, 0))) != [1, 0]:
-        return None
+def _weight(transpose: ir.Node) -> ir.Value:
+    """Return the weight [rows, columns] that is transposed; raise `NoMatchError` if it is none."""
+    weight = transpose.inputs[0]
+    if weight is None or not weight.is_initializer():
+        raise NoMatchError("the transposed factor is not a weight")
+    if weight.dtype not in DTYPES:
+        raise NoMatchError(f"the weight is {weight.dtype}, for which there is no kernel")
+    if weight.shape is None or len(weight.shape) != 2 or permutation(transpose) not in ((), (1, 0)):
+        raise NoMatchError(f"axes {permutation(transpose)} of a weight of shape {weight.shape} are transposed")
     return weight
 
 
 def _fuse(graph: ir.Graph | ir.Function, node: ir.Node, weight: ir.Value) -> None:
-    old = node.outputs[0]
-    made = ir.Value(name=old.name, type=old.type, shape=old.shape)
-    fused = ir.node(
-        FUSED, [node.inputs[0], weight], attributes={"transB": 1}, domain=DOMAIN, outputs=[made], name=node.name
-    )
-    graph.insert_before(node, fused)
-    convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    """Replace the product."""
+    fused = ir.node(FUSED, [node.inputs[0], weight], attributes={"transB": 1}, domain=CONTRIB, name=node.name)
+    convenience.replace_nodes_and_values(graph, node, [node], [fused], node.outputs, fused.outputs)

@@ -1,88 +1,105 @@
-"""What every layer adds to its scores is added up once, before the layers."""
+"""Add up once what every layer adds to its attention scores."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnx_ir import convenience
+from onnx_ir.passes import PassResult
 
-from accel.graph.shapes import made_by, used_once
+from accel.graph.build import add_node
+from accel.graph.passes import GraphPass
+from accel.graph.shapes import broadcast, dims, made_by, used_once
 
 Pair = frozenset[ir.Value]
-Place = tuple[ir.Node, ir.Node]  # (outer, inner) of (x + a) + b
 
 
-def hoist_additions(models: Sequence[ir.Model]) -> None:
-    """In place: `(x + a) + b` becomes `x + (a + b)` where several places add the same `a` and `b`.
+@dataclass(frozen=True)
+class NestedSum:
+    """(x + a) + b: the outer and the inner `Add`."""
+
+    outer: ir.Node
+    inner: ir.Node
+
+    def pairs(self) -> list[Pair]:
+        """Return {x, b} and {a, b}: the pairs that could be added first."""
+        last = [value for value in self.outer.inputs if value is not None and value is not self.inner.outputs[0]]
+        return [frozenset((value, last[0])) for value in self.inner.inputs if last and value is not None]
+
+
+class HoistAdditions(GraphPass):
+    """Replace `(x + a) + b` by `x + (a + b)` where several sums add the same `a` and `b`.
 
     Such as a position bias and a mask. Broadcasting is associative, so the result keeps its shape, and `a + b` is never
     larger than it. A mask that `plan.clamp_masks` has clamped can take a bias and a score within FP16; whether the sum
     stays there is audited like that of every other value.
     """
-    for model in models:
-        while len(places := _most_common(model.graph)) > 1:  # each round leaves at least one node less
-            _hoist(model.graph, places)
+
+    name = "hoist_additions"
+    description = "Add position bias and mask once for all layers"
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Hoist pairs of the main graph, the most frequent first; each round leaves at least one node less."""
+        modified = False
+        sums = _sums_of_most_frequent_pair(model.graph)
+        while len(sums) > 1:
+            _hoist(model.graph, sums)
+            modified = True
+            sums = _sums_of_most_frequent_pair(model.graph)
+        return PassResult(model, modified)
 
 
-def _sums(graph: ir.Graph) -> list[Place]:
-    """(outer, inner) of every `(x + a) + b` whose inner sum nobody else reads."""
-    found = []
+def _nested_sums(graph: ir.Graph) -> list[NestedSum]:
+    """Return every `(x + a) + b` whose inner sum no other node reads."""
+    sums = []
     for outer in graph:
         if outer.op_type == "Add" and outer.domain == "":
-            inner = next((node for value in outer.inputs if (node := _inner(value)) is not None), None)
+            inner = next((node for node in map(_inner, outer.inputs) if node is not None), None)
             if inner is not None and inner.graph is graph:
-                found.append((outer, inner))
-    return found
+                sums.append(NestedSum(outer, inner))
+    return sums
 
 
 def _inner(value: ir.Value | None) -> ir.Node | None:
+    """Return the `Add` that computes `value`, if only one node reads it."""
     return made_by(value, "Add") if value is not None and used_once(value) else None
 
 
-def _pairs(outer: ir.Node, inner: ir.Node) -> list[Pair]:
-    last = [value for value in outer.inputs if value is not None and value is not inner.outputs[0]]
-    return [frozenset((value, last[0])) for value in inner.inputs if last and value is not None]
+def _sums_of_most_frequent_pair(graph: ir.Graph) -> list[NestedSum]:
+    """Return the sums of the pair that is added most often, no node in two of them."""
+    by_pair: dict[Pair, list[NestedSum]] = {}
+    for nested in _nested_sums(graph):
+        for pair in nested.pairs():
+            sums = by_pair.setdefault(pair, [])
+            taken = {node for other in sums for node in (other.outer, other.inner)}
+            if len(pair) == 2 and not taken & {nested.outer, nested.inner}:
+                sums.append(nested)
+    return max(by_pair.values(), key=len, default=[])
 
 
-def _most_common(graph: ir.Graph) -> list[Place]:
-    """The places of the pair that is added most often, no node in two of them."""
-    found: dict[Pair, list[Place]] = {}
-    for place in _sums(graph):
-        for pair in _pairs(*place):
-            known = found.setdefault(pair, [])
-            if len(pair) == 2 and not {node for other in known for node in other} & set(place):
-                known.append((place[0], place[1]))
-    return max(found.values(), key=len, default=[])
-
-
-def _hoist(graph: ir.Graph, places: Sequence[Place]) -> None:
-    pair = next(pair for pair in _pairs(*places[0]) if all(pair in _pairs(*place) for place in places))
+def _hoist(graph: ir.Graph, sums: Sequence[NestedSum]) -> None:
+    """Add the pair that all `sums` share once, before the first of them."""
+    pair = next(pair for pair in sums[0].pairs() if all(pair in nested.pairs() for nested in sums))
     total: ir.Value | None = None
-    for outer, inner in places:
-        addends = [value for value in (*inner.inputs, *outer.inputs) if value is not inner.outputs[0]]
+    for nested in sums:
+        outer, inner = nested.outer, nested.inner
+        addends = [
+            value for value in (*inner.inputs, *outer.inputs) if value is not None and value is not inner.outputs[0]
+        ]
         rest = next(value for value in addends if value not in pair)
         if total is None:
-            added = [value for value in addends if value in pair]
-            total = ir.Value(name=f"{outer.outputs[0].name}.added", type=outer.outputs[0].type)
-            total.shape = _broadcast(added)
-            graph.insert_before(outer, ir.node("Add", added, outputs=[total], name=total.name))
-        old = outer.outputs[0]
-        made = ir.Value(name=old.name, type=old.type, shape=old.shape)
-        graph.insert_before(outer, ir.node("Add", [rest, total], outputs=[made], name=outer.name))
-        convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
-        graph.remove((outer, inner), safe=True)
+            shared = [value for value in addends if value in pair]
+            output = outer.outputs[0]
+            name = f"{output.name}.added"
+            total = add_node(
+                graph, "Add", shared, name, dtype=output.dtype, shape=_broadcast_shape(shared), before=outer
+            )
+        add = ir.node("Add", [rest, total], name=outer.name)
+        convenience.replace_nodes_and_values(graph, outer, [outer, inner], [add], outer.outputs, add.outputs)
 
 
-def _broadcast(values: Sequence[ir.Value | None]) -> ir.Shape | None:
-    """The shape of the sum; None where symbols leave it open."""
-    shapes = [value.shape for value in values if value is not None and value.shape is not None]
-    if len(shapes) != len(values):
-        return None
-    rank = max(len(shape) for shape in shapes)
-    result: list[int | ir.SymbolicDim] = []
-    for axis in range(-rank, 0):
-        lengths = [shape[axis] for shape in shapes if -axis <= len(shape)]
-        wide = [dim for dim in lengths if dim != 1]
-        if len(set(map(str, wide))) > 1 or any(isinstance(dim, ir.SymbolicDim) and dim.value is None for dim in wide):
-            return None
-        result.append(wide[0] if wide else 1)
-    return ir.Shape(result)
+def _broadcast_shape(values: Sequence[ir.Value]) -> ir.Shape | None:
+    """Return the shape of the values' sum; None where it is unknown."""
+    shapes = [shape for shape in map(dims, values) if shape is not None]
+    result = broadcast(shapes) if len(shapes) == len(values) else None
+    return ir.Shape(result) if result is not None else None

@@ -1,4 +1,4 @@
-"""Products of one value with several weights become one product with the weights side by side.
+"""Pack products of one value with several weights into one product with the weights side by side.
 
 Queries, keys and values are the usual case: three products of the same input, each cut into heads. One matrix product
 is read from memory as fast as three, and costs one launch.
@@ -11,10 +11,12 @@ from itertools import takewhile
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import convenience
-from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnx_ir.passes import PassResult
 
+from accel.graph.build import add_node
+from accel.graph.passes import GraphPass, remove_unused
 from accel.graph.precision.formats import FLOAT
-from accel.graph.shapes import HEADS, dims, integers, is_vector, order, used_once
+from accel.graph.shapes import HEADS, dims, integers, is_vector, permutation, used_once
 
 
 @dataclass
@@ -30,199 +32,264 @@ class Product:
 
 @dataclass
 class Heads:
-    """A product cut into heads: its `Reshape`, the `Transpose` nodes that read that, heads and their width."""
+    """A product [B, T, H * K] cut into heads: its `Reshape`, and the `Transpose` nodes that read that."""
 
     reshape: ir.Node
-    turns: list[ir.Node]
+    transposes: list[ir.Node]
     count: int
     width: int
 
 
-def pack_qkv(models: Sequence[ir.Model]) -> None:
-    """In place: joined are weights that every graph multiplies with one common input, and uses for nothing else.
+@dataclass
+class Pack:
+    """Products of one input to pack in one graph; `biased`: with a bias, which may be zero for some."""
+
+    products: Sequence[Product]
+    biased: bool
+
+
+class PackQkv(GraphPass):
+    """Pack weights that every graph multiplies with one common input, and uses for nothing else.
 
     So all graphs keep holding equal bytes, and what one graph alone computes stays apart, such as the keys and values
     of the encoder's output. Done only where it leaves fewer nodes, and for weights of one width: a `Split` into equal
     parts is one kernel on CUDA, and of different ones also four copies from the host (ONNX Runtime 1.31).
     """
-    products = [{found.weight.name or "": found for found in _products(model.graph)} for model in models]
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name in products[0] if products else ():
-        if all(name in known for known in products):
-            width = _width(products[0][name].weight)
-            groups.setdefault((width, *(id(known[name].x) for known in products)), []).append(name)
-    for names in groups.values():
-        rows = [[known[name] for name in names] for known in products]
-        if len(names) > 1 and _agree(rows):
+
+    name = "pack_qkv"
+    description = "Pack queries, keys and values into one product"
+
+    def prepare(self, models: Sequence[ir.Model]) -> None:
+        """Choose the products to pack, by model."""
+        self._packs: dict[int, list[Pack]] = {id(model): [] for model in models}
+        products = [{product.weight.name or "": product for product in _products(model.graph)} for model in models]
+        for names in _names_by_input(products):
+            rows = [[by_weight[name] for name in names] for by_weight in products]
+            if len(names) < 2:
+                continue
             biased = any(product.bias is not None for product in rows[0])
-            if all(_saves(row, biased) for row in rows):
-                for model, row in zip(models, rows, strict=True):
-                    _join(model.graph, row, biased)
-    for model in models:
-        RemoveUnusedNodesPass()(model)
+            reason = _reason_against(rows, biased)
+            if reason is not None:
+                self.log_miss(rows[0][0].node, reason)
+                continue
+            for model, row in zip(models, rows, strict=True):
+                self._packs[id(model)].append(Pack(row, biased))
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Pack the products that `prepare` chose."""
+        packs = self._packs[id(model)]
+        for pack in packs:
+            _pack(model.graph, pack)
+        return remove_unused(model, modified=bool(packs))
+
+
+def _names_by_input(products: Sequence[dict[str, "Product"]]) -> list[list[str]]:
+    """Return names of weights that every graph multiplies with one common input, and that are of one width.
+
+    Args:
+        products: For each graph, name of a weight -> the product with it.
+    """
+    names: dict[tuple[int, ...], list[str]] = {}
+    for name in products[0] if products else ():
+        if all(name in by_weight for by_weight in products):
+            inputs = [id(by_weight[name].x) for by_weight in products]
+            names.setdefault((_width(products[0][name].weight), *inputs), []).append(name)
+    return list(names.values())
+
+
+def _reason_against(rows: Sequence[Sequence["Product"]], biased: bool) -> str | None:
+    """Return why products aren't packed; None if they are. `rows`: for each graph, the products."""
+    names = [product.weight.name for product in rows[0]]
+    if not _agree(rows):
+        return f"{names} or their biases differ between the graphs, or in their rows"
+    if not all(_saves(row, biased) for row in rows):
+        return f"packing {names} leaves no fewer nodes"
+    return None
 
 
 def _products(graph: ir.Graph) -> Iterator[Product]:
+    """Yield the products with a weight of two axes, each with its bias."""
     for node in graph:
         if node.op_type != "MatMul" or node.domain != "":
             continue
         x, weight = node.inputs
         if x is None or weight is None or not _is_weight(weight, 2):
             continue
-        width = (dims(weight) or (0, 0))[1]
-        user = next(iter(node.outputs[0].consumers())) if used_once(node.outputs[0]) else None
-        bias, last = None, node
-        if user is not None and user.op_type == "Add" and user.domain == "" and user.graph is graph:
-            other = next((value for value in user.inputs if value is not node.outputs[0]), None)
-            if other is not None and _is_weight(other, 1) and is_vector(other, width):
-                bias, last = other, user
+        bias = _bias_behind(node, weight)
+        last = node if bias is None else next(iter(node.outputs[0].consumers()))
         yield Product(x, weight, bias, node, last)
 
 
+def _bias_behind(product: ir.Node, weight: ir.Value) -> ir.Value | None:
+    """Return the vector of the weight's width that the only reader of a product adds to it."""
+    output = product.outputs[0]
+    reader = next(iter(output.consumers())) if used_once(output) else None
+    if reader is None or reader.op_type != "Add" or reader.domain != "" or reader.graph is not product.graph:
+        return None
+    addend = next((value for value in reader.inputs if value is not output), None)
+    width = (dims(weight) or (0, 0))[1]
+    return addend if addend is not None and _is_weight(addend, 1) and is_vector(addend, width) else None
+
+
 def _is_weight(value: ir.Value, rank: int) -> bool:
+    """Return whether `value` is a float32 initializer of `rank` axes that one node reads."""
     tensor = value.const_value
-    known = value.is_initializer() and tensor is not None and tensor.dtype == FLOAT
-    return known and len(value.shape or ()) == rank and used_once(value)
+    is_float = value.is_initializer() and tensor is not None and tensor.dtype == FLOAT
+    return is_float and len(value.shape or ()) == rank and used_once(value)
 
 
 def _agree(rows: Sequence[Sequence[Product]]) -> bool:
-    """Whether the graphs hold the same weights, and the same biases if any."""
+    """Return whether the graphs hold the same weights, all of as many rows, and the same biases if any."""
     first = rows[0]
     for row in rows:
-        for own, other in zip(row, first, strict=True):
-            biases = (own.bias.name if own.bias else None, other.bias.name if other.bias else None)
-            if own.weight.shape != other.weight.shape or biases[0] != biases[1]:
+        for product, expected in zip(row, first, strict=True):
+            bias = product.bias.name if product.bias is not None else None
+            expected_bias = expected.bias.name if expected.bias is not None else None
+            if product.weight.shape != expected.weight.shape or bias != expected_bias:
                 return False
     return len({product.weight.shape[0] for product in first if product.weight.shape is not None}) == 1
 
 
 def _saves(row: Sequence[Product], biased: bool) -> bool:
-    """Whether the joined form has fewer nodes than the products apart."""
+    """Return whether the packed form has fewer nodes than the products apart."""
     heads = _all_heads(row)
-    now = sum(1 + (product.bias is not None) for product in row)
+    nodes = sum(1 + (product.bias is not None) for product in row)
     if heads is None:
-        return now > 2 + biased
-    turned = sum(order(turn) != HEADS for found in heads for turn in found.turns)
-    return now + sum(1 + len(found.turns) for found in heads) > 4 + biased + turned
+        return nodes > 2 + biased
+    nodes += sum(1 + len(each.transposes) for each in heads)
+    other_transposes = sum(permutation(node) != HEADS for each in heads for node in each.transposes)
+    return nodes > 4 + biased + other_transposes
 
 
 def _all_heads(row: Sequence[Product]) -> list[Heads] | None:
-    """How each product is cut into heads, if all are, into heads of one width."""
+    """Return how each product is cut into heads, if all are, into heads of one width."""
     found = [_heads(product.last.outputs[0]) for product in row]
-    known = [heads for heads in found if heads is not None]
-    return known if len(known) == len(found) and len({heads.width for heads in known}) == 1 else None
+    heads = [each for each in found if each is not None]
+    return heads if len(heads) == len(found) and len({each.width for each in heads}) == 1 else None
 
 
 def _heads(value: ir.Value) -> Heads | None:
-    users = value.consumers()
-    if not used_once(value) or users[0].op_type != "Reshape" or users[0].graph is not value.graph:
+    """Return how `value` [B, T, H * K] is cut into heads, and transposed; None if it isn't."""
+    readers = value.consumers()
+    if not used_once(value) or readers[0].op_type != "Reshape" or readers[0].graph is not value.graph:
         return None
-    reshape = users[0]
+    reshape = readers[0]
     target = reshape.inputs[1].const_value if reshape.inputs[1] is not None else None
-    turns = list(reshape.outputs[0].consumers())
+    transposes = list(reshape.outputs[0].consumers())
     if target is None or reshape.attributes.get_int("allowzero", 0) == 1 or reshape.outputs[0].is_graph_output():
         return None
-    if any(turn.op_type != "Transpose" or turn.graph is not value.graph for turn in turns):
+    if any(node.op_type != "Transpose" or node.graph is not value.graph for node in transposes):
         return None
-    orders = [order(turn) for turn in turns]
+    orders = [permutation(node) for node in transposes]
     lengths = target.numpy().tolist()
     if len(lengths) != len(HEADS) or lengths[:2] != [0, 0] or min(lengths[2:]) <= 0 or len(dims(value) or ()) != 3:
         return None
-    if not turns or () in orders or orders.count(HEADS) > 1:
+    if not transposes or () in orders or orders.count(HEADS) > 1:
         return None
-    return Heads(reshape, turns, lengths[2], lengths[3])
+    return Heads(reshape, transposes, lengths[2], lengths[3])
 
 
-def _join(graph: ir.Graph, row: Sequence[Product], biased: bool) -> None:
+def _pack(graph: ir.Graph, pack: Pack) -> None:
+    """Replace products, and what cuts them into heads, by one product and one `Split`."""
+    row = pack.products
     heads = _all_heads(row)
-    made = _append_product(graph, row, biased)
+    packed = _add_product(graph, row, pack.biased)
+    old_nodes = [node for product in row for node in {product.last, product.node}]
     if heads is None:
-        parts = [product.last.outputs[0] for product in row]
-        _split(graph, row[0].node, made, -1, [_width(product.weight) for product in row], parts)
+        outputs = [product.last.outputs[0] for product in row]
+        _add_split(graph, row[0].node, packed, -1, [_width(product.weight) for product in row], outputs)
     else:
-        _split_heads(graph, row[0].node, made, heads)
-    gone = [node for product in row for node in {product.last, product.node}]
-    for found in heads or ():
-        gone += [found.reshape, *found.turns]
-    graph.remove(gone, safe=True)
+        _split_heads(graph, row[0].node, packed, heads)
+        for each in heads:
+            old_nodes += [each.reshape, *each.transposes]
+    graph.remove(old_nodes, safe=True)
     for product in row:
         for value in (product.weight, product.bias):
             if value is not None:
                 graph.initializers.pop(value.name or "")
 
 
-def _append_product(graph: ir.Graph, row: Sequence[Product], biased: bool) -> ir.Value:
-    """One product before the first of the row, and its bias: zero for those that had none."""
-    weight = _side_by_side(graph, [product.weight for product in row])
+def _add_product(graph: ir.Graph, row: Sequence[Product], biased: bool) -> ir.Value:
+    """Insert one product before the first of the row, and its bias: zero for those that had none."""
+    first = row[0].node
+    output = first.outputs[0]
+    weight = _concatenated(graph, [product.weight for product in row])
     width = sum(_width(product.weight) for product in row)
-    like = row[0].node.outputs[0]
-    shape = ir.Shape([*like.shape[:-1], width]) if like.shape is not None else None
-    made = _value(graph, row[0].node, "MatMul", [row[0].x, weight], f"{like.name}.joined", shape)
-    if biased:
-        parts = [product.bias if product.bias is not None else _width(product.weight) for product in row]
-        made = _value(graph, row[0].node, "Add", [made, _side_by_side(graph, parts)], f"{like.name}.biased", shape)
-    return made
+    shape = ir.Shape([*output.shape[:-1], width]) if output.shape is not None else None
+    name, dtype = f"{output.name}.joined", row[0].x.dtype
+    packed = add_node(graph, "MatMul", [row[0].x, weight], name, dtype=dtype, shape=shape, before=first)
+    if not biased:
+        return packed
+    parts = [product.bias if product.bias is not None else _width(product.weight) for product in row]
+    bias, name = _concatenated(graph, parts), f"{output.name}.biased"
+    return add_node(graph, "Add", [packed, bias], name, dtype=dtype, shape=shape, before=first)
 
 
-def _split_heads(graph: ir.Graph, before: ir.Node, made: ir.Value, heads: Sequence[Heads]) -> None:
+def _split_heads(graph: ir.Graph, before: ir.Node, packed: ir.Value, heads: Sequence[Heads]) -> None:
     """[B, T, sum of H * K] -> [B, sum of H, T, K] -> a part [B, H, T, K] for each product."""
-    total, width = sum(found.count for found in heads), heads[0].width
-    lead = made.shape[:2] if made.shape is not None else (None, None)
-    target = integers(graph, "shape", (0, 0, total, width))
-    cut_shape, turned_shape = ir.Shape([*lead, total, width]), ir.Shape([lead[0], total, lead[1], width])
-    cut = _value(graph, before, "Reshape", [made, target], f"{made.name}.heads", cut_shape)
-    turned = _value(graph, before, "Transpose", [cut], f"{made.name}.turned", turned_shape, perm=HEADS)
-    parts = []
-    for found in heads:
-        straight = next((turn for turn in found.turns if order(turn) == HEADS), None)
-        shape = ir.Shape([lead[0], found.count, lead[1], width])
-        name = f"{found.reshape.outputs[0].name}.part"
-        parts.append(straight.outputs[0] if straight else ir.Value(name=name, type=made.type, shape=shape))
-    for found, part in zip(heads, _split(graph, before, turned, 1, [h.count for h in heads], parts), strict=True):
-        for turn in found.turns:
-            if order(turn) != HEADS:
-                old, again = turn.outputs[0], [HEADS.index(axis) for axis in order(turn)]
-                new = _value(graph, before, "Transpose", [part], old.name or "", old.shape, perm=again)
+    count, width = sum(each.count for each in heads), heads[0].width
+    batch, tokens = packed.shape[:2] if packed.shape is not None else (None, None)
+    dtype, target = packed.dtype, integers(graph, "shape", (0, 0, count, width))
+    shape = ir.Shape([batch, tokens, count, width])
+    cut = add_node(graph, "Reshape", [packed, target], f"{packed.name}.heads", dtype=dtype, shape=shape, before=before)
+    transposed = add_node(
+        graph,
+        "Transpose",
+        [cut],
+        f"{packed.name}.turned",
+        attributes={"perm": HEADS},
+        dtype=dtype,
+        shape=ir.Shape([batch, count, tokens, width]),
+        before=before,
+    )
+    outputs = []
+    for each in heads:
+        same = next((node.outputs[0] for node in each.transposes if permutation(node) == HEADS), None)
+        name, shape = f"{each.reshape.outputs[0].name}.part", ir.Shape([batch, each.count, tokens, width])
+        outputs.append(same if same is not None else ir.Value(name=name, type=packed.type, shape=shape))
+    parts = _add_split(graph, before, transposed, 1, [each.count for each in heads], outputs)
+    for each, part in zip(heads, parts, strict=True):
+        for node in each.transposes:
+            if permutation(node) != HEADS:
+                old = node.outputs[0]
+                order = [HEADS.index(axis) for axis in permutation(node)]
+                new = add_node(
+                    graph,
+                    "Transpose",
+                    [part],
+                    old.name,
+                    attributes={"perm": order},
+                    dtype=dtype,
+                    shape=old.shape,
+                    before=before,
+                )
                 convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
-def _split(
-    graph: ir.Graph, before: ir.Node, value: ir.Value, axis: int, sizes: Sequence[int], olds: Sequence[ir.Value]
+def _add_split(
+    graph: ir.Graph, before: ir.Node, value: ir.Value, axis: int, sizes: Sequence[int], old_values: Sequence[ir.Value]
 ) -> list[ir.Value]:
-    """`Split` into parts that take the names and the users of `olds`."""
+    """Insert a `Split` whose outputs take the names and the readers of `old_values`, and return them."""
     lengths = integers(graph, "split", sizes)
-    parts = [ir.Value(name=old.name, type=value.type, shape=old.shape) for old in olds]
+    parts = [ir.Value(name=old.name, type=value.type, shape=old.shape) for old in old_values]
     node = ir.node("Split", [value, lengths], attributes={"axis": axis}, outputs=parts, name=f"{value.name}.split")
     graph.insert_before(before, node)
-    convenience.replace_all_uses_with(list(olds), parts, replace_graph_outputs=True)
+    convenience.replace_all_uses_with(list(old_values), parts, replace_graph_outputs=True)
     return parts
 
 
-def _value(
-    graph: ir.Graph,
-    before: ir.Node,
-    op: str,
-    inputs: Sequence[ir.Value],
-    name: str,
-    shape: ir.Shape | None,
-    **attributes: Sequence[int],
-) -> ir.Value:
-    made = ir.Value(name=name, type=inputs[0].type, shape=shape)
-    graph.insert_before(before, ir.node(op, inputs, attributes=attributes, outputs=[made], name=name))
-    return made
-
-
 def _width(weight: ir.Value) -> int:
+    """Return the length of a weight's last axis."""
     return int(weight.const_value.shape.numpy()[-1]) if weight.const_value is not None else 0
 
 
-def _side_by_side(graph: ir.Graph, parts: Sequence[ir.Value | int]) -> ir.Value:
-    """One weight made of several, read only when it is written. A number stands for so many zeros."""
+def _concatenated(graph: ir.Graph, parts: Sequence[ir.Value | int]) -> ir.Value:
+    """Register one weight made of several along the last axis, read only when it is saved. A number: so many zeros."""
     tensors = [part.const_value if isinstance(part, ir.Value) else part for part in parts]
-    known = [tensor for tensor in tensors if isinstance(tensor, ir.TensorProtocol)]
+    lead = next(tensor.shape.numpy()[:-1] for tensor in tensors if isinstance(tensor, ir.TensorProtocol))
     name = _common_name([part.name or "" for part in parts if isinstance(part, ir.Value)])
     width = sum(part if isinstance(part, int) else _width(part) for part in parts)
-    shape = ir.Shape([*known[0].shape.numpy()[:-1], width])
+    shape = ir.Shape([*lead, width])
 
     def read() -> ir.TensorProtocol:
         columns = [
@@ -238,7 +305,7 @@ def _side_by_side(graph: ir.Graph, parts: Sequence[ir.Value | int]) -> ir.Value:
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """block.q.weight, block.k.weight, block.v.weight -> block.q+k+v.weight"""
+    """Return one name: block.q.weight, block.k.weight, block.v.weight -> block.q+k+v.weight."""
     if len(names) == 1:
         return f"{names[0]}+0"
     start = _common_start(names)
@@ -247,5 +314,6 @@ def _common_name(names: Sequence[str]) -> str:
 
 
 def _common_start(names: Sequence[str]) -> str:
-    places = zip(*names, strict=False)  # as far as the shortest goes
-    return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, places))
+    """Return the longest common prefix."""
+    letters = zip(*names, strict=False)  # up to the shortest name
+    return "".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, letters))

@@ -1,1 +1,1 @@
-"""Both decoders in one graph, every weight stored once."""
+"""Merging of prefill and decode graphs into one model that stores every weight once."""

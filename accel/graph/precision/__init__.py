@@ -1,1 +1,1 @@
-"""Which nodes stay in FP32 and why, and the conversion to 16 bits."""
+"""Precision plans: which nodes stay in FP32 and why, and the conversion of the others to FP16 or bfloat16."""

@@ -1,4 +1,4 @@
-"""How others choose what stays in FP32, to compare with: by a list of operators."""
+"""Precision plans as other tools make them, from a list of operators, for comparison."""
 
 from collections.abc import Collection
 
@@ -6,27 +6,44 @@ import numpy as np
 import onnx_ir as ir
 
 from accel.graph.precision.formats import Format
-from accel.graph.precision.plan import Plan, Reason, has_float, least_plan
+from accel.graph.precision.plan import Plan, Reason, has_float, least_plan, node_key
 
-EXACT = 1e-6  # weights that 16 bits change by less count as stored in them
+EXACT = 1e-6  # largest change by rounding of a weight that counts as stored in 16 bits by its authors
 LISTED, LAST = "listed operator", "last product"
 
 
 def by_operators(model: ir.Model, operators: Collection[str], format: Format) -> Plan:
-    """Nodes of the listed operators; and the product that makes the logits, if its weight was not made in 16 bits.
+    """Keep nodes of some operators in FP32, and the product that computes the logits if rounding changes its weight.
 
-    So chooses `auto_mixed_precision` in ONNX Runtime's tools for transformers (1.31).
+    `auto_mixed_precision` in ONNX Runtime's tools for transformers (1.31) chooses in the same way.
+
+    Args:
+        model: FP32 graph with known types; not changed.
+        operators: Operator types to keep in FP32, such as "Softmax".
+        format: Format that the other nodes are lowered to.
     """
     plan = least_plan(model, format)
     for node in model.graph:
         if node.op_type in operators and has_float(node):
-            plan.nodes.setdefault(node.outputs[0].name or "", Reason(LISTED, node.op_type))
-    logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
-    last = logits.producer() if logits is not None else None
-    weight = last.inputs[1] if last is not None and last.op_type == "MatMul" else None
-    if last is not None and weight is not None and weight.const_value is not None:
-        content = weight.const_value.numpy()
-        if float(np.abs(content - content.astype(format.dtype.numpy()).astype(np.float32)).max()) >= EXACT:
-            reason = Reason(LAST, "logits")
-            plan.nodes[last.outputs[0].name or ""] = plan.weights[weight.name or ""] = plan.specs["logits"] = reason
+            plan.nodes.setdefault(node_key(node), Reason(LISTED, node.op_type))
+    product = _logits_product(model.graph)
+    weight = product.inputs[1] if product is not None else None
+    if product is None or weight is None or weight.const_value is None:
+        return plan
+    content = weight.const_value.numpy()
+    rounded = content.astype(format.dtype.numpy()).astype(np.float32)
+    if float(np.abs(content - rounded).max()) >= EXACT:
+        reason = Reason(LAST, "logits")
+        plan.nodes[node_key(product)] = reason
+        plan.weights[weight.name or ""] = reason
+        plan.specs["logits"] = reason
     return plan
+
+
+def _logits_product(graph: ir.Graph) -> ir.Node | None:
+    """Return the `MatMul` that computes the output "logits"; None if there is none."""
+    for value in graph.outputs:
+        if value.name == "logits":
+            producer = value.producer()
+            return producer if producer is not None and producer.op_type == "MatMul" else None
+    return None

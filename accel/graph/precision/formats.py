@@ -1,4 +1,4 @@
-"""Number formats that a graph's values can have."""
+"""Floating-point formats of a graph's values, and the limits of each."""
 
 from dataclasses import dataclass
 
@@ -11,29 +11,36 @@ FLOAT = ir.DataType.FLOAT
 class Format:
     """A binary floating-point format (IEEE 754-2019; bfloat16: https://arxiv.org/abs/1905.12322).
 
-    `name` is as in `precision.dtype` and torch. `largest`: the largest finite number; `smallest`: the smallest number
-    with all its digits, below which they are lost one by one; `step`: the distance from 1 to the next number.
+    Attributes:
+        name: Name as in the config key `precision.dtype` and in torch, such as "float16".
+        dtype: Element type in ONNX.
+        largest: Largest finite number.
+        smallest: Smallest positive normal number. Below it numbers are subnormal and have fewer significant digits.
+        epsilon: Distance from 1 to the next larger number.
     """
 
     name: str
     dtype: ir.DataType
     largest: float
     smallest: float
-    step: float
+    epsilon: float
 
     @property
-    def overflows(self) -> float:
-        """The smallest magnitude that rounds to infinity."""
-        return self.largest * (1 + self.step / (4 - 2 * self.step))
+    def overflow_threshold(self) -> float:
+        """Smallest magnitude that rounds to infinity."""
+        return self.largest * (1 + self.epsilon / (4 - 2 * self.epsilon))
 
     @property
-    def vanishes(self) -> float:
-        """The largest magnitude that rounds to zero."""
-        return self.smallest * self.step / 2
+    def underflow_threshold(self) -> float:
+        """Largest magnitude that rounds to zero."""
+        return self.smallest * self.epsilon / 2
 
     @property
-    def mask(self) -> float:
-        """Stands for minus infinity in a mask: as much again can be added with a margin of 2, and exp of it is 0."""
+    def mask_value(self) -> float:
+        """Replacement for minus infinity in an attention mask.
+
+        The sum of two such numbers stays finite, with an overflow margin of 2, and `exp` of it is 0.
+        """
         return -self.largest / 4
 
 

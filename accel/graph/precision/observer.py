@@ -1,5 +1,9 @@
-"""Measures every float value of a graph while it runs: reductions are appended, so that only scalars leave it."""
+"""Observers, which measure every float value of a graph while it runs, and the calibration statistics they collect.
 
+Observers are reductions appended to the graph, so that only a few scalars per value leave it.
+"""
+
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -7,30 +11,40 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from accel.graph.build import add_initializer, add_node
 from accel.graph.precision.formats import FLOAT, FP16, FP32
 
-PREFIX = "probe"
-INTEGER = ir.DataType.INT32
-# Elements are counted up to each of these magnitudes; from one to the next, FP16 treats them alike.
+PREFIX = "observer"
+INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64
+# Elements are counted up to each of these magnitudes. Between two of them, rounding to FP16 treats elements alike.
 BOUNDS = (
     0.0,
-    FP16.vanishes,
+    FP16.underflow_threshold,
     float(np.nextafter(np.float32(FP16.smallest), np.float32(0))),
-    float(np.nextafter(np.float32(FP16.overflows), np.float32(0))),
+    float(np.nextafter(np.float32(FP16.overflow_threshold), np.float32(0))),
     FP32.largest,
 )
+LARGEST, SMALLEST, INDEX, ELEMENTS = (f"{PREFIX}.{name}" for name in ("largest", "smallest", "index", "elements"))
 COUNTS = tuple(f"{PREFIX}.count.{number}" for number in range(len(BOUNDS)))
-OUTPUTS = (*(f"{PREFIX}.{name}" for name in ("largest", "smallest", "place", "elements")), *COUNTS)
+# Graph outputs that `insert_observers` appends, and their types.
+OUTPUT_TYPES = {LARGEST: FLOAT, SMALLEST: FLOAT, INDEX: INT64, ELEMENTS: INT64} | dict.fromkeys(COUNTS, INT32)
+OUTPUTS = tuple(OUTPUT_TYPES)
 
 
 @dataclass
 class ValueStatistics:
-    """What a value was seen to hold.
+    """Calibration statistics of one value.
 
-    `largest` and `smallest` non-zero magnitude; how many `elements`, and of those how many are NaN or infinite, how
-    many FP16 would make infinite (`overflow`), give fewer digits (`subnormal`) or make zero (`vanishing`). `source`:
-    the batch that held the largest and, where the first axis is the batch, the row in it. `reached`: largest and
-    smallest after so many batches, at a few numbers of batches, so that growth shows.
+    Attributes:
+        largest: Largest magnitude.
+        smallest: Smallest magnitude other than zero.
+        not_finite: Number of elements that are NaN or infinite.
+        elements: Number of elements.
+        overflow: Number of finite elements that become infinite in FP16.
+        subnormal: Number of elements that become subnormal in FP16, with fewer significant digits.
+        vanishing: Number of elements other than zero that become zero in FP16.
+        source: Batch with the largest magnitude, and the row in it where the value's first axis is the batch.
+        reached: (number of batches, largest, smallest) after some numbers of batches: see `mark`.
     """
 
     largest: float = 0.0
@@ -44,27 +58,34 @@ class ValueStatistics:
     reached: list[tuple[int, float, float]] = field(default_factory=list)
 
     def widen(self, other: "ValueStatistics") -> None:
-        """Take in what was seen elsewhere."""
+        """Merge the statistics of another run of the same graph into these, except `reached`."""
         if self.source is None or other.largest > self.largest:
             self.source = other.source
         self.largest = max(self.largest, other.largest)
         self.smallest = min(self.smallest, other.smallest)
-        for name in ("not_finite", "elements", "overflow", "subnormal", "vanishing"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.not_finite += other.not_finite
+        self.elements += other.elements
+        self.overflow += other.overflow
+        self.subnormal += other.subnormal
+        self.vanishing += other.vanishing
 
     def mark(self, batches: int) -> None:
-        """Note how far the value reached in the first `batches` batches."""
+        """Append the current extremes to `reached`, as those of the first `batches` batches."""
         self.reached.append((batches, self.largest, self.smallest))
 
     def seen_with(self, rows: Sequence[Sequence[str]]) -> str:
-        """What the model was given when the value held its largest. `rows`: what each row of each batch was."""
+        """Return the description of the model input for which the value was largest.
+
+        Args:
+            rows: Description of each row of each batch, such as "text 3: hello".
+        """
         if self.source is None:
             return ""
         batch, row = self.source
         return rows[batch][row] if row is not None else f"batch {batch + 1}"
 
     def growth(self) -> float:
-        """By which factor the newest batches raised the largest magnitude, 1 or more."""
+        """Return the factor, 1 or more, by which the batches between the last two calls of `mark` raised `largest`."""
         if len(self.reached) < 2:
             return 1.0
         before, largest = self.reached[-2][1], self.reached[-1][1]
@@ -72,110 +93,153 @@ class ValueStatistics:
 
 
 def infer_types(model: ir.Model) -> None:
-    """In place: give every value its type, and its shape where nothing says it yet; shapes that are known stay.
+    """Infer missing types and shapes of all values, in place. Shapes that are fully known stay.
 
-    Operators that the ONNX specification lacks are passed over: who makes such a node notes its types. Weights are set
-    aside meanwhile: inference would copy them.
+    Outputs of operators that ONNX doesn't define get no type: the pass that creates such a node must set it. ONNX's
+    inference works on a copy of the graph without the weights' content, see `ShapeInferencePass`.
     """
     values = [value for node in model.graph.all_nodes() for value in node.outputs if value.name]
-    if any(value.dtype is None or value.shape is None for value in values):
-        known = [
-            (value, value.shape) for value in values if value.shape is not None and not value.shape.has_unknown_dim()
-        ]
-        ShapeInferencePass(strict_mode=False)(model)
-        for value, shape in known:
-            value.shape = shape
+    if not any(value.dtype is None or value.shape is None for value in values):
+        return
+    known_shapes = {
+        value: value.shape for value in values if value.shape is not None and not value.shape.has_unknown_dim()
+    }
+    ShapeInferencePass(strict_mode=False)(model)
+    for value, shape in known_shapes.items():
+        value.shape = shape
 
 
 def float_values(graph: ir.Graph) -> list[ir.Value]:
-    """The FP32 inputs and node outputs of a graph, subgraphs aside, and what is computed from weights alone."""
-    fixed = {node for node in graph if node.inputs and all(value and value.is_initializer() for value in node.inputs)}
-    values = [*graph.inputs, *(output for node in graph if node not in fixed for output in node.outputs)]
+    """Return the FP32 inputs and node outputs of a graph.
+
+    Values in subgraphs are not among them, nor outputs of nodes that read initializers alone.
+    """
+    values: list[ir.Value] = list(graph.inputs)
+    for node in graph:
+        constant = bool(node.inputs) and all(value and value.is_initializer() for value in node.inputs)
+        if not constant:
+            values += node.outputs
     return [value for value in values if value.dtype == FLOAT and value.name]
 
 
 def insert_observers(model: ir.Model) -> list[str]:
-    """In place: append `OUTPUTS`, vectors with one element for each returned value name, in that order.
+    """Append observers of all float values to the main graph, in place, with `OUTPUTS` as additional graph outputs.
 
-    A zero is added to the elements of each value: a maximum over nothing is not defined, and values may be empty.
+    Returns:
+        Names of the observed values. Each of the additional outputs is a vector with one element per name.
     """
     infer_types(model)
     graph = model.graph
     values = float_values(graph)
-    flat = _constant(graph, "flat", np.array([-1], np.int64))
-    axis = _constant(graph, "axis", np.array([0], np.int64))
-    zero = _constant(graph, "zero", np.zeros((), np.float32))
-    one_zero = _constant(graph, "one_zero", np.zeros(1, np.float32))
-    huge = _constant(graph, "huge", np.array(np.inf, np.float32))
-    bounds = [_constant(graph, f"bound.{i}", np.array(bound, np.float32)) for i, bound in enumerate(BOUNDS)]
+    observer = _Observer(graph)
     columns: dict[str, list[ir.Value]] = {name: [] for name in OUTPUTS}
-    largest, smallest, place, elements = OUTPUTS[:4]
     for value in values:
-        elements_of = _append(graph, "Concat", [_append(graph, "Reshape", [value, flat]), one_zero], axis=0)
-        size = _append(graph, "Abs", [elements_of])  # [elements + 1]
-        nonzero = _append(graph, "Where", [_append(graph, "Greater", [size, zero]), size, huge])
-        columns[largest].append(_append(graph, "ReduceMax", [size, axis]))
-        columns[smallest].append(_append(graph, "ReduceMin", [nonzero, axis]))
-        columns[place].append(_append(graph, "ArgMax", [size], axis=0))
-        columns[elements].append(_append(graph, "Shape", [size]))
-        for name, bound in zip(COUNTS, bounds, strict=True):  # one after the other: fewer live at a time
-            within = _append(graph, "LessOrEqual", [size, bound])
-            columns[name].append(_append(graph, "ReduceSum", [_append(graph, "Cast", [within], to=INTEGER), axis]))
+        for name, scalar in observer.measure(value).items():
+            columns[name].append(scalar)
     for name, column in columns.items():
-        output = _append(graph, "Concat", column, axis=0)
-        kind = FLOAT if name in (largest, smallest) else ir.DataType.INT64 if name in (place, elements) else INTEGER
-        output.name, output.type, output.shape = name, ir.TensorType(kind), ir.Shape([len(values)])
+        output = add_node(
+            graph,
+            "Concat",
+            column,
+            name,
+            attributes={"axis": 0},
+            dtype=OUTPUT_TYPES[name],
+            shape=ir.Shape([len(values)]),
+        )
         graph.outputs.append(output)
     return [value.name or "" for value in values]
 
 
-def by_row(model: ir.Model) -> set[str]:
-    """The values whose first axis is the batch."""
+class _Observer:
+    """Reductions appended to one graph, and the constants that they share."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.flat = self._constant("flat", np.array([-1], np.int64))
+        self.axis = self._constant("axis", np.array([0], np.int64))
+        self.zero = self._constant("zero", np.zeros((), np.float32))
+        self.padding = self._constant("padding", np.zeros(1, np.float32))
+        self.infinity = self._constant("infinity", np.array(np.inf, np.float32))
+        self.bounds = [
+            self._constant(f"bound.{number}", np.array(bound, np.float32)) for number, bound in enumerate(BOUNDS)
+        ]
+
+    def measure(self, value: ir.Value) -> dict[str, ir.Value]:
+        """Append the nodes that measure `value`, and return a vector of one element for each of `OUTPUTS`."""
+        flat = self._node("Reshape", [value, self.flat])
+        # A zero more than the value has: it may be empty, and the maximum of no elements is undefined.
+        padded = self._node("Concat", [flat, self.padding], axis=0)
+        magnitude = self._node("Abs", [padded])  # [elements + 1]
+        is_nonzero = self._node("Greater", [magnitude, self.zero])
+        nonzero = self._node("Where", [is_nonzero, magnitude, self.infinity])
+        results = {
+            LARGEST: self._node("ReduceMax", [magnitude, self.axis]),
+            SMALLEST: self._node("ReduceMin", [nonzero, self.axis]),
+            INDEX: self._node("ArgMax", [magnitude], axis=0),
+            ELEMENTS: self._node("Shape", [magnitude]),
+        }
+        for name, bound in zip(COUNTS, self.bounds, strict=True):
+            # Reduced one by one, so that a runtime can free each mask before it computes the next.
+            within = self._node("LessOrEqual", [magnitude, bound])
+            results[name] = self._node("ReduceSum", [self._node("Cast", [within], to=int(INT32)), self.axis])
+        return results
+
+    def _node(self, op_type: str, inputs: Sequence[ir.Value], **attributes: int) -> ir.Value:
+        """Append a node and return its output."""
+        return add_node(self.graph, op_type, inputs, f"{PREFIX}.{self.graph.num_nodes()}", attributes=attributes)
+
+    def _constant(self, name: str, content: np.ndarray) -> ir.Value:
+        """Register an initializer."""
+        return add_initializer(self.graph, f"{PREFIX}.{name}", content)
+
+
+def batch_first_values(model: ir.Model) -> set[str]:
+    """Return the names of the float values whose first axis is the batch: the first axis of the first graph input."""
     batch = next((value.shape[0] for value in model.graph.inputs if value.shape and value.shape.rank()), None)
-    return {
-        value.name or ""
-        for value in float_values(model.graph)
-        if isinstance(batch, ir.SymbolicDim)
-        and value.shape is not None
-        and value.shape.rank()
-        and value.shape[0] == batch
-    }
+    if not isinstance(batch, ir.SymbolicDim):
+        return set()
+    names = set()
+    for value in float_values(model.graph):
+        if value.shape is not None and value.shape.rank() and value.shape[0] == batch:
+            names.add(value.name or "")
+    return names
 
 
 def read_observers(
-    names: Sequence[str], columns: Iterable[np.ndarray], rows: Collection[str] = (), batch: tuple[int, int] = (0, 1)
+    names: Sequence[str],
+    columns: Iterable[np.ndarray],
+    batch_first: Collection[str] = (),
+    batch: tuple[int, int] = (0, 1),
 ) -> dict[str, ValueStatistics]:
-    """The vectors of one run -> a range for each value. `batch`: its number, and how many rows it has."""
-    found = {}
-    number, height = batch
-    for name, (largest, smallest, place, elements, *counts) in zip(
-        names, zip(*(column.tolist() for column in columns), strict=True), strict=True
-    ):
-        zeros, vanishing, subnormal, fitting, finite = counts
-        largest = float("inf") if largest != largest else largest  # NaN: whatever the reduction made of it
-        real = elements - 1
-        row = place // (real // height) if name in rows and real > 0 and real % height == 0 and place < real else None
-        found[name] = ValueStatistics(
-            largest,
-            smallest,
-            elements - finite,
-            real,
-            overflow=finite - fitting,
-            subnormal=subnormal - vanishing,
-            vanishing=vanishing - zeros,
+    """Return the statistics of one run of a graph with observers, by value name.
+
+    Args:
+        names: Names of the observed values, as `insert_observers` returned them.
+        columns: Contents of the graph outputs `OUTPUTS`, in that order.
+        batch_first: Names of the values whose first axis is the batch.
+        batch: Number of the batch, and how many rows it has.
+    """
+    results = dict(zip(OUTPUTS, (column.tolist() for column in columns), strict=True))
+    number, rows = batch
+    statistics = {}
+    for position, name in enumerate(names):
+        largest = results[LARGEST][position]
+        index = results[INDEX][position]
+        padded_elements = results[ELEMENTS][position]
+        # Number of elements up to each of `BOUNDS`; the zero that observers append is one of the zeros.
+        zeros, to_vanishing, to_subnormal, to_overflow, finite = (results[count][position] for count in COUNTS)
+        elements = padded_elements - 1
+        row = None
+        if name in batch_first and elements > 0 and elements % rows == 0 and index < elements:
+            row = index // (elements // rows)
+        statistics[name] = ValueStatistics(
+            largest=math.inf if math.isnan(largest) else largest,
+            smallest=results[SMALLEST][position],
+            not_finite=padded_elements - finite,
+            elements=elements,
+            overflow=finite - to_overflow,
+            subnormal=to_subnormal - to_vanishing,
+            vanishing=to_vanishing - zeros,
             source=(number, row),
         )
-    return found
-
-
-def _append(graph: ir.Graph, op: str, inputs: Sequence[ir.Value], **attributes: int | ir.DataType) -> ir.Value:
-    node = ir.node(op, inputs, attributes={name: int(value) for name, value in attributes.items()})
-    node.outputs[0].name = f"{PREFIX}.{graph.num_nodes()}"
-    graph.append(node)
-    return node.outputs[0]
-
-
-def _constant(graph: ir.Graph, name: str, content: np.ndarray) -> ir.Value:
-    value = ir.val(f"{PREFIX}.{name}", const_value=ir.tensor(content, name=f"{PREFIX}.{name}"))
-    graph.register_initializer(value)
-    return value
+    return statistics

@@ -1,14 +1,16 @@
-"""Decides which nodes stay in FP32, and why, from what each value was seen to hold.
+"""Precision plans: which nodes stay in FP32, and why, decided from calibration statistics.
 
-The rest is lowered to a format of 16 bits, FP16 or bfloat16, whose limits the rules ask for:
+All other nodes are lowered to a 16-bit format, FP16 or bfloat16. The rules compare the statistics with its limits:
 
-- Overflow counts everywhere: a node stays if a value it reads or writes, weights included, comes within the margin of
-  the format's largest number.
-- Underflow counts only where zero or a lost digit changes the result: what is divided by, taken the logarithm or the
-  root of, and the sums that lead there. Elsewhere an element near zero may well become zero. A fused norm has no such
-  values: it computes in FP32 inside (see `fuse_norms` and `fuse_skip_norm`), and only what goes in and out counts.
-- A float that becomes an integer or a truth value by way of arithmetic on positions stays: rounding would change it.
-- What FP32 itself can't hold (a logarithm of zero that a later `Where` discards) stays as it is.
+- Overflow matters everywhere: a node stays in FP32 if a value that it reads or writes, weights included, comes within
+  the overflow margin of the format's largest number.
+- Underflow matters only where a zero, or a loss of significant digits, changes the result: divisors, operands of
+  logarithms and square roots, and the sums that compute those. Elsewhere elements near zero may become zero. A fused
+  norm has no such values: it computes in FP32 internally (see `fuse_norms` and `fuse_skip_norm`), so only its inputs
+  and outputs matter.
+- Float arithmetic between integers (positions) and an integer or boolean result stays in FP32: rounding would change
+  the result.
+- Values that are not finite in FP32 either (a logarithm of zero that a later `Where` discards) stay in FP32.
 """
 
 from collections.abc import Mapping
@@ -24,22 +26,29 @@ from accel.graph.control import has_subgraph
 from accel.graph.precision.formats import FLOAT, FP16, Format
 from accel.graph.precision.observer import ValueStatistics
 
-ANY_TYPE = frozenset({"Cast", "Shape", "Size"})  # read a value of either precision as it is
-ROOTS = frozenset({"Sqrt", "Reciprocal", "Log"})  # zero in, or a digit lost, changes everything that follows
-SUMS = frozenset({"Add", "ReduceMean", "ReduceSum", "Sqrt", "Mean", "Sum"})  # what a norm adds up before its root
+ANY_TYPE = frozenset({"Cast", "Shape", "Size"})  # operators that read FP32 and 16-bit values alike, without a cast
+ROOTS = frozenset({"Sqrt", "Reciprocal", "Log"})  # steep near zero: a small error of the operand becomes a large one
+SUMS = frozenset({"Add", "ReduceMean", "ReduceSum", "Sqrt", "Mean", "Sum"})  # operators of a norm up to its root
+WEIGHT_ELEMENTS = 16  # an initializer with more elements than this counts as a weight, not as a constant
 
-
-# Rules that go by what was seen; a trial may find them too careful.
+# Rules based on calibration statistics. Sensitivity trials may show that a node is safe in 16 bits all the same.
 OVERFLOW, UNDERFLOW, NOT_FINITE = "overflow", "underflow", "infinity in FP32 as well"
-# Rules that hold whatever the numbers are.
+# Rules that hold for any numbers.
 INTEGER = "rounding that would change an integer"
 NO_OPERATOR, SUBGRAPH = "no such operator in 16 bits", "a subgraph"
-CASTS = "fewer casts"  # added by `borders`
+CASTS = "fewer casts"  # added by `minimize_casts`
 
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a node stays in FP32: the rule, the value that it is about, and what that was seen to hold."""
+    """Why a node, weight, input or output stays in FP32.
+
+    Attributes:
+        rule: Rule that applied, such as `OVERFLOW`.
+        value: Name of the value that the rule applied to.
+        largest: Largest magnitude of that value during calibration, if the rule depends on it.
+        smallest: Smallest magnitude other than zero, likewise.
+    """
 
     rule: str
     value: str
@@ -49,9 +58,13 @@ class Reason:
 
 @dataclass
 class Plan:
-    """What one graph keeps in FP32. Nodes are named by their first output, which is unique in a graph.
+    """Parts of one graph that stay in FP32, each with its reason.
 
-    `dropped`: the nodes that the rules would keep, but that trials showed to be safe in 16 bits.
+    Attributes:
+        nodes: Nodes, by the name of their first output, which is unique in a graph: see `node_key`.
+        weights: Initializers, by name.
+        specs: Graph inputs and outputs, by name.
+        dropped: Nodes that the rules would keep in FP32, but that trials showed to be safe in 16 bits.
     """
 
     nodes: dict[str, Reason] = field(default_factory=dict)
@@ -60,15 +73,36 @@ class Plan:
     dropped: dict[str, Reason] = field(default_factory=dict)
 
     def dump(self) -> dict[str, Any]:
+        """Return the plan as JSON-serialisable dictionaries."""
         return asdict(self)
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> "Plan":
-        return cls(**{kind: {name: Reason(**why) for name, why in found.items()} for kind, found in values.items()})
+        """Return the plan that `dump` returned as `values`."""
+        parts = {}
+        for part, reasons in values.items():
+            parts[part] = {name: Reason(**reason) for name, reason in reasons.items()}
+        return cls(**parts)
+
+
+def node_key(node: ir.Node) -> str:
+    """Return the name by which plans refer to a node: that of its first output."""
+    return node.outputs[0].name or ""
+
+
+def has_float(node: ir.Node) -> bool:
+    """Return whether the node reads or writes an FP32 value."""
+    return any(value is not None and value.dtype == FLOAT for value in (*node.inputs, *node.outputs))
+
+
+def is_weight(value: ir.Value) -> bool:
+    """Return whether `value` is an FP32 initializer so large that a second copy in another type would cost memory."""
+    tensor = value.const_value
+    return value.is_initializer() and tensor is not None and tensor.dtype == FLOAT and tensor.size > WEIGHT_ELEMENTS
 
 
 def is_mask(value: ir.Value, format: Format) -> bool:
-    """A scalar at or beyond the format's most negative number: it stands for minus infinity in a mask."""
+    """Return whether `value` is a scalar at or below the format's most negative number: minus infinity in a mask."""
     tensor = value.const_value
     if tensor is None or tensor.size != 1 or tensor.dtype != FLOAT:
         return False
@@ -76,75 +110,94 @@ def is_mask(value: ir.Value, format: Format) -> bool:
 
 
 def clamp_masks(model: ir.Model, format: Format = FP16) -> None:
-    """In place: let masks add what the format can hold, so that they don't count as overflow."""
+    """Clamp the constants of attention masks to `format.mask_value`, in place, so that they don't count as overflow."""
     for value in model.graph.initializers.values():
         if is_mask(value, format) and value.const_value is not None:
             shape = value.const_value.shape.numpy()
-            value.const_value = ir.tensor(np.full(shape, format.mask, np.float32), name=value.name)
+            value.const_value = ir.tensor(np.full(shape, format.mask_value, np.float32), name=value.name)
 
 
 def make_plan(
     model: ir.Model, statistics: Mapping[str, ValueStatistics], overflow_margin: float, format: Format = FP16
 ) -> Plan:
-    """The plan for a graph whose masks are clamped. `ranges`: value name -> what it held; `margin` >= 1, a factor."""
+    """Return the plan that the rules give for one graph.
+
+    Args:
+        model: FP32 graph with known types, its masks clamped by `clamp_masks`; not changed.
+        statistics: Calibration statistics, by value name. Values without statistics are not checked.
+        overflow_margin: Factor of at least 1 by which magnitudes may exceed those of the calibration.
+        format: Format that the other nodes are lowered to.
+    """
     graph = model.graph
     plan = Plan()
-    beyond = {
-        name: reason
-        for name, held in statistics.items()
-        if (reason := _beyond(name, held, overflow_margin, format)) is not None
-    }
+    overflows: dict[str, Reason] = {}
+    for name, value_statistics in statistics.items():
+        reason = _overflow(name, value_statistics, overflow_margin, format)
+        if reason is not None:
+            overflows[name] = reason
     for value in graph.initializers.values():
-        if (reason := _weight(value, format)) is not None:
-            beyond[value.name or ""] = plan.weights[value.name or ""] = reason
-    low = _underflows(graph, statistics, overflow_margin, format)
+        reason = _weight_overflow(value, format)
+        if reason is not None:
+            overflows[value.name or ""] = reason
+            plan.weights[value.name or ""] = reason
+    underflows = _underflows(graph, statistics, overflow_margin, format)
     positions = _position_arithmetic(graph)
     for node in graph:
-        name = node.outputs[0].name or ""
-        touched = [value.name or "" for value in (*node.inputs, *node.outputs) if value is not None]
-        if node.op_type not in ANY_TYPE or node.outputs[0].dtype == FLOAT:
-            # What is so whatever the numbers are comes first: no trial may drop it.
-            reason = positions.get(name) or _no_kernel(node, model.opset_imports, format)
-            reason = reason or next((beyond[value] for value in touched if value in beyond), None) or low.get(name)
-            if reason is not None and has_float(node):
-                plan.nodes[name] = reason
+        if not has_float(node) or (node.op_type in ANY_TYPE and node.outputs[0].dtype != FLOAT):
+            continue
+        # Rules that hold for any numbers come first: a node that one of them keeps is never dropped by trials.
+        reason = (
+            positions.get(node_key(node))
+            or _unsupported(node, model.opset_imports, format)
+            or _first_overflow(node, overflows)
+            or underflows.get(node_key(node))
+        )
+        if reason is not None:
+            plan.nodes[node_key(node)] = reason
     for value in (*graph.inputs, *graph.outputs):
-        if value.name in beyond:
-            plan.specs[value.name or ""] = beyond[value.name or ""]
-    _keep_captured(graph, plan)
+        if value.name in overflows:
+            plan.specs[value.name or ""] = overflows[value.name or ""]
+    _keep_subgraph_inputs(graph, plan)
     return plan
 
 
 def least_plan(model: ir.Model, format: Format = FP16) -> Plan:
-    """Only what can't be lowered at all: the mix that converters make when they look at no numbers."""
+    """Return the plan that keeps only what can't be lowered at all, as converters do that use no statistics."""
     plan = Plan()
     for node in model.graph:
-        if has_float(node) and (reason := _no_kernel(node, model.opset_imports, format)) is not None:
-            plan.nodes[node.outputs[0].name or ""] = reason
-    _keep_captured(model.graph, plan)
+        reason = _unsupported(node, model.opset_imports, format)
+        if reason is not None and has_float(node):
+            plan.nodes[node_key(node)] = reason
+    _keep_subgraph_inputs(model.graph, plan)
     return plan
 
 
-def _keep_captured(graph: ir.Graph, plan: Plan) -> None:
-    """The nodes below a control-flow operator are left alone, so what they read from outside stays in FP32 as well."""
+def _keep_subgraph_inputs(graph: ir.Graph, plan: Plan) -> None:
+    """Keep outer values that subgraphs read in FP32: nodes inside subgraphs are not converted."""
     for value in set().union(*analyze_implicit_usage(graph).values()):
-        if value.graph is graph and value.dtype == FLOAT:
-            producer, reason = value.producer(), Reason(SUBGRAPH, value.name or "")
-            if producer is not None:
-                plan.nodes.setdefault(producer.outputs[0].name or "", reason)
-            else:
-                (plan.weights if value.is_initializer() else plan.specs).setdefault(value.name or "", reason)
+        if value.graph is not graph or value.dtype != FLOAT:
+            continue
+        name, producer = value.name or "", value.producer()
+        reason = Reason(SUBGRAPH, name)
+        if producer is not None:
+            plan.nodes.setdefault(node_key(producer), reason)
+        elif value.is_initializer():
+            plan.weights.setdefault(name, reason)
+        else:
+            plan.specs.setdefault(name, reason)
 
 
-def _beyond(name: str, held: ValueStatistics, overflow_margin: float, format: Format) -> Reason | None:
-    if held.not_finite:
-        return Reason(NOT_FINITE, name, held.largest, held.smallest)
-    if held.largest * overflow_margin > format.largest:
-        return Reason(OVERFLOW, name, held.largest, held.smallest)
+def _overflow(name: str, statistics: ValueStatistics, overflow_margin: float, format: Format) -> Reason | None:
+    """Return why a value is outside the format's range, or None if it is within."""
+    if statistics.not_finite:
+        return Reason(NOT_FINITE, name, statistics.largest, statistics.smallest)
+    if statistics.largest * overflow_margin > format.largest:
+        return Reason(OVERFLOW, name, statistics.largest, statistics.smallest)
     return None
 
 
-def _weight(value: ir.Value, format: Format) -> Reason | None:
+def _weight_overflow(value: ir.Value, format: Format) -> Reason | None:
+    """Return the reason for an initializer with elements outside the format's range, else None."""
     tensor = value.const_value
     if tensor is None or tensor.dtype != FLOAT or tensor.size == 0:
         return None
@@ -156,123 +209,154 @@ def _weight(value: ir.Value, format: Format) -> Reason | None:
     return None if largest <= format.largest else Reason(OVERFLOW, value.name or "", largest)
 
 
+def _first_overflow(node: ir.Node, overflows: Mapping[str, Reason]) -> Reason | None:
+    """Return the reason of the first input or output of `node` that is outside the format's range."""
+    for value in (*node.inputs, *node.outputs):
+        if value is not None and (value.name or "") in overflows:
+            return overflows[value.name or ""]
+    return None
+
+
 def _underflows(
     graph: ir.Graph, statistics: Mapping[str, ValueStatistics], overflow_margin: float, format: Format
 ) -> dict[str, Reason]:
-    """Nodes around a root or divisor that comes too near zero, back to the elements that are summed up."""
-    found: dict[str, Reason] = {}
+    """Return the nodes around each root or division whose operand comes too near zero, by `node_key`.
 
-    def keep(node: ir.Node | None, reason: Reason) -> None:
-        if node is None or (node.outputs[0].name or "") in found:
-            return
-        found[node.outputs[0].name or ""] = reason
-        if node.op_type in SUMS:
-            for value in node.inputs:
-                producer = value.producer() if value is not None else None
-                # Past the sum, one node more: the squares, whose elements must not vanish before they are added.
-                if producer is not None and node.op_type.startswith("Reduce"):
-                    found.setdefault(producer.outputs[0].name or "", reason)
-                elif producer is not None and producer.op_type in SUMS:
-                    keep(producer, reason)
-
+    These are the root or division itself, the nodes that read or compute its operand, and the sums before those.
+    """
+    kept: dict[str, Reason] = {}
     for node in graph:
-        watched: list[ir.Value | None] = []
-        if node.op_type in ROOTS:
-            watched = [node.inputs[0], node.outputs[0]]
-        elif node.op_type in ("Div", "Pow"):
-            watched = [node.inputs[1 if node.op_type == "Div" else 0]] if _divides(node) else []
-        for value in watched:
-            held = statistics.get(value.name or "") if value is not None else None
-            if value is not None and held is not None and held.smallest < format.smallest * overflow_margin:
-                reason = Reason(UNDERFLOW, value.name or "", held.largest, held.smallest)
-                keep(node, reason)
-                keep(value.producer(), reason)
-                for user in value.consumers():
-                    keep(user, reason)
-    return found
+        for value in _sensitive_to_zero(node):
+            seen = statistics.get(value.name or "")
+            if seen is not None and seen.smallest < format.smallest * overflow_margin:
+                reason = Reason(UNDERFLOW, value.name or "", seen.largest, seen.smallest)
+                for neighbour in (node, value.producer(), *value.consumers()):
+                    _keep_with_sums(neighbour, reason, kept)
+    return kept
 
 
-def _divides(node: ir.Node) -> bool:
-    if node.op_type == "Div":
-        return True
-    exponent = node.inputs[1].const_value if node.inputs[1] is not None else None
-    return exponent is None or bool((exponent.numpy() < 0).any())
+def _sensitive_to_zero(node: ir.Node) -> list[ir.Value]:
+    """Return the inputs and outputs of `node` at which a zero or lost digits change the result."""
+    values: list[ir.Value | None] = []
+    if node.op_type in ROOTS:
+        values = [node.inputs[0], node.outputs[0]]
+    elif node.op_type == "Div":
+        values = [node.inputs[1]]
+    elif node.op_type == "Pow" and _may_be_negative(node.inputs[1]):
+        values = [node.inputs[0]]
+    return [value for value in values if value is not None]
+
+
+def _may_be_negative(exponent: ir.Value | None) -> bool:
+    """Return whether an exponent is negative somewhere, or unknown."""
+    tensor = exponent.const_value if exponent is not None else None
+    return tensor is None or bool((tensor.numpy() < 0).any())
+
+
+def _keep_with_sums(node: ir.Node | None, reason: Reason, kept: dict[str, Reason]) -> None:
+    """Add `node` to `kept`; if it is a sum, also the sums that compute its operands, recursively."""
+    if node is None or node_key(node) in kept:
+        return
+    kept[node_key(node)] = reason
+    if node.op_type not in SUMS:
+        return
+    for value in node.inputs:
+        producer = value.producer() if value is not None else None
+        if producer is None:
+            continue
+        if node.op_type.startswith("Reduce"):
+            # The node before the reduction, such as the squares, whose elements must not vanish before they are added.
+            kept.setdefault(node_key(producer), reason)
+        elif producer.op_type in SUMS:
+            _keep_with_sums(producer, reason, kept)
 
 
 def _position_arithmetic(graph: ir.Graph) -> dict[str, Reason]:
-    """Float nodes between integers and integers (or truth values), such as T5's logarithmic distance buckets."""
-    from_integers: set[ir.Value] = set()
+    """Return the float nodes between integer inputs and an integer or boolean result, by `node_key`.
+
+    An example is the logarithm of a distance from which T5 computes the index of a position bucket.
+    """
+    from_integers: set[ir.Value] = set()  # FP32 values computed from integers, booleans and scalar constants alone
     for node in graph:
-        inputs = [value for value in node.inputs if value is not None]
-        steady = (value.const_value is not None and value.const_value.size == 1 for value in inputs)
-        if all(
-            scalar or value.dtype != FLOAT or value in from_integers
-            for value, scalar in zip(inputs, steady, strict=True)
-        ):
+        if all(value is None or _is_integer_or_scalar(value) or value in from_integers for value in node.inputs):
             from_integers.update(output for output in node.outputs if output.dtype == FLOAT)
-    found: dict[str, Reason] = {}
-    frontier = [
-        value
-        for node in graph
-        if node.outputs[0].dtype not in (FLOAT, None) and node.op_type not in ("Shape", "Size")
-        for value in node.inputs
-        if value in from_integers
-    ]
+    frontier: list[ir.Value] = []
+    for node in graph:
+        if node.outputs[0].dtype not in (FLOAT, None) and node.op_type not in ("Shape", "Size"):
+            frontier += [value for value in node.inputs if value is not None and value in from_integers]
+    reasons: dict[str, Reason] = {}
     while frontier:
         value = frontier.pop()
-        producer = value.producer() if value is not None else None
-        if value is not None and producer is not None and (value.name or "") not in found:
-            found[value.name or ""] = Reason(INTEGER, value.name or "")
-            frontier += [other for other in producer.inputs if other in from_integers]
-    return found
+        name, producer = value.name or "", value.producer()
+        if producer is not None and name not in reasons:
+            reasons[name] = Reason(INTEGER, name)
+            frontier += [operand for operand in producer.inputs if operand is not None and operand in from_integers]
+    return reasons
 
 
-def _no_kernel(node: ir.Node, opsets: Mapping[str, int], format: Format) -> Reason | None:
-    """An operator whose specification lacks the format, or one with subgraphs, which are left alone."""
+def _is_integer_or_scalar(value: ir.Value) -> bool:
+    """Return whether `value` isn't FP32, or is a constant of one element."""
+    return value.dtype != FLOAT or (value.const_value is not None and value.const_value.size == 1)
+
+
+def _unsupported(node: ir.Node, opset_imports: Mapping[str, int], format: Format) -> Reason | None:
+    """Return why a node can't be lowered: it has subgraphs, or ONNX doesn't define its operator for the format."""
     if has_subgraph(node):
-        return Reason(SUBGRAPH, node.outputs[0].name or "")
+        return Reason(SUBGRAPH, node_key(node))
     if node.domain not in ("", "ai.onnx") or not onnx.defs.has(node.op_type):
-        return None  # a runtime's own operators publish no schema here; those in FP32 exist in 16 bits
-    schema = onnx.defs.get_schema(node.op_type, opsets.get("", 20))
+        return None  # ONNX Runtime's contrib operators have no schema here; those for FP32 exist for 16 bits as well
+    schema = onnx.defs.get_schema(node.op_type, opset_imports.get("", 20))
     allowed = {kind for constraint in schema.type_constraints for kind in constraint.allowed_type_strs}
-    return None if f"tensor({format.name})" in allowed else Reason(NO_OPERATOR, node.outputs[0].name or "")
+    return None if f"tensor({format.name})" in allowed else Reason(NO_OPERATOR, node_key(node))
 
 
-def has_float(node: ir.Node) -> bool:
-    return any(value is not None and value.dtype == FLOAT for value in (*node.inputs, *node.outputs))
+def unite(plans: Mapping[Any, Plan], models: Mapping[Any, ir.Model], cache: Mapping[str, str]) -> None:
+    """Extend the plans of graphs that share weights and caches, in place, until each of those has one type everywhere.
 
+    A weight that a kept node reads stays in FP32 in all graphs, and so do all nodes that read it.
 
-def unite(plans: Mapping[Any, Plan], models: Mapping[Any, ir.Model], inputs: Mapping[str, str]) -> None:
-    """In place: plans of graphs that share weights and caches agree, so that every weight and cache has one type.
-
-    A weight that a kept node reads is kept everywhere, and with it the nodes that read it. `feeds`: input -> output
-    that feeds it at the next step.
+    Args:
+        plans: Plan of each graph.
+        models: Graphs, under the same keys.
+        cache: Cache input -> output whose content becomes that input at the next decode step.
     """
-    before = None
-    while before != (before := sum(len(plan.nodes) + len(plan.weights) + len(plan.specs) for plan in plans.values())):
-        for key, model in models.items():
-            for node in model.graph:
-                why = plans[key].nodes.get(node.outputs[0].name or "")
-                for value in node.inputs:
-                    if why is not None and value is not None and is_weight(value):
-                        for plan in plans.values():
-                            plan.weights.setdefault(value.name or "", why)
-        for key, model in models.items():
-            for name, why in plans[key].weights.items():
-                value = model.graph.initializers.get(name)
-                for user in value.consumers() if value is not None else ():
-                    if has_float(user):
-                        plans[key].nodes.setdefault(user.outputs[0].name or "", why)
-        specs = {name: why for plan in plans.values() for name, why in plan.specs.items()}
-        for given, made in inputs.items():
-            why = specs.get(given) or specs.get(made)
-            if why is not None:
-                specs |= {given: why, made: why}
-        for plan in plans.values():
-            plan.specs.update(specs)
+    previous, current = -1, _plan_size(plans)
+    while current != previous:
+        _unite_weights(plans, models)
+        _unite_specs(plans, cache)
+        previous, current = current, _plan_size(plans)
 
 
-def is_weight(value: ir.Value) -> bool:
-    """An FP32 initializer large enough that a second copy of it, in another type, would cost something."""
-    tensor = value.const_value
-    return value.is_initializer() and tensor is not None and tensor.dtype == FLOAT and tensor.size > 16
+def _plan_size(plans: Mapping[Any, Plan]) -> int:
+    """Return the number of nodes, weights, inputs and outputs in all plans."""
+    return sum(len(plan.nodes) + len(plan.weights) + len(plan.specs) for plan in plans.values())
+
+
+def _unite_weights(plans: Mapping[Any, Plan], models: Mapping[Any, ir.Model]) -> None:
+    """Keep the weights of kept nodes in all plans, and then all nodes that read them."""
+    for key, model in models.items():
+        for node in model.graph:
+            reason = plans[key].nodes.get(node_key(node))
+            for value in node.inputs:
+                if reason is not None and value is not None and is_weight(value):
+                    for plan in plans.values():
+                        plan.weights.setdefault(value.name or "", reason)
+    for key, model in models.items():
+        for name, reason in plans[key].weights.items():
+            weight = model.graph.initializers.get(name)
+            for consumer in weight.consumers() if weight is not None else ():
+                if has_float(consumer):
+                    plans[key].nodes.setdefault(node_key(consumer), reason)
+
+
+def _unite_specs(plans: Mapping[Any, Plan], cache: Mapping[str, str]) -> None:
+    """Keep the same inputs and outputs in all plans, and each cache input together with its output."""
+    specs: dict[str, Reason] = {}
+    for plan in plans.values():
+        specs.update(plan.specs)
+    for past, present in cache.items():
+        reason = specs.get(past) or specs.get(present)
+        if reason is not None:
+            specs[past] = specs[present] = reason
+    for plan in plans.values():
+        plan.specs.update(specs)

@@ -1,1 +1,1 @@
-"""From logits to sequences: the loops that `generate` runs, and the choice of a token inside them."""
+"""Decoding: the loops that `generate` runs, and the selection of the next tokens from logits."""

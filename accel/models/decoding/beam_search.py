@@ -6,108 +6,135 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from accel.models.decoding.token_selector import TokenSelector, sample_without_replacement
 
-NEVER = -1e9  # score of what can't be chosen
+MASKED_SCORE = -1e9  # score of beams and candidates that must not be selected
 
 
 class BeamSearch(TokenSelector):
-    """The running sequences of every input, and the best that have ended: [batch, beams, ...].
+    """Beam search: the running sequences of every input, and the best of those that have ended.
 
-    What transformers calls `_beam_search`, as of 5.23:
+    Equivalent to transformers' `GenerationMixin._beam_search`, as of 5.23:
     https://github.com/huggingface/transformers/blob/main/src/transformers/generation/utils.py
+
+    Args:
+        ids: Ids of the prompt, [batch * beams, prompt], the beams of one input next to each other.
+        processors: Processors from `processors.PURE`.
+        criteria: Maximum length and, if any, end-of-sequence ids.
+        config: `num_beams`, `length_penalty`, `early_stopping`, `do_sample` and `num_return_sequences`.
     """
 
     def __init__(
         self, ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig
     ) -> None:
-        """`ids`: [batch * beams, prompt]."""
         super().__init__(ids, processors, criteria, config)
         self.beams = config.num_beams or 1
         self.batch = len(ids) // self.beams
-        self.kept = max(2, 1 + (0 if self.ends is None else len(self.ends))) * self.beams  # so many can't all end
+        # each beam has at most one candidate per end id, so that at least `beams` of these candidates don't end
+        ends_per_beam = 0 if self.end_ids is None else len(self.end_ids)
+        self.candidate_count = max(2, 1 + ends_per_beam) * self.beams
         shape, device = (self.batch, self.beams), ids.device
-        self.running = ids.new_full((*shape, self.limit), self._filling())
-        self.running[:, :, : self.prompt] = ids.view(*shape, self.prompt)
-        self.running_scores = torch.full(shape, NEVER, dtype=torch.float32, device=device)
-        self.running_scores[:, 0] = 0  # all beams begin alike: only the first goes on
-        self.ended = self.running.clone()
-        self.ended_scores = torch.full(shape, NEVER, dtype=torch.float32, device=device)
-        self.ended_lengths = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.has_ended = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.open = torch.ones(self.batch, 1, dtype=torch.bool, device=device)  # may still improve
-        self.first_row = torch.arange(self.batch, device=device)[:, None] * self.beams
-        self.rows = torch.zeros(len(ids), dtype=torch.int64, device=device)  # that the chosen ids continue
-        penalty = config.length_penalty
-        divisors = [1.0, *(float(new**penalty) for new in range(1, self.limit - self.prompt + 1))]
-        self.divisors = torch.tensor(divisors, dtype=torch.float32, device=device)  # by number of new tokens
+        self.running = ids.new_full((*shape, self.max_length), self._filler_id())  # [batch, beams, max_length]
+        self.running[:, :, : self.prompt_length] = ids.view(*shape, self.prompt_length)
+        self.running_scores = torch.full(shape, MASKED_SCORE, dtype=torch.float32, device=device)
+        self.running_scores[:, 0] = 0  # all beams start with the same prompt: continue only the first
+        self.ended = self.running.clone()  # [batch, beams, max_length], best first
+        self.ended_scores = torch.full(shape, MASKED_SCORE, dtype=torch.float32, device=device)
+        self.ended_lengths = torch.zeros(shape, dtype=torch.int64, device=device)  # new tokens
+        self.has_ended = torch.zeros(shape, dtype=torch.bool, device=device)  # false: `ended` is still unused there
+        self.can_improve = torch.ones(self.batch, 1, dtype=torch.bool, device=device)
+        self.first_rows = torch.arange(self.batch, device=device)[:, None] * self.beams  # [batch, 1]
+        self.parent_rows = torch.zeros(len(ids), dtype=torch.int64, device=device)  # rows that `next_ids` continue
+        self.length_penalties = self._length_penalties()
 
-    def _filling(self) -> int:
-        """What stands behind the end of a sequence."""
-        if self.ends is None:
+    def _filler_id(self) -> int:
+        """Return the id that fills a sequence after its end."""
+        if self.end_ids is None:
             return -1
-        return int(self.pad) if self.pad is not None and self.pad else int(self.ends[0])
+        return int(self.pad_id) if self.pad_id is not None and self.pad_id else int(self.end_ids[0])
 
-    def seen(self) -> Tensor:
+    def _length_penalties(self) -> Tensor:
+        """Return the divisor of a score by number of new tokens, [max new tokens + 1]; unused for 0."""
+        penalties = [1.0]
+        for new_tokens in range(1, self.max_length - self.prompt_length + 1):
+            penalties.append(float(new_tokens**self.config.length_penalty))
+        return torch.tensor(penalties, dtype=torch.float32, device=self.device)
+
+    def token_ids(self) -> Tensor:
+        """Return the ids of the running sequences, [batch * beams, length]."""
         return self.running[:, :, : self.length].reshape(-1, self.length)
 
-    def prepared(self, scores: Tensor) -> Tensor:
+    def normalize(self, scores: Tensor) -> Tensor:
+        """Return the log-probabilities of logits [rows, vocabulary]."""
         return scores.log_softmax(-1)
 
-    def choose(self, scores: Tensor) -> None:
+    def select(self, scores: Tensor) -> None:
+        """Extend the running sequences by their best candidates, and add candidates that end to the ended ones."""
         vocabulary = scores.shape[-1]
-        total = (scores.view(self.batch, self.beams, -1) + self.running_scores[:, :, None]).view(self.batch, -1)
+        totals = scores.view(self.batch, self.beams, -1) + self.running_scores[:, :, None]
+        totals = totals.view(self.batch, -1)  # [batch, beams * vocabulary]
         if self.config.do_sample:
-            places = sample_without_replacement(total, self.kept)
-            best = total.gather(1, places)
+            indices = sample_without_replacement(totals, self.candidate_count)
+            candidate_scores = totals.gather(1, indices)
         else:
-            best, places = total.topk(self.kept)
-        parents, chosen = places // vocabulary, places % vocabulary
-        candidates = _rows(self.running, parents)
-        candidates.index_copy_(2, self.place, chosen[:, :, None])
-        new = self.place + 1 - self.prompt  # [1]
-        ends = (self.place + 1 >= self.limit).expand_as(chosen)
-        if self.ends is not None:
-            ends = ends | torch.isin(chosen, self.ends)
-        self._end(candidates, best, ends, new)
-        going = best + ends * NEVER
-        picked = going.topk(self.beams).indices
-        self.running.copy_(_rows(candidates, picked))
-        self.running_scores.copy_(going.gather(1, picked))
-        self._look_ahead(ends, new)
-        self.rows.copy_((parents.gather(1, picked) + self.first_row).view(-1))
-        self.chosen.copy_(chosen.gather(1, picked).view(-1, 1))
+            candidate_scores, indices = totals.topk(self.candidate_count)
+        parents, ids = indices // vocabulary, indices % vocabulary  # [batch, candidates]
+        sequences = _gather_sequences(self.running, parents)  # [batch, candidates, max_length]
+        sequences.index_copy_(2, self.position, ids[:, :, None])
+        new_tokens = self.position + 1 - self.prompt_length  # [1]
+        ends = (self.position + 1 >= self.max_length).expand_as(ids)
+        if self.end_ids is not None:
+            ends = ends | torch.isin(ids, self.end_ids)
+        self._update_ended(sequences, candidate_scores, ends, new_tokens)
+        continuing_scores = candidate_scores + ends * MASKED_SCORE
+        best = continuing_scores.topk(self.beams).indices  # [batch, beams]
+        self.running.copy_(_gather_sequences(sequences, best))
+        self.running_scores.copy_(continuing_scores.gather(1, best))
+        self._update_finished(ends, new_tokens)
+        self.parent_rows.copy_((parents.gather(1, best) + self.first_rows).view(-1))
+        self.next_ids.copy_(ids.gather(1, best).view(-1, 1))
 
-    def _end(self, candidates: Tensor, best: Tensor, ends: Tensor, new: Tensor) -> None:
-        """Let those of the first beams' candidates that end join the best that have ended."""
+    def _update_ended(self, sequences: Tensor, scores: Tensor, ends: Tensor, new_tokens: Tensor) -> None:
+        """Merge candidates that end into the best ended sequences; only the first `beams` candidates count.
+
+        Args:
+            sequences: The candidates, [batch, candidates, max_length].
+            scores: Their scores, [batch, candidates], best first.
+            ends: True for candidates that end, [batch, candidates].
+            new_tokens: Their number of new tokens, [1].
+        """
         ending = ends.clone()
         ending[:, self.beams :] = False
-        scores = best / self.divisors[new]
-        closed = ~self.open | (self.has_ended.all(-1, keepdim=True) if self.config.early_stopping is True else False)
-        scores = torch.where(ending, scores + closed * NEVER, scores + NEVER)
-        best_scores, picked = torch.cat([self.ended_scores, scores], 1).topk(self.beams)
+        scores = scores / self.length_penalties[new_tokens]
+        closed = ~self.can_improve  # [batch, 1]
+        if self.config.early_stopping is True:
+            closed = closed | self.has_ended.all(-1, keepdim=True)
+        scores = torch.where(ending, scores + closed * MASKED_SCORE, scores + MASKED_SCORE)
+        best_scores, best = torch.cat([self.ended_scores, scores], 1).topk(self.beams)
         self.ended_scores.copy_(best_scores)
-        self.ended.copy_(_rows(torch.cat([self.ended, candidates], 1), picked))
-        self.has_ended.copy_(torch.cat([self.has_ended, ending], 1).gather(1, picked))
-        lengths = torch.cat([self.ended_lengths, new.expand(self.batch, self.kept)], 1)
-        self.ended_lengths.copy_(lengths.gather(1, picked))
+        self.ended.copy_(_gather_sequences(torch.cat([self.ended, sequences], 1), best))
+        self.has_ended.copy_(torch.cat([self.has_ended, ending], 1).gather(1, best))
+        lengths = torch.cat([self.ended_lengths, new_tokens.expand(self.batch, self.candidate_count)], 1)
+        self.ended_lengths.copy_(lengths.gather(1, best))
 
-    def _look_ahead(self, ends: Tensor, new: Tensor) -> None:
-        """Whether a running sequence may still become better than the worst that has ended."""
-        penalty, early = self.config.length_penalty, self.config.early_stopping
-        divisor = self.divisors[-1] if early == "never" and penalty > 0 else self.divisors[new]
-        reachable = self.running_scores[:, :1] / divisor
-        worst = torch.where(self.has_ended, self.ended_scores.min(1, keepdim=True).values, NEVER)
-        self.open &= (reachable > worst).any(-1, keepdim=True)
-        self.over |= ~self.open.any() | ends.all()
-        if early is True:
-            self.over |= self.has_ended.all()
+    def _update_finished(self, ends: Tensor, new_tokens: Tensor) -> None:
+        """Update which inputs can still improve: a running sequence may beat the worst that has ended."""
+        length_penalty, early_stopping = self.config.length_penalty, self.config.early_stopping
+        # "never" with a positive exponent: scores are best at the maximum length, otherwise at the current one
+        at_max_length = early_stopping == "never" and length_penalty > 0
+        divisor = self.length_penalties[-1] if at_max_length else self.length_penalties[new_tokens]
+        reachable = self.running_scores[:, :1] / divisor  # [batch, 1]
+        worst_ended = torch.where(self.has_ended, self.ended_scores.min(1, keepdim=True).values, MASKED_SCORE)
+        self.can_improve &= (reachable > worst_ended).any(-1, keepdim=True)
+        self.finished |= ~self.can_improve.any() | ends.all()
+        if early_stopping is True:
+            self.finished |= self.has_ended.all()
 
     def result(self) -> Tensor:
-        """[batch * num_return_sequences, length], best first."""
+        """Return the best sequences, [batch * num_return_sequences, length], the best of each input first."""
         returned = self.config.num_return_sequences or 1
-        length = self.prompt + int(self.ended_lengths[:, :returned].max())
+        length = self.prompt_length + int(self.ended_lengths[:, :returned].max())
         return self.ended[:, :returned, :length].reshape(self.batch * returned, length)
 
 
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """`values` [batch, n, length] at `index` [batch, m] -> [batch, m, length]."""
-    return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+def _gather_sequences(sequences: Tensor, index: Tensor) -> Tensor:
+    """Return the sequences [batch, n, length] at `index` [batch, m]: [batch, m, length]."""
+    return sequences.gather(1, index[:, :, None].expand(-1, -1, sequences.shape[2]))

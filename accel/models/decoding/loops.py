@@ -1,8 +1,8 @@
-"""Decoding loops for which the device never waits: the next token, the beams and the end are tensors there.
+"""Decoding loops without host-device synchronisation: next tokens, beams and the stop flag are tensors on the device.
 
-Transformers' `generate` prepares a generation and calls one of these in place of its own loop, which builds each call
-of the model anew and, with beams, waits for every token to know whether to go on. Tokens are the same. What these loops
-don't know (see `reason_against`) goes through transformers' own.
+Transformers' `generate` prepares a generation and then calls one of its own loops, which prepares the inputs of every
+decode step anew and, with beams, synchronises at every token to decide whether to continue. The loops here replace them
+with token-identical output. What they don't support (see `unsupported_reason`) is passed on to transformers' loops.
 """
 
 import logging
@@ -28,50 +28,63 @@ from accel.models.decoding.token_selector import TokenSelector
 from accel.runtime.protocol import Runtime, State
 
 logger = logging.getLogger("accel.decoding")
-PREPARE = "prepare_inputs_for_generation"
+PREPARE_INPUTS = "prepare_inputs_for_generation"
 
-KNOWN_CRITERIA = {MaxLengthCriteria, EosTokenCriteria}
+SUPPORTED_CRITERIA = {MaxLengthCriteria, EosTokenCriteria}
+UNSUPPORTED_OPTIONS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "is_assistant")
 
 
-def reason_against(
+def unsupported_reason(
     processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig, use_cache: bool
 ) -> str | None:
-    """Why these loops can't do what is asked; None if they can."""
-    for asked in ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "is_assistant"):
-        if getattr(config, asked, False):
-            return asked
+    """Return the reason why the loops here can't run a generation, as text for a log; None if they can."""
+    for option in UNSUPPORTED_OPTIONS:
+        if getattr(config, option, False):
+            return option
     if not use_cache:
         return "use_cache=False"
     if config.return_dict_in_generate and config.num_beams > 1:
         return "return_dict_in_generate with beams"
-    for part, known in ((processors, PURE), (criteria, KNOWN_CRITERIA)):
-        for one in part:
-            if type(one) not in known:
-                return type(one).__name__
-    return None if criteria.max_length is not None else "no largest length"
+    for processor in processors:
+        if type(processor) not in PURE:
+            return type(processor).__name__
+    for criterion in criteria:
+        if type(criterion) not in SUPPORTED_CRITERIA:
+            return type(criterion).__name__
+    return None if criteria.max_length is not None else "no maximum length"
 
 
-def decode(selector: TokenSelector, logits: Tensor, follow: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sequences that `choice` makes. `logits` [rows, new, vocabulary]: what the model says to the prompt.
+def run_loop(selector: TokenSelector, logits: Tensor, next_logits: Callable[[Tensor], Tensor]) -> Tensor:
+    """Decode until all sequences have ended.
 
-    `follow`: the ids chosen [rows, 1] -> the logits of what comes after them.
+    Args:
+        selector: Selects the next ids and collects the sequences.
+        logits: Logits of the prompt, [rows, new, vocabulary].
+        next_logits: Function from selected ids [rows, 1] to the logits of the next decode step, [rows, 1, vocabulary].
+
+    Returns:
+        The sequences, [returned rows, length].
     """
     poller = StopPoller(selector.device)
     with selector:
-        while not selector.last:
+        while not selector.at_max_length:
             ids = selector(logits)
-            if selector.last or poller(selector.over):
+            if selector.at_max_length or poller(selector.finished):
                 break
-            logits = follow(ids)
+            logits = next_logits(ids)
         return selector.result()
 
 
 class DecodingLoops:
-    """Mixed into a model before transformers' mixin: what `generate` calls to decode."""
+    """Mixin that overrides the decoding loops of transformers' `GenerationMixin`, which must follow it in the bases.
+
+    `generate` calls `_sample` and `_beam_search` with everything prepared.
+    """
 
     config: PretrainedConfig
     runtime: Runtime[Any]
-    followed: frozenset[str] = frozenset()  # what `generate` may carry along for a loop of our own
+    supported_model_kwargs: frozenset[str] = frozenset()
+    """Names in the `model_kwargs` of `generate` that the loops here support. Others are passed on to transformers."""
 
     def _sample(
         self,
@@ -83,21 +96,34 @@ class DecodingLoops:
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """Greedy search and sampling; `generate` calls it with everything prepared."""
-        given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if streamer is not None or synced_gpus or not self._decodes(*given[1:], model_kwargs):
-            theirs: Any = super()
-            return theirs._sample(*given, synced_gpus, streamer, **model_kwargs)
-        outputs, follow = self._prefilled(input_ids, stopping_criteria, generation_config, model_kwargs)
-        cache, seen = outputs.past_key_values, outputs.past_key_values.get_seq_length()
-        sequences = decode(Sampler(*given), outputs.logits, follow)
+        """Run greedy search or sampling."""
+        supported = streamer is None and not synced_gpus
+        if not supported or not self._supports(logits_processor, stopping_criteria, generation_config, model_kwargs):
+            parent: Any = super()
+            return parent._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
+                **model_kwargs,
+            )
+        outputs, next_logits = self._run_prefill(input_ids, stopping_criteria, generation_config, model_kwargs)
+        cache = outputs.past_key_values
+        prefilled = cache.get_seq_length()
+        selector = Sampler(input_ids, logits_processor, stopping_criteria, generation_config)
+        sequences = run_loop(selector, outputs.logits, next_logits)
         if not generation_config.return_dict_in_generate:
             return sequences
-        length = seen + sequences.shape[1] - input_ids.shape[1] - 1  # the last token is said, not yet seen
+        # The caches hold every token but the last, which was selected but not decoded. On a GPU they hold more: tokens
+        # that were decoded after the end.
+        length = prefilled + sequences.shape[1] - input_ids.shape[1] - 1
         if cache.get_seq_length() > length:
             cache.state.crop(length)
-        kind: Any = GenerateEncoderDecoderOutput if self.config.is_encoder_decoder else GenerateDecoderOnlyOutput
-        return kind(sequences=sequences, past_key_values=cache)
+        encoder_decoder = self.config.is_encoder_decoder
+        output_class: Any = GenerateEncoderDecoderOutput if encoder_decoder else GenerateDecoderOnlyOutput
+        return output_class(sequences=sequences, past_key_values=cache)
 
     def _beam_search(
         self,
@@ -108,50 +134,61 @@ class DecodingLoops:
         synced_gpus: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        """Beam search and beam-sample; `generate` calls it with everything prepared."""
-        given = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if synced_gpus or not self._decodes(*given[1:], model_kwargs):
-            theirs: Any = super()
-            return theirs._beam_search(*given, synced_gpus, **model_kwargs)
-        outputs, follow = self._prefilled(input_ids, stopping_criteria, generation_config, model_kwargs)
-        beams, state = BeamSearch(*given), outputs.past_key_values.state
+        """Run beam search or beam-sample."""
+        if synced_gpus or not self._supports(logits_processor, stopping_criteria, generation_config, model_kwargs):
+            parent: Any = super()
+            return parent._beam_search(
+                input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
+            )
+        outputs, next_logits = self._run_prefill(input_ids, stopping_criteria, generation_config, model_kwargs)
+        selector = BeamSearch(input_ids, logits_processor, stopping_criteria, generation_config)
+        state = outputs.past_key_values.state
 
-        def followed(ids: Tensor) -> Tensor:
-            state.reorder(beams.rows)
-            return follow(ids)
+        def reorder_and_decode(ids: Tensor) -> Tensor:
+            state.reorder(selector.parent_rows)
+            return next_logits(ids)
 
-        return decode(beams, outputs.logits, followed)
+        return run_loop(selector, outputs.logits, reorder_and_decode)
 
-    def _decodes(
+    def _supports(
         self,
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
         config: GenerationConfig,
         model_kwargs: Mapping[str, Any],
     ) -> bool:
-        """Whether the loops here do what is asked. A log line says why not."""
-        reason = reason_against(processors, criteria, config, model_kwargs["use_cache"])
-        unknown = set(model_kwargs) - self.followed
-        if reason is None and unknown:
-            reason = f"{', '.join(sorted(unknown))} given"
-        if reason is None and getattr(type(self), PREPARE) is not vars(GenerationMixin)[PREPARE]:
-            reason = "inputs prepared by the model's own class"
+        """Return True if the loops here can run a generation, and log which loop runs it and why."""
+        reason = unsupported_reason(processors, criteria, config, model_kwargs["use_cache"])
+        unsupported_kwargs = set(model_kwargs) - self.supported_model_kwargs
+        if reason is None and unsupported_kwargs:
+            reason = f"{', '.join(sorted(unsupported_kwargs))} given"
+        if reason is None and getattr(type(self), PREPARE_INPUTS) is not getattr(GenerationMixin, PREPARE_INPUTS):
+            reason = f"the model's class overrides {PREPARE_INPUTS}"
         logger.info("decoding in %s", "accel" if reason is None else f"transformers: {reason}")
         return reason is None
 
-    def _prefilled(
+    def _run_prefill(
         self, ids: Tensor, criteria: StoppingCriteriaList, config: GenerationConfig, model_kwargs: dict[str, Any]
     ) -> tuple[Any, Callable[[Tensor], Tensor]]:
-        """What the model says to the prompt, and how to go on: new ids [batch, 1] -> logits."""
-        mixin: Any = self  # typed for models that are modules
+        """Run the prompt; return its outputs, and a function that runs a decode step: ids [rows, 1] -> logits."""
+        mixin: Any = self  # transformers annotates these methods for subclasses of `nn.Module`
         outputs = mixin._prefill(ids, config, model_kwargs, is_first_iteration=True)
-        given = mixin._update_model_kwargs_for_generation(outputs, model_kwargs, self.config.is_encoder_decoder)
+        model_kwargs = mixin._update_model_kwargs_for_generation(outputs, model_kwargs, self.config.is_encoder_decoder)
         state = outputs.past_key_values.state
-        inputs = self._decoder_inputs(given, state, (criteria.max_length or 0) - ids.shape[1])
-        return outputs, lambda new: self.runtime.decode(inputs(new), state)
+        inputs_for = self._decode_inputs(model_kwargs, state, (criteria.max_length or 0) - ids.shape[1])
+        return outputs, lambda new_ids: self.runtime.decode(inputs_for(new_ids), state)
 
-    def _decoder_inputs(
-        self, given: Mapping[str, Any], state: State, room: int
+    def _decode_inputs(
+        self, model_kwargs: Mapping[str, Any], state: State, max_new_tokens: int
     ) -> Callable[[Tensor], Mapping[str, Tensor]]:
-        """A function from new ids [batch, 1] to what the runtime's step takes, called for at most `room` tokens."""
+        """Return a function from new ids to all inputs of a decode step; implemented by the subclasses.
+
+        Args:
+            model_kwargs: As `generate` has updated them after the prefill.
+            state: State after the prefill.
+            max_new_tokens: Largest number of calls of the function.
+
+        Returns:
+            A function from ids [rows, 1] to the inputs of `Runtime.decode`. To be called once per decode step.
+        """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Transformers' logits processors, by what they look at: that decides where a loop of ours may call them."""
+"""Classification of transformers' logits processors by what they read, which decides how a decoding loop calls them."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -10,20 +10,25 @@ from transformers.generation import logits_process
 
 
 def _classes(suffix: str, *names: str) -> set[type]:
-    """Those of `names` that the installed transformers has."""
-    found = (getattr(logits_process, f"{name}Logits{suffix}", None) for name in names)
-    return {kind for kind in found if kind is not None}
+    """Return the classes `<name>Logits<suffix>` that the installed transformers has."""
+    classes: set[type] = set()
+    for name in names:
+        processor_class = getattr(logits_process, f"{name}Logits{suffix}", None)
+        if processor_class is not None:
+            classes.add(processor_class)
+    return classes
 
 
-# They look at the scores alone, and ask the device nothing.
+# Read the scores only, without a host-device synchronisation.
 SCORES_ONLY = (
     _classes("Warper", "Temperature", "TopP", "TopK", "MinP", "Typical", "Epsilon")
     | _classes("Processor", "InfNanRemove", "SuppressTokens")
     | {logits_process.LogitNormalization}
 )
-# They look at how many ids there are, and change what they do once.
+# Read the scores and the number of ids: they forbid end-of-sequence ids until a minimum length is reached.
 COUNTING = _classes("Processor", "MinLength", "MinNewTokensLength")
-# They say the same whenever they are asked: one that counts its calls would notice the tokens after the end.
+# Return the same for the same ids and scores, however often they were called before. A processor that keeps a state
+# would be disturbed by the tokens that a loop computes after the end (see `StopPoller`).
 PURE = (
     SCORES_ONLY
     | COUNTING
@@ -35,29 +40,44 @@ PURE = (
 
 
 def capturable(processors: LogitsProcessorList) -> bool:
-    """Whether what they do between two tokens depends on the scores and on `phase` alone."""
-    return all(type(one) in SCORES_ONLY | COUNTING for one in processors)
+    """Return True if all processors can run inside a CUDA graph.
+
+    Then their work depends on nothing but the scores and `phase`.
+    """
+    return all(type(processor) in SCORES_ONLY | COUNTING for processor in processors)
 
 
 def phase(processors: LogitsProcessorList, length: int) -> Hashable:
-    """What those that count ids do when there are `length`: equal phases, equal work."""
-    return tuple(_forbids_ends(one, length) for one in processors if type(one) in COUNTING)
+    """Return a key of what the counting processors do after `length` ids: equal keys, equal operations.
 
-
-def process(processors: LogitsProcessorList, length: int, scores: Tensor) -> Tensor:
-    """What `recordable` processors say to `scores` [rows, vocabulary] after `length` ids; `scores` may be written to.
-
-    Where ends are forbidden, that is one write here, and five passes over the vocabulary in transformers.
+    Each phase is captured as a CUDA graph of its own.
     """
-    for one in processors:
-        known: Any = one
-        if type(one) not in COUNTING:
-            scores = known(None, scores)
-        elif _forbids_ends(one, length):
-            scores.index_fill_(1, known.eos_token_id, -torch.inf)
+    return tuple(_forbids_ends(processor, length) for processor in processors if type(processor) in COUNTING)
+
+
+def process_scores(processors: LogitsProcessorList, length: int, scores: Tensor) -> Tensor:
+    """Apply `capturable` processors.
+
+    Counting processors are replaced by one write: transformers' own take five passes over the vocabulary.
+
+    Args:
+        processors: Processors for which `capturable` is true.
+        length: Number of ids per sequence so far, the prompt included.
+        scores: [rows, vocabulary]; may be overwritten.
+
+    Returns:
+        The processed scores, [rows, vocabulary].
+    """
+    for item in processors:
+        processor: Any = item
+        if type(processor) not in COUNTING:
+            scores = processor(None, scores)
+        elif _forbids_ends(processor, length):
+            scores.index_fill_(1, processor.eos_token_id, -torch.inf)
     return scores
 
 
-def _forbids_ends(one: object, length: int) -> bool:
-    least = getattr(one, "min_new_tokens", getattr(one, "min_length", 0))
-    return bool(length - getattr(one, "prompt_length_to_skip", 0) < least)
+def _forbids_ends(processor: object, length: int) -> bool:
+    """Return True if a counting processor forbids end-of-sequence ids after `length` ids."""
+    minimum = getattr(processor, "min_new_tokens", getattr(processor, "min_length", 0))
+    return bool(length - getattr(processor, "prompt_length_to_skip", 0) < minimum)

@@ -8,7 +8,9 @@ from accel.models.decoding.token_selector import TokenSelector, sample_without_r
 
 
 class Sampler(TokenSelector):
-    """Every sequence goes on by itself. What transformers calls `_sample`, as of 5.23:
+    """Greedy search and sampling: every sequence continues independently.
+
+    Equivalent to transformers' `GenerationMixin._sample`, as of 5.23:
     https://github.com/huggingface/transformers/blob/main/src/transformers/generation/utils.py
     """
 
@@ -16,26 +18,31 @@ class Sampler(TokenSelector):
         self, ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig
     ) -> None:
         super().__init__(ids, processors, criteria, config)
-        self.tokens = ids.new_zeros(len(ids), self.limit)
-        self.tokens[:, : self.prompt] = ids
-        self.ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+        self.sequences = ids.new_zeros(len(ids), self.max_length)  # [rows, max_length]
+        self.sequences[:, : self.prompt_length] = ids
+        self.ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)  # [rows, 1]
 
-    def seen(self) -> Tensor:
-        return self.tokens[:, : self.length]
+    def token_ids(self) -> Tensor:
+        """Return the ids so far, [rows, length]."""
+        return self.sequences[:, : self.length]
 
-    def choose(self, scores: Tensor) -> None:
-        chosen = sample_without_replacement(scores, 1) if self.config.do_sample else scores.argmax(-1, keepdim=True)
-        if self.ends is not None:
-            chosen = torch.where(self.ended, self.pad, chosen) if self.pad is not None else chosen
-            self.ended |= (chosen == self.ends).any(-1, keepdim=True)
-            torch.all(self.ended, out=self.over)
-        self.chosen.copy_(chosen)
-        self.tokens.index_copy_(1, self.place, chosen)
+    def select(self, scores: Tensor) -> None:
+        """Draw or take the best id of every row; rows that have ended get the padding id."""
+        sample = self.config.do_sample
+        ids = sample_without_replacement(scores, 1) if sample else scores.argmax(-1, keepdim=True)  # [rows, 1]
+        if self.end_ids is not None:
+            if self.pad_id is not None:
+                ids = torch.where(self.ended, self.pad_id, ids)
+            self.ended |= (ids == self.end_ids).any(-1, keepdim=True)
+            torch.all(self.ended, out=self.finished)
+        self.next_ids.copy_(ids)
+        self.sequences.index_copy_(1, self.position, ids)
 
     def result(self) -> Tensor:
-        """Up to the token that ended the last sequence; a GPU has gone on for some."""
-        if self.ends is None:
-            return self.tokens
-        ends = torch.isin(self.tokens[:, self.prompt : self.length], self.ends)
-        going = ends.cumsum(1) == ends  # no end before it
-        return self.tokens[:, : self.prompt + int(going.sum(1).max())]
+        """Return the sequences up to the end of the longest one, without what a GPU computed after it."""
+        if self.end_ids is None:
+            return self.sequences
+        new_ids = self.sequences[:, self.prompt_length : self.length]
+        is_end = torch.isin(new_ids, self.end_ids)
+        no_end_before = is_end.cumsum(1) == is_end  # true up to and including the first end
+        return self.sequences[:, : self.prompt_length + int(no_end_before.sum(1).max())]

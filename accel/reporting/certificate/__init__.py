@@ -1,4 +1,4 @@
-"""The certificate: what was compared with PyTorch, on what, and what came out. It lies beside the model's files."""
+"""Certificate of a deployable: the comparison with PyTorch, its inputs and its results, as JSON and as an HTML page."""
 
 import json
 import math
@@ -17,7 +17,8 @@ from accel.runtime import layout
 from accel.system.environment import commit, machine
 from accel.system.hashing import DISTRIBUTION, versions
 
-MIXED = {"mix": "convert", "plan": "audit", "audited": "calibrate"}  # whose summaries are about a mix of precisions
+# Key of the certificate -> stage whose summary it holds, in mixed precision.
+MIXED = {"mix": "convert", "plan": "audit", "audited": "calibrate"}
 PACKAGES = (DISTRIBUTION, "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "sacrebleu")
 
 
@@ -29,9 +30,15 @@ def write(
     config: Config,
     inputs: Mapping[str, Artifact],
 ) -> None:
-    """Write `certificate.json` and `certificate.html` into `out`, which holds the deployable.
+    """Write `certificate.json` and `certificate.html`.
 
-    `speed`: what `accel.speed.beside_torch` measured; `explained`: what `explain` says of a mix of precisions.
+    Args:
+        out: Folder of the deployable.
+        verification: Verification result, as JSON.
+        speed: Result of `accel.benchmark.latency.compare_with_torch`; None if it was not measured.
+        explained: Result of `explain`; empty in FP32.
+        config: Configuration of the stage `verify`.
+        inputs: Artifacts that the stage was given.
     """
     mixed = {name: inputs[stage].summary for name, stage in MIXED.items()} if explained else {}
     certificate = gather(verification, speed, config, inputs) | mixed | dict(explained)
@@ -42,9 +49,15 @@ def write(
 def gather(
     verification: Mapping[str, Any], speed: Mapping[str, Any] | None, config: Config, inputs: Mapping[str, Artifact]
 ) -> dict[str, Any]:
-    """The content of `certificate.json`, but for what is about a mix of precisions."""
+    """Return the contents of `certificate.json` that don't depend on mixed precision.
+
+    Args:
+        verification: Verification result, as JSON.
+        speed: Result of `accel.benchmark.latency.compare_with_torch`; None if it was not measured.
+        config: Configuration of the stage `verify`.
+        inputs: Artifacts that the stage was given.
+    """
     verify, checkpoint = config.verify, inputs["checkpoint"]
-    made = {name: artifact.key for name, artifact in inputs.items()}
     return {
         "model": config.model.name,
         "weights": config.model.weights,
@@ -52,7 +65,7 @@ def gather(
         "commit": commit(),
         "packages": {name: version for name, version in versions(PACKAGES).items() if version != "absent"},
         "machine": machine(config.runtime.device, config.runtime.threads),
-        "made_from": made,
+        "made_from": {name: artifact.key for name, artifact in inputs.items()},
         "compared": {
             "inputs": verification["inputs"],
             "kind": "texts" if verification["samples"] else "random ids",
@@ -67,7 +80,7 @@ def gather(
 
 
 def _hub_commit(folder: Path) -> str | None:
-    """The commit of a snapshot from the Hugging Face hub, whose cache names folders by it."""
+    """Return the commit of a checkpoint from the Hugging Face hub, whose cache names the folder by it; else None."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
@@ -76,30 +89,40 @@ def explain(
     statistics: Mapping[Component, Mapping[str, ValueStatistics]],
     rows: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
-    """What stayed in FP32 and why, and what every value was seen to hold; None is infinite, which JSON can't say.
+    """Return the nodes that stay in FP32 with their reasons, and the calibration statistics of every value.
 
-    `rows`: what each row of each batch was.
+    Magnitudes that are infinite become None, because JSON has no infinity.
+
+    Args:
+        plans: Precision plan of each component.
+        statistics: Calibration statistics of each component, by name of the value.
+        rows: Description of each row of each calibration batch, for `ValueStatistics.seen_with`.
     """
     kept = []
     for component, plan in plans.items():
         for name, reason in plan.nodes.items():
-            held = statistics[component].get(
-                reason.value, ValueStatistics(reason.largest or 0.0, reason.smallest or math.inf)
-            )
+            value = statistics[component].get(reason.value)
+            if value is None:
+                value = ValueStatistics(reason.largest or 0.0, reason.smallest or math.inf)
             kept.append(
                 {
-                    **{"component": component, "node": name, "rule": reason.rule, "value": reason.value},
-                    **{"largest": _finite(held.largest), "smallest": _finite(held.smallest)},
-                    "overflow": held.overflow / max(1, held.elements),
-                    "source": held.seen_with(rows) if reason.rule in DROPPABLE else "",
+                    "component": component,
+                    "node": name,
+                    "rule": reason.rule,
+                    "value": reason.value,
+                    "largest": _finite(value.largest),
+                    "smallest": _finite(value.smallest),
+                    "overflow": value.overflow / max(1, value.elements),
+                    "source": value.seen_with(rows) if reason.rule in DROPPABLE else "",
                 }
             )
-    seen = {
-        component: {name: [_finite(held.largest), _finite(held.smallest)] for name, held in values.items()}
+    magnitudes = {
+        component: {name: [_finite(value.largest), _finite(value.smallest)] for name, value in values.items()}
         for component, values in statistics.items()
     }
-    return {"kept": kept, "statistics": seen}
+    return {"kept": kept, "statistics": magnitudes}
 
 
 def _finite(number: float) -> float | None:
+    """Return the number; None if it is infinite or NaN."""
     return number if math.isfinite(number) else None

@@ -1,4 +1,4 @@
-"""The certificate as a page: one HTML file that needs no other."""
+"""Certificate as an HTML page: one file without external resources."""
 
 from collections.abc import Mapping
 from math import inf
@@ -10,66 +10,77 @@ from accel.graph.precision.formats import FORMATS, FP16
 from accel.reporting import plots
 
 TEMPLATE = "certificate.html.jinja"
-DRIFT = {"mean": "mean", "p99": "99th percentile", "worst": "worst", "torch_worst": "PyTorch's worst"}
-MOST = 200  # rows of the table of nodes in FP32
+DRIFT = {"mean": "mean", "p99": "99th percentile", "worst": "largest", "torch_worst": "PyTorch's largest"}
+MAX_ROWS = 200  # of the table of nodes in FP32; the JSON file has all of them
+MAX_OUTPUTS = 12  # rows of the table of outputs
 
 
 def render(certificate: Mapping[str, Any]) -> str:
-    """The page for what `gather` returned."""
-    pages = Environment(
+    """Return the page's HTML.
+
+    Args:
+        certificate: Contents of `certificate.json`.
+    """
+    environment = Environment(
         loader=PackageLoader("accel.reporting.certificate", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    pages.filters |= {"number": number, "share": share, "megabytes": megabytes}
+    environment.filters |= {"number": number, "share": share, "megabytes": megabytes}
     verification = certificate["verification"]
-    # Logits first: tokens are chosen by them.
+    # The logits come first, because they decide the tokens; then the largest errors.
     outputs = sorted(verification["outputs"].items(), key=lambda item: ("logits" not in item[0], -item[1]["error"]))
-    return pages.get_template(TEMPLATE).render(
+    return environment.get_template(TEMPLATE).render(
         certificate=certificate,
         verification=verification,
-        outputs=outputs,
-        firsts=_firsts(verification),
+        outputs=outputs[:MAX_OUTPUTS],
+        output_count=len(outputs),
+        firsts=_first_differences(verification),
         drift=plots.drift({label: verification["drift"][name] for name, label in DRIFT.items()}, ""),
         statistics=_range_plots(certificate),
-        kept=certificate.get("kept", [])[:MOST],
-        left_out=max(0, len(certificate.get("kept", [])) - MOST),
+        kept=certificate.get("kept", [])[:MAX_ROWS],
+        left_out=max(0, len(certificate.get("kept", [])) - MAX_ROWS),
     )
 
 
 def number(value: float | None) -> str:
-    """Three digits, whatever the size; None is infinite."""
+    """Format a number with three significant digits; None stands for infinity."""
     return "∞" if value is None else f"{value:.3g}"
 
 
 def share(value: float) -> str:
-    """Percent; 100% means all."""
+    """Format a share as a percentage; only 1 becomes 100%."""
     return "100%" if value == 1 else f"{min(value, 0.9999):.2%}"
 
 
 def megabytes(value: float) -> str:
+    """Format bytes as megabytes."""
     return f"{value / 1e6:,.1f} MB"
 
 
-def _firsts(verification: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Decoding method -> the positions at which its differing sequences begin to differ, in order."""
-    found: dict[str, list[int]] = {name: [] for name in verification["identical"]}
+def _first_differences(verification: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Map each decoding method to the positions of the first different token, one per different sequence, sorted."""
+    positions: dict[str, list[int]] = {name: [] for name in verification["identical"]}
     for key, position in verification["first_difference"].items():
-        found[key.rpartition(".")[0]].append(position)
-    return {name: sorted(positions) for name, positions in found.items()}
+        method, _, _ = key.rpartition(".")  # the key is <decoding method>.<number of the input>
+        positions[method].append(position)
+    return {name: sorted(values) for name, values in positions.items()}
 
 
 def _range_plots(certificate: Mapping[str, Any]) -> dict[str, str]:
-    """Role -> plot of what its values held, in the graph's order, with the limits of the format drawn in."""
+    """Map each component to a plot of its values' magnitudes, in the graph's order, with the format's limits."""
     if "statistics" not in certificate:
         return {}
     format = FORMATS[certificate["verification"]["precision"]]
-    limits = {f"largest {format.name}": format.largest, f"smallest with all digits, {format.name}": format.smallest}
+    limits = {f"largest {format.name}": format.largest, f"smallest normal {format.name}": format.smallest}
     if format is not FP16:
         limits |= {"largest float16": FP16.largest}
-    drawn = {}
+    plots_by_component = {}
     for component, values in certificate["statistics"].items():
-        held = [(low, inf if high is None else high) for high, low in values.values() if low is not None and high != 0]
-        drawn[component] = plots.value_ranges(held, limits, component)
-    return drawn
+        ranges = []
+        for largest, smallest in values.values():
+            if smallest is not None and largest != 0:  # otherwise the value held only zeros
+                ranges.append((smallest, inf if largest is None else largest))
+        plots_by_component[component] = plots.value_ranges(ranges, limits, component)
+    return plots_by_component

@@ -1,9 +1,10 @@
-"""Lengths come out of shapes without views, and stay the same numbers."""
+"""Lengths are read from shapes without views, and stay the same numbers."""
 
 import onnx_ir as ir
 import pytest
 
-from accel.graph.cleanup.direct_lengths import direct_lengths
+from accel.graph.cleanup.direct_lengths import DirectLengths
+from accel.graph.passes import run_pass
 from tests.graph.text import numbers, parse, rewritten, weight
 
 HEAD = """
@@ -42,7 +43,7 @@ def views_of_lengths(model: ir.Model) -> list[str]:
 
 @pytest.mark.parametrize("widen", ["Reshape (new, rest)", "Unsqueeze (new, first)"])
 def test_a_shape_of_lengths(widen: str) -> None:
-    """As GPT-2 gives a product its rows back, with a range over the same length in between."""
+    """A `Reshape` to computed lengths, as in GPT-2, with a range over one of them."""
     body = f"""
         counted = Range (zero, new, one)
         new_vector = {widen}
@@ -52,26 +53,26 @@ def test_a_shape_of_lengths(widen: str) -> None:
         y = Reshape (flat, shape)"""
     model = graph(body, "float[b, n, k] y, int64[n] counted")
     assert views_of_lengths(model)
-    (left,) = rewritten(direct_lengths, [model], INPUTS)
+    (left,) = rewritten(DirectLengths(), [model], INPUTS)
     assert views_of_lengths(model) == []
     assert left.count("Squeeze") == 0
     assert left.count("Reshape") == 2
 
 
 def test_a_sum_of_lengths() -> None:
-    """As wide as past and new tokens together, once as a scalar and once in a shape; constants may be in it."""
+    """The number of past and new tokens plus a constant, once as a scalar and once in a shape."""
     body = """
         more = Add (total, one)
         wide = Unsqueeze (more, first)
         ones = Expand (one, wide)
         y = Range (zero, more, one)"""
     model = graph(body, "int64[t] ones, int64[t] y")
-    rewritten(direct_lengths, [model], INPUTS)
+    rewritten(DirectLengths(), [model], INPUTS)
     assert views_of_lengths(model) == []
 
 
 def test_no_length() -> None:
-    """A scalar that is none, a whole shape, and an axis of length one are left alone."""
+    """Another scalar, a complete shape, and a vector that is the model's output are left alone."""
     body = """
         least = ReduceMin <keepdims: int = 0> (past)
         wide = Unsqueeze (least, first)
@@ -80,15 +81,28 @@ def test_no_length() -> None:
         y = Reshape (past, rest)"""
     model = graph(body, "float[1] wide, int64[3] whole, int64[1] column, float[m] y")
     inputs = [feed for feed in INPUTS if feed["past"].size]
-    (left,) = rewritten(direct_lengths, [model], inputs)
+    (left,) = rewritten(DirectLengths(), [model], inputs)
     assert left.count("Unsqueeze") == 1
     assert "Gather" not in left
 
 
-def test_one_constant_serves_all_graphs() -> None:
-    """What is added carries one name in every graph, so that merging finds it once."""
+def test_a_sum_with_another_scalar() -> None:
+    """A sum whose second term can't be a vector is reshaped as before, and gets no nodes for the first term."""
+    body = """
+        least = ReduceMin <keepdims: int = 0> (past)
+        other = Cast <to = 7> (least)
+        more = Add (total, other)
+        wide = Unsqueeze (more, first)
+        y = Neg (wide)"""
+    (left,) = rewritten(DirectLengths(), [graph(body, "int64[1] y")], [feed for feed in INPUTS if feed["past"].size])
+    assert left.count("Unsqueeze") == 1
+    assert left.count("Add") == 2
+
+
+def test_one_constant_in_all_graphs() -> None:
+    """An added constant has the same name in every graph, so that merging finds it once."""
     models = [graph("y = Range (zero, total, one)", "int64[t] y") for _ in range(2)]
-    direct_lengths(models)
+    run_pass(DirectLengths(), models)
     for model in models:
         (name,) = (name for name, value in model.graph.initializers.items() if value.const_value is not None)
         assert name == "scalar_0"

@@ -1,9 +1,9 @@
-"""Masks stay as narrow as they are, and what they are added to comes out the same."""
+"""Masks stay narrow where their consumers broadcast, and every output keeps its shape and numbers."""
 
 import numpy as np
 import pytest
 
-from accel.graph.cleanup.eliminate_expand import eliminate_expand
+from accel.graph.cleanup.eliminate_expand import EliminateExpand
 from tests.graph.text import numbers, parse, rewritten
 
 INPUTS = "int64[batch, source] mask, float[batch, 4, new, source] scores"
@@ -28,40 +28,42 @@ MASK = """
 
 
 def inputs() -> list[dict[str, np.ndarray]]:
-    found = []
+    """Inputs of several shapes, with masked positions at the end of the last sequence."""
+    cases = []
     for batch, new, source in ((1, 1, 5), (3, 2, 4), (2, 3, 1)):
         mask = np.ones((batch, source), np.int64)
         mask[-1, source // 2 :] = 0
-        found.append({"mask": mask, "scores": numbers(batch, 4, new, source)})
-    return found
+        cases.append({"mask": mask, "scores": numbers(batch, 4, new, source)})
+    return cases
 
 
 def graph(body: str, start: str = "zero", outputs: str = "float[batch, 4, new, source] y") -> str:
+    """The graph `body`, with a range that begins at the constant `start`."""
     two = "    two = Constant <value = int64 {2}> ()\n"
     return f"g ({INPUTS}) => ({outputs}) {{ {two}{body.replace('START', start)} }}"
 
 
 def test_true_everywhere() -> None:
-    """Counting from zero, nothing is below zero: the mask over new tokens goes, with all that made it."""
+    """A range from zero is nowhere below zero: the mask over new tokens is removed with all that computes it."""
     model = parse(graph(MASK))
-    (left,) = rewritten(eliminate_expand, [model], inputs())
+    (left,) = rewritten(EliminateExpand(), [model], inputs())
     assert not {"And", "GreaterOrEqual", "Range", "Gather"} & set(left)
     bias = next(node.outputs[0] for node in model.graph if node.op_type == "Where")
     assert [str(dim) for dim in bias.shape or ()] == ["batch", "1", "1", "source"]
 
 
 def test_not_true_everywhere() -> None:
-    """The first place fails: the mask stays."""
-    (left,) = rewritten(eliminate_expand, [parse(graph(MASK, "one"))], inputs())
+    """The first position is masked: the mask stays."""
+    (left,) = rewritten(EliminateExpand(), [parse(graph(MASK, "one"))], inputs())
     assert {"And", "GreaterOrEqual", "Range"} <= set(left)
 
 
-def test_expanded_for_nothing() -> None:
-    """To the shape of what it is added to, which does that by itself; on the way to a sum as well."""
+def test_redundant_expand() -> None:
+    """An `Expand` to the shape of the other term of a sum is removed, also with a division in between."""
     sums = "wide = Expand (bias, lengths)\n half = Div (wide, two_) \n y = Add (scores, half)"
     body = MASK.replace("y = Add (scores, bias)", sums).replace("Where (visible", "Where (row")
     two = "two_ = Constant <value = float {2.0}> ()\n"
-    (left,) = rewritten(eliminate_expand, [parse(graph(two + body))], inputs())
+    (left,) = rewritten(EliminateExpand(), [parse(graph(two + body))], inputs())
     assert "Expand" not in left
 
 
@@ -78,14 +80,14 @@ def test_expanded_for_nothing() -> None:
             "float[batch, 4, new, source] y",
         ),
     ],
-    ids=["the caller's", "not element by element", "alone", "a caller's beside a sum", "twice", "by two ways"],
+    ids=["output", "not elementwise", "alone", "output beside a sum", "read twice", "by two paths"],
 )
-def test_what_must_be_wide(last: str, outputs: str) -> None:
-    """Where a reader, or the caller, would get another shape, it is expanded as before."""
+def test_needed_expand(last: str, outputs: str) -> None:
+    """`Expand` stays where an output of the model, or a node that doesn't broadcast, would get another shape."""
     body = MASK.replace("y = Add (scores, bias)", last).replace("Where (visible", "Where (row")
     model = parse(graph(body, "one", outputs))
-    for node in model.graph:  # as the exporter notes what inference doesn't follow
+    for node in model.graph:  # noted by the exporter, beyond shape inference
         if node.outputs[0].name in ("wide", "a", "b", "y"):
             node.outputs[0].shape = model.graph.inputs[1].shape
-    (left,) = rewritten(eliminate_expand, [model], inputs())
+    (left,) = rewritten(EliminateExpand(), [model], inputs())
     assert "Expand" in left

@@ -1,17 +1,17 @@
-"""Adding zero disappears, unless it stretches what it is added to."""
+"""Additions of zero are removed, unless the zero broadcasts the other term."""
 
 import pytest
 
-from accel.graph.cleanup.eliminate_noop_add import eliminate_noop_add
+from accel.graph.cleanup.eliminate_noop_add import EliminateNoopAdd
 from tests.graph.text import numbers, parse, rewritten
 
 INPUTS = [{"x": numbers(2, 3, 4)}, {"x": numbers(1, 1, 4)}]
 
 
-def graph(body: str, made: str = "b, t, 4") -> str:
-    """A graph in which the sum p, like the output, is annotated with the shape `made`."""
-    specs = f"(float[b, t, 4] x) => (float[{made}] y)"
-    return f"g {specs} <float[{made}] p> {{ zero = Constant <value = float {{0.0}}> ()\n {body} }}"
+def graph(body: str, shape: str = "b, t, 4") -> str:
+    """A graph in which the sum p, like the output, is annotated with the shape `shape`."""
+    specs = f"(float[b, t, 4] x) => (float[{shape}] y)"
+    return f"g {specs} <float[{shape}] p> {{ zero = Constant <value = float {{0.0}}> ()\n {body} }}"
 
 
 @pytest.mark.parametrize(
@@ -23,13 +23,13 @@ def graph(body: str, made: str = "b, t, 4") -> str:
     ],
 )
 def test_zero_is_not_added(body: str) -> None:
-    """Stretched by Expand, made by ConstantOfShape, a scalar; on either side. What made the zero goes too."""
-    left = rewritten(eliminate_noop_add, [parse(graph(body))], INPUTS)[0]
+    """A zero from `Expand`, `ConstantOfShape` or a scalar, on either side, is removed with what computes it."""
+    left = rewritten(EliminateNoopAdd(), [parse(graph(body))], INPUTS)[0]
     assert [op for op in left if op != "Constant"] == ["Neg"]
 
 
 @pytest.mark.parametrize(
-    ("body", "made"),
+    ("body", "shape"),
     [
         (
             "two = Constant <value_ints = [2, 1, 1, 1]> ()\n z = Expand (zero, two)\n p = Add (x, z)\n y = Neg (p)",
@@ -43,11 +43,11 @@ def test_zero_is_not_added(body: str) -> None:
         ("p = Neg (x)\n y = Add (p, zero)", "b, t, 4"),
         ("p = Sub (zero, x)\n y = Neg (p)", "b, t, 4"),
     ],
-    ids=["stretches", "not zero", "one", "graph output", "subtraction"],
+    ids=["broadcasts", "not zero", "one", "graph output", "subtraction"],
 )
-def test_left_alone(body: str, made: str) -> None:
-    """A zero that widens the sum, another number, a sum that the caller reads, another operator."""
-    model = parse(graph(body, made))
+def test_left_alone(body: str, shape: str) -> None:
+    """A zero that broadcasts, another number, an output of the model, another operator."""
+    model = parse(graph(body, shape))
     before = [node.op_type for node in model.graph]
-    left = rewritten(eliminate_noop_add, [model], INPUTS)[0]
+    left = rewritten(EliminateNoopAdd(), [model], INPUTS)[0]
     assert [op for op in left if op != "Constant"] == [op for op in before if op != "Constant"]

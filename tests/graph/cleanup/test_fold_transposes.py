@@ -4,7 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.graph.cleanup.fold_transposes import fold_transposes
+from accel.graph.cleanup.fold_transposes import FoldTransposes
+from accel.graph.passes import run_pass
 from accel.graph.weights import fingerprint, initializers, shared_bytes
 from tests.graph.text import Arrays, numbers, parse, run
 
@@ -30,7 +31,7 @@ def folded(*texts: str) -> list[ir.Model]:
     """The graphs after the pass, with every number checked against those before."""
     models = [parse(text, {"linear": WEIGHT}) for text in texts]
     before: list[Arrays] = [run(model, INPUTS) for model in models]
-    fold_transposes(models)
+    run_pass(FoldTransposes(), models)
     for model, expected in zip(models, before, strict=True):
         found = run(model, INPUTS)
         for name, array in expected.items():
@@ -85,7 +86,7 @@ def test_two_graphs_that_transpose_differently_keep_sharing() -> None:
     models = [parse(text, {"linear": cube}) for text in texts]
     inputs = {"x": numbers(3, 3, 3, seed=1)}
     before = [run(model, inputs)["y"] for model in models]
-    fold_transposes(models)
+    run_pass(FoldTransposes(), models)
     for model, expected in zip(models, before, strict=True):
         np.testing.assert_array_equal(run(model, inputs)["y"], expected)
     assert shared_bytes(initializers(models[0]), initializers(models[1])) == cube.nbytes
@@ -102,7 +103,7 @@ def test_transposed_weight_that_is_an_output_or_used_in_a_subgraph() -> None:
     model = parse(branch, {"linear": WEIGHT})
     inputs = [INPUTS | {"c": np.array(value)} for value in (True, False)]
     before = [run(model, feed)["y"] for feed in inputs]
-    fold_transposes([model])
+    run_pass(FoldTransposes(), [model])
     for feed, expected in zip(inputs, before, strict=True):
         np.testing.assert_allclose(run(model, feed)["y"], expected, rtol=1e-5, atol=1e-6)
     returned = parse(
@@ -110,6 +111,6 @@ def test_transposed_weight_that_is_an_output_or_used_in_a_subgraph() -> None:
         "{ t = Transpose <perm: ints = [1, 0]> (linear)\n y = MatMul(x, t) }",
         {"linear": WEIGHT},
     )
-    fold_transposes([returned])
+    run_pass(FoldTransposes(), [returned])
     found = run(returned, {"x": INPUTS["x"][0]})
     np.testing.assert_array_equal(found["t"], WEIGHT.T)

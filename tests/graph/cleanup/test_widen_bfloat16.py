@@ -1,10 +1,10 @@
-"""Arithmetic in bfloat16 becomes FP32 with a rounding after each step, and gives bfloat16's numbers."""
+"""Arithmetic in bfloat16 becomes FP32 with rounding after each operator, and gives bfloat16's numbers."""
 
 import numpy as np
 import pytest
 import torch
 
-from accel.graph.cleanup.widen_bfloat16 import widen_bfloat16
+from accel.graph.cleanup.widen_bfloat16 import WidenBfloat16
 from accel.runtime.providers import RUNTIME_ERRORS
 from tests.graph.text import numbers, parse, run
 
@@ -23,12 +23,12 @@ g (float[n, 5] x, float[n, 5] z) => (float[n, 5] y)
 
 
 def test_numbers_are_those_of_bfloat16() -> None:
-    """Every number is PyTorch's, who computes in bfloat16; computed in FP32 throughout, they would differ."""
+    """Every number equals that of PyTorch in bfloat16; FP32 without rounding would differ."""
     model = parse(BODY)
     inputs = {"x": numbers(400, 5), "z": numbers(400, 5, seed=1)}
     with pytest.raises(RUNTIME_ERRORS, match="Mul"):
         run(model, inputs)
-    widen_bfloat16(model)
+    assert WidenBfloat16()(model).modified
     a, b = (torch.from_numpy(inputs[name]).bfloat16() for name in ("x", "z"))
     expected = ((a * b + a) / b).float().numpy()
     found = run(model, inputs)["y"]
@@ -38,6 +38,7 @@ def test_numbers_are_those_of_bfloat16() -> None:
 
 
 def test_other_types_are_left_alone() -> None:
+    """FP32 arithmetic stays as it is."""
     model = parse("g (float[n, 5] x) => (float[n, 5] y) { p = Mul (x, x)\n y = Neg (p) }")
-    widen_bfloat16(model)
+    assert not WidenBfloat16()(model).modified
     assert [node.op_type for node in model.graph] == ["Mul", "Neg"]

@@ -1,4 +1,4 @@
-"""What makes the caches that stay becomes a graph of its own: no more than that, and with the same numbers."""
+"""Extraction of the graph that computes the cross-attention caches."""
 
 import numpy as np
 import onnx_ir as ir
@@ -30,7 +30,7 @@ def decode(cross: str) -> ir.Model:
 
 
 def test_only_what_they_are_made_of() -> None:
-    """Nodes, inputs and weights of the rest stay behind, and the prefill is as it was."""
+    """The result has no other nodes, inputs and weights, and prefill is unchanged."""
     prefill = parse(PREFILL, WEIGHTS)
     inputs = {"x": numbers(2, 3, 4), "hidden": numbers(2, 5, 4)}
     whole = run(prefill, inputs)
@@ -48,5 +48,5 @@ def test_only_what_they_are_made_of() -> None:
 
 
 def test_where_all_caches_grow() -> None:
-    """Nothing to make."""
+    """A decoder without cross-attention caches has no such graph."""
     assert cross_cache(parse(PREFILL, WEIGHTS), decode("past"), CACHE) is None

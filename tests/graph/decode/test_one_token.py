@@ -1,24 +1,26 @@
-"""A step of one token: nothing is moved around an axis of one place, and the numbers stay."""
+"""Decode graphs for one token: no transposes around an axis of length 1, and the same outputs."""
 
 import numpy as np
 import onnx_ir as ir
 
-from accel.graph.decode.one_token import one_token, transpose_to_reshape
+from accel.graph.decode.one_token import OneToken, TransposeToReshape
 from tests.graph.text import numbers, parse, run
 
 
 def checked(body: str, inputs: str, outputs: str, *shape: int) -> list[str]:
-    """The operators left. The graph says the same for one token, whatever the batch."""
+    """The operators left, after checking that the outputs for one token are the same at two batch sizes."""
     text = f"g ({inputs}) => ({outputs}) {{ {body} }}"
     before, after = parse(text), parse(text)
-    one_token(after, "new")
-    transpose_to_reshape(after)
+    for graph_pass in (OneToken("new"), TransposeToReshape()):
+        text_before = ir.to_proto(after).SerializeToString(deterministic=True)
+        modified = graph_pass(after).modified
+        assert modified == (ir.to_proto(after).SerializeToString(deterministic=True) != text_before)
     after = ir.from_proto(ir.to_proto(after))
     for batch in (1, 3):
-        given = {"x": numbers(batch, *shape)}
-        found = run(after, given)
-        for name, right in run(before, given).items():
-            np.testing.assert_array_equal(found[name], right)
+        arrays = {"x": numbers(batch, *shape)}
+        after_arrays = run(after, arrays)
+        for name, right in run(before, arrays).items():
+            np.testing.assert_array_equal(after_arrays[name], right)
     return [node.op_type for node in after.graph]
 
 
@@ -29,21 +31,22 @@ HEADS = """
 """
 
 
-def test_heads_of_one_token_are_not_turned() -> None:
-    """[batch, 1, heads, width] lies as [batch, heads, 1, width] does."""
+def test_heads_of_one_token_are_not_transposed() -> None:
+    """[batch, 1, heads, width] has the order in memory of [batch, heads, 1, width]."""
     body = HEADS + "y = Relu (heads)"
     left = checked(body, "float[batch, new, 24] x", "float[batch, 6, new, 4] y", 1, 24)
     assert "Transpose" not in left
     assert left.count("Reshape") == 2
 
 
-def test_what_moves_more_than_one_place_is_turned() -> None:
+def test_a_needed_transpose_stays() -> None:
+    """Axes longer than 1 are exchanged."""
     body = "y = Transpose <perm: ints = [0, 1, 3, 2]> (x)"
     assert checked(body, "float[batch, new, 3, 4] x", "float[batch, new, 4, 3] y", 1, 3, 4) == ["Transpose"]
 
 
-def test_parts_are_cut_once() -> None:
-    """By heads for the caches and side by side for attention: one `Split` is left, and the parts are the same."""
+def test_parts_are_split_once() -> None:
+    """Of a split by heads for the caches and one of features for attention, one `Split` is left."""
     body = (
         HEADS
         + """
@@ -62,7 +65,7 @@ def test_parts_are_cut_once() -> None:
 
 
 def test_parts_of_every_head_stay() -> None:
-    """As large as the parts side by side, but cut out of each head: other numbers."""
+    """Parts of each head are as large as parts of the features, but hold other elements."""
     body = (
         HEADS
         + """
@@ -78,7 +81,7 @@ def test_parts_of_every_head_stay() -> None:
 
 
 def test_parts_of_other_sizes_stay() -> None:
-    """As many parts, cut elsewhere: both are needed."""
+    """As many parts, but of other sizes: both splits are needed."""
     body = (
         HEADS
         + """

@@ -1,10 +1,10 @@
-"""A step over caches of a fixed length computes what the one with growing caches does, and writes where it should."""
+"""Decode graphs with static caches give the outputs of dynamic ones, and write entries where they belong."""
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.graph.decode.static_cache import Names, NotStaticError, static_cache
+from accel.graph.decode.static_cache import Names, NotStaticError, StaticCache
 from tests.graph.text import Arrays, numbers, parse, run
 
 NAMES = Names("position", "bucket")
@@ -22,12 +22,12 @@ HEAD = """
     total = Add (past, new)
     present_k = Concat <axis: int = 1> (past_k, x)
 """
-# What attention does with it: tokens see those before them, and the mask's.
+# Causal attention over the cache, with the attention mask.
 ATTENTION = """
-    slots = Range (zero, total, one)
+    keys = Range (zero, total, one)
     places = Range (past, total, one)
     column = Unsqueeze (places, ones)
-    seen = LessOrEqual (slots, column)
+    seen = LessOrEqual (keys, column)
     shown = Cast <to: int = 9> (attention_mask)
     shown_rows = Unsqueeze (shown, ones)
     visible = And (seen, shown_rows)
@@ -53,20 +53,23 @@ def inputs(batch: int, past: int, new: int) -> Arrays:
 
 
 def checked(body: str, outputs: str) -> ir.Model:
-    """Both steps say the same at several lengths; what lies behind the tokens is noise, and stays as it was."""
-    growing, static = decode(body, outputs), decode(body, outputs)
-    static_cache(static, CACHE, NAMES)
+    """The static graph, after checking it against the dynamic one at several lengths.
+
+    The static cache holds noise behind the tokens, which stays as it was.
+    """
+    dynamic, static = decode(body, outputs), decode(body, outputs)
+    assert StaticCache(CACHE, NAMES)(static).modified
     for batch, past, new, bucket in ((1, 3, 1, 4), (2, 5, 1, 9), (3, 4, 3, 8), (2, 1, 2, 16)):
         given = inputs(batch, past, new)
-        right = run(growing, given)
-        room = numbers(batch, bucket, 4, seed=9) * 3
-        room[:, :past] = given["past_k"]
+        right = run(dynamic, given)
+        buffer = numbers(batch, bucket, 4, seed=9) * 3
+        buffer[:, :past] = given["past_k"]
         mask = np.zeros((batch, bucket), np.int64)
         mask[:, : past + new] = given["attention_mask"]
-        found = run(static, {**given, "past_k": room, "attention_mask": mask, "position": np.array(past)})
+        found = run(static, {**given, "past_k": buffer, "attention_mask": mask, "position": np.array(past)})
         written = found.pop("present_k")
         np.testing.assert_array_equal(written[:, : past + new], right.pop("present_k"))
-        np.testing.assert_array_equal(written[:, past + new :], room[:, past + new :])
+        np.testing.assert_array_equal(written[:, past + new :], buffer[:, past + new :])
         for name, array in right.items():
             shared = tuple(slice(length) for length in array.shape)  # an axis of all tokens is now the bucket's
             np.testing.assert_allclose(found[name][shared], array, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -78,7 +81,7 @@ def operators(model: ir.Model) -> list[str]:
 
 
 def test_attention() -> None:
-    """Keys are written in place; a token sees those before it and nothing behind."""
+    """Keys are written in place, and a token attends to those before it alone."""
     static = checked(ATTENTION, "float[batch, new, 4] attended")
     assert operators(static).count("TensorScatter") == 1
     assert [str(dim) for dim in static.graph.inputs[1].shape or ()] == ["batch", "bucket"]
@@ -86,13 +89,13 @@ def test_attention() -> None:
 
 
 def test_positions_with_an_offset() -> None:
-    """As BART's table of positions begins two rows late."""
+    """Positions plus two, as in BART."""
     body = "first = Add (past, two)\n last = Add (total, two)\n places = Range (first, last, one)"
     checked(body, "int64[n] places")
 
 
 def test_past_tokens_in_arithmetic() -> None:
-    """A number that is added to data is where the new tokens begin."""
+    """A number of past tokens that is added to data becomes the position of the new tokens."""
     body = """
         counted = CumSum (attention_mask, one)
         tail = ReduceMax <keepdims: int = 0> (attention_mask)
@@ -101,7 +104,7 @@ def test_past_tokens_in_arithmetic() -> None:
 
 
 def test_all_tokens_in_a_shape() -> None:
-    """As wide as all tokens together becomes as wide as the bucket."""
+    """A shape of all tokens becomes one of the bucket."""
     body = """
         wide = Add (past_length, new_length)
         flags = Expand (one, wide)"""
@@ -114,22 +117,22 @@ def test_all_tokens_in_a_shape() -> None:
     [
         ("half = Div (past, two)", "int64 half", r"\(Div\): it uses the number of past tokens"),
         ("odd = Range (one, past, one)", "int64[k] odd", r"\(Range\): it counts neither all tokens nor the new ones"),
-        ("odd = Range (zero, total, two)", "int64[k] odd", r"\(Range\): it counts by what"),
+        ("odd = Range (zero, total, two)", "int64[k] odd", r"\(Range\): its limits are no sums"),
         ("less = Sub (total, one)\n y = Range (zero, less, one)", "int64[k] y", r"\(Range\): it counts neither"),
         ("both = Shape <start: int = 0, end: int = 2> (past_k)", "int64[2] both", r"\(Shape\): .* together with other"),
     ],
     ids=["half of it", "from one", "in twos", "all but one", "with the batch"],
 )
-def test_what_a_fixed_length_cannot_answer(body: str, outputs: str, reason: str) -> None:
-    """Refused by the node's name, instead of computed otherwise."""
+def test_unsupported_uses_of_past_tokens(body: str, outputs: str, reason: str) -> None:
+    """The error names the node; nothing is computed otherwise."""
     with pytest.raises(NotStaticError, match=reason):
-        static_cache(decode(body, outputs), CACHE, NAMES)
+        StaticCache(CACHE, NAMES)(decode(body, outputs))
 
 
-def test_a_cache_that_does_not_simply_grow() -> None:
-    """A window that slides, or a cache put together otherwise."""
+def test_a_cache_that_is_not_appended_to() -> None:
+    """Such as a sliding window, or entries in front of the past."""
     model = parse(
         f"g ({INPUTS}) => (float[batch, sum, 4] present_k) {{ present_k = Concat <axis: int = 1> (x, past_k) }}"
     )
-    with pytest.raises(NotStaticError, match=r"\(Concat\): present_k is not past_k with new entries behind it"):
-        static_cache(model, CACHE, NAMES)
+    with pytest.raises(NotStaticError, match=r"\(Concat\): present_k is not past_k with new entries appended"):
+        StaticCache(CACHE, NAMES)(model)

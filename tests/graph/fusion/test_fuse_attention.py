@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.graph.fusion.fuse_attention import fuse_attention
+from accel.graph.fusion.fuse_attention import FuseAttention
 from tests.graph.text import numbers, parse, run
 
 INPUTS = "float[b, s, 12] x, float[b, 3, p, 4] past_key, float[b, 3, p, 4] past_value, float[b, 1, s, t] mask"
@@ -67,7 +67,7 @@ def graph(*parts: str, inputs: str = INPUTS, outputs: str = GROWN) -> ir.Model:
     return model
 
 
-def inputs(batch: int, new: int, past: int) -> dict[str, np.ndarray]:
+def arrays(batch: int, new: int, past: int) -> dict[str, np.ndarray]:
     bias = numbers(batch, 1, new, past + new)
     mask = np.where(bias > 1, np.float32(-1e9), bias)
     cache = {"past_key": numbers(batch, 3, past, 4), "past_value": numbers(batch, 3, past, 4, seed=4)}
@@ -76,9 +76,9 @@ def inputs(batch: int, new: int, past: int) -> dict[str, np.ndarray]:
 
 def checked(model: ir.Model, nodes: int) -> ir.Model:
     """The graph after the pass with `nodes` attentions in it, every output what it was at several lengths."""
-    given = [inputs(*lengths) for lengths in ((1, 1, 5), (2, 1, 3), (3, 4, 2), (2, 3, 1))]
+    given = [arrays(*lengths) for lengths in ((1, 1, 5), (2, 1, 3), (3, 4, 2), (2, 3, 1))]
     before = [run(model, feed) for feed in given]
-    fuse_attention([model])
+    FuseAttention()(model)
     assert [node.op_type for node in model.graph].count("MultiHeadAttention") == nodes
     for feed, expected in zip(given, before, strict=True):
         found = run(model, feed)
@@ -107,9 +107,9 @@ def test_fixed_caches_are_read_as_they_are() -> None:
         ),
         {name: WEIGHTS[name] for name in ("wq", "wk", "wv", "heads", "flat")},
     )
-    given = inputs(2, 1, 6) | {"mask": numbers(2, 1, 1, 6)}
+    given = arrays(2, 1, 6) | {"mask": numbers(2, 1, 1, 6)}
     before = run(model, given)
-    fuse_attention([model])
+    FuseAttention()(model)
     node = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
     names = [value.name if value else None for value in node.inputs]
     assert names == ["q", "past_key", "past_value", None, None, "mask"]
@@ -134,30 +134,41 @@ def test_without_a_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    "parts",
+    ("parts", "reason"),
     [
-        (SELF, GROW, SCORES.replace("mask)", "columns)"), REST),
-        (SELF, GROW, SCORES, REST.replace("<axis: int = -1>", "<axis: int = 2>")),
-        (SELF, GROW, SCORES, REST, "z = Neg(shares)"),
-        (SELF, GROW, SCORES, REST, "z = Neg(mixed)"),
-        (SELF, GROW, SCORES.replace("Transpose <perm: ints = [0, 1, 3, 2]> (key)", "Identity(key)"), REST),
-        (SELF, GROW, SCORES, REST.replace("(back, flat)", "(mixed, flat)")),
+        ((SELF, GROW, SCORES.replace("mask)", "columns)"), REST), "not a scaled product"),
+        ((SELF, GROW, SCORES, REST.replace("<axis: int = -1>", "<axis: int = 2>")), "expected 4 axes and axis=-1"),
+        ((SELF, GROW, SCORES, REST, "z = Neg(shares)"), "shares is read by MatMul, Neg, expected one MatMul"),
+        ((SELF, GROW, SCORES, REST, "z = Neg(mixed)"), "mixed is read by Transpose, Neg, expected one Transpose"),
+        (
+            (SELF, GROW, SCORES.replace("Transpose <perm: ints = [0, 1, 3, 2]> (key)", "Identity(key)"), REST),
+            "not a scaled product",
+        ),
+        (
+            (SELF, GROW, SCORES, REST.replace("(back, flat)", "(mixed, flat)")),
+            "mixed is read by Transpose, Reshape, expected one Transpose",
+        ),
     ],
     ids=["bias by head alone", "over queries", "shares are read", "mix is read", "keys unturned", "heads unturned"],
 )
-def test_left_alone(parts: tuple[str, ...]) -> None:
-    """Near misses, which the operator would compute differently or whose inside somebody else reads."""
+def test_left_alone(parts: tuple[str, ...], reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Near misses, which the operator would compute differently or whose inside another node reads, say why."""
+    caplog.set_level("DEBUG", "accel.graph.passes")
     outputs = GROWN + (", float[b, 3, s, u] z" if len(parts) > 4 else "")
     model = graph(*parts, outputs=outputs)
-    fuse_attention([model])
+    FuseAttention()(model)
     assert not any(node.op_type == "MultiHeadAttention" for node in model.graph)
+    assert "fuse_attention: no match at Softmax" in caplog.text
+    assert reason in caplog.text
 
 
-def test_two_precisions_stay_apart() -> None:
+def test_two_precisions_stay_apart(caplog: pytest.LogCaptureFixture) -> None:
     """Where the plan keeps a part of an attention in FP32, there are casts in it, and it is not one node."""
     model = graph(SELF, GROW, SCORES, REST)
     next(value for node in model.graph for value in node.outputs if value.name == "query").type = ir.TensorType(
         ir.DataType.FLOAT16
     )
-    fuse_attention([model])
+    caplog.set_level("DEBUG", "accel.graph.passes")
+    FuseAttention()(model)
     assert not any(node.op_type == "MultiHeadAttention" for node in model.graph)
+    assert "several types: FLOAT, FLOAT16" in caplog.text

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from accel.graph.fusion.fuse_gqa import fuse_gqa
+from accel.graph.fusion.fuse_gqa import FuseGqa
 from tests.graph.text import numbers, parse, rewritten
 
 INPUTS = "float[batch, 6, 1, 4] query, float[batch, 2, t, 4] key, float[batch, 2, t, 4] value, float[BIAS] bias"
@@ -47,7 +47,7 @@ def left(body: str = BODY, bias: str = "batch, 1, 1, t", heads: int = 1) -> list
         }
         for batch, length in ((1, 5), (3, 2))
     ]
-    (found,) = rewritten(lambda models: fuse_gqa(models[0]), [model], inputs)
+    (found,) = rewritten(FuseGqa(), [model], inputs)
     return found
 
 
@@ -60,20 +60,30 @@ def test_nothing_is_repeated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "bias", "heads"),
+    ("body", "bias", "heads", "reason"),
     [
-        (BODY, "batch, 6, 1, t", 6),
-        (BODY.replace("scaled = Mul (scores, half)", "scaled = Tanh (scores)"), "batch, 1, 1, t", 1),
+        (BODY, "batch, 6, 1, t", 6, "the bias of the scores differs between heads"),
+        (
+            BODY.replace("scaled = Mul (scores, half)", "scaled = Tanh (scores)"),
+            "batch, 1, 1, t",
+            1,
+            "not the product of",
+        ),
         (
             BODY.replace(
                 "y = Neg (mixed)", "doubled = ReduceMax <keepdims: int = 1> (shares)\n y = Add (mixed, doubled)"
             ),
             "batch, 1, 1, t",
             1,
+            "not read by one product alone",
         ),
-        (BODY.replace("axis: int = -1", "axis: int = 1"), "batch, 1, 1, t", 1),
+        (BODY.replace("axis: int = -1", "axis: int = 1"), "batch, 1, 1, t", 1, "the softmax is over axis 1"),
     ],
     ids=["a bias for each head", "something else between", "shares that are read twice", "shares among heads"],
 )
-def test_what_needs_all_heads(body: str, bias: str, heads: int) -> None:
+def test_what_needs_all_heads(body: str, bias: str, heads: int, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Stays, and the log says why."""
+    caplog.set_level("DEBUG", "accel.graph.passes")
     assert left(body, bias, heads).count("Expand") == 2
+    assert "fuse_gqa: no match at Softmax" in caplog.text
+    assert reason in caplog.text

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from accel.graph.fusion.fuse_norms import fuse_norms
+from accel.graph.fusion.fuse_norms import FuseNorms
 from tests.graph.text import numbers, parse, rewritten
 
 NORM = "SimplifiedLayerNormalization"
@@ -52,7 +52,7 @@ def changed(*lines: str) -> tuple[str, ...]:
 def test_spellings(lines: tuple[str, ...]) -> None:
     """One node, with the chain's epsilon and its numbers, and a shape and type that are known."""
     model = parse(graph(lines), WEIGHTS)
-    assert rewritten(fuse_norms, [model], INPUTS) == [[NORM]]
+    assert rewritten(FuseNorms(), [model], INPUTS) == [[NORM]]
     node = model.graph[0]
     assert node.attributes.get_float("epsilon", 0.0) == pytest.approx(1e-5)
     assert [value.name for value in node.inputs if value] == ["x", "w"]
@@ -62,7 +62,7 @@ def test_spellings(lines: tuple[str, ...]) -> None:
 def test_weight_may_be_computed() -> None:
     """A weight of 1 + w is as good as one that is stored."""
     model = parse(graph(("u = Add (one, w)", *changed("y = Mul (n, u)"))), WEIGHTS)
-    assert rewritten(fuse_norms, [model], INPUTS) == [["Add", NORM]]
+    assert rewritten(FuseNorms(), [model], INPUTS) == [["Add", NORM]]
 
 
 @pytest.mark.parametrize(
@@ -90,4 +90,13 @@ def test_weight_may_be_computed() -> None:
 def test_left_alone(lines: tuple[str, ...], outputs: str) -> None:
     """What is not the norm, or is needed in parts."""
     inputs = [{"x": np.abs(feed["x"]) + 0.1} for feed in INPUTS]
-    assert NORM not in rewritten(fuse_norms, [parse(graph(lines, outputs), WEIGHTS)], inputs)[0]
+    assert NORM not in rewritten(FuseNorms(), [parse(graph(lines, outputs), WEIGHTS)], inputs)[0]
+
+
+def test_a_near_miss_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    """In the log, at level DEBUG: the factor's shape, or the value that another node reads."""
+    caplog.set_level("DEBUG", "accel.graph.passes")
+    FuseNorms()(parse(graph(changed("y = Mul (n, three)"), "float[b, t, 8] y"), WEIGHTS))
+    FuseNorms()(parse(graph((*CHAIN, "z = Neg (n)"), "float[b, t, 8] y, float[b, t, 8] z"), WEIGHTS))
+    assert "the factor has shape (), expected (8,)" in caplog.text
+    assert "n is read outside the norm" in caplog.text

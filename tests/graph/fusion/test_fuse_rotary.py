@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from accel.graph.fusion.fuse_rotary import fuse_rotary
+from accel.graph.fusion.fuse_rotary import FuseRotary
 from tests.graph.text import numbers, parse, rewritten
 
 ANGLES = """
@@ -43,7 +43,7 @@ def left(batch: str, tokens: str = "1", second: str = "angle", sliced: str = "se
     ]
     for one in inputs:
         one["places"] = one["places"].reshape(-1, 1, 1)
-    (found,) = rewritten(lambda models: fuse_rotary(models[0]), [model], inputs)
+    (found,) = rewritten(FuseRotary(), [model], inputs)
     return found
 
 
@@ -56,13 +56,21 @@ def test_a_rotation(batch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"tokens": "new"}, {"second": "twice"}, {"sliced": "first_half"}],
+    ("other", "reason"),
+    [
+        ({"tokens": "new"}, "don't turn one token"),
+        ({"second": "twice"}, "the halves of the angles may differ"),
+        ({"sliced": "first_half"}, ""),
+    ],
     ids=["several tokens", "halves of other angles", "turned the other way"],
 )
-def test_what_is_no_rotation_of_one_token(other: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left as it is."""
+def test_what_is_no_rotation_of_one_token(
+    other: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stays, and the log says why where it is a rotation."""
+    caplog.set_level("DEBUG", "accel.graph.passes")
     monkeypatch.setattr(f"{__name__}.ANGLES", ANGLES.replace("both =", "twice = Add (angle, angle)\n both =", 1))
     found = left("batch", **other)
     assert "RotaryEmbedding" not in found
     assert {"Neg", "Add"} <= set(found)
+    assert reason in caplog.text

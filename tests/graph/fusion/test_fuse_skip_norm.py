@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.graph.fusion.fuse_skip_norm import fuse_skip_norm
+from accel.graph.fusion.fuse_skip_norm import FuseSkipNorm
 from tests.graph.text import numbers, parse, rewritten, run
 
 RMS, LAYER = "SkipSimplifiedLayerNormalization", "SkipLayerNormalization"
@@ -30,7 +30,7 @@ def graph(*lines: str, outputs: str = f"{SHAPE} y", h: str = SHAPE, extra: str =
 def test_sum_and_norm(norm: str, fused: str, inputs: list[str]) -> None:
     """One node with one output, where only the norm reads the sum."""
     model = parse(graph("s = Add (x, h)", f"y = {norm}"), WEIGHTS)
-    assert rewritten(fuse_skip_norm, [model], INPUTS) == [[fused]]
+    assert rewritten(FuseSkipNorm(), [model], INPUTS) == [[fused]]
     assert [value.name for value in model.graph[0].inputs if value] == inputs
     assert model.graph[0].attributes.get_float("epsilon", 0.0) == pytest.approx(1e-3)
     assert len(model.graph[0].outputs) == 1
@@ -41,7 +41,7 @@ def test_sum_that_others_read_comes_from_the_node(norm: str) -> None:
     """The next residual reads the sum, and so may the caller: names and numbers stay."""
     lines = ("s = Add (x, h)", f"n = {norm}", "a = Neg (n)", "y = Add (s, a)")
     model = parse(graph(*lines, outputs=f"{SHAPE} y, {SHAPE} s"), WEIGHTS)
-    left = rewritten(fuse_skip_norm, [model], INPUTS)[0]
+    left = rewritten(FuseSkipNorm(), [model], INPUTS)[0]
     assert left[1:] == ["Neg", "Add"]
     outputs = model.graph[0].outputs
     assert [value.name for value in outputs] == ["n", "", "", "s"]
@@ -60,7 +60,7 @@ def test_sum_that_others_read_comes_from_the_node(norm: str) -> None:
 def test_bias_before_the_sum(lines: tuple[str, ...], inputs: list[str | None]) -> None:
     """The bias of a product goes into the same node, behind the place of a beta that may be absent."""
     model = parse(graph(*lines), WEIGHTS)
-    assert len(rewritten(fuse_skip_norm, [model], INPUTS)[0]) == 1
+    assert len(rewritten(FuseSkipNorm(), [model], INPUTS)[0]) == 1
     assert [value.name if value else None for value in model.graph[0].inputs] == inputs
 
 
@@ -72,7 +72,7 @@ def test_three_layers() -> None:
         value = f"s{layer}" if layer % 2 else f"a{layer}"
     notes = "".join(f", {SHAPE} {kind}{layer}" for layer in range(3) for kind in "sna")
     model = parse(graph(*lines, "y = Add (a2, s1)", extra=notes), WEIGHTS)
-    assert rewritten(fuse_skip_norm, [model], INPUTS)[0] == [RMS, "Tanh", RMS, RMS, "Tanh", "Add"]
+    assert rewritten(FuseSkipNorm(), [model], INPUTS)[0] == [RMS, "Tanh", RMS, RMS, "Tanh", "Add"]
 
 
 @pytest.mark.parametrize(
@@ -92,15 +92,17 @@ def test_left_alone(lines: tuple[str, ...], h: str) -> None:
     inputs = [
         {"x": INPUTS[0]["x"], "h": INPUTS[0]["h"] if h == SHAPE else INPUTS[0]["h"][:1] if "1" in h else numbers(8)}
     ]
-    assert not {RMS, LAYER} & set(rewritten(fuse_skip_norm, [model], inputs)[0])
+    assert not {RMS, LAYER} & set(rewritten(FuseSkipNorm(), [model], inputs)[0])
 
 
-def test_deviation_that_is_read() -> None:
-    """The mean that LayerNormalization also gives has no counterpart in the fused node."""
+def test_deviation_that_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    """LayerNormalization's mean has no counterpart in the fused node, and the log says so."""
+    caplog.set_level("DEBUG", "accel.graph.passes")
     text = f"""g ({SHAPE} x, {SHAPE} h) => ({SHAPE} y, float[b, t, 1] mean) <{SHAPE} s> {{
         s = Add (x, h)
         y, mean = {NORM} (s, w, c) }}"""
-    assert rewritten(fuse_skip_norm, [parse(text, WEIGHTS)], INPUTS) == [["Add", "LayerNormalization"]]
+    assert rewritten(FuseSkipNorm(), [parse(text, WEIGHTS)], INPUTS) == [["Add", "LayerNormalization"]]
+    assert "the mean or the deviation is read" in caplog.text
 
 
 def test_other_ranks_and_unknown_lengths() -> None:
@@ -110,11 +112,11 @@ def test_other_ranks_and_unknown_lengths() -> None:
         f" y = {SIMPLE} (s, w) }}",
         WEIGHTS,
     )
-    assert rewritten(fuse_skip_norm, [flat], [{"x": numbers(2, 8), "h": numbers(2, 8, seed=1)}])[0][0] == "Add"
+    assert rewritten(FuseSkipNorm(), [flat], [{"x": numbers(2, 8), "h": numbers(2, 8, seed=1)}])[0][0] == "Add"
     model = parse(graph("s = Add (x, h)", f"y = {SIMPLE} (s, w)"), WEIGHTS)
     for value in (*model.graph.inputs, model.graph[0].outputs[0]):
         value.shape = ir.Shape([None, None, 8])
-    fuse_skip_norm([model])
+    FuseSkipNorm()(model)
     assert model.graph[0].op_type == "Add"
     narrow = {"x": numbers(2, 3, 8), "h": numbers(1, 3, 8)}
     assert np.isfinite(run(model, narrow)["y"]).all()

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.graph.fusion.fuse_transposed_matmul import fuse_transposed_matmul
+from accel.graph.fusion.fuse_transposed_matmul import FuseTransposedMatmul
 from tests.graph.cleanup.test_fold_transposes import INPUTS, TIED, TWICE, WEIGHT
 from tests.graph.text import numbers, parse, run
 
@@ -26,7 +26,7 @@ def fused(text: str, **weights: np.ndarray) -> tuple[ir.Model, Counter[str]]:
     wanted = [value.name for value in model.graph.inputs]
     inputs = [{name: feed[name] for name in wanted if name in feed} for feed in inputs]
     before = [run(model, feed) for feed in inputs]
-    fuse_transposed_matmul(model)
+    FuseTransposedMatmul()(model)
     for feed, expected in zip(inputs, before, strict=True):
         found = run(model, feed)
         for name, array in expected.items():
@@ -54,10 +54,20 @@ OTHER = {
 }
 
 
+REASONS = {
+    "an activation": "the transposed factor is not a weight",
+    "three axes": "axes (0, 2, 1) of a weight of shape [2,4,8] are transposed",
+    "the first factor": "",
+}
+
+
 @pytest.mark.parametrize("name", OTHER)
-def test_others_stay(name: str) -> None:
+def test_others_stay(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What isn't a transposed weight as the second factor stays, and the log says why where it comes close."""
+    caplog.set_level("DEBUG", "accel.graph.passes")
     _, found = fused(OTHER[name], linear=WEIGHT, cube=numbers(2, 4, 8))
     assert (found["Transpose"], found["MatMul"], found["FusedMatMul"]) == (1, 1, 0)
+    assert REASONS[name] in caplog.text
 
 
 def test_a_transpose_that_others_read_stays_for_them() -> None:

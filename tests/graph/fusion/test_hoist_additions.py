@@ -2,7 +2,7 @@
 
 import pytest
 
-from accel.graph.fusion.hoist_additions import hoist_additions
+from accel.graph.fusion.hoist_additions import HoistAdditions
 from tests.graph.text import numbers, parse, rewritten
 
 # scores [B, H, T, T], position bias [1, H, T, T], mask [B, 1, T, T]
@@ -32,7 +32,7 @@ def test_bias_and_mask_are_added_once() -> None:
             "y = Softmax (c2)",
         )
     )
-    left = rewritten(hoist_additions, [model], INPUTS)[0]
+    left = rewritten(HoistAdditions(), [model], INPUTS)[0]
     assert left == ["Add", "Add", "Softmax", "Add", "Softmax", "Add", "Softmax"]
     first = model.graph[0]
     assert {value.name for value in first.inputs if value} == {"bias", "mask"}
@@ -51,7 +51,7 @@ def test_three_addends() -> None:
         ]
         lines.append(f"{'y' if layer else 's0'} = Softmax (r{layer})")
         value = "s0"
-    left = rewritten(hoist_additions, [parse(layers("m = Neg (mask)", *lines))], INPUTS)[0]
+    left = rewritten(HoistAdditions(), [parse(layers("m = Neg (mask)", *lines))], INPUTS)[0]
     assert left.count("Add") == 4  # two before, one in each layer
 
 
@@ -76,7 +76,7 @@ def test_left_alone(lines: tuple[str, ...]) -> None:
     """One place only, an inner sum that somebody else reads, pairs that differ, another operator."""
     model = parse(layers(*lines))
     before = [node.op_type for node in model.graph]
-    left = rewritten(hoist_additions, [model], INPUTS)[0]
+    left = rewritten(HoistAdditions(), [model], INPUTS)[0]
     assert sorted(left) == sorted(before)
 
 
@@ -85,10 +85,10 @@ def test_residuals_stay() -> None:
     model = parse(
         layers("a = Neg (x)", "r1 = Add (x, a)", "c = Abs (r1)", "r2 = Add (r1, c)", "d = Neg (r2)", "y = Add (r2, d)")
     )
-    assert rewritten(hoist_additions, [model], INPUTS)[0] == ["Neg", "Add", "Abs", "Add", "Neg", "Add"]
+    assert rewritten(HoistAdditions(), [model], INPUTS)[0] == ["Neg", "Add", "Abs", "Add", "Neg", "Add"]
 
 
 def test_the_sum_may_be_an_output() -> None:
     """A graph output keeps its name and number."""
     model = parse(layers("a1 = Add (x, bias)", "a2 = Add (a1, mask)", "b1 = Add (a2, bias)", "y = Add (b1, mask)"))
-    assert rewritten(hoist_additions, [model], INPUTS)[0] == ["Add", "Add", "Add"]
+    assert rewritten(HoistAdditions(), [model], INPUTS)[0] == ["Add", "Add", "Add"]

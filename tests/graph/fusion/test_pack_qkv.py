@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from accel.graph.files import weight_bytes
-from accel.graph.fusion.pack_qkv import pack_qkv
+from accel.graph.fusion.pack_qkv import PackQkv
 from accel.graph.weights import initializers, shared_bytes
 from tests.graph.text import numbers, parse, rewritten, weight
 
@@ -49,7 +49,7 @@ def test_queries_keys_and_values() -> None:
     """One product, one cut into heads; the old weights are gone and no byte is added."""
     models = [graph(*(product(name) for name in NAMES), DONE) for _ in range(2)]
     before = sum(array.nbytes for name, array in weights().items() if "weight" in name)
-    left = rewritten(pack_qkv, models, INPUTS)
+    left = rewritten(PackQkv(), models, INPUTS)
     assert left == [[*JOINED, "Add", "Add"]] * 2
     for model in models:
         joined = weight(model, "layer_q+k+v_weight")
@@ -64,7 +64,7 @@ def test_fewer_heads_for_keys_and_values() -> None:
     heads = {"q": 4, "k": 2, "v": 2}
     lines = [*(product(name) for name in NAMES), "a = Concat <axis: int = 1> (kt, vt)", "y = Add (qt, a)"]
     model = graph(*lines, heads=heads)
-    left = rewritten(pack_qkv, [model], INPUTS)[0]
+    left = rewritten(PackQkv(), [model], INPUTS)[0]
     assert sorted(left) == sorted([*JOINED, *JOINED[:-1], "Concat", "Add"])
     assert "layer_q_weight" in model.graph.initializers
     assert "layer_k+v_weight" in model.graph.initializers
@@ -73,28 +73,28 @@ def test_fewer_heads_for_keys_and_values() -> None:
 def test_keys_turned_for_the_scores() -> None:
     """Keys whose transposes were merged into one of another order take one more node."""
     lines = [product("q"), product("k", perm="0, 2, 3, 1"), product("v"), "a = MatMul (qt, kt)", "y = MatMul (a, vt)"]
-    assert rewritten(pack_qkv, [graph(*lines)], INPUTS[:2])[0] == [*JOINED, "Transpose", "MatMul", "MatMul"]
+    assert rewritten(PackQkv(), [graph(*lines)], INPUTS[:2])[0] == [*JOINED, "Transpose", "MatMul", "MatMul"]
 
 
 def test_turns_that_cost_what_joining_saves() -> None:
     """Two products, both turned in another order: a node each for the turn is as many as now."""
     lines = [product(name, perm="0, 2, 3, 1") for name in ("q", "k")]
     model = graph(*lines, "y = Add (qt, kt)", out="=> (float[b, 4, 2, t] y)")
-    assert rewritten(pack_qkv, [model], INPUTS)[0].count("MatMul") == 2
+    assert rewritten(PackQkv(), [model], INPUTS)[0].count("MatMul") == 2
 
 
 def test_parts_that_are_outputs() -> None:
     """Prefill returns keys and values as they are: names and numbers stay."""
     out = "=> (float[b, 4, t, 2] y, float[b, 4, t, 2] kt, float[b, 4, t, 2] vt)"
     model = graph(*(product(name) for name in NAMES), DONE, out=out)
-    assert rewritten(pack_qkv, [model], INPUTS)[0][:4] == JOINED
+    assert rewritten(PackQkv(), [model], INPUTS)[0][:4] == JOINED
 
 
 @pytest.mark.parametrize("biased", [("q", "k", "v"), ("q", "v")])
 def test_biases_are_joined_too(biased: tuple[str, ...]) -> None:
     """With zeros for a product that has none."""
     models = [graph(*(product(name, bias=name in biased) for name in NAMES), DONE) for _ in range(2)]
-    assert rewritten(pack_qkv, models, INPUTS)[0] == ["MatMul", "Add", *JOINED[1:], "Add", "Add"]
+    assert rewritten(PackQkv(), models, INPUTS)[0] == ["MatMul", "Add", *JOINED[1:], "Add", "Add"]
     assert shared_bytes(initializers(models[0]), initializers(models[1])) == weight_bytes(models[1])
     assert not any(name.endswith("_bias") and "+" not in name for name in models[0].graph.initializers)
 
@@ -102,7 +102,7 @@ def test_biases_are_joined_too(biased: tuple[str, ...]) -> None:
 def test_without_heads_the_product_is_split() -> None:
     """What follows is not a cut into heads, as with a norm of the queries: one product and one Split."""
     lines = [*(product(name, heads=False) for name in NAMES), DONE]
-    assert rewritten(pack_qkv, [graph(*lines, out="=> (float[b, t, 8] y)")], INPUTS)[0] == [
+    assert rewritten(PackQkv(), [graph(*lines, out="=> (float[b, t, 8] y)")], INPUTS)[0] == [
         "MatMul",
         "Split",
         "Add",
@@ -110,16 +110,18 @@ def test_without_heads_the_product_is_split() -> None:
     ]
 
 
-def test_two_products_without_heads_stay() -> None:
+def test_two_products_without_heads_stay(caplog: pytest.LogCaptureFixture) -> None:
     """A product and a Split are no fewer nodes than two products, and the Split copies; with biases they are."""
+    caplog.set_level("DEBUG", "accel.graph.passes")
     lines = [product("q", heads=False), product("k", heads=False), "y = Mul (qt, kt)"]
-    assert rewritten(pack_qkv, [graph(*lines, out="=> (float[b, t, 8] y)")], INPUTS)[0] == [
+    assert rewritten(PackQkv(), [graph(*lines, out="=> (float[b, t, 8] y)")], INPUTS)[0] == [
         "MatMul",
         "MatMul",
         "Mul",
     ]
+    assert "leaves no fewer nodes" in caplog.text
     lines = [product("q", heads=False, bias=True), product("k", heads=False, bias=True), "y = Mul (qt, kt)"]
-    left = rewritten(pack_qkv, [graph(*lines, out="=> (float[b, t, 8] y)")], INPUTS)[0]
+    left = rewritten(PackQkv(), [graph(*lines, out="=> (float[b, t, 8] y)")], INPUTS)[0]
     assert left == ["MatMul", "Add", "Split", "Mul"]
 
 
@@ -128,12 +130,12 @@ def test_a_group_that_one_graph_lacks_stays_apart() -> None:
     cross = [product("k", "e"), product("v", "e"), "a = Add (kt, vt)"]
     prefill = graph(product("q"), *cross, "n = ReduceSum <keepdims: int = 1> (a)", "y = Add (qt, n)")
     decode = graph(product("q"), "y = Neg (qt)")
-    left = rewritten(pack_qkv, [prefill, decode], INPUTS[:2])
+    left = rewritten(PackQkv(), [prefill, decode], INPUTS[:2])
     assert left[0].count("MatMul") == 3
     assert "layer_k_weight" in prefill.graph.initializers
     same = graph(*(product(name) for name in NAMES), DONE)
     other = graph(product("q"), product("k"), "m = Neg (x)", product("v", "m"), DONE)
-    left = rewritten(pack_qkv, [same, other], INPUTS)
+    left = rewritten(PackQkv(), [same, other], INPUTS)
     assert [ops.count("MatMul") for ops in left] == [2, 2]
     assert "layer_v_weight" in same.graph.initializers
     assert "layer_q+k_weight" in same.graph.initializers
@@ -151,7 +153,7 @@ def test_weights_that_are_left_alone(lines: tuple[str, ...]) -> None:
     """A weight that something else uses keeps its name and shape; nothing is joined over different inputs."""
     out = OUT[:-1] + (", float[b, t, 8] z)" if "z = " in "".join(lines) else ")")
     model = graph("n = Neg (x)", "m = Abs (x)", *lines, out=out)
-    left = rewritten(pack_qkv, [model], INPUTS)[0]
+    left = rewritten(PackQkv(), [model], INPUTS)[0]
     assert "layer_v_weight" in model.graph.initializers
     assert left.count("MatMul") == 3
 
@@ -162,4 +164,4 @@ def test_heads_of_different_width_are_split_without_them() -> None:
     body = "\n".join([*(product(name) for name in NAMES), "y = Add (qt, kt)"])
     specs = "(float[b, t, 8] x) => (float[b, 4, t, 2] y, float[b, 2, t, 4] vt)"
     model = parse(f"g {specs} {{ {body} }}", {name: array for name, array in held.items() if name in body})
-    assert rewritten(pack_qkv, [model], INPUTS)[0][:2] == ["MatMul", "Split"]
+    assert rewritten(PackQkv(), [model], INPUTS)[0][:2] == ["MatMul", "Split"]

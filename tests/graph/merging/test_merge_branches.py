@@ -1,4 +1,4 @@
-"""Two graphs as branches of one `If`: the numbers of both, every weight once, and what hand-rolled loops get wrong."""
+"""Merge strategies two_branch and three_branch: the results of both graphs, and every weight once."""
 
 import re
 
@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from accel.graph.decode.one_token import one_token
+from accel.graph.decode.one_token import OneToken
 from accel.graph.files import weight_bytes
 from accel.graph.merging.merge_branches import fork_if, merge_if
 from tests.graph.text import Arrays, flag, numbers, parse, run
@@ -25,7 +25,7 @@ prefill (float[batch, new, 4] x, float[batch, source, 4] context)
     logits = MatMul(mixed, head)
 }"""
 DECODE = """
-step (float[batch, new, 4] x, float[batch, past, 4] past_own, float[batch, source, 4] past_cross)
+decode (float[batch, new, 4] x, float[batch, past, 4] past_own, float[batch, source, 4] past_cross)
     => (float[batch, new, 3] logits, float[batch, total, 4] own)
 {
     key = MatMul(x, weight)
@@ -51,12 +51,12 @@ STEP_WEIGHTS = {"weight": OWN, "output": HEAD, "axis": AXIS}
 
 
 def decode() -> ir.Model:
-    """The same weights as prefill's under other names."""
+    """Return a decode graph with the same weights as prefill's, under other names."""
     return parse(DECODE, STEP_WEIGHTS)
 
 
 def assert_branches(when_true: ir.Model, when_false: ir.Model, inputs: Arrays, name: str = FLAG) -> ir.Model:
-    """Merge, and compare each branch with its graph run alone. What only one graph has must come out empty."""
+    """Merge, and compare each branch with its graph run alone. An output that only one graph has must be empty."""
     alone = {True: run(when_true, inputs), False: run(when_false, inputs)}
     merged = merge_if(when_true, when_false, name)
     onnx.checker.check_model(ir.to_proto(merged), full_check=True)
@@ -72,7 +72,7 @@ def assert_branches(when_true: ir.Model, when_false: ir.Model, inputs: Arrays, n
 
 
 def test_each_branch_gives_its_graphs_numbers() -> None:
-    """Both values of the flag, every output, bit for bit; the output that step lacks has length 0."""
+    """Outputs are bitwise equal for both values of the flag; one that the decode graph lacks has length 0."""
     merged = assert_branches(decode(), prefill(), INPUTS)
     absent = run(merged, INPUTS | flag(True))["cross"]
     assert absent.shape == (0, 0, 4)
@@ -80,7 +80,7 @@ def test_each_branch_gives_its_graphs_numbers() -> None:
 
 
 def test_weights_are_stored_once_whatever_their_names() -> None:
-    """A weight with two names, in one graph or in both, takes its bytes once; another of its shape stays apart."""
+    """A weight with two names, in one graph or in both, is stored once; another of its shape is not merged with it."""
     merged = merge_if(decode(), prefill(), FLAG)
     assert weight_bytes(merged) == OWN.nbytes + CROSS.nbytes + HEAD.nbytes + 2 * AXIS.nbytes
     twice = parse(
@@ -94,7 +94,7 @@ def test_weights_are_stored_once_whatever_their_names() -> None:
 
 
 def test_what_a_provider_wants_on_the_host_stays_in_its_branch() -> None:
-    """Axes and lengths are no weights: outside, ONNX Runtime would keep them on the device and copy them each run."""
+    """Axes and lengths stay in their branch: outside, ONNX Runtime would copy them from the device at each run."""
     merged = merge_if(decode(), prefill(), FLAG)
     assert all(value.const_value.size > 8 for value in merged.graph.initializers.values())
     branches = [graph for graph in merged.graphs() if graph is not merged.graph]
@@ -103,7 +103,7 @@ def test_what_a_provider_wants_on_the_host_stays_in_its_branch() -> None:
 
 
 def test_same_name_for_different_weights() -> None:
-    """Two weights that only share a name must both survive."""
+    """Two different weights of one name are both kept."""
     text = "g (float[n, 4] x) => (float[n, 4] y) { y = MatMul(x, w) }"
     merged = assert_branches(parse(text, {"w": OWN}), parse(text, {"w": CROSS}), {"x": numbers(2, 4)})
     assert weight_bytes(merged) == OWN.nbytes + CROSS.nbytes
@@ -122,7 +122,7 @@ def test_same_bytes_of_another_type_or_shape_are_not_shared() -> None:
 
 
 def test_absent_optional_input() -> None:
-    """`Clip(x, , high)`: the missing input stays missing; it must not become an edge to a value named ''."""
+    """`Clip(x, , high)`: the omitted input stays omitted, instead of becoming a value named ''."""
     clip = "g (float[n, 4] x, float high) => (float[n, 4] y) { y = Clip(x, , high) }"
     other = "g (float[n, 4] x, float high) => (float[n, 4] y) { y = Min(x, high) }"
     merged = assert_branches(
@@ -154,7 +154,7 @@ g (float[n, 4] x, bool choose, int64 times) => (float[n, 4] y)
 
 @pytest.mark.parametrize("choose", [True, False])
 def test_nested_subgraphs_that_capture_outer_values(choose: bool) -> None:
-    """An `If` and a `Loop` inside a branch, reading its nodes, its inputs and weights, under names used twice."""
+    """An `If` and a `Loop` inside a branch read its values, inputs and weights, under names that occur twice."""
 
     def weights() -> dict[str, np.ndarray]:
         return {"w": OWN, "bias": numbers(4)}
@@ -167,7 +167,7 @@ def test_nested_subgraphs_that_capture_outer_values(choose: bool) -> None:
 
 
 def test_two_opset_domains() -> None:
-    """A contrib operator in one branch only: both domains are imported, at their own versions."""
+    """With a contrib operator in one branch only, both domains are imported, at their own versions."""
     fused = parse(
         "g (float[n, 4] x) => (float[n, 4] y)"
         "{ y = com.microsoft.FusedMatMul <alpha: float = 0.5, transB: int = 1> (x, w) }",
@@ -192,7 +192,7 @@ def test_two_opset_domains() -> None:
 
 
 def test_dimensions() -> None:
-    """Fixed dimensions stay, symbols of inputs stay, and every `If` output gets fresh symbols: lengths may differ."""
+    """Fixed dimensions and the symbols of inputs stay; `If` outputs get new symbols, as lengths may differ."""
     merged = merge_if(decode(), prefill(), FLAG)
     inputs = {value.name: [str(dim) for dim in value.shape] for value in merged.graph.inputs if value.shape is not None}
     assert inputs == {
@@ -209,7 +209,7 @@ def test_dimensions() -> None:
 
 
 def test_output_that_is_a_weight() -> None:
-    """One branch returns a weight as it is, the other computes that output."""
+    """One branch returns a weight unchanged, the other computes that output."""
     text = "g (float[n, 4] x) => (float[n, 4] y, float[4] kept) { y = Add(x, kept) }"
     weight = parse(text, {"kept": numbers(4)})
     plain = parse(
@@ -220,21 +220,21 @@ def test_output_that_is_a_weight() -> None:
 
 
 def plain_outputs() -> ir.Model:
-    """A graph with the outputs `y` and `kept`, both computed."""
+    """Return a graph with the outputs `y` and `kept`, both computed."""
     return parse(
         "g (float[n, 4] x) => (float[n, 4] y, float[4] kept) { y = Abs(x)\n kept = Abs(w) }", {"w": numbers(4)}
     )
 
 
 def test_output_that_is_an_input() -> None:
-    """Such an output has its input's name, which a merged graph can't give to an `If` as well: refused, and named."""
+    """Such an output has the name of its input, which the output of the `If` can't have, too."""
     text = "g (float[n, 4] x) => (float[n, 4] y, float[n, 4] x) { y = Neg(x) }"
     with pytest.raises(ValueError, match="'x'"):
         merge_if(parse(text), parse(text.replace("Neg", "Abs")), FLAG)
 
 
 def test_missing_output_needs_a_dynamic_axis() -> None:
-    """What has length 0 must be tellable from a value: an output of fixed dimensions can't be left out."""
+    """An output of fixed dimensions can't have length 0, so no branch may lack it."""
     both = parse("g (float[n, 4] x) => (float[n, 4] y, float[4] z) { y = Neg(x)\n z = Neg(w) }", {"w": numbers(4)})
     one = parse("g (float[n, 4] x) => (float[n, 4] y) { y = Abs(x) }")
     with pytest.raises(ValueError, match=r"'z'.*no dynamic axis"):
@@ -242,7 +242,7 @@ def test_missing_output_needs_a_dynamic_axis() -> None:
 
 
 def simple(inputs: str = "float[n, 4] x", output: str = "y", opset: int = 20) -> ir.Model:
-    """A graph of one node."""
+    """Return a graph of one node."""
     return parse(
         f"g ({inputs}) => (float[n, 4] {output}) {{ {output} = Neg(x) }}",
         header=f'<ir_version: 10, opset_import: ["" : {opset}]>',
@@ -261,20 +261,20 @@ def simple(inputs: str = "float[n, 4] x", output: str = "y", opset: int = 20) ->
     ids=["opset", "input type", "input shape", "output", "flag"],
 )
 def test_contradictions_are_named(when_true: ir.Model, when_false: ir.Model, named: tuple[str, ...]) -> None:
-    """Graphs that can't be merged are refused with the thing that is in the way, and both of its values."""
+    """The error for graphs that can't be merged names the contradiction and both of its values."""
     with pytest.raises(ValueError, match=".*".join(map(re.escape, named))):
         merge_if(when_true, when_false, FLAG)
 
 
 def test_flag_is_a_name_of_your_choice() -> None:
-    """Optimum and Transformers.js call it `use_cache_branch`."""
+    """Optimum and Transformers.js call the flag `use_cache_branch`."""
     merged = assert_branches(decode(), prefill(), INPUTS, "use_cache_branch")
     assert merged.graph.inputs[-1].name == "use_cache_branch"
     assert merged.graph.inputs[-1].dtype == ir.DataType.BOOL
 
 
 def test_names_do_not_clash() -> None:
-    """Every value and node of the merged graph has a name of its own, subgraphs included."""
+    """All nodes and values of the merged graph have distinct names, subgraphs included."""
     merged = merge_if(decode(), prefill(), FLAG)
     nodes = [node.name for node in merged.graph.all_nodes()]
     values = [value.name for node in merged.graph.all_nodes() for value in node.outputs if value.name]
@@ -283,9 +283,9 @@ def test_names_do_not_clash() -> None:
 
 
 def forked() -> ir.Model:
-    """`step`, and for one token a graph that says something else, so that it shows which of them ran."""
+    """Return the decode graph with a branch for one token that computes something else, to show which one ran."""
     single = parse(DECODE.replace("mixed = Add(key, summed)", "mixed = Sub(key, summed)"), STEP_WEIGHTS)
-    one_token(single, "new")
+    OneToken("new")(single)
     return fork_if(single, decode(), "new")
 
 
@@ -294,7 +294,7 @@ def one(inputs: Arrays) -> Arrays:
 
 
 def test_one_token_has_a_branch_of_its_own() -> None:
-    """By the length of what it is given; inside the other `If` as well, where each weight is still there once."""
+    """The number of new tokens selects the branch, inside the other `If` as well; weights are stored once."""
     single = run(
         parse(DECODE.replace("mixed = Add(key, summed)", "mixed = Sub(key, summed)"), STEP_WEIGHTS), one(INPUTS)
     )

@@ -1,4 +1,4 @@
-"""Two decoders that differ only in the caches that prefill makes: an `If` around those, everything else once."""
+"""Merge strategy shared: an `If` around the cross-attention caches, everything else once."""
 
 import numpy as np
 import onnx
@@ -30,7 +30,7 @@ ATTEND = """
     own = Identity(joined)
 """
 DECODE = (
-    "step (float[batch, new, 4] x, float[batch, past, 4] past_own, float[batch, source, 4] past_key,"
+    "decode (float[batch, new, 4] x, float[batch, past, 4] past_own, float[batch, source, 4] past_key,"
     " float[batch, source, 4] past_value) => (float[batch, new, 3] logits, float[batch, total, 4] own) {"
     + ATTEND.format(past="past_own", key="past_key", value="past_value")
     + "}"
@@ -68,13 +68,13 @@ def assert_close(found: Arrays, expected: Arrays) -> None:
 
 
 def users(model: ir.Model, name: str) -> list[ir.Node]:
-    """The nodes that read weight `name`, in the graph or a subgraph."""
+    """Return the nodes that read weight `name`, in the graph or a subgraph."""
     weight = model.graph.initializers[name]
     return [node for node in model.graph.all_nodes() if weight in node.inputs]
 
 
 def test_each_side_gives_its_graphs_numbers() -> None:
-    """With past: step's numbers and no new cross caches. Without: prefill's, with a past of length 0."""
+    """With past: the decode graph's results, empty cross caches. Without: prefill's, given a past of length 0."""
     expected = run(decode(), INPUTS), run(prefill(), INPUTS)
     merged = merge_caches(decode(), prefill(), FLAG, CACHE)
     onnx.checker.check_model(ir.to_proto(merged), full_check=True)
@@ -86,7 +86,7 @@ def test_each_side_gives_its_graphs_numbers() -> None:
 
 
 def test_two_calls_in_a_row_equal_one() -> None:
-    """Prefill's outputs fed into step give what prefill alone gives for both tokens."""
+    """Prefill and a decode step after it give what prefill alone gives for all tokens."""
     inputs = {name: INPUTS[name] for name in ("x", "context")}
     whole = run(prefill(), inputs)
     merged = merge_caches(decode(), prefill(), FLAG, CACHE)
@@ -98,7 +98,7 @@ def test_two_calls_in_a_row_equal_one() -> None:
 
 
 def test_weights_and_products_stand_once() -> None:
-    """Every weight is stored once and multiplied in one node, which is what this way of merging is for."""
+    """Every weight is stored once and read by one node, which is the purpose of this strategy."""
     merged = merge_caches(decode(), prefill(), FLAG, CACHE)
     assert weight_bytes(merged) <= sum(array.nbytes for array in (WEIGHTS | MAKES).values())
     assert {name: len(users(merged, name)) for name in USED} == dict.fromkeys(USED, 1)
@@ -106,7 +106,7 @@ def test_weights_and_products_stand_once() -> None:
 
 
 def test_the_encoders_output_is_not_projected_with_past() -> None:
-    """With past, the products that make the cross caches must not run: they sit in a branch, not in the graph."""
+    """With past, the products that compute the cross caches must not run: they belong to a branch."""
     merged = merge_caches(decode(), prefill(), FLAG, CACHE)
     for name in ("w_key", "w_value"):
         (user,) = users(merged, name)
@@ -116,14 +116,14 @@ def test_the_encoders_output_is_not_projected_with_past() -> None:
 
 
 def test_past_is_not_read_without_past() -> None:
-    """Without past, what lies in the cross-cache inputs makes no difference."""
+    """Without past, the contents of the cross-cache inputs make no difference."""
     merged = merge_caches(decode(), prefill(), FLAG, CACHE)
     junk = {name: np.full((2, 9, 4), np.nan, np.float32) for name in ("past_key", "past_value")}
     assert_close(run(merged, NO_PAST | junk | flag(False)), run(merged, NO_PAST | flag(False)))
 
 
 def test_dimensions_types_and_names() -> None:
-    """Inputs: the union with their dimensions. Outputs: prefill's, in its order. No two values share a name."""
+    """Inputs are those of both graphs, outputs are prefill's in its order, and no two values share a name."""
     merged = merge_caches(decode(), prefill(), "use_cache_branch", CACHE)
     inputs = {value.name: [str(dim) for dim in value.shape] for value in merged.graph.inputs if value.shape is not None}
     assert inputs == {
@@ -144,7 +144,7 @@ CHOICE = """If ({condition}) <
 
 
 def test_subgraph_of_a_graphs_own() -> None:
-    """An `If` inside step that captures values of its graph goes along unharmed."""
+    """An `If` in the decode graph that reads outer values is kept as it is."""
     selector = CHOICE.format(condition="few", length="new", first="Add(read, pooled)", second="Sub(read, pooled)")
     nested = DECODE.replace("mixed = Add(read, pooled)", f"few = Greater(length, one)\n mixed = {selector}\n")
     assert nested != DECODE
@@ -154,7 +154,7 @@ def test_subgraph_of_a_graphs_own() -> None:
 
 
 def test_cache_captured_by_a_subgraph_is_refused() -> None:
-    """An `If` around a use inside a subgraph is not made: the message names the cache, not a stray ValueError."""
+    """A cache that a subgraph reads can't be replaced by an `If`: the message names the cache."""
     selector = CHOICE.format(
         condition="few", length="new", first="MatMul(weights, past_value)", second="MatMul(weights, past_key)"
     )
@@ -164,7 +164,7 @@ def test_cache_captured_by_a_subgraph_is_refused() -> None:
 
 
 def test_cache_made_by_a_subgraph_is_refused() -> None:
-    """Prefill makes a cache in an `If` that captures outer values, which would be lost: refused, and named."""
+    """A cache that prefill computes in an `If` can't be copied: outer values it reads would be lost."""
     selector = CHOICE.format(condition="few", length="source", first="Neg(made)", second="Abs(made)")
     making = f"made = MatMul(context, w_value)\n few = Greater(one, none)\n value = {selector}\n"
     nested = PREFILL.replace("value = MatMul(context, w_value)\n", making)
@@ -174,7 +174,7 @@ def test_cache_made_by_a_subgraph_is_refused() -> None:
 
 
 def test_what_cannot_be_merged_is_named() -> None:
-    """An output of prefill that neither step has nor a cache takes, a cache nobody reads, a taken flag."""
+    """Prefill's output without a cache input, a cache that is never read, a flag name that is taken, an old opset."""
     with pytest.raises(ValueError, match="'value'"):
         merge_caches(decode(), prefill(), FLAG, {"past_own": "own", "past_key": "key"})
     unread = parse(DECODE.replace("MatMul(weights, past_value)", "MatMul(weights, past_key)"), WEIGHTS)
@@ -188,7 +188,7 @@ def test_what_cannot_be_merged_is_named() -> None:
 
 
 def test_nodes_of_both_graphs_may_have_the_same_names() -> None:
-    """Prefill's nodes meet step's in one branch. Exporters number the nodes of each graph from the start."""
+    """Nodes of both graphs meet in one branch, and exporters number the nodes of each graph from 0."""
 
     def numbered(model: ir.Model, first: int) -> ir.Model:
         outputs = set(model.graph.outputs)
@@ -200,7 +200,7 @@ def test_nodes_of_both_graphs_may_have_the_same_names() -> None:
         return model
 
     made = PREFILL.replace("key = MatMul(context, w_key)", "early = MatMul(context, w_key)\n key = Identity(early)")
-    source = numbered(parse(made, WEIGHTS | MAKES), 3)  # from the number of step's first node on a cache
+    source = numbered(parse(made, WEIGHTS | MAKES), 3)  # the number of the decode graph's first node that reads a cache
     merged = merge_caches(numbered(decode(), 0), source, FLAG, CACHE)
     for graph in merged.graphs():
         if graph is not merged.graph:

@@ -1,4 +1,4 @@
-"""Fewer nodes in FP32 and fewer casts, on graphs small enough to try every choice."""
+"""Reduction of precision plans, on graphs small enough to try every choice."""
 
 from itertools import combinations
 
@@ -9,7 +9,7 @@ import pytest
 from accel.graph.precision.convert import convert_half, half_share
 from accel.graph.precision.emulate import emulate_half, round_values
 from accel.graph.precision.formats import BF16, FP16, Format
-from accel.graph.precision.minimize import droppable, groups, minimize_casts, without
+from accel.graph.precision.minimize import drop_nodes, droppable_groups, find_droppable, minimize_casts
 from accel.graph.precision.observer import infer_types
 from accel.graph.precision.plan import CASTS, INTEGER, OVERFLOW, UNDERFLOW, Plan, Reason
 from tests.graph import text
@@ -37,7 +37,7 @@ def branching() -> ir.Model:
 
 
 def casts(kept: set[str]) -> float:
-    """Casts of the graph with the nodes `kept` in FP32, and the weight if its reader is."""
+    """Return the number of casts with the nodes `kept` in FP32, and the weight as well if its reader is among them."""
     model = branching()
     why = Reason(OVERFLOW, "x")
     convert_half(model, Plan(dict.fromkeys(kept, why), {"w": why} if "e" in kept else {}))
@@ -48,7 +48,7 @@ def casts(kept: set[str]) -> float:
     "kept", [{"a", "c"}, {"b"}, {"c", "f"}, {"a", "y"}, {"f", "y"}, {"e", "side"}, {"b", "d", "h"}]
 )
 def test_no_other_choice_costs_fewer_casts(kept: set[str]) -> None:
-    """Against every set of nodes that holds those that must stay and leaves the product's weight where it is."""
+    """Compare with every set of nodes that includes `kept` and doesn't change the type of the product's weight."""
     model = branching()
     why = Reason(OVERFLOW, "x")
     added = minimize_casts(model, Plan(dict.fromkeys(kept, why), {"w": why} if "e" in kept else {}))
@@ -59,45 +59,45 @@ def test_no_other_choice_costs_fewer_casts(kept: set[str]) -> None:
     least = min(casts(selector) for selector in choices)
     assert casts(kept | added.keys()) == least
     smallest = min(len(selector) for selector in choices if casts(selector) == least)
-    assert len(kept | added.keys()) == smallest  # no more in FP32 than that takes
+    assert len(kept | added.keys()) == smallest  # no more nodes in FP32 than that takes
 
 
 def test_a_node_between_two_islands_joins_them() -> None:
-    """One node in 16 bits between two in FP32 costs two casts, and a sum of two results in FP32 one less than them."""
+    """A node in 16 bits between two in FP32 costs two casts; the sum of two FP32 results costs one less in FP32."""
     assert minimize_casts(branching(), Plan(dict.fromkeys(("a", "c"), Reason(OVERFLOW, "x")))).keys() == {"b", "d"}
     assert minimize_casts(branching(), Plan()) == {}
 
 
 @pytest.mark.parametrize("needed", [set(), {"3"}, {"0", "7"}, {"2", "3"}, set("01234567")])
 def test_what_is_not_needed_is_dropped(needed: set[str]) -> None:
-    """Eight groups of which some are needed: all others go, and nothing is dropped that was not tried together."""
+    """Of eight groups, all that are not needed are dropped, and exactly that combination was tried."""
     tried: list[set[str]] = []
 
     def passes(names: list[str]) -> bool:
         tried.append(set(names))
         return not needed & set(names)
 
-    found = droppable([[str(number)] for number in range(8)], passes, trials=100)
+    found = find_droppable([[str(number)] for number in range(8)], passes, trials=100)
     assert set(found) == set("01234567") - needed
     assert not found or set(found) in tried
     assert len(tried) <= 15
 
 
 def test_trials_are_counted() -> None:
-    """With too few to find the one that is needed, less is dropped, and all that is was tried."""
+    """With too few trials to find the group that is needed, only what a trial confirmed is dropped."""
     calls: list[list[str]] = []
 
     def passes(names: list[str]) -> bool:
         calls.append(names)
         return "5" not in names
 
-    found = droppable([[str(number)] for number in range(8)], passes, trials=3)
+    found = find_droppable([[str(number)] for number in range(8)], passes, trials=3)
     assert len(calls) == 3
     assert found == ["0", "1", "2", "3"] == calls[1]
 
 
 def test_nodes_are_dropped_by_what_keeps_them() -> None:
-    """Those of one value go together, underflow first; a rule that holds whatever the numbers are is not tried."""
+    """Nodes kept for one value form a group, underflow first; rules that hold for any numbers are not tried."""
     plan = Plan(
         {
             "a": Reason(OVERFLOW, "x"),
@@ -110,39 +110,39 @@ def test_nodes_are_dropped_by_what_keeps_them() -> None:
         weights={"w": Reason(OVERFLOW, "w")},
         specs={"x": Reason(OVERFLOW, "x"), "y": Reason(OVERFLOW, "h")},
     )
-    assert groups(branching(), plan) == [["d"], ["a", "b"], ["h"]]
-    smaller = without(branching(), plan, ["a", "b"])
+    assert droppable_groups(branching(), plan) == [["d"], ["a", "b"], ["h"]]
+    smaller = drop_nodes(branching(), plan, ["a", "b"])
     assert smaller.nodes.keys() == {"c", "d", "e", "h"}
     assert smaller.dropped.keys() == {"a", "b"}
-    assert not smaller.specs  # x was read by `a` alone, and `y` is written in 16 bits
+    assert not smaller.specs  # only `a` read x, and `y` is written in 16 bits
     assert plan.nodes.keys() > smaller.nodes.keys()
 
 
 def test_a_weight_goes_with_the_nodes_that_read_it() -> None:
-    """A product kept for its values may be dropped, and its weight with it; one whose weight overflows may not."""
+    """A product kept for its result may be dropped together with its weight; one whose weight overflows may not."""
     why, beyond = Reason(OVERFLOW, "e"), Reason(OVERFLOW, "w")
     plan = Plan({"e": why, "f": why}, weights={"w": why})
-    assert groups(branching(), plan) == [["e", "f"]]
-    assert not without(branching(), plan, ["e", "f"]).weights
-    assert without(branching(), plan, ["f"]).weights == {"w": why}
+    assert droppable_groups(branching(), plan) == [["e", "f"]]
+    assert not drop_nodes(branching(), plan, ["e", "f"]).weights
+    assert drop_nodes(branching(), plan, ["f"]).weights == {"w": why}
     fixed = Plan({"e": beyond, "f": why}, weights={"w": beyond})
-    assert groups(branching(), fixed) == [["f"]]
-    assert without(branching(), fixed, ["f"]).weights == {"w": beyond}
+    assert droppable_groups(branching(), fixed) == [["f"]]
+    assert drop_nodes(branching(), fixed, ["f"]).weights == {"w": beyond}
 
 
 @pytest.mark.parametrize("format", [FP16, BF16])
 @pytest.mark.parametrize("kept", [set(), {"b", "e"}, {"a", "y"}, set(NODES)])
 def test_rounded_values_are_those_of_the_mix(kept: set[str], format: Format) -> None:
-    """A trial computes, number for number, what conversion and emulation make of the same plan."""
+    """A trial computes exactly what conversion and emulation with the same plan compute."""
     why = Reason(OVERFLOW, "x")
     plan = Plan(dict.fromkeys(kept, why), {"w": why} if "e" in kept else {}, {"z": why, "y": why} if kept else {})
     inputs = {"x": text.numbers(3, 5, seed=2), "z": text.numbers(3, 5, seed=3)}
     mixed, trial = branching(), branching()
     convert_half(mixed, plan, format)
     emulate_half(mixed, format)
-    for graph in (mixed, trial):  # numpy has no bfloat16: the mix takes and gives FP32, through casts
+    for graph in (mixed, trial):  # numpy has no bfloat16: inputs and outputs of the converted graph are cast
         if graph is mixed:
-            _fp32_ports(graph)
+            _fp32_specs(graph)
     round_values(trial, plan, format, {})
     found, expected = text.run(trial, inputs), text.run(mixed, inputs)
     plain = text.run(branching(), inputs)
@@ -151,8 +151,8 @@ def test_rounded_values_are_those_of_the_mix(kept: set[str], format: Format) -> 
         assert (array != plain[name]).any()
 
 
-def _fp32_ports(model: ir.Model) -> None:
-    """In place: FP32 inputs and outputs, cast to and from what they were."""
+def _fp32_specs(model: ir.Model) -> None:
+    """Make inputs and outputs FP32, in place, with casts to and from their former types."""
     graph = model.graph
     for value in list(graph.inputs):
         if value.dtype not in (None, ir.DataType.FLOAT):
@@ -173,7 +173,7 @@ def _fp32_ports(model: ir.Model) -> None:
 
 
 def test_headroom_overflows_before_the_limit() -> None:
-    """40,000 fits FP16, but not with a margin of two; 30,000 does, and is rounded as it would be without."""
+    """40,000 fits FP16, but not with a margin of 2; 30,000 does, and is rounded as without a margin."""
     inputs = {
         "x": np.array([[40000.0, 30001.0, 1.0, -40000.0, 0.0]], np.float32) / 2,
         "z": np.zeros((1, 5), np.float32),

@@ -1,4 +1,4 @@
-"""The plan, the conversion and the emulation, on graphs small enough to check by hand."""
+"""Precision plans, conversion and emulation, on graphs small enough to check by hand."""
 
 import numpy as np
 import onnx_ir as ir
@@ -36,12 +36,12 @@ chain (float[n] x) => (float[n] y) <float big = {2000.0}> {
 
 
 def run(model: ir.Model, **inputs: np.ndarray) -> list[np.ndarray]:
-    """Outputs of a graph on ONNX Runtime's CPU provider, in order."""
+    """Run a graph on ONNX Runtime's CPU provider and return its outputs in order."""
     return list(text.run(model, inputs).values())
 
 
 def held(model: ir.Model, **inputs: np.ndarray) -> dict[str, ValueStatistics]:
-    """What every float value of `model` holds for `feeds`, computed by making all of them outputs."""
+    """Return statistics of all float values of `model`, computed by making each of them a graph output."""
     values = [output for node in model.graph for output in node.outputs if output.dtype in (FLOAT, None)]
     probe = model.clone()
     names = [value.name for value in values]
@@ -67,7 +67,7 @@ def typed(body: str) -> ir.Model:
 
 
 def test_overflow_keeps_every_node_that_touches_the_value() -> None:
-    """With x around 1000 the squares leave FP16's range: their writer and their reader stay, the product need not."""
+    """Squares of x, around 1000, are outside FP16's range: the nodes that write and read them stay in FP32."""
     model = typed(NORM)
     x = np.array([[1000, -2000, 500, 3000]], np.float32)
     plan = make_plan(model, held(model, x=x, w=np.eye(4, dtype=np.float32)), overflow_margin=2.0)
@@ -78,7 +78,7 @@ def test_overflow_keeps_every_node_that_touches_the_value() -> None:
 
 
 def test_underflow_counts_only_where_zero_changes_the_result() -> None:
-    """Elements of 1e-4 square to 1e-8: zero in FP16, and the norm would divide by it. A tiny input may vanish."""
+    """Squares of 1e-4 are zero in FP16, and the norm would divide by zero. A tiny input may become zero."""
     model = typed(NORM)
     x = np.array([[1e-4, -1e-4, 2e-4, 1e-4]], np.float32)
     plan = make_plan(model, held(model, x=x, w=np.eye(4, dtype=np.float32)), overflow_margin=2.0)
@@ -93,7 +93,7 @@ def test_underflow_counts_only_where_zero_changes_the_result() -> None:
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 1000.0])
 def test_the_planned_mix_is_right_where_blind_fp16_is_not(size: float) -> None:
-    """Emulated, at three sizes of input: the audited norm agrees with FP32, the blind one only at size 1."""
+    """At three sizes of input, the norm converted by a plan agrees with FP32; without a plan, only at size 1."""
     x = (size * np.array([[1, -2, 0.5, 3], [2, 1, -1, -3]])).astype(np.float32)
     w = np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4)
     right = run(typed(NORM), x=x, w=w)[0]
@@ -111,7 +111,7 @@ def test_the_planned_mix_is_right_where_blind_fp16_is_not(size: float) -> None:
 
 
 def test_emulation_shows_overflow_that_the_cpu_provider_hides() -> None:
-    """The CPU provider computes the FP16 chain in FP32 and gives a finite answer; real FP16 would give infinity."""
+    """The CPU provider computes the FP16 graph in FP32, with a finite result; FP16 arithmetic overflows."""
     model = typed(CHAIN)
     convert_half(model, Plan())
     x = np.array([1.0], np.float16)
@@ -122,7 +122,7 @@ def test_emulation_shows_overflow_that_the_cpu_provider_hides() -> None:
 
 
 def test_casts_stand_only_at_borders() -> None:
-    """An island of two kept nodes costs one cast in and one out, and a constant none."""
+    """Two adjacent nodes in FP32 need one cast before and one after them, and constants none."""
     model = typed(CHAIN)
     reason = make_plan(model, {"more": ValueStatistics(4e6, 4e6)}, overflow_margin=1.0)
     assert reason.nodes.keys() == {"more", "down"}
@@ -134,7 +134,7 @@ def test_casts_stand_only_at_borders() -> None:
 
 
 def test_masks_are_clamped_and_other_large_constants_are_not() -> None:
-    """finfo.min becomes a number FP16 holds, to which a score can be added; a large weight stays FP32 instead."""
+    """finfo.min is replaced by a number to which FP16 can add a score; a large weight stays in FP32 instead."""
     model = typed("""
     <ir_version: 10, opset_import: ["" : 20]>
     g (bool[n] mask, float[n] score) => (float[n] y)
@@ -143,13 +143,13 @@ def test_masks_are_clamped_and_other_large_constants_are_not() -> None:
         y = Add (where, score)
     }""")
     clamp_masks(model)
-    assert float(model.graph.initializers["lowest"].const_value.numpy()) == FP16.mask
+    assert float(model.graph.initializers["lowest"].const_value.numpy()) == FP16.mask_value
     assert model.graph.initializers["weight"].const_value.numpy().min() == -100000
     assert make_plan(model, {}, overflow_margin=2.0).weights.keys() == {"weight"}
 
 
 def test_arithmetic_on_positions_stays() -> None:
-    """A logarithm of a distance that becomes an index: rounding it to FP16 would choose another bucket."""
+    """The logarithm of a distance becomes an index: rounded to FP16, it would select another element."""
     model = typed("""
     <ir_version: 10, opset_import: ["" : 20]>
     g (int64[n] distance, float[32] table) => (float[n] y) <float eight = {8.0}> {
@@ -170,7 +170,7 @@ def test_arithmetic_on_positions_stays() -> None:
 
 
 def test_a_weight_kept_in_one_graph_is_kept_in_both() -> None:
-    """Otherwise the same matrix would be stored once in FP32 and once in FP16."""
+    """Otherwise the same matrix would be stored twice, in FP32 and in FP16."""
     body = """
     <ir_version: 10, opset_import: ["" : 20]>
     g (float[n, 5] x, float[n, 5] past) => (float[n, 5] y) {
@@ -190,7 +190,7 @@ def test_a_weight_kept_in_one_graph_is_kept_in_both() -> None:
 
 
 def test_what_a_subgraph_reads_stays() -> None:
-    """Nodes inside an `If` are left alone, so the outer value they capture must keep its type."""
+    """Nodes inside an `If` are not converted, so the outer value that they read must keep its type."""
     model = typed("""
     <ir_version: 10, opset_import: ["" : 20]>
     g (bool flag, float[n] x) => (float[n] y) <float two = {2.0}> {
@@ -227,7 +227,7 @@ INPUTS = {"x": text.numbers(2, 3, 4) * 1e-4, "h": text.numbers(2, 3, 4, seed=1),
 
 
 def test_fused_norms_need_no_care_inside() -> None:
-    """Inputs of 1e-4, whose squares FP16 can't hold: the fused norm computes in FP32 inside, and all of it is FP16."""
+    """Squares of inputs around 1e-4 underflow in FP16, but the fused norm computes them in FP32 internally."""
     model = fused()
     infer_types(model)
     absent = [value for node in model.graph for value in node.outputs if not value.name]
@@ -246,7 +246,7 @@ def test_fused_norms_need_no_care_inside() -> None:
 
 
 def test_a_sum_that_overflows_keeps_its_node_whole() -> None:
-    """Norm and sum are one node: with the sum beyond FP16, it reads and writes FP32, and the port stays FP32."""
+    """Norm and sum are one node: if the sum overflows FP16, the node and the graph output of the sum stay FP32."""
     model = fused()
     infer_types(model)
     plan = make_plan(model, {"sum": ValueStatistics(1e5, 1.0)}, overflow_margin=2.0)
@@ -264,8 +264,8 @@ def test_a_sum_that_overflows_keeps_its_node_whole() -> None:
         assert np.abs(found[name] - array).max() < 0.01 * np.abs(array).max(), name
 
 
-def test_probes_measure_fused_nodes() -> None:
-    """Every output that is there is measured, those that are absent aren't."""
+def test_observers_measure_fused_nodes() -> None:
+    """All outputs of a node are observed, except optional ones that it omits."""
     model = fused()
     names = insert_observers(model)
     assert names == ["x", "h", "m", "first", "second", "sum", "y"]
