@@ -1,4 +1,4 @@
-"""Models and artifacts that many tests share. Each is made once per run, whatever the number of workers."""
+"""Models and artifacts that many tests share. Each is made once per run, for any number of workers."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +20,11 @@ from tests.random_t5 import random_t5
 
 torch.set_num_threads(1)  # two workers share the machine
 
-KEEP = "ACCEL_TEST_FOLDER"  # names a folder that outlives the run, so that the next one exports nothing
+KEEP = "ACCEL_TEST_FOLDER"  # folder kept after the run, so that the next one reuses its exports
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` run one at a time, and are skipped where torch or ONNX Runtime sees no GPU."""
+    """Run tests marked `gpu` one at a time, and skip them where torch or ONNX Runtime has no GPU."""
     missing = not torch.cuda.is_available() or CUDA not in available_providers()
     for item in items:
         if item.get_closest_marker("gpu"):
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the workers of this run have in common."""
+    """Folder that the workers of this run share."""
     if kept := os.environ.get(KEEP):
         Path(kept).mkdir(parents=True, exist_ok=True)
         return Path(kept)
@@ -45,7 +45,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(shared: Path) -> Path:
-    """The checkpoint of a tiny T5 with random weights."""
+    """Checkpoint of a tiny T5 with random weights."""
     folder = shared / "tiny"
     with FileLock(shared / "tiny.lock"):
         if not (folder / "config.json").exists():
@@ -57,11 +57,11 @@ Build = Callable[..., tuple[Config, dict[str, Artifact]]]
 
 
 def overrides_for(checkpoint: Path, artifacts: Path, *more: str) -> list[str]:
-    """Command line of a run over `checkpoint`, on the CPU unless `more` says otherwise.
+    """Return overrides for a run on `checkpoint`, on the CPU unless `more` sets another runtime.
 
-    No token may come twice: random weights repeat one.
+    No token may be generated twice, because random weights repeat one.
     """
-    runtime = [] if any(given.startswith("runtime=") for given in more) else ["runtime=cpu"]
+    runtime = [] if any(override.startswith("runtime=") for override in more) else ["runtime=cpu"]
     return [
         "model=auto",
         f"model.checkpoint={checkpoint}",
@@ -75,32 +75,31 @@ def overrides_for(checkpoint: Path, artifacts: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def artifacts(shared: Path) -> Path:
-    """The artifact folder of this run."""
+    """Artifact folder of this run."""
     return shared / "artifacts"
 
 
 @pytest.fixture(scope="session")
 def build(artifacts: Path) -> Build:
-    """Run stages over a checkpoint; artifacts are shared by all tests of this run."""
+    """Function that runs stages on a checkpoint; all tests of this run share the artifacts."""
 
     def run(checkpoint: Path, stage: str, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Artifact]]:
         config = compose(overrides_for(checkpoint, artifacts, f"stage={stage}", *overrides))
-        made = execute(config)
-        return config, made
+        return config, execute(config)
 
     return run
 
 
 @pytest.fixture(scope="session")
 def deployable(build: Build, tiny: Path) -> Path:
-    """The verified folder of the tiny T5."""
+    """Deployable of the tiny T5."""
     return build(tiny, "verify")[1]["verify"].folder
 
 
 @pytest.fixture(scope="module")
 def gpt2(shared: Path, artifacts: Path) -> Iterator[testing.Subject]:
-    """A tiny decoder-only model, verified: the one of `test_families`."""
+    """Verified tiny GPT-2, the one of `test_families`."""
     folder = shared / "families" / "gpt2"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(shared / "gpt2.lock"), testing.prepare(FAMILIES["gpt2"], folder, artifacts=artifacts) as made:
-        yield made
+    with FileLock(shared / "gpt2.lock"), testing.prepare(FAMILIES["gpt2"], folder, artifacts=artifacts) as subject:
+        yield subject

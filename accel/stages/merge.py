@@ -1,7 +1,8 @@
 """Merge prefill and decode graph into one file that stores each weight once: the unverified bundle.
 
 Reads:
-    `<component>.onnx` of `convert`; the checkpoint's config, tokenizer and processor files.
+    `<component>.onnx` of `convert`; from `export`, how the model counts positions; the checkpoint's config, tokenizer
+    and processor files.
 
 Writes:
     A Hugging Face model folder: `encoder_model.onnx` if there is an encoder, `decoder_model_merged.onnx`, and the
@@ -116,6 +117,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         static_graphs[layout.STATIC_DECODE] = files.load(static_decode)
         static_graphs[layout.CROSS_CACHE] = cross_cache(prefill, decode, cache)
     merged = merge(decode, prefill, config.merge, cache, config.convert.decode_passes)
+    if inputs["export"].summary["positions_from_mask"]:
+        merged.metadata_props[layout.POSITIONS] = layout.POSITIONS_FROM_MASK
     files.save(merged, out / layout.DECODER)
     for name, model in static_graphs.items():
         if model is not None:
@@ -136,7 +139,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 STAGE = Stage(
     name="merge",
     run=run,
-    inputs=takes("checkpoint", "convert"),
+    inputs=takes("checkpoint", "export", "convert"),
     sections=("merge", "convert.decode_passes"),
     packages=("onnx", "onnx-ir"),
 )

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList, TextStreamer
-from transformers.cache_utils import EncoderDecoderCache, StaticCache
+from transformers.cache_utils import StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from accel.models.generation import StateCache
 from accel.models.loading import verification_of
+from accel.testing.forward_checks import cache_tensors, forward_caller_cache, forward_kept_logits, forward_logits
 from accel.testing.subject import NEW_TOKENS, UNIQUE_TOKENS, Subject
 
 BEAMS = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.3}
@@ -279,7 +279,7 @@ def static_caches(subject: Subject) -> None:
         subject.assert_same_tokens(**subject.inputs(3, length=1))
     expected, actual = subject.generate_both(**subject.inputs(), max_new_tokens=20, return_dict_in_generate=True)
     assert torch.equal(actual.sequences, expected.sequences)
-    tensors, expected_tensors = _cache_tensors(actual.past_key_values), _cache_tensors(expected.past_key_values)
+    tensors, expected_tensors = cache_tensors(actual.past_key_values), cache_tensors(expected.past_key_values)
     for tensor, expected_tensor in zip(tensors, expected_tensors, strict=True):  # [B, H, S, D]
         # a sliding window of PyTorch's drops old tokens, while our caches keep and mask them
         length = expected_tensor.shape[2]
@@ -305,21 +305,6 @@ def transformers_static_cache(subject: Subject) -> None:
     assert torch.equal(results[0], results[1])
 
 
-def _cache_tensors(cache: Any) -> list[Tensor]:
-    """Return keys and values of all layers, [B, H, S, D], self-attention caches first."""
-    if isinstance(cache, StateCache):
-        return list(cache.state.views().values())
-    caches = [cache]
-    if isinstance(cache, EncoderDecoderCache):
-        caches = [cache.self_attention_cache, cache.cross_attention_cache]
-    tensors = []
-    for part in caches:
-        for layer in part.layers:
-            if layer.keys is not None:  # T5 allocates layers for its encoder too
-                tensors += [layer.keys, layer.values]
-    return tensors
-
-
 Check = Callable[[Subject], None]
 """Function that raises `AssertionError` where a deployable's results differ from PyTorch's."""
 
@@ -343,6 +328,9 @@ CHECKS: tuple[Check, ...] = (
     second_turn,
     static_caches,
     transformers_static_cache,
+    forward_logits,
+    forward_kept_logits,
+    forward_caller_cache,
 )
 
 

@@ -1,4 +1,4 @@
-"""What is chosen for a checkpoint, and how a YAML that doesn't fit is answered."""
+"""Choice of an architecture for a checkpoint, and messages for a YAML that doesn't fit the model."""
 
 import json
 import logging
@@ -22,27 +22,27 @@ SEQ2SEQ = "accel.architectures.seq2seq.Seq2Seq"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a family's tiny model."""
-    made: dict[str, Path] = {}
+    """Function that returns the folder of a family's tiny model."""
+    folders: dict[str, Path] = {}
 
-    def of(family: str) -> Path:
-        if family not in made:
-            made[family] = tmp_path_factory.mktemp(family)
-            random_model(FAMILIES.get(family, LLAMA | {"model_type": family})).save_pretrained(made[family])
-        return made[family]
+    def folder_of(family: str) -> Path:
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            random_model(FAMILIES.get(family, LLAMA | {"model_type": family})).save_pretrained(folders[family])
+        return folders[family]
 
-    return of
+    return folder_of
 
 
-def test_every_family_has_a_yaml_of_its_own() -> None:
-    """`architecture=auto` finds the YAML that names the model type, and no two name one."""
-    named = [kind for types in registry.served().values() for kind in types]
-    assert len(named) == len(set(named))
-    assert {str(values["model_type"]) for values in FAMILIES.values()} == set(named)
+def test_every_family_has_a_yaml() -> None:
+    """Every family's model type is listed by exactly one YAML."""
+    listed = [model_type for types in registry.served().values() for model_type in types]
+    assert len(listed) == len(set(listed))
+    assert {str(values["model_type"]) for values in FAMILIES.values()} == set(listed)
 
 
 def test_the_readme_lists_every_family() -> None:
-    """Each with the lines its YAML has now; the figures come from `scripts/family_table.py`."""
+    """README's table, which `scripts/family_table.py` prints, has every family with its YAML's number of lines."""
     text = (ROOT / "README.md").read_text()
     table = text.partition("<!-- families:")[2].partition("<!-- end of families -->")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")][
@@ -55,8 +55,8 @@ def test_the_readme_lists_every_family() -> None:
         assert equal == "100%", family
 
 
-def test_a_type_that_nobody_names(checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
-    """The generic shape is taken, and that is said."""
+def test_unlisted_model_type(checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
+    """The generic architecture is used, and a note says so."""
     caplog.set_level(logging.INFO, "accel")
     config = compose(overrides_for(checkpoint("stablelm"), Path("unused")))
     assert config.architecture == {"_target_": CAUSAL, "model_types": []}
@@ -75,10 +75,8 @@ def test_a_type_that_nobody_names(checkpoint: Callable[[str], Path], caplog: pyt
     ],
 )
 @pytest.mark.parametrize("architecture", ["auto", "causal"])
-def test_what_can_not_be_accelerated(
-    tmp_path: Path, config: dict[str, Any], named: tuple[str, ...], architecture: str
-) -> None:
-    """It is named with the reason, beside what is supported and how to add to it; nothing is written."""
+def test_unsupported_models(tmp_path: Path, config: dict[str, Any], named: tuple[str, ...], architecture: str) -> None:
+    """The message has the reason, the supported types and how to add one; nothing is written."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(AccelError) as caught:
@@ -96,10 +94,10 @@ def test_what_can_not_be_accelerated(
         ("stage=verify verify.max_new_tokens=600", ("verify.max_new_tokens=600", "has 512")),
     ],
 )
-def test_more_positions_than_a_model_knows(
+def test_more_positions_than_the_model_has(
     checkpoint: Callable[[str], Path], tmp_path: Path, override: str, named: tuple[str, ...]
 ) -> None:
-    """Refused before any stage; a stage that isn't asked for doesn't matter."""
+    """Lengths beyond the model's positions are refused before any stage of those requested."""
     with pytest.raises(AccelError) as caught:
         execute(compose(overrides_for(checkpoint("gpt2"), tmp_path, *override.split())))
     for part in named:
@@ -135,10 +133,10 @@ AXES = "{attention_mask: {0: batch, 1: new}}"
         ("llama", "+architecture.warpper=x", ("warpper",)),
     ],
 )
-def test_a_yaml_that_does_not_fit(
+def test_yaml_that_does_not_fit_the_model(
     checkpoint: Callable[[str], Path], tmp_path: Path, family: str, override: str, named: tuple[str, ...]
 ) -> None:
-    """`export` is refused before anything is traced, and names the port, what was expected and what the model gave."""
+    """`export` fails before it traces, and names the tensor, the expected and the actual shape."""
     with pytest.raises(AccelError) as caught:
         execute(compose(overrides_for(checkpoint(family), tmp_path, "stage=export", override)))
     for part in named:

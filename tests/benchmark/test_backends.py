@@ -41,29 +41,29 @@ def test_backends_fit_the_device() -> None:
 
 def test_captured_is_compared_with_a_dynamic_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the runtime captures, the merged decoder has a dynamic cache; elsewhere it is opened as configured."""
-    asked: list[tuple[bool, bool]] = []
+    opened: list[tuple[bool, bool]] = []  # static and capture of each runtime
 
-    def noted(folder: Path, runtime: RuntimeConfig) -> nullcontext[None]:
-        asked.append((runtime.static, runtime.capture))
+    def recorded(folder: Path, runtime: RuntimeConfig) -> nullcontext[None]:
+        opened.append((runtime.static, runtime.capture))
         return nullcontext()
 
-    monkeypatch.setattr("accel.benchmark.backends.open_model", noted)
+    monkeypatch.setattr("accel.benchmark.backends.open_model", recorded)
     graph, plain = RuntimeConfig(name="g", static=True, capture=True), RuntimeConfig(name="p", static=True)
     for runtime in (graph, plain):
         for name in (CAPTURED, OURS):
             with loaded_model(BACKENDS[name].model, Sources("", "", "", {}, runtime)):
                 pass
-    assert asked == [(True, True), (False, False), (True, False), (True, False)]
+    assert opened == [(True, True), (False, False), (True, False), (True, False)]
     assert (deployable_backend(graph), deployable_backend(plain)) == (CAPTURED, OURS)
 
 
 def test_time_budget() -> None:
     """A backend past its time budget gets no more repeats, each gets at least one, and warm-ups don't count."""
     seconds = {"torch_no_cache": 50.0, "torch_cache": 20.0, "onnx_merged": 1.0}
-    asked: list[tuple[str, int]] = []
+    generated: list[tuple[str, int]] = []
 
     def generate(name: str, new_tokens: int) -> Timing:
-        asked.append((name, new_tokens))
+        generated.append((name, new_tokens))
         return Timing(total=seconds[name])
 
     point = BenchmarkConfig(new_tokens=200, repeats=5, warmup=2, warmup_tokens=16, time_budget_s=45.0)
@@ -73,10 +73,10 @@ def test_time_budget() -> None:
         "torch_cache": 3,
         "onnx_merged": 5,
     }
-    assert asked[:6] == [(name, 16) for name in seconds] * 2
-    assert {tokens for _, tokens in asked[6:]} == {200}
-    assert [name for name, _ in asked[6:9]] == list(seconds)  # interleaved
-    asked.clear()
+    assert generated[:6] == [(name, 16) for name in seconds] * 2
+    assert {tokens for _, tokens in generated[6:]} == {200}
+    assert [name for name, _ in generated[6:9]] == list(seconds)  # interleaved
+    generated.clear()
     found = run_interleaved(list(seconds), BenchmarkConfig(repeats=5, time_budget_s=None), generate)
     assert {len(timings) for timings in found.values()} == {5}
     assert len(run_interleaved(["torch_no_cache"], BenchmarkConfig(time_budget_s=0.0), generate)["torch_no_cache"]) == 1
@@ -125,9 +125,9 @@ def test_cuda_only_backends(tiny: Path, beams: int) -> None:
     """They generate the number of tokens asked for; greedy search compiles, beam search doesn't."""
     sources = Sources(str(tiny), "", "", {}, RuntimeConfig(name="cuda", device="cuda"), "float16")
     ids = torch.arange(2, 9)[None]
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     point = BenchmarkConfig(new_tokens=20, num_beams=beams, repeats=2, warmup=1)
-    measured = time_backends([COMPILED, AUTOCAST], sources, given, point)
+    measured = time_backends([COMPILED, AUTOCAST], sources, inputs, point)
     for name, timings in measured.timings.items():
         assert [len(timing.tokens[0]) for timing in timings] == [1 + 20] * 2
         assert all(timing.compiled is (BACKENDS[name].compiled and beams == 1) for timing in timings)

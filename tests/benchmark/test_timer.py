@@ -86,7 +86,7 @@ SPIN = "import time; end = time.time() + 60\nwhile time.time() < end: pass"
 
 
 def spinning(orphan: bool) -> int:
-    """The number of a new process that keeps a core busy: a child of this one, or of nobody here."""
+    """Start a process that keeps a core busy, a child of this one or an orphan, and return its id."""
     if not orphan:
         return subprocess.Popen([sys.executable, "-c", SPIN]).pid
     command = f"subprocess.Popen({[sys.executable, '-c', SPIN]}, stdout=subprocess.DEVNULL)"

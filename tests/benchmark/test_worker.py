@@ -69,7 +69,7 @@ def test_out_of_memory(sources: Sources) -> None:
     """The message names the model and the remedy; the model itself goes on and can be asked for less."""
     with ModelWorker(MERGED, sources) as process:
         process.open(INPUTS)
-        said = r"'merged': the device is out of memory: \d+ MB more were requested\..*fewer benchmark.backends"
-        with pytest.raises(DeviceMemoryError, match=said):
+        message = r"'merged': the device is out of memory: \d+ MB more were requested\..*fewer benchmark.backends"
+        with pytest.raises(DeviceMemoryError, match=message):
             process.generate("onnx_merged", fixed_length_options(10**15, 1, use_cache=True))  # petabytes
         assert len(process.generate("onnx_merged", OPTIONS).latencies) == 6

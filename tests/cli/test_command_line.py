@@ -1,4 +1,4 @@
-"""Bad input on the command line: one message that names value and choices, exit code 2, artifacts untouched."""
+"""Invalid input on the command line: one message with value and choices, exit code 2, artifacts unchanged."""
 
 import json
 import os
@@ -19,16 +19,15 @@ from tests.conftest import overrides_for
 
 LINES = 12
 ROOT = Path(__file__).parents[2]
-VerificationError = Callable[..., str]
+Refuse = Callable[..., str]
 
 
 @pytest.fixture
-def refused(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> VerificationError:
-    """Runs the command line over the tiny model and some overrides, and returns the message it was refused with.
+def refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Function that runs the command line on the tiny model with overrides, and returns its error message.
 
-    `runs` allows a stage to begin: there is no telling before."""
+    With `runs`, a stage may begin, because the error shows only then.
+    """
     root = tmp_path / "artifacts"
     (root / "tiny" / "export-0123456789ab").mkdir(parents=True)
     (root / "tiny" / "export-0123456789ab" / "encoder.onnx").write_text("of another run")
@@ -36,18 +35,18 @@ def refused(
     def run(*overrides: str, base: Sequence[str] | None = None, folder: Path = root, runs: bool = False) -> str:
         if not runs:
             monkeypatch.setattr(Store, "build", lambda _, stage, *more, **rest: pytest.fail(f"stage {stage} ran"))
-        given = overrides_for(tiny, folder) if base is None else [*base, f"artifacts={folder}"]
+        arguments = overrides_for(tiny, folder) if base is None else [*base, f"artifacts={folder}"]
         before = listing(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["accel", *given, *overrides])
+        monkeypatch.setattr(sys, "argv", ["accel", *arguments, *overrides])
         with pytest.raises(SystemExit) as ended:
             main()
-        shown = capsys.readouterr()
+        printed = capsys.readouterr()
         assert ended.value.code == 2
-        assert "Traceback" not in shown.err + shown.out
-        message = shown.err.strip()
+        assert "Traceback" not in printed.err + printed.out
+        message = printed.err.strip()
         assert 0 < len(message.splitlines()) <= LINES, message
         assert max(map(len, message.splitlines())) < 2000
-        assert shown.out.strip() == ""
+        assert printed.out.strip() == ""
         assert listing(tmp_path) == before, "the refused run left something behind"
         return message
 
@@ -55,14 +54,15 @@ def refused(
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file and folder below with its size and time; locks, which hold nothing, aside."""
+    """Return size and modification time of every file below `folder`, without lock files."""
     paths = (path for path in folder.rglob("*") if path.suffix != ".lock")
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()}
 
 
-def assert_names(message: str, *words: str) -> None:
-    for word in words:
-        assert word in message, message
+def assert_names(message: str, *parts: str) -> None:
+    """Assert that a message contains all `parts`."""
+    for part in parts:
+        assert part in message, message
 
 
 # names that don't exist
@@ -93,19 +93,19 @@ def assert_names(message: str, *words: str) -> None:
         ("generate.txt=word", ("generate.txt", "generate.text")),
     ],
 )
-def test_unknown_name(refused: VerificationError, override: str, named: tuple[str, ...]) -> None:
-    """A stage, key, group choice or option that doesn't exist: named, with what there is."""
+def test_unknown_name(refused: Refuse, override: str, named: tuple[str, ...]) -> None:
+    """A stage, key, group choice or option that doesn't exist is named, with the existing ones."""
     assert_names(refused(override), *named)
 
 
-def test_unknown_model(refused: VerificationError) -> None:
+def test_unknown_model(refused: Refuse) -> None:
     """The models that can be chosen are listed."""
     message = refused(base=["model=t5-smal", "runtime=cpu"])
     assert_names(message, "t5-smal", "t5-small", "t5-large", "t5-g2p", "auto")
 
 
-def test_option_of_transformers_is_taken(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options that exist get past the check, with and without Hydra's plus."""
+def test_option_of_transformers_is_accepted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Existing options are accepted, with and without Hydra's plus."""
     monkeypatch.setattr(sys, "argv", ["accel", *overrides_for(tiny, Path("unused")), "--cfg", "job"])
     for option in ("generate.num_beams=4", "+generate.top_k=5", "generate.do_sample=true"):
         monkeypatch.setattr(sys, "argv", ["accel", *overrides_for(tiny, Path("unused")), option, "--cfg", "job"])
@@ -116,6 +116,7 @@ def test_option_of_transformers_is_taken(tiny: Path, monkeypatch: pytest.MonkeyP
 
 
 def folder_with(root: Path, **config: object) -> Path:
+    """Make a folder with a config.json of these values; without any, an empty folder."""
     folder = root / "given"
     folder.mkdir()
     if config:
@@ -123,32 +124,32 @@ def folder_with(root: Path, **config: object) -> Path:
     return folder
 
 
-def test_missing_checkpoint(refused: VerificationError, tmp_path: Path) -> None:
-    """A folder that isn't there is named."""
+def test_missing_checkpoint(refused: Refuse, tmp_path: Path) -> None:
+    """A folder that doesn't exist is named."""
     missing = tmp_path / "nowhere"
     assert_names(refused(base=["model=auto", f"model.checkpoint={missing}"]), str(missing), "doesn't exist")
 
 
-def test_no_checkpoint_at_all(refused: VerificationError) -> None:
-    """model=auto alone says which value is needed."""
+def test_no_checkpoint_at_all(refused: Refuse) -> None:
+    """With model=auto alone, the message names the missing value."""
     assert_names(refused(base=["model=auto"]), "model.checkpoint")
 
 
-def test_empty_checkpoint(refused: VerificationError, tmp_path: Path) -> None:
-    """A folder without a model says what it lacks."""
+def test_empty_checkpoint(refused: Refuse, tmp_path: Path) -> None:
+    """For a folder without a model, the message names the missing file."""
     folder = folder_with(tmp_path)
     assert_names(refused(base=["model=auto", f"model.checkpoint={folder}"]), str(folder), "config.json")
 
 
-def test_checkpoint_without_weights(refused: VerificationError, tmp_path: Path) -> None:
+def test_checkpoint_without_weights(refused: Refuse, tmp_path: Path) -> None:
     """A config alone is not enough, unless random weights are asked for."""
     folder = folder_with(tmp_path, model_type="t5", architectures=["T5ForConditionalGeneration"])
     message = refused(base=["model=auto", f"model.checkpoint={folder}", "runtime=cpu", "stage=export"])
     assert_names(message, str(folder), "weights", "safetensors")
 
 
-def test_what_a_later_stage_reads_is_looked_for_first(refused: VerificationError, tiny: Path, tmp_path: Path) -> None:
-    """References and tokenizer lie in the checkpoint's folder; without them no stage begins."""
+def test_inputs_of_later_stages_are_checked_first(refused: Refuse, tiny: Path, tmp_path: Path) -> None:
+    """If references or a tokenizer are missing from the checkpoint's folder, no stage begins."""
     assert_names(refused("model.references=heldout.tsv"), "can't read", str(tiny / "heldout.tsv"))
     (tmp_path / "words.txt").write_text("one\n")
     for key in ("verify.texts", "audit.texts", "generate.file"):
@@ -156,8 +157,8 @@ def test_what_a_later_stage_reads_is_looked_for_first(refused: VerificationError
         assert_names(message, f"{key}={tmp_path / 'words.txt'}", "has no tokenizer")
 
 
-def test_checkpoint_of_a_file(refused: VerificationError, tiny: Path) -> None:
-    """The weights' file instead of their folder."""
+def test_checkpoint_that_is_a_file(refused: Refuse, tiny: Path) -> None:
+    """A weights file instead of its folder is named."""
     path = tiny / "model.safetensors"
     assert_names(refused(base=["model=auto", f"model.checkpoint={path}"]), str(path))
 
@@ -173,23 +174,23 @@ def test_checkpoint_of_a_file(refused: VerificationError, tiny: Path) -> None:
 )
 @pytest.mark.parametrize("architecture", ["auto", "t5"])
 def test_checkpoint_of_another_type(
-    refused: VerificationError, tmp_path: Path, config: dict[str, object], named: tuple[str, ...], architecture: str
+    refused: Refuse, tmp_path: Path, config: dict[str, object], named: tuple[str, ...], architecture: str
 ) -> None:
-    """The model's type is named beside those that are served, also when an architecture is forced on it."""
+    """The message has the model type and the supported ones, also with an explicit architecture."""
     folder = folder_with(tmp_path, **config)
     message = refused(base=["model=auto", f"model.checkpoint={folder}", f"architecture={architecture}", "runtime=cpu"])
     assert_names(message, *named)
 
 
-def test_config_that_is_no_json(refused: VerificationError, tmp_path: Path) -> None:
-    """Half a config.json is named, not shown as a parser's traceback."""
+def test_invalid_config_json(refused: Refuse, tmp_path: Path) -> None:
+    """A truncated config.json is reported with its folder, without a traceback."""
     folder = folder_with(tmp_path, model_type="t5")
     (folder / "config.json").write_text('{"model_type": ')
     assert_names(refused(base=["model=auto", f"model.checkpoint={folder}"]), str(folder))
 
 
-def test_weights_that_are_no_weights(refused: VerificationError, tiny: Path, tmp_path: Path) -> None:
-    """A damaged weights file is named when it is opened."""
+def test_damaged_weights(refused: Refuse, tiny: Path, tmp_path: Path) -> None:
+    """A damaged weights file is reported with its folder when it is opened."""
     folder = folder_with(tmp_path, **json.loads((tiny / "config.json").read_text()))
     (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header at all")
     message = refused(base=["model=auto", f"model.checkpoint={folder}", "runtime=cpu", "stage=export"], runs=True)
@@ -197,8 +198,8 @@ def test_weights_that_are_no_weights(refused: VerificationError, tiny: Path, tmp
 
 
 @pytest.mark.parametrize("checkpoint", ["somebody/some-model", "bert-base-uncased"])
-def test_hub_out_of_reach(refused: VerificationError, checkpoint: str) -> None:
-    """The message says how to do without the hub."""
+def test_hub_is_unreachable(refused: Refuse, checkpoint: str) -> None:
+    """The message gives the alternatives to the hub."""
     message = refused(base=["model=auto", f"model.checkpoint={checkpoint}"])
     assert_names(message, checkpoint, "model.checkpoint=FOLDER", "model.weights=random")
 
@@ -237,8 +238,8 @@ def test_hub_out_of_reach(refused: VerificationError, checkpoint: str) -> None:
         "runtime.threads=-1",
     ],
 )
-def test_number_out_of_range(refused: VerificationError, override: str) -> None:
-    """Zero, negative and absurd numbers are refused before any stage, with the key and the value."""
+def test_number_out_of_range(refused: Refuse, override: str) -> None:
+    """Numbers that are zero, negative or far too large are refused before any stage, with key and value."""
     key, _, value = override.partition("=")
     message = refused(override)
     assert_names(message, key)
@@ -246,24 +247,24 @@ def test_number_out_of_range(refused: VerificationError, override: str) -> None:
 
 
 @pytest.mark.parametrize("override", ["benchmark.new_tokens=many", "export.opset=[1]", "audit.overflow_margin=wide"])
-def test_value_of_another_type(refused: VerificationError, override: str) -> None:
-    """Hydra's own complaint about a type names key and value, in a few lines."""
+def test_value_of_another_type(refused: Refuse, override: str) -> None:
+    """Hydra's type errors are reported with key and value, in a few lines."""
     key, _, value = override.partition("=")
     assert_names(refused(override), key, value)
 
 
 @pytest.mark.parametrize("buckets", ["[]", "[0,64]"])
-def test_buckets_without_room(refused: VerificationError, buckets: str) -> None:
-    """A static cache needs lengths, all of them of one token or more."""
+def test_invalid_buckets(refused: Refuse, buckets: str) -> None:
+    """Static caches need at least one bucket, each of at least one token."""
     assert_names(refused("runtime.static=true", f"runtime.buckets={buckets}"), "runtime.buckets", "[64,256,1024]")
 
 
-def test_capture_without_a_static_cache(refused: VerificationError) -> None:
-    """What moves can't be recorded."""
+def test_capture_without_a_static_cache(refused: Refuse) -> None:
+    """Dynamic caches can't be captured, because their addresses change."""
     assert_names(refused("runtime.capture=true"), "runtime.capture=true", "runtime.static=true")
 
 
-def test_batches_of_nothing(refused: VerificationError) -> None:
+def test_capture_batch_size_of_zero(refused: Refuse) -> None:
     assert_names(refused("runtime.capture_batch_sizes=[0,4]"), "runtime.capture_batch_sizes=[0, 4]", "[] for any")
 
 
@@ -275,13 +276,13 @@ def test_batches_of_nothing(refused: VerificationError) -> None:
         ("convert.fuse_attention=[decode]", ("convert.fuse_attention=[decode]", "merge.strategy=two_branch")),
     ],
 )
-def test_attention_fused_where_it_cannot_be(refused: VerificationError, override: str, named: tuple[str, ...]) -> None:
-    """In a graph that doesn't exist; in one whose caches are looked for one by one."""
+def test_invalid_conversion_options(refused: Refuse, override: str, named: tuple[str, ...]) -> None:
+    """Unknown components and passes are refused, and so is fused attention in `decode` with `merge.strategy=shared`."""
     assert_names(refused(override), *named)
 
 
-def test_conflicting_options(refused: VerificationError) -> None:
-    """What GenerationConfig refuses, and inputs given twice."""
+def test_conflicting_options(refused: Refuse) -> None:
+    """Options that GenerationConfig refuses, and inputs given twice, are named."""
     assert_names(refused("generate.num_beams=2", "generate.num_return_sequences=5"), "num_return_sequences")
     assert_names(refused("generate.text=a", "generate.file=b"), "generate.text", "generate.file")
     assert_names(refused("generate.output=out.txt"), "generate.output", "generate.file")
@@ -290,20 +291,25 @@ def test_conflicting_options(refused: VerificationError) -> None:
 # texts and files
 
 
-def test_text_with_signs_of_its_own(refused: VerificationError) -> None:
-    """Hydra's grammar takes no bare `!` and `'`: the message shows what to type, and that works."""
+def test_text_with_special_characters(refused: Refuse) -> None:
+    """Hydra's grammar needs quotes around `!` and `'`: the message shows the quoted form, which works."""
     for text in ("hello!", "don't", "what's that!"):
         message = refused(f"generate.text={text}", base=["runtime=cpu"])
-        shown = message.splitlines()[-1]
+        suggestion = message.splitlines()[-1]
         assert_names(message, f"generate.text={text}", "quotes")
         quoted = subprocess.run(
-            ["bash", "-c", f"printf %s {shown[shown.index(': ') + 2 :]}"], capture_output=True, text=True, check=True
+            ["bash", "-c", f"printf %s {suggestion[suggestion.index(': ') + 2 :]}"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         assert quoted == f'generate.text="{text}"'
 
 
-def test_quoted_text_is_taken(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The quoted form arrives as it was written."""
+def test_quoted_text_is_accepted(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Quoted text reaches the configuration unchanged."""
     argv = ["accel", *overrides_for(tiny, Path("unused")), 'generate.text="don\'t!"', "--cfg", "job"]
     monkeypatch.setattr(sys, "argv", argv)
     main()
@@ -316,30 +322,30 @@ def test_quoted_text_is_taken(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsy
     ids=["empty", "blank", "not UTF-8", "missing"],
 )
 @pytest.mark.parametrize("key", ["generate.file", "audit.texts"])
-def test_input_file(refused: VerificationError, tmp_path: Path, content: bytes | None, named: str, key: str) -> None:
-    """An input file that can't be used is named before any stage runs."""
+def test_input_file(refused: Refuse, tmp_path: Path, content: bytes | None, named: str, key: str) -> None:
+    """An unusable input file is named before any stage runs."""
     path = tmp_path / "input.txt"
     if content is not None:
         path.write_bytes(content)
     assert_names(refused(f"{key}={path}"), str(path), named)
 
 
-def test_input_file_that_is_a_folder(refused: VerificationError, tmp_path: Path) -> None:
-    """A folder is no file."""
+def test_input_file_that_is_a_folder(refused: Refuse, tmp_path: Path) -> None:
+    """A folder instead of an input file is named."""
     assert_names(refused(f"generate.file={tmp_path}"), str(tmp_path))
 
 
-# places
+# artifact folders
 
 
-def test_unwritable_artifact_folder(refused: VerificationError, tmp_path: Path) -> None:
-    """Where nothing can be written (here: below a file), the folder is named."""
+def test_unwritable_artifact_folder(refused: Refuse, tmp_path: Path) -> None:
+    """An artifact folder that can't be created (here below a file) is named."""
     (tmp_path / "file").write_text("no folder")
     assert_names(refused("stage=export", folder=tmp_path / "file", runs=True), str(tmp_path / "file"), "write")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_artifact_folder(refused: VerificationError, tmp_path: Path) -> None:
+def test_read_only_artifact_folder(refused: Refuse, tmp_path: Path) -> None:
     """A folder without write permission is named."""
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o555)
@@ -350,7 +356,7 @@ def test_read_only_artifact_folder(refused: VerificationError, tmp_path: Path) -
 
 
 def accel(*arguments: str, prelude: str = "", folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """The command line after some Python that changes what is installed."""
+    """Run the command line in a new process, after the code `prelude`."""
     code = f"{prelude}\nimport sys\nsys.argv = ['accel', *{list(arguments)!r}]\nfrom accel.__main__ import main\nmain()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
@@ -364,7 +370,7 @@ def distribution(name):
     if name.startswith("onnxruntime"):
         if name not in wheels:
             raise importlib.metadata.PackageNotFoundError(name)
-        name = "numpy"  # which lies in the same folder
+        name = "numpy"  # which is in the same folder
     return real(name)
 importlib.metadata.distribution = distribution
 if not wheels:
@@ -381,9 +387,9 @@ if not wheels:
     ids=["none", "both"],
 )
 def test_wheels_of_onnx_runtime(tiny: Path, tmp_path: Path, wheels: list[str], named: tuple[str, ...]) -> None:
-    """No ONNX Runtime, or two that overwrite each other's files: which, and what to install."""
-    given = overrides_for(tiny, tmp_path / "artifacts", "stage=export")
-    done = accel(*given, prelude=INSTALLED.format(wheels=wheels))
+    """Without ONNX Runtime, or with two wheels that overwrite each other's files, the message says what to install."""
+    overrides = overrides_for(tiny, tmp_path / "artifacts", "stage=export")
+    done = accel(*overrides, prelude=INSTALLED.format(wheels=wheels))
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= LINES
@@ -404,9 +410,9 @@ onnxruntime.get_available_providers = lambda: ["CUDAExecutionProvider", "CPUExec
     ids=["the CPU's wheel", "no GPU"],
 )
 def test_cuda_is_missing(tiny: Path, tmp_path: Path, prelude: str, named: tuple[str, ...]) -> None:
-    """runtime=cuda without its ONNX Runtime, or without a GPU: what is missing, and what brings it."""
-    given = overrides_for(tiny, tmp_path / "artifacts", "stage=export", "runtime=cuda")
-    done = accel(*given, prelude=prelude)
+    """With runtime=cuda but no onnxruntime-gpu or no GPU, the message says what is missing and what to install."""
+    overrides = overrides_for(tiny, tmp_path / "artifacts", "stage=export", "runtime=cuda")
+    done = accel(*overrides, prelude=prelude)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= LINES
@@ -414,16 +420,16 @@ def test_cuda_is_missing(tiny: Path, tmp_path: Path, prelude: str, named: tuple[
     assert listing(tmp_path) == {}
 
 
-WATCH = """
+REPORT_IMPORTS = """
 import atexit, sys
 atexit.register(lambda: print("LOADED", sorted({"torch", "transformers", "onnxruntime"} & set(sys.modules))))
 """
 
 
 def test_help_is_quick_and_complete() -> None:
-    """`--help` waits for no torch, and shows stages, groups and values."""
+    """`--help` doesn't import torch, and shows stages, groups and values."""
     started = time.monotonic()
-    done = accel("--help", prelude=WATCH)
+    done = accel("--help", prelude=REPORT_IMPORTS)
     assert time.monotonic() - started < 10
     assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
@@ -432,20 +438,20 @@ def test_help_is_quick_and_complete() -> None:
 
 
 def test_configuration_can_be_printed() -> None:
-    """`--cfg job` prints YAML with the overrides applied and every `auto` resolved, and reads every section."""
+    """`--cfg job` prints YAML of every section with the overrides applied and every `auto` resolved."""
     done = accel("--cfg", "job", "merge.flag=use_cache_branch", "runtime=cpu")
     assert done.returncode == 0, done.stderr
-    shown = yaml.safe_load(done.stdout)
-    assert shown["architecture"]["model_types"] == ["t5"]
-    assert [shown[group]["name"] for group in ("model", "precision", "runtime")] == ["t5-g2p", "fp32", "cpu"]
-    assert shown["runtime"]["session"] == {"session.force_spinning_stop": "1"}
-    assert shown["merge"]["flag"] == "use_cache_branch"
-    assert {"model", "precision", "runtime", *STAGES} - {"convert"} <= set(shown)
-    assert "hydra" not in shown
+    printed = yaml.safe_load(done.stdout)
+    assert printed["architecture"]["model_types"] == ["t5"]
+    assert [printed[group]["name"] for group in ("model", "precision", "runtime")] == ["t5-g2p", "fp32", "cpu"]
+    assert printed["runtime"]["session"] == {"session.force_spinning_stop": "1"}
+    assert printed["merge"]["flag"] == "use_cache_branch"
+    assert {"model", "precision", "runtime", *STAGES} - {"convert"} <= set(printed)
+    assert "hydra" not in printed
 
 
 def test_unknown_option_of_the_command() -> None:
-    """A misspelt flag of the command itself ends with 2 and no traceback."""
+    """An unknown command-line option exits with 2 and no traceback."""
     done = accel("--halp")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -9,8 +9,8 @@ from accel.config.schema import Config
 from accel.pipeline.store import Artifact, Manifest
 
 
-def test_what_stays_in_fp32_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    """The size of the plan before and after trials, the rules, and the largest magnitudes with their inputs."""
+def test_precision_plan_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """The report has the plan's size before and after trials, the rules, and the largest magnitudes with inputs."""
     mix = {"nodes": 0.75, "weight_bytes": 0.5, "fp32_nodes": 12, "fp32_bytes": 2_500_000, "casts": 7}
     summary = {
         "format": "float16",
@@ -19,6 +19,6 @@ def test_what_stays_in_fp32_is_shown(capsys: pytest.CaptureFixture[str]) -> None
         "largest_values": [{"component": "decode", "value": "add_7", "largest": 31234.5, "seen_with": "text 3: harke"}],
     }
     report.finish(Config(), {"audit": Artifact(Path(), Manifest("audit", "key", {}, {}, {}, 0.0, 0, 0, summary, {}))})
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for part in ("12 (25.0%), 7, 2.5 MB", "4 (10.0%), 7, 2.5 MB", "overflow: decode 3, encoder 2", "text 3: harke"):
-        assert part in shown
+        assert part in printed

@@ -1,4 +1,4 @@
-"""The sweep table: one row a job, failed ones too, rewritten after every job."""
+"""Sweep table: one row per job, failed ones included, rewritten after every job."""
 
 import json
 import subprocess
@@ -33,8 +33,8 @@ def _summary(new_tokens: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def test_rows_come_one_by_one(tmp_path: Path) -> None:
-    """The table is whole after every job; a failed job is a row; a job run again replaces its row."""
+def test_table_after_every_job(tmp_path: Path) -> None:
+    """The table is complete after every job, failed jobs included; a job that runs again replaces its row."""
     common = ["model=tiny", "+sweep=latency"]
     first = [*common, "benchmark.new_tokens=8", "benchmark.num_beams=1"]
     second = [*common, "benchmark.new_tokens=16", "benchmark.num_beams=1"]
@@ -101,8 +101,8 @@ def test_rows_come_one_by_one(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_sweep_without_figures(tmp_path: Path) -> None:
-    """A sweep that only fails, or that measures nothing, still leaves its table."""
+def test_sweep_without_results(tmp_path: Path) -> None:
+    """A sweep in which all jobs fail or measure nothing still writes its table."""
     sweep_table.record(_settings(tmp_path, 0), ["stage=merge", "model=a"], {}, None)
     table = sweep_table.record(_settings(tmp_path, 1), ["stage=merge", "model=b"], {}, "unknown model")
     assert [line for line in table.read_text().splitlines() if line.startswith("|")] == [
@@ -114,8 +114,8 @@ def test_sweep_without_figures(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_defect_in_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that is nobody's mistake costs its own job only: the others run, and all have their row."""
+def test_unexpected_error_in_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unexpected error ends its own job only: the others run, and all have a row."""
     from accel import __main__ as application
 
     def run(composed: Any, overrides: list[str]) -> dict[str, Any]:
@@ -134,9 +134,9 @@ def test_defect_in_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_multirun(build: Build, tiny: Path, shared: Path, tmp_path: Path) -> None:
-    """The command line: one export for all jobs, a failed job is a row, the sweep goes on and ends with 2."""
+    """On the command line, all jobs share one export; after a failed job the sweep continues and exits with 2."""
     build(tiny, "verify")
-    made = set((shared / "artifacts" / tiny.name).glob("export-*/manifest.json"))
+    exports = set((shared / "artifacts" / tiny.name).glob("export-*/manifest.json"))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "accel", "-m", "+sweep=latency", "model=auto", f"model.checkpoint={tiny}"),
@@ -155,10 +155,10 @@ def test_multirun(build: Build, tiny: Path, shared: Path, tmp_path: Path) -> Non
     assert [set(job["backends"]) != set() for job in jobs] == [False, True, False, True]
     table = (tmp_path / sweep_table.TABLE).read_text()
     assert table.count("benchmark.num_beams=0") == 2
-    assert made == set((shared / "artifacts" / tiny.name).glob("export-*/manifest.json"))
+    assert exports == set((shared / "artifacts" / tiny.name).glob("export-*/manifest.json"))
 
 
-def test_ways_to_choose_a_precision_side_by_side(tmp_path: Path) -> None:
+def test_rows_of_a_precision_sweep(tmp_path: Path) -> None:
     """The row of a job has the results of verify, whether the bundle passed or failed."""
     passed = {
         **{"passed": True, "execution": "emulated", "identical": {"greedy": 1.0, "beams": 0.875}},
@@ -166,9 +166,9 @@ def test_ways_to_choose_a_precision_side_by_side(tmp_path: Path) -> None:
         **{"worst_logits": 0.0123, "fp32_nodes": 12, "casts": 3, "decoder_bytes": 1.26e6},
         "speed": {"ratio": 2.5, "backends": {"onnx_merged": {"seconds": {"median": 0.125}}}},
     }
-    refused = passed | {"passed": False, "identical": {}, "metrics": {}, "worst_logits": None, "speed": None}
+    failed = passed | {"passed": False, "identical": {}, "metrics": {}, "worst_logits": None, "speed": None}
     sweep_table.record(_settings(tmp_path, 0), ["precision=fp16"], {"verify": passed}, None)
-    table = sweep_table.record(_settings(tmp_path, 1), ["precision=fp16-blanket"], {"verify": refused}, "refused")
+    table = sweep_table.record(_settings(tmp_path, 1), ["precision=fp16-blanket"], {"verify": failed}, "failed")
     drawn = [line.strip("| ").split(" | ") for line in table.read_text().splitlines() if line.startswith("|")]
     assert drawn[0] == [
         *("precision", "passed", "greedy as PyTorch", "beams as PyTorch", "logits off by", "exact match"),
@@ -188,6 +188,6 @@ def test_ways_to_choose_a_precision_side_by_side(tmp_path: Path) -> None:
         *kept,
         "-",
         "-",
-        "refused",
+        "failed",
     ]
     assert not list(tmp_path.glob("*.png"))

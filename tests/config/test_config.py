@@ -1,4 +1,4 @@
-"""Every YAML composes, and what it describes can be made; the Python interface is there."""
+"""Every YAML composes into a usable configuration, and the Python interface works."""
 
 import subprocess
 import sys
@@ -33,11 +33,12 @@ ROOT = CONF.parent
 
 
 def choices(group: str) -> list[str]:
-    """The YAMLs of a group, `auto` aside."""
+    """Return the names of a group's YAMLs, without `auto`."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "auto")
 
 
 def content(path: Path) -> dict[str, Any]:
+    """Load a YAML file."""
     return yaml.safe_load(path.read_text()) or {}
 
 
@@ -46,14 +47,14 @@ def content(path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", choices("model"))
 def test_model_composes(name: str) -> None:
-    """Each model's YAML makes a valid configuration, is named for its file, and describes a real architecture."""
-    described = content(CONF / "model" / f"{name}.yaml")
-    weights = "random" if described.get("config") else "pretrained"
+    """Each model's YAML composes, has its file's name, and belongs to an existing architecture."""
+    values = content(CONF / "model" / f"{name}.yaml")
+    weights = "random" if values.get("config") else "pretrained"
     config = compose([f"model={name}", f"model.weights={weights}", "runtime=cpu"])
     assert config.model.name == name
-    found = checkpoints.model_config(config.model)
-    assert isinstance(found, PretrainedConfig)
-    assert found.model_type in registry.build(config.architecture).model_types
+    hf_config = checkpoints.model_config(config.model)
+    assert isinstance(hf_config, PretrainedConfig)
+    assert hf_config.model_type in registry.build(config.architecture).model_types
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_model_composes(name: str) -> None:
     ],
 )
 def test_published_dimensions(name: str, parameters: float) -> None:
-    """A model of the YAML's dimensions has as many parameters as its model card says, give or take 0.1%."""
+    """A model of the YAML's dimensions has the published number of parameters, within 0.1%."""
     config = checkpoints.model_config(compose([f"model={name}", "model.weights=random"]).model)
     with torch.device("meta"):
         model = model_class(config)(config)
@@ -79,18 +80,18 @@ def test_published_dimensions(name: str, parameters: float) -> None:
 
 @pytest.mark.parametrize("name", choices("architecture"))
 def test_architecture_builds(name: str) -> None:
-    """Each architecture's YAML makes an adapter that serves at least one model type."""
+    """Each architecture's YAML makes an adapter with at least one model type, except the generic ones."""
     config = OmegaConf.to_container(OmegaConf.load(CONF / "architecture" / f"{name}.yaml"))
     assert isinstance(config, dict)
     adapter = registry.build(config)
     assert isinstance(adapter, Architecture)
-    assert bool(adapter.model_types) is (name not in ("causal", "seq2seq"))  # those take any of their shape
+    assert bool(adapter.model_types) is (name not in ("causal", "seq2seq"))  # the generic ones
     assert adapter.components()
 
 
 @pytest.mark.parametrize("name", choices("runtime"))
 def test_runtime_composes(name: str) -> None:
-    """Each runtime's YAML is named for its file and says provider and device."""
+    """Each runtime's YAML has its file's name, a provider and a device."""
     config = runtime_preset(name)
     assert config.name == name
     assert config.provider.endswith("ExecutionProvider")
@@ -99,14 +100,14 @@ def test_runtime_composes(name: str) -> None:
 
 @pytest.mark.parametrize("name", choices("precision"))
 def test_precision_composes(tiny: Path, name: str) -> None:
-    """Each precision's YAML is named for its file."""
+    """Each precision's YAML has its file's name."""
     config = compose(overrides_for(tiny, Path("unused"), "stage=verify", f"precision={name}"))
     assert config.precision.name == name
     assert config.precision.dtype in FORMATS
 
 
 def test_auto_is_resolved(tiny: Path) -> None:
-    """What a run gets holds no `auto`: CPU, FP32 there, and the architecture that serves the checkpoint."""
+    """In a composed configuration every `auto` is replaced: runtime, precision and architecture."""
     config = compose(["model=auto", f"model.checkpoint={tiny}", "runtime=cpu"])
     assert config.precision.name == "fp32"
     assert config.architecture["_target_"] == "accel.architectures.seq2seq.Seq2Seq"
@@ -115,21 +116,21 @@ def test_auto_is_resolved(tiny: Path) -> None:
 
 
 def test_another_checkpoint_is_another_model(tiny: Path) -> None:
-    """`model.checkpoint` alone takes nothing of the default model: no references, its own name and architecture."""
+    """With `model.checkpoint` alone, name, references and architecture of the default model aren't used."""
     config = compose([f"model.checkpoint={tiny}", "runtime=cpu"])
     assert (config.model.name, config.model.references) == (tiny.name, None)
     assert config.architecture["model_types"] == ["t5"]
-    named = compose(["model=t5-g2p", f"model.checkpoint={tiny}", "runtime=cpu"])  # said: the rest holds
+    named = compose(["model=t5-g2p", f"model.checkpoint={tiny}", "runtime=cpu"])  # explicit, so the rest applies
     assert (named.model.name, named.model.references) == ("t5-g2p", "heldout.tsv")
 
 
-def test_overrides_hold_on_top_of_auto(tiny: Path) -> None:
-    """Values given on the command line survive the second composition."""
+def test_overrides_apply_beside_auto(tiny: Path) -> None:
+    """Values from the command line are kept when `auto` is resolved."""
     config = compose(overrides_for(tiny, Path("unused"), "export.seed=5", "runtime.threads=1"))
     assert (config.export.seed, config.runtime.threads) == (5, 1)
 
 
-def test_every_sweep_is_a_sweep() -> None:
+def test_sweeps_set_existing_keys() -> None:
     """Each sweep's YAML sets Hydra's sweeper, and every key it sweeps over exists."""
     for path in (CONF / "sweep").glob("*.yaml"):
         swept = content(path)["hydra"]["sweeper"]["params"]
@@ -151,7 +152,7 @@ def sections() -> Iterator[tuple[str, Any]]:
 
 
 def test_every_key_of_the_schema_has_a_value_in_yaml() -> None:
-    """conf/config.yaml lists each key of each section, so that it can be read as the documentation."""
+    """conf/config.yaml lists each key of each section, because it serves as documentation."""
     composed = content(CONF / "config.yaml")
     for name, section in sections():
         keys = {field.name for field in fields(section)}
@@ -159,12 +160,12 @@ def test_every_key_of_the_schema_has_a_value_in_yaml() -> None:
 
 
 def test_values_in_yaml_are_the_defaults_of_the_schema() -> None:
-    """`only` puts undeclared sections at the schema's defaults: they must be what the YAML says."""
+    """`restrict_config` resets undeclared sections to the schema's defaults, which must be the YAML's values."""
     composed = content(CONF / "config.yaml")
     for name, section in sections():
         for key, value in (composed.get(name) or {}).items():
             default = getattr(section, key)
-            if isinstance(value, dict):  # switches, which are on unless said otherwise
+            if isinstance(value, dict):  # switches, on by default
                 assert set(value.values()) <= {True}, f"{name}.{key}"
             else:
                 assert value == default or float(value) == default, f"{name}.{key}"
@@ -172,7 +173,7 @@ def test_values_in_yaml_are_the_defaults_of_the_schema() -> None:
 
 @pytest.mark.parametrize("group", ["model", "precision", "runtime"])
 def test_groups_use_only_keys_of_the_schema(group: str) -> None:
-    """A misspelt key in a group's YAML is an error, found here rather than by a user."""
+    """No YAML of a group has a misspelt key."""
     keys = {field.name for field in fields(getattr(Config(), group))}
     for path in (CONF / group).glob("*.yaml"):
         assert set(content(path)) <= keys | {"defaults"}, path.name
@@ -182,7 +183,7 @@ def test_groups_use_only_keys_of_the_schema(group: str) -> None:
 
 
 def test_python_interface() -> None:
-    """`accel.build`, `accel.load` and `accel.register` are there, documented, and nothing else is promised."""
+    """The public names are `build`, `load` and `register`, all documented."""
     assert sorted(accel.__all__) == ["build", "load", "register"]
     for name in accel.__all__:
         assert callable(getattr(accel, name))
@@ -192,26 +193,26 @@ def test_python_interface() -> None:
 
 
 def test_importing_accel_is_quick() -> None:
-    """`import accel` waits for neither torch nor transformers."""
+    """`import accel` imports neither torch nor transformers."""
     code = "import sys, accel; print(sorted({'torch', 'transformers', 'onnxruntime'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 
 class Other(Seq2Seq):
-    """An adapter as a notebook or another package would define it."""
+    """Adapter as a notebook or another package would define it."""
 
 
 @pytest.fixture
-def forget() -> Iterator[None]:
-    """Takes back what a test registered."""
+def unregister() -> Iterator[None]:
+    """Remove the architecture that a test registered."""
     yield
     ConfigStore.instance().repo["architecture"].pop("other.yaml", None)
 
 
-@pytest.mark.usefixtures("forget")
+@pytest.mark.usefixtures("unregister")
 def test_registered_architecture_can_be_chosen(tiny: Path) -> None:
-    """`accel.register` makes a class a choice of `architecture=`, under its name and with its options."""
+    """A class registered by `accel.register` can be chosen by `architecture=`, with its options."""
     hydra_setup.register()
     accel.register("other", Other, model_types=["t5"], layers="num_decoder_layers")
     config = compose(overrides_for(tiny, Path("unused"), "architecture=other"))
@@ -223,13 +224,13 @@ def test_registered_architecture_can_be_chosen(tiny: Path) -> None:
 
 @pytest.mark.parametrize(("name", "options"), [("t5", {"model_types": ["x"]}), ("auto", {"model_types": ["x"]})])
 def test_taken_names_are_refused(name: str, options: Mapping[str, Any]) -> None:
-    """A built-in architecture can't be replaced unnoticed."""
+    """A built-in architecture can't be replaced."""
     with pytest.raises(AccelError, match=f"'{name}' is already registered"):
         accel.register(name, Seq2Seq, **options)
 
 
 def test_registering_needs_model_types() -> None:
-    """Without model types nothing could find the architecture: the message says what is missing."""
+    """Without model types an architecture could never be found, so registering it fails."""
     with pytest.raises(AccelError, match="model_types"):
         accel.register("another", Seq2Seq)
 
@@ -243,39 +244,37 @@ def test_registering_needs_model_types() -> None:
         ({"_target_": "accel.architectures.seq2seq.Seq2Seq", "model_types": ["t5"], "layer": "x"}, "layer"),
     ],
 )
-def test_broken_architecture_says_what_is_wrong(config: dict[str, Any], named: str) -> None:
-    """No target, a target that isn't there, one that is no adapter, an option it doesn't have."""
+def test_invalid_architecture(config: dict[str, Any], named: str) -> None:
+    """The message names a missing target, one that isn't an adapter, or an unknown option."""
     with pytest.raises(AccelError, match=named):
         registry.build(config)
 
 
 def test_build_returns_the_deployable(tiny: Path, artifacts: Path, deployable: Path) -> None:
-    """`accel.build` gives the verified folder, or the candidate when its stages stop before `verify`."""
-    given = overrides_for(tiny, artifacts)[1:]
-    built = accel.build(str(tiny), given[1:])
+    """`accel.build` returns the deployable, or the unverified bundle if its stages stop before `verify`."""
+    overrides = overrides_for(tiny, artifacts)[2:]
+    built = accel.build(str(tiny), overrides)
     assert built.folder == deployable
     assert (built.folder / "verdict.json").is_file()
-    bundle = accel.build(str(tiny), [*given[1:], "stage=[export,merge]"])
+    bundle = accel.build(str(tiny), [*overrides, "stage=[export,merge]"])
     assert bundle.manifest.stage == "merge"
     assert not (bundle.folder / "verdict.json").exists()
     with pytest.raises(AccelError, match="merge"):
-        accel.build(str(tiny), [*given[1:], "stage=export"])
+        accel.build(str(tiny), [*overrides, "stage=export"])
 
 
-def test_load_says_that_a_candidate_is_unverified(
-    tiny: Path, artifacts: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A candidate opens, with a warning; a deployable opens without."""
-    given = overrides_for(tiny, artifacts)[2:]
+def test_load_warns_about_an_unverified_bundle(tiny: Path, artifacts: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An unverified bundle opens with a warning, a deployable without."""
+    common = overrides_for(tiny, artifacts)[2:]
     for overrides, warned in ((["stage=[export,merge]"], True), ([], False)):
-        with accel.load(accel.build(str(tiny), [*given, *overrides]).folder, runtime="cpu") as model:
+        with accel.load(accel.build(str(tiny), [*common, *overrides]).folder, runtime="cpu") as model:
             assert model.can_generate()
         assert ("unverified" in caplog.text) == warned
         caplog.clear()
 
 
-def test_load_refuses_what_is_no_deployable(tmp_path: Path) -> None:
-    """A folder that accel did not make, or none at all, is named."""
+def test_load_of_a_folder_without_a_deployable(tmp_path: Path) -> None:
+    """A folder without a deployable, or one that doesn't exist, is named."""
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(AccelError, match=str(folder)):
             accel.load(folder, runtime="cpu")

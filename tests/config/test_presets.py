@@ -1,4 +1,4 @@
-"""A runtime's YAML read without Hydra says what Hydra composes; options are checked."""
+"""Runtime presets read without Hydra equal those that Hydra composes; options are checked."""
 
 from dataclasses import replace
 
@@ -9,8 +9,8 @@ from accel.config.presets import OPTIONS, dump, runtime_preset
 from accel.errors import AccelError
 
 
-def test_the_same_as_composed() -> None:
-    """Also where a file stands on another by its `defaults` list."""
+def test_presets_equal_composed_runtimes() -> None:
+    """Presets equal Hydra's result, also where a file extends another by its `defaults` list."""
     composed = compose(["architecture=t5", "runtime=cpu"]).runtime
     assert runtime_preset("cpu") == composed
     graph, cuda = runtime_preset("cuda-graph"), runtime_preset("cuda")
@@ -19,8 +19,8 @@ def test_the_same_as_composed() -> None:
     assert graph.buckets != cuda.buckets
 
 
-def test_what_it_was_built_with_counts() -> None:
-    """Below what is asked for, and only for the preset of that name."""
+def test_values_of_the_build() -> None:
+    """Values that a deployable was built with replace those of the preset of the same name; options replace both."""
     built = dump(replace(runtime_preset("cpu"), buckets=[7, 9], threads=3))
     assert runtime_preset("cpu", built).buckets == [7, 9]
     assert runtime_preset("cpu", built, threads=1).threads == 1
@@ -36,7 +36,7 @@ def test_what_it_was_built_with_counts() -> None:
         ("gpu", {}, ("unknown runtime: 'gpu'", "cpu, cuda, cuda-graph")),
     ],
 )
-def test_what_makes_no_sense(name: str, options: dict[str, object], named: tuple[str, ...]) -> None:
+def test_invalid_options(name: str, options: dict[str, object], named: tuple[str, ...]) -> None:
     with pytest.raises(AccelError) as caught:
         runtime_preset(name, None, **options)
     for part in named:

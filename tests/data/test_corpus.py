@@ -1,4 +1,4 @@
-"""Texts are read from lines, JSON lines and datasets, and what can't be read is named."""
+"""Texts are read from lines, JSON lines and datasets; files that can't be read are named."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ TEXTS = ["one", "two,\tand a half", "drei, vier é"]
 
 @pytest.mark.parametrize("kind", ["lines", "json lines", "saved", "data files"])
 def test_every_kind_gives_the_same_texts(tmp_path: Path, kind: str) -> None:
-    """A column of numbers beside the texts is no choice."""
-    table = datasets.Dataset.from_dict({"number": [1, 2, 3], "said": TEXTS})
+    """The texts are the same in every format, and a column of numbers beside them is ignored."""
+    table = datasets.Dataset.from_dict({"number": [1, 2, 3], "sentence": TEXTS})
     path = tmp_path / "texts"
     if kind == "lines":
         path.write_text("\n".join(TEXTS), encoding="utf-8")
@@ -29,8 +29,8 @@ def test_every_kind_gives_the_same_texts(tmp_path: Path, kind: str) -> None:
     assert read_texts(path) == TEXTS
 
 
-def test_a_column_is_chosen(tmp_path: Path) -> None:
-    """Where two hold text, one must be named, and named right."""
+def test_choice_of_a_column(tmp_path: Path) -> None:
+    """Where several columns hold text, one must be named; a wrong name is reported."""
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"source": "a", "target": "b"}\n{"source": "c", "target": "d"}\n')
     assert read_texts(path, "target") == ["b", "d"]
@@ -52,18 +52,18 @@ def test_a_column_is_chosen(tmp_path: Path) -> None:
     ],
 )
 def test_unusable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    """The file is named, and the line where there is one."""
+    """The message names the file, and the line if there is one."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(AccelError, match=message):
         read_texts(tmp_path / name)
 
 
 def test_unusable_folders(tmp_path: Path) -> None:
-    """No data, several splits, no file at all."""
+    """A folder without data, several splits, a missing file, and a column of a text file are reported."""
     (tmp_path / "empty").mkdir()
     with pytest.raises(AccelError, match="empty"):
         read_texts(tmp_path / "empty")
-    table = datasets.Dataset.from_dict({"said": TEXTS})
+    table = datasets.Dataset.from_dict({"sentence": TEXTS})
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "two")
     with pytest.raises(AccelError, match=r"several splits.*train, test"):
         read_texts(tmp_path / "two")

@@ -1,4 +1,4 @@
-"""Texts in and out: tokenizer, padding, files, error rates."""
+"""Text inputs: tokenizer, padding, references."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerFast, T5Config
 from accel.data import texts
 from accel.errors import AccelError
 
-WORDS = ["<pad>", "<unk>", "the", "same", "words", "come", "out"]
+VOCABULARY = ["<pad>", "<unk>", "the", "same", "words", "come", "out"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Splits at spaces and takes at most four tokens."""
-    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
+    """Tokenizer that splits at spaces and takes at most four tokens."""
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>", model_max_length=4, padding_side="right"
@@ -24,7 +24,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_encode_pads_and_masks(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
-    """A batch of texts of different length: ids, padding and mask; nothing to warn about."""
+    """Texts of different length become padded ids and a mask, without a warning."""
     encoded = texts.encode(tokenizer, ["the same words", "come"])
     assert encoded["input_ids"].tolist() == [[2, 3, 4], [5, 0, 0]]
     assert encoded["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -32,7 +32,7 @@ def test_encode_pads_and_masks(tokenizer: PreTrainedTokenizerFast, caplog: pytes
 
 
 def test_text_that_is_too_long(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
-    """It is cut, and the warning says which text, how long, what the model takes and how much went."""
+    """It is cut, and the warning has the text, its length, the model's limit and the number of tokens lost."""
     encoded = texts.encode(tokenizer, ["the same words come out the same", "come"])
     assert encoded["input_ids"].tolist() == [[2, 3, 4, 5], [5, 0, 0, 0]]
     warning = caplog.text
@@ -51,7 +51,7 @@ def test_saved_tokenizer_is_found(tokenizer: PreTrainedTokenizerFast, tmp_path: 
 
 
 def test_pad() -> None:
-    """Single inputs become one batch: ids filled with the padding id, the mask with 0."""
+    """Single inputs become one batch: ids are padded with the padding id, masks with 0."""
     first = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
     second = {"input_ids": torch.tensor([[8]]), "attention_mask": torch.ones(1, 1, dtype=torch.int64)}
     batch = texts.pad([first, second], 9, left=False)
@@ -60,11 +60,11 @@ def test_pad() -> None:
 
 
 def test_references_are_read(tmp_path: Path) -> None:
-    """Text, tab, accepted outputs; a limit; and a line without a tab is named by its number."""
+    """Lines of text, tab and accepted outputs are read up to a limit; a line without a tab is named by its number."""
     path = tmp_path / "heldout.tsv"
     path.write_text("one\tW AH1 N\ntwo\tT UW1\tT OO\nthree\tX\n")
-    known = texts.References.read(path).first(2)
-    assert (list(known.texts), [list(row) for row in known.accepted]) == (
+    references = texts.References.read(path).first(2)
+    assert (list(references.texts), [list(row) for row in references.accepted]) == (
         ["one", "two"],
         [["W AH1 N"], ["T UW1", "T OO"]],
     )

@@ -1,7 +1,8 @@
-"""Decoder-only models at the prompt: continuations, chat templates, and transformers' pipeline over our model."""
+"""Decoder-only models: continuations of prompts, chat templates, and transformers' pipeline over accel's model."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -26,7 +27,7 @@ OPTIONS = {"max_new_tokens": 10, "no_repeat_ngram_size": 1, "do_sample": False}
 
 @pytest.fixture(scope="module")
 def checkpoint(shared: Path) -> Path:
-    """A tiny GPT-2 and a tokenizer of one word an id, without a padding token, as GPT-2's is."""
+    """A tiny GPT-2 with a tokenizer that has one word per id and, like GPT-2's, no padding token."""
     folder = shared / "chat"
     with FileLock(shared / "chat.lock"):
         if not (folder / "config.json").exists():
@@ -40,42 +41,44 @@ def checkpoint(shared: Path) -> Path:
     return folder
 
 
-def said(made: dict[str, Artifact]) -> list[str]:
-    written: list[str] = json.loads((made["generate"].folder / "texts.json").read_text())["outputs"]
-    return written
+def generated_texts(artifacts: dict[str, Artifact]) -> list[str]:
+    """Read the outputs that the stage `generate` wrote."""
+    outputs: list[str] = json.loads((artifacts["generate"].folder / "texts.json").read_text())["outputs"]
+    return outputs
 
 
 def generate(build: Build, checkpoint: Path, *more: str) -> dict[str, Artifact]:
+    """Run `verify` and `generate` on `LINES`, with further overrides."""
     options = [f"+generate.{name}={value}" for name, value in OPTIONS.items()]
     return build(checkpoint, "[verify,generate]", [f"generate.text=[{','.join(LINES)}]", *options, *more])[1]
 
 
-def by_pytorch(checkpoint: Path, line: str) -> str:
-    """What PyTorch adds to `line`, alone and so without padding."""
+def continue_with_torch(checkpoint: Path, line: str) -> str:
+    """Return PyTorch's continuation of `line`, generated alone and so without padding."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids = tokenizer(line, return_tensors="pt")["input_ids"]
-    found = AutoModelForCausalLM.from_pretrained(checkpoint).eval().generate(ids, **OPTIONS)
-    return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+    sequences = AutoModelForCausalLM.from_pretrained(checkpoint).eval().generate(ids, **OPTIONS)
+    return str(tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def test_what_follows_the_prompt(build: Build, checkpoint: Path) -> None:
-    """Texts of different length in one batch, each continued as it is alone; the prompt itself is left out."""
-    expected = [by_pytorch(checkpoint, line) for line in LINES]
-    assert said(generate(build, checkpoint)) == expected
+def test_continuations(build: Build, checkpoint: Path) -> None:
+    """Texts of different length in one batch get the continuations that they get alone, without the prompt."""
+    expected = [continue_with_torch(checkpoint, line) for line in LINES]
+    assert generated_texts(generate(build, checkpoint)) == expected
     assert expected[0] != expected[1]
     assert len(set(expected[0].split())) > 8
 
 
 def test_chat_goes_through_the_template(build: Build, checkpoint: Path) -> None:
-    """`generate.chat=true`: each text is a user's turn, and the template says where the answer begins."""
-    expected = [by_pytorch(checkpoint, f"ask {line} say") for line in LINES]
-    found = said(generate(build, checkpoint, "+generate.chat=true"))
+    """With `generate.chat=true` each text is a user's turn, and the template adds the start of the answer."""
+    expected = [continue_with_torch(checkpoint, f"ask {line} say") for line in LINES]
+    found = generated_texts(generate(build, checkpoint, "+generate.chat=true"))
     assert found == expected
-    assert found != said(generate(build, checkpoint))
+    assert found != generated_texts(generate(build, checkpoint))
 
 
 def test_text_generation_pipeline(build: Build, checkpoint: Path) -> None:
-    """`pipeline("text-generation")` takes our model in place of PyTorch's, batches and chats included."""
+    """`pipeline("text-generation")` gives the same results over accel's model, for batches and chats too."""
     folder = generate(build, checkpoint)["verify"].folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
@@ -89,25 +92,28 @@ def test_text_generation_pipeline(build: Build, checkpoint: Path) -> None:
     assert results[0][0][0][0]["generated_text"].startswith(LINES[0])
 
 
-def test_a_second_turn_uses_the_first_ones_caches(build: Build, checkpoint: Path) -> None:
-    """Only what is new is computed: the step sees the new tokens, and the words are those of a fresh start."""
+def test_second_turn_uses_the_first_turns_caches(build: Build, checkpoint: Path) -> None:
+    """Only the new tokens are computed, and the output is that of a generation without the caches."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     with load(generate(build, checkpoint)["verify"].folder, runtime="cpu") as model:
         first = model.generate(**tokenizer("ask w5 say", return_tensors="pt"), **OPTIONS, return_dict_in_generate=True)
         text = tokenizer.decode(first.sequences[0]) + " ask w9 w10 say"
-        again = {
+        inputs = {
             name: value for name, value in tokenizer(text, return_tensors="pt").items() if name != "token_type_ids"
         }
-        fresh = model.generate(**again, **OPTIONS)
-        seen: list[int] = []
+        without_caches = model.generate(**inputs, **OPTIONS)
+        lengths: list[int] = []  # of the ids in each call of decode
         decode = model.runtime.decode
-        model.runtime.decode = lambda inputs, state: (seen.append(inputs["input_ids"].shape[1]), decode(inputs, state))[
-            1
-        ]
-        found = model.generate(**again, **OPTIONS, past_key_values=first.past_key_values)
-    assert found.tolist() == fresh.tolist()
-    assert seen[0] == 5  # the last token of the first answer, and the four of the second question
-    assert set(seen[1:]) == {1}
+
+        def recorded_decode(inputs: Any, state: Any) -> Any:
+            lengths.append(inputs["input_ids"].shape[1])
+            return decode(inputs, state)
+
+        model.runtime.decode = recorded_decode
+        found = model.generate(**inputs, **OPTIONS, past_key_values=first.past_key_values)
+    assert found.tolist() == without_caches.tolist()
+    assert lengths[0] == 5  # the last token of the first answer, and the four of the second question
+    assert set(lengths[1:]) == {1}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +125,7 @@ def test_a_second_turn_uses_the_first_ones_caches(build: Build, checkpoint: Path
     ],
 )
 def test_inputs_of_another_kind(checkpoint: Path, tmp_path: Path, option: str, named: tuple[str, ...]) -> None:
-    """Sound for a model that reads is refused before any stage runs."""
+    """Inputs that the model can't take, such as sound for a text model, are refused before any stage runs."""
     file = tmp_path / "sound.wav"
     file.write_bytes(b"RIFF")
     with pytest.raises(AccelError) as caught:
@@ -134,10 +140,16 @@ def test_chat_without_a_template(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_benchmark_and_profile(build: Build, checkpoint: Path) -> None:
-    """Every setup of the CPU generates, sessions are weighed, and the profile names the decoder's operators."""
+    """Every backend of the CPU generates, session memory is measured, and the profile names the decoder's operators."""
     small = ["benchmark.new_tokens=4", "benchmark.source_length=5", "benchmark.repeats=1", "profile.new_tokens=3"]
-    made = build(checkpoint, "[benchmark,profile]", small)[1]
-    found = made["benchmark"].summary
-    assert set(found["backends"]) == {"torch_no_cache", "torch_cache", "onnx_no_cache", "onnx_merged", "onnx_two_files"}
-    assert found["memory"]["onnx_merged"]["session"] > 0
-    assert made["profile"].summary["operators"]["MatMul"]["calls"] > 0
+    artifacts = build(checkpoint, "[benchmark,profile]", small)[1]
+    summary = artifacts["benchmark"].summary
+    assert set(summary["backends"]) == {
+        "torch_no_cache",
+        "torch_cache",
+        "onnx_no_cache",
+        "onnx_merged",
+        "onnx_two_files",
+    }
+    assert summary["memory"]["onnx_merged"]["session"] > 0
+    assert artifacts["profile"].summary["operators"]["MatMul"]["calls"] > 0

@@ -1,4 +1,4 @@
-"""The whole road on a GPU: what the CPU's tests show, native, and what generation leaves behind."""
+"""End-to-end runs on a GPU: native counterparts of the CPU's tests, CUDA graphs, streams and device memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +16,12 @@ from accel.models.loading import load, open_model, verification_of
 from accel.runtime.dlpack import run_with_cupy, run_with_dlpack
 from tests.conftest import Build
 from tests.families import FAMILIES
-from tests.integration.test_precision import WORDS, breaking  # noqa: F401  (a fixture)
+from tests.integration.test_precision import REFERENCES, breaking  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.gpu
 
 CUDA = ("runtime=cuda",)
-KINDS = ("bart", "whisper", "gpt2", "bloom", "llama", "mixtral")  # of inputs, caches, positions and layers
+KINDS = ("bart", "whisper", "gpt2", "bloom", "llama", "mixtral")  # one per kind of input, cache, position and layer
 SAME = dict.fromkeys(("greedy", "beams", "sampling", "padded"), 1.0)
 
 
@@ -50,7 +50,7 @@ def inputs() -> dict[str, torch.Tensor]:
 
 
 def test_fp32_is_pytorchs(folder: Path) -> None:
-    """Every output and every decoding method, computed on the GPU in both."""
+    """Every output and every decoding method agrees, with both models on the GPU."""
     verification = verification_of(folder)
     assert verification is not None
     assert (verification["runtime"], verification["execution"], verification["identical"]) == ("cuda", "native", SAME)
@@ -67,26 +67,26 @@ def test_fp32_is_pytorchs(folder: Path) -> None:
     ],
     ids=["greedy", "beams", "sampling", "beam-sample", "prompt lookup"],
 )
-@pytest.mark.parametrize("by", [run_with_dlpack, run_with_cupy])
+@pytest.mark.parametrize("tensor_exchange", [run_with_dlpack, run_with_cupy])
 def test_decoding_methods(
-    model: AcceleratedModel, eager: T5ForConditionalGeneration, options: dict[str, object], by: object
+    model: AcceleratedModel, eager: T5ForConditionalGeneration, options: dict[str, object], tensor_exchange: object
 ) -> None:
-    """Through either bridge, PyTorch's tokens, many different ones."""
+    """Tokens are PyTorch's with either tensor exchange."""
     given = inputs()
     if "prompt_lookup_num_tokens" in options:
         given = {name: tensor[:1] for name, tensor in given.items()}
     settings = {"max_new_tokens": 17, "no_repeat_ngram_size": 1, **options}
-    model.runtime._decode.tensor_exchange = model.runtime.encoder.tensor_exchange = by
+    model.runtime._decode.tensor_exchange = model.runtime.encoder.tensor_exchange = tensor_exchange
     found = []
-    for one in (eager, model):
+    for subject in (eager, model):
         torch.manual_seed(5)
-        found.append(one.generate(**given, **settings))
+        found.append(subject.generate(**given, **settings))
     assert len(set(found[0].flatten().tolist())) > 12
     assert torch.equal(*found)
 
 
 def test_fp16_is_native(build: Build, tiny: Path) -> None:
-    """Audit, conversion and verification run on the GPU, in FP16 proper."""
+    """Audit, conversion and verification run on the GPU, natively in FP16."""
     verification = verification_of(build(tiny, "verify", (*CUDA, "precision=fp16"))[1]["verify"].folder)
     assert verification is not None
     assert (verification["precision"], verification["execution"]) == ("float16", "native")
@@ -94,40 +94,40 @@ def test_fp16_is_native(build: Build, tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("plan", ["minimized", "rules"])
-def test_the_audited_mix_says_the_words_of_fp32(build: Build, breaking: Path, plan: str) -> None:  # noqa: F811
-    """The T5 that FP16 breaks, natively: 200 inputs, greedy and with beams."""
-    given = (*WORDS, *CUDA, "verify.inputs=200", f"precision.plan={plan}")
-    found = build(breaking, "verify", given)[1]["verify"].summary
-    assert found["execution"] == "native"
-    assert found["identical"]["greedy"] == found["identical"]["beams"] == 1.0
+def test_precision_plan_gives_the_tokens_of_fp32(build: Build, breaking: Path, plan: str) -> None:  # noqa: F811
+    """The T5 that FP16 breaks, computed natively: 200 inputs, greedy and with beams."""
+    overrides = (*REFERENCES, *CUDA, "verify.inputs=200", f"precision.plan={plan}")
+    summary = build(breaking, "verify", overrides)[1]["verify"].summary
+    assert summary["execution"] == "native"
+    assert summary["identical"]["greedy"] == summary["identical"]["beams"] == 1.0
 
 
-def test_blanket_fp16_is_refused(build: Build, breaking: Path) -> None:  # noqa: F811
+def test_blanket_fp16_fails_verification(build: Build, breaking: Path) -> None:  # noqa: F811
     with pytest.raises(VerificationError, match=r"verification of the bundle failed \(float16, native\)"):
-        build(breaking, "verify", (*WORDS, *CUDA, "precision.plan=blanket"))
+        build(breaking, "verify", (*REFERENCES, *CUDA, "precision.plan=blanket"))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_latency_is_measured_beside_pytorchs(build: Build, precision: str) -> None:
-    """The embedded model in both formats of 16 bits, computed in them, with its words and figures."""
-    given = (*CUDA, f"precision={precision}", "model.references=heldout.tsv", "verify.unique_tokens=false")
-    found = build("accel://t5-g2p", "verify", (*given, "verify.latency=true"))[1]["verify"].summary
-    assert found["execution"] == "native"
-    assert min(found["identical"][name] for name in ("greedy", "beams", "padded")) >= 0.75
-    assert found["speed"]["compute_dtype"] == {"fp16": "float16", "bf16": "bfloat16"}[precision]
-    assert all(figures["peak_memory"] > 0 for figures in found["speed"]["backends"].values())
+    """The embedded model in both 16-bit formats, computed natively, with its tokens, latency and memory."""
+    overrides = (*CUDA, f"precision={precision}", "model.references=heldout.tsv", "verify.unique_tokens=false")
+    summary = build("accel://t5-g2p", "verify", (*overrides, "verify.latency=true"))[1]["verify"].summary
+    assert summary["execution"] == "native"
+    assert min(summary["identical"][name] for name in ("greedy", "beams", "padded")) >= 0.75
+    assert summary["speed"]["compute_dtype"] == {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    assert all(figures["peak_memory"] > 0 for figures in summary["speed"]["backends"].values())
 
 
-def test_no_hidden_traffic(build: Build, tiny: Path) -> None:
-    """No copy between host and device, and nothing on the CPU but the arithmetic of lengths."""
+def test_no_copies_between_host_and_device(build: Build, tiny: Path) -> None:
+    """The graphs copy nothing between host and device, and compute nothing but lengths on the CPU."""
     summary = build(tiny, "profile", (*CUDA, "precision=fp16"))[1]["profile"].summary
     assert summary["copies"] == {"MemcpyToHost": 0, "MemcpyFromHost": 0}
     for nodes in summary["off_device"].values():
         assert {node["operator"] for node in nodes} <= {"Gather", "Concat", "Add", "Equal"}
 
 
-def test_a_length_that_is_copied_to_the_device(build: Build, tiny: Path) -> None:
-    """A graph that does copy a value at every step, as others' may, says the same words."""
+def test_length_that_is_copied_to_the_device(build: Build, tiny: Path) -> None:
+    """A graph that copies a value to the device in every decode step gives the same tokens."""
     plain = (*CUDA, "precision=fp32", "optimize.passes.shift_ranges=false", "convert.fuse_attention=[]")
     _, artifacts = build(tiny, "[verify,profile]", plain)
     assert artifacts["profile"].summary["copies"]["MemcpyFromHost"] > 0
@@ -137,7 +137,7 @@ def test_a_length_that_is_copied_to_the_device(build: Build, tiny: Path) -> None
 
 
 def test_out_of_memory_leaves_the_model_usable(build: Build, tiny: Path, folder: Path) -> None:
-    """A generation that doesn't fit fails with one message, and the next one, which does, is what it was."""
+    """A generation that doesn't fit raises one error, and a later one that fits gives the same tokens as before."""
     config, _ = build(tiny, "verify", (*CUDA, "precision=fp32"))
     config.runtime.provider_options["gpu_mem_limit"] = 64 << 20  # bytes
     settings = {"max_new_tokens": 17, "no_repeat_ngram_size": 1}
@@ -149,19 +149,19 @@ def test_out_of_memory_leaves_the_model_usable(build: Build, tiny: Path, folder:
         assert torch.equal(small.generate(**inputs(), **settings), before)
 
 
-def test_a_generation_leaves_no_caches_behind(model: AcceleratedModel) -> None:
-    """What a generation held on the device is free again for the next one: the second takes no more than the first."""
-    held = []
+def test_generation_frees_its_caches(model: AcceleratedModel) -> None:
+    """Repeated generations leave the same amount of device memory free."""
+    free_memory = []
     for _ in range(4):
         model.generate(**inputs(), max_new_tokens=30, min_new_tokens=30, num_beams=4)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        held.append(torch.cuda.mem_get_info()[0])
-    assert held[1:] == held[:1] * 3
+        free_memory.append(torch.cuda.mem_get_info()[0])
+    assert free_memory[1:] == free_memory[:1] * 3
 
 
 def test_the_callers_stream_is_left_alone(model: AcceleratedModel, eager: T5ForConditionalGeneration) -> None:
-    """`generate` decodes on a stream of its own, reads what the caller's still writes, and hands the result back."""
+    """`generate` decodes on its own stream, waits for inputs that the caller's still writes, and syncs the result."""
     given = inputs()
     expected = eager.generate(**given, max_new_tokens=9, no_repeat_ngram_size=1)
     stream = torch.cuda.Stream()
@@ -176,23 +176,23 @@ def test_the_callers_stream_is_left_alone(model: AcceleratedModel, eager: T5ForC
 
 @pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> Iterator[testing.Subject]:
-    """The tiny model of one family, verified on the GPU in FP32 and, native, in FP16."""
+    """The tiny model of one family, verified natively on the GPU in FP32 and FP16."""
     folder = shared / "families" / request.param
     folder.mkdir(parents=True, exist_ok=True)
-    with testing.prepare(FAMILIES[request.param], folder, artifacts=artifacts, runtime="cuda") as made:
-        yield made
+    with testing.prepare(FAMILIES[request.param], folder, artifacts=artifacts, runtime="cuda") as subject:
+        yield subject
 
 
 @pytest.mark.parametrize("check", testing.CHECKS, ids=testing.name)
 @pytest.mark.parametrize("family", KINDS, indirect=True, scope="module")
 def test_conformance_on_the_gpu(check: testing.Check, family: testing.Subject) -> None:
-    """One family for each kind of input, cache and position, by the checks that all pass on the CPU."""
+    """One family of each kind of input, cache and position passes the checks that all families pass on the CPU."""
     check(family)
 
 
 @pytest.mark.parametrize("family", [kind for kind in KINDS if kind != "mixtral"], indirect=True, scope="module")
-def test_a_replayed_step_reads_nothing_of_the_hosts(family: testing.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ONNX Runtime copied from there while a step was recorded may be something else when it is replayed."""
+def test_replay_copies_nothing_from_the_host(family: testing.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host memory that was copied during the capture may hold other values when the graph is replayed."""
     assert family.static is not None
     runtime: Any = family.static.runtime
     monkeypatch.setattr(runtime, "capture_batch_sizes", [2])
@@ -209,7 +209,7 @@ def test_a_replayed_step_reads_nothing_of_the_hosts(family: testing.Subject, mon
 
 @pytest.fixture(scope="module")
 def captured(build: Build, tiny: Path) -> Iterator[AcceleratedModel]:
-    """The tiny T5 with static caches and captured steps, verified as such."""
+    """The tiny T5 with static caches and captured decode steps, verified with them."""
     folder = build(tiny, "verify", ("runtime=cuda-graph", "precision=fp32"))[1]["verify"].folder
     with load(folder, runtime="cuda-graph") as opened:
         yield opened
@@ -228,20 +228,20 @@ def captured(build: Build, tiny: Path) -> Iterator[AcceleratedModel]:
     ],
     ids=["greedy", "beams", "sampling", "beam-sample", "prompt lookup", "buckets", "processor"],
 )
-def test_captured_steps_say_the_same(
+def test_captured_steps_give_the_same_tokens(
     captured: AcceleratedModel, eager: T5ForConditionalGeneration, options: dict[str, object]
 ) -> None:
-    """Twice, for the second generation finds slots that the first has used; what is replayed was recorded."""
+    """Two generations are PyTorch's: the second reuses the first one's decode buffers and replays its graphs."""
     given = inputs()
     if "prompt_lookup_num_tokens" in options:
         given = {name: tensor[:1] for name, tensor in given.items()}
     settings = {"max_new_tokens": 17, "no_repeat_ngram_size": 1, **options}
     if "top_p" in options or "min_new_tokens" in options:
-        del settings["no_repeat_ngram_size"]  # so that the choice is recorded as well
+        del settings["no_repeat_ngram_size"]  # so that token selection is captured as well
     found = []
-    for one in (eager, captured, captured):
+    for subject in (eager, captured, captured):
         torch.manual_seed(5)
-        found.append(one.generate(**given, **settings))
+        found.append(subject.generate(**given, **settings))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     runtime: Any = captured.runtime
@@ -250,8 +250,8 @@ def test_captured_steps_say_the_same(
     assert any(entry.run.captured for entry in runtime._encode._entries.values())
 
 
-def test_too_little_room_for_a_bucket_is_foretold(captured: AcceleratedModel) -> None:
-    """Sizes and what to do, and the model goes on."""
+def test_bucket_that_does_not_fit_into_device_memory(captured: AcceleratedModel) -> None:
+    """The error gives sizes and the remedy, and the model remains usable."""
     captured.generate(**inputs(), max_new_tokens=5)
     with pytest.raises(DeviceMemoryError, match=r"for 50000000 sequences of 64 tokens needs \d+ MB.*runtime.buckets"):
         captured.runtime._take_buffers(50_000_000, 64, {})

@@ -1,4 +1,4 @@
-"""The whole road on a tiny T5: export, merge, verify, generate."""
+"""A tiny T5 end to end: export, merge, verify, generate."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.conftest import Build
 
 
 def test_verified_and_same_tokens(build: Build, tiny: Path) -> None:
-    """The merged decoder writes PyTorch's tokens, for inputs and options that verify did not see."""
+    """The merged decoder generates PyTorch's tokens, for inputs and options that verify did not use."""
     _, artifacts = build(tiny, "verify")
     folder = artifacts["verify"].folder
     verification = verification_of(folder)

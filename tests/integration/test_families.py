@@ -1,4 +1,4 @@
-"""Every family takes the whole road, and `generate` loses nothing on it."""
+"""Every family runs end to end, and no feature of `generate` is lost."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from filelock import FileLock
 from transformers import GenerationMixin
 
 from accel import testing
-from accel.models.generation import PREPARE_INPUTS
+from accel.models.decoding.loops import PREPARE_INPUTS
 from accel.runtime.layout import STATIC_DECODE
 from tests.families import FAMILIES
 
@@ -22,9 +22,9 @@ def subject(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> It
     folder.mkdir(parents=True, exist_ok=True)
     with (
         FileLock(shared / f"{request.param}.lock"),
-        testing.prepare(FAMILIES[request.param], folder, artifacts=artifacts) as made,
+        testing.prepare(FAMILIES[request.param], folder, artifacts=artifacts) as subject,
     ):
-        yield made
+        yield subject
 
 
 @pytest.mark.parametrize("check", testing.CHECKS, ids=testing.name)
@@ -35,19 +35,19 @@ def subject(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> It
     scope="module",
 )
 def test_conformance(check: testing.Check, subject: testing.Subject) -> None:
-    assert subject.static is not None, "no static step"
+    assert subject.static is not None, "no static decode graph"
     check(subject)
 
 
 @pytest.mark.parametrize("subject", [pytest.param("llama", marks=pytest.mark.xdist_group("llama"))], indirect=True)
-def test_nodes_of_a_static_step(subject: testing.Subject) -> None:
-    """Each rotation is one node, keys and values are not repeated, and nothing is turned around one token."""
+def test_nodes_of_a_static_decode_graph(subject: testing.Subject) -> None:
+    """Each rotary embedding is one node, keys and values are not repeated, and one token needs no transposes."""
     graph = onnx.load(subject.artifacts["verify"].folder / STATIC_DECODE, load_external_data=False).graph
-    found, layers = Counter(node.op_type for node in graph.node), subject.eager.config.num_hidden_layers
-    assert found["RotaryEmbedding"] == 2 * layers
-    assert found["TensorScatter"] == 2 * layers
-    assert found["Neg"] == 0
-    assert found["Transpose"] <= layers + 1  # of keys, and of the logits
+    operators, layers = Counter(node.op_type for node in graph.node), subject.eager.config.num_hidden_layers
+    assert operators["RotaryEmbedding"] == 2 * layers
+    assert operators["TensorScatter"] == 2 * layers
+    assert operators["Neg"] == 0
+    assert operators["Transpose"] <= layers + 1  # of keys, and of the logits
     masks = [node for node in graph.node if node.op_type == "Expand" and "past_key_values" in "".join(node.input)]
     assert not masks
 
@@ -55,11 +55,13 @@ def test_nodes_of_a_static_step(subject: testing.Subject) -> None:
 @pytest.mark.parametrize(
     "subject", [pytest.param("phi3-longrope", marks=pytest.mark.xdist_group("phi3-longrope"))], indirect=True
 )
-def test_positions_that_are_rescaled_on_the_way(subject: testing.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From position 64 on, this model turns all keys otherwise: its class drops the caches there, and so do we."""
-    given = {"input_ids": subject.ids(2, 60)}
-    subject.assert_same_tokens(**given)
-    kind = type(subject.model)
-    monkeypatch.setattr(kind, PREPARE_INPUTS, vars(GenerationMixin)[PREPARE_INPUTS])
+def test_positions_that_are_rescaled_during_generation(
+    subject: testing.Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From position 64 on, this model rotates all keys differently, so its class and accel drop the caches there."""
+    inputs = {"input_ids": subject.ids(2, 60)}
+    subject.assert_same_tokens(**inputs)
+    model_class = type(subject.model)
+    monkeypatch.setattr(model_class, PREPARE_INPUTS, vars(GenerationMixin)[PREPARE_INPUTS])
     with pytest.raises(AssertionError):
-        subject.assert_same_tokens(**given)
+        subject.assert_same_tokens(**inputs)

@@ -1,4 +1,4 @@
-"""A model that FP16 breaks: blind FP16 is refused, the audited mix says the FP32 words."""
+"""A model that FP16 breaks: blanket FP16 fails verification, the precision plan gives FP32's tokens."""
 
 import json
 from pathlib import Path
@@ -16,11 +16,11 @@ from scripts.scaled_t5 import save, scaled_t5
 from tests.conftest import Build
 
 FP16 = ("precision=fp16",)
-WORDS = (*FP16, "model.references=heldout.tsv", "verify.unique_tokens=false")
+REFERENCES = (*FP16, "model.references=heldout.tsv", "verify.unique_tokens=false")
 
 
 def saved(folder: Path, factor: float, layers: int | None = None) -> Path:
-    """`folder`, with the checkpoint of a scaled T5 and the words."""
+    """Write the checkpoint of a scaled T5 and its references into `folder`, and return it."""
     with FileLock(f"{folder}.lock"):
         if not (folder / "heldout.tsv").is_file():
             save(folder, factor, layers)
@@ -29,13 +29,13 @@ def saved(folder: Path, factor: float, layers: int | None = None) -> Path:
 
 @pytest.fixture(scope="session", params=[(3e3, None), (1e6, 12)])
 def breaking(request: pytest.FixtureRequest, shared: Path) -> Path:
-    """The checkpoint of a T5 whose residual stream (3e3), or whose weights too, FP16 can't hold."""
+    """Checkpoint of a T5 whose residual stream (factor 3e3), or whose weights as well (1e6), exceed FP16's range."""
     factor, layers = request.param
     return saved(shared / f"scaled-{factor:.0e}-{layers}", factor, layers)
 
 
 def test_scaling_changes_nothing_in_fp32() -> None:
-    """The model is a fair test only if FP32 outputs don't depend on the factor."""
+    """FP32 outputs don't depend on the factor, without which the model would be no fair test."""
     ids = torch.arange(5, 17)[None]
     for layers in (None, 12):
         outputs = [scaled_t5(f, layers)(input_ids=ids, decoder_input_ids=ids[:, :5]).logits for f in (1.0, 3e3, 1e6)]
@@ -45,9 +45,9 @@ def test_scaling_changes_nothing_in_fp32() -> None:
 
 
 @pytest.mark.xdist_group("breaking")
-def test_blind_fp16_is_refused_and_the_audited_mix_passes(build: Build, breaking: Path) -> None:
-    """The audit finds what overflows; without its plan, the same emulated graph gives other numbers and is refused."""
-    _, artifacts = build(breaking, "verify", WORDS)
+def test_blanket_fp16_fails_and_the_precision_plan_passes(build: Build, breaking: Path) -> None:
+    """With the audit's plan verification passes; without it, the outputs of the emulated graph differ and it fails."""
+    _, artifacts = build(breaking, "verify", REFERENCES)
     verification = verification_of(artifacts["verify"].folder)
     assert verification is not None
     assert verification["execution"] == "emulated"
@@ -55,13 +55,13 @@ def test_blind_fp16_is_refused_and_the_audited_mix_passes(build: Build, breaking
     assert verification["identical"] == dict.fromkeys(("greedy", "beams", "sampling", "padded"), 1.0)
 
     with pytest.raises(VerificationError, match=r"verification of the bundle failed \(float16, emulated\)") as caught:
-        build(breaking, "verify", (*WORDS, "precision.plan=blanket"))
+        build(breaking, "verify", (*REFERENCES, "precision.plan=blanket"))
     assert caught.value.summary["worst_logits"] is None or caught.value.summary["worst_logits"] > 1
 
 
 @pytest.mark.xdist_group("breaking")
 def test_every_kept_node_has_its_reason(build: Build, breaking: Path) -> None:
-    """The plan names the rule, the value and the numbers; an overflow is one only if margin x largest passes 65504."""
+    """The plan names rule, value and magnitudes; an overflow is one only if margin x largest exceeds 65504."""
     _, artifacts = build(breaking, "audit", FP16)
     plans = json.loads((artifacts["audit"].folder / audit.PLAN).read_text())
     reasons = [reason for plan in plans.values() for reason in plan["nodes"].values()]
@@ -71,7 +71,7 @@ def test_every_kept_node_has_its_reason(build: Build, breaking: Path) -> None:
 
 
 def test_most_of_an_ordinary_model_is_fp16(build: Build, tiny: Path) -> None:
-    """Nodes, weight bytes and caches in FP16, every weight still stored once, at the type the plan gives it."""
+    """Nodes, weight bytes and caches are in FP16, and every weight is still stored once, in its type by the plan."""
     _, artifacts = build(tiny, "verify", FP16)
     shares = build(tiny, "convert", FP16)[1]["convert"].summary
     assert min(share["nodes"] for share in shares.values()) > 0.9
@@ -85,39 +85,40 @@ def test_most_of_an_ordinary_model_is_fp16(build: Build, tiny: Path) -> None:
 
 
 @pytest.mark.xdist_group("breaking")
-def test_what_the_rule_keeps_too_carefully_is_dropped(build: Build, shared: Path) -> None:
-    """A residual stream of a thousandth: most norms may lose digits, some may not, and words are spelled as in FP32.
+def test_trials_drop_nodes_that_the_rules_keep(build: Build, shared: Path) -> None:
+    """With a residual stream scaled by 1e-3, most norms may lose digits, some may not, and metrics are FP32's.
 
-    The graph is taken as exported, because a fused norm has nothing to keep. Without trials, all stay.
+    Norms are not fused here, because a fused norm has no values that the underflow rule would keep. Without trials, all
+    nodes stay in FP32.
     """
     folder = saved(shared / "scaled-1e-3-None", 1e-3)
-    plain = (*WORDS, "optimize.passes.fuse_norms=false")
-    _, made = build(folder, "[audit,verify]", plain)
-    sizes = made["audit"].summary["sizes"]
-    for component, plan in audit.read_plans(made["audit"].folder).items():
+    plain = (*REFERENCES, "optimize.passes.fuse_norms=false")
+    _, artifacts = build(folder, "[audit,verify]", plain)
+    sizes = artifacts["audit"].summary["sizes"]
+    for component, plan in audit.read_plans(artifacts["audit"].folder).items():
         kept = [reason for reason in plan.nodes.values() if reason.rule == "underflow"]
         assert 0 < len(kept) < len(plan.dropped), component
         assert {reason.rule for reason in plan.dropped.values()} == {"underflow"}
         before, after = sizes["by the rule"][component], sizes["with the fewest casts"][component]
         assert after["fp32_nodes"] <= before["fp32_nodes"] / 2
         assert after["casts"] <= before["casts"] / 2
-    metrics = made["verify"].summary["metrics"]
+    metrics = artifacts["verify"].summary["metrics"]
     for name, theirs in metrics["pytorch"].items():
         assert abs(metrics["ours"][name] - theirs) < 0.1
-    careful = build(folder, "audit", (*plain, "audit.trials=0"))[1]["audit"].summary["sizes"]
-    assert careful["with the fewest casts"] == sizes["by the rule"]
+    without_trials = build(folder, "audit", (*plain, "audit.trials=0"))[1]["audit"].summary["sizes"]
+    assert without_trials["with the fewest casts"] == sizes["by the rule"]
 
 
 def test_bfloat16_passes_by_emulation(build: Build) -> None:
-    """On the CPU, where the graph itself can't run: every value rounded to 8 bits, nothing overflows."""
-    given = ("precision=bf16", "model.references=heldout.tsv", "verify.unique_tokens=false")
-    _, made = build("accel://t5-g2p", "[convert,verify]", given)
-    assert made["verify"].summary["execution"] == "emulated"
-    assert min(made["verify"].summary["identical"][name] for name in ("greedy", "beams", "padded")) >= 0.75
-    assert 1e-3 < made["verify"].summary["worst_logits"] < 1
-    decoder = files.load(made["verify"].folder / "decoder_model_merged.onnx")
+    """On the CPU, which can't run the graph itself, the emulation with 8 significant bits passes."""
+    overrides = ("precision=bf16", "model.references=heldout.tsv", "verify.unique_tokens=false")
+    _, artifacts = build("accel://t5-g2p", "[convert,verify]", overrides)
+    assert artifacts["verify"].summary["execution"] == "emulated"
+    assert min(artifacts["verify"].summary["identical"][name] for name in ("greedy", "beams", "padded")) >= 0.75
+    assert 1e-3 < artifacts["verify"].summary["worst_logits"] < 1
+    decoder = files.load(artifacts["verify"].folder / "decoder_model_merged.onnx")
     types = {value.dtype.name for value in decoder.graph.inputs if value.dtype}
     assert types == {"INT64", "BOOL", "BFLOAT16"}
-    assert min(mix["nodes"] for mix in made["convert"].summary.values()) > 0.9
+    assert min(mix["nodes"] for mix in artifacts["convert"].summary.values()) > 0.9
     with pytest.raises(AccelError, match=r"CPUExecutionProvider can't run this graph: .*Try another precision"):
-        load(made["verify"].folder, runtime="cpu")
+        load(artifacts["verify"].folder, runtime="cpu")

@@ -1,4 +1,4 @@
-"""Trained weights of other people, from folders that two environment variables name; skipped without them.
+"""Published trained weights, from folders that two environment variables name; skipped without them.
 
 `ACCEL_TEST_LLAMA`: SmolLM2-135M-Instruct, or another small Llama with a chat template. `ACCEL_TEST_WHISPER`:
 whisper-tiny.en, or another small Whisper.
@@ -24,7 +24,7 @@ from accel.pipeline.runner import Pipeline
 from accel.pipeline.store import Artifact
 from accel.stages import verify
 from tests.conftest import Build
-from tests.stages.test_faults import FAULTS, Case, refused
+from tests.stages.test_faults import FAULTS, Case, assert_fault_is_found
 
 LLAMA, WHISPER = "ACCEL_TEST_LLAMA", "ACCEL_TEST_WHISPER"
 TRAINED = ("verify.unique_tokens=false",)
@@ -33,10 +33,11 @@ pytestmark = [pytest.mark.weights, pytest.mark.slow, pytest.mark.xdist_group("tr
 
 
 def folder(variable: str) -> Path:
-    found = Path(os.environ.get(variable, ""))
-    if not (found / "config.json").is_file():
+    """Return the folder that an environment variable names; skip the test without one."""
+    path = Path(os.environ.get(variable, ""))
+    if not (path / "config.json").is_file():
         pytest.skip(f"{variable} names no folder with a model")
-    return found
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +49,14 @@ def llama(build: Build) -> Case:
 
 @pytest.fixture(scope="module")
 def models(llama: Case) -> Iterator[tuple[Any, AcceleratedModel]]:
-    """PyTorch's and ours."""
+    """PyTorch's model and accel's."""
     eager = AutoModelForCausalLM.from_pretrained(folder(LLAMA), dtype=torch.float32, attn_implementation="eager")
     with load(llama.inputs["verify"].folder, runtime="cpu") as ours:
         yield eager.eval(), ours
 
 
 def test_a_trained_llama_passes(llama: Case) -> None:
-    """In FP32: all tokens equal, asked with text of its own and of the page; both errors are in the verdict."""
+    """In FP32 all tokens are equal, on generated chats and on passages, and the result has both errors."""
     verification = verification_of(llama.inputs["verify"].folder)
     assert verification is not None
     assert set(verification["identical"].values()) == {1.0}
@@ -65,11 +66,11 @@ def test_a_trained_llama_passes(llama: Case) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_a_trained_llama_is_found(llama: Case, fault: str, tmp_path: Path) -> None:
-    refused(llama, fault, tmp_path)
+    assert_fault_is_found(llama, fault, tmp_path)
 
 
 def chats(count: int) -> dict[str, torch.Tensor]:
-    """Questions in the chat template, padded on the left."""
+    """Return questions in the chat template, padded on the left, [count, length]."""
     tokenizer = texts.load_tokenizer(folder(LLAMA))
     assert tokenizer is not None
     return texts.encode(tokenizer, sample_lines("questions.txt")[:count], chat=True)
@@ -92,11 +93,11 @@ def test_chats(models: tuple[Any, AcceleratedModel], rows: int, options: dict[st
     assert len(set(found[0].tolist())) > 20
 
 
-def test_a_static_cache_that_is_passed_in(models: tuple[Any, AcceleratedModel]) -> None:
-    given, results = chats(3), []
+def test_static_cache_from_the_caller(models: tuple[Any, AcceleratedModel]) -> None:
+    inputs, results = chats(3), []
     for model in models:
-        cache = StaticCache(models[0].config, max_cache_len=given["input_ids"].shape[1] + 30)
-        results.append(model.generate(**given, do_sample=False, max_new_tokens=30, past_key_values=cache))
+        cache = StaticCache(models[0].config, max_cache_len=inputs["input_ids"].shape[1] + 30)
+        results.append(model.generate(**inputs, do_sample=False, max_new_tokens=30, past_key_values=cache))
     assert torch.equal(*results)
 
 
@@ -106,20 +107,20 @@ def whisper(build: Build) -> Artifact:
 
 
 def test_speech(whisper: Artifact, tmp_path: Path) -> None:
-    """A spoken sentence becomes the text that PyTorch writes, and much of it is right."""
+    """The transcript of a spoken sentence is PyTorch's, and most of it is right."""
     if (espeak := shutil.which("espeak-ng")) is None:
         pytest.skip("needs espeak-ng")
-    said = "please open the window and close the door"
+    sentence = "please open the window and close the door"
     sound = tmp_path / "speech.wav"
-    subprocess.run([espeak, "-w", sound.with_suffix(".raw.wav"), "-s", "140", said], check=True)
+    subprocess.run([espeak, "-w", sound.with_suffix(".raw.wav"), "-s", "140", sentence], check=True)
     subprocess.run(["sox", sound.with_suffix(".raw.wav"), "-r", "16000", "-c", "1", sound], check=True)
     processor = AutoProcessor.from_pretrained(folder(WHISPER))
-    given = audio.encode(processor.feature_extractor, [audio.read(sound, 16_000)])
+    features = audio.encode(processor.feature_extractor, [audio.read(sound, 16_000)])
     eager = AutoModelForSpeechSeq2Seq.from_pretrained(folder(WHISPER), dtype=torch.float32).eval()
     with load(whisper.folder, runtime="cpu") as ours:
         expected, found = (
-            processor.batch_decode(one.generate(**given), skip_special_tokens=True) for one in (eager, ours)
+            processor.batch_decode(subject.generate(**features), skip_special_tokens=True) for subject in (eager, ours)
         )
     assert found == expected
-    heard = set(found[0].lower().replace(".", "").replace(",", "").split())
-    assert len(heard & set(said.split())) >= 5, found
+    transcribed = set(found[0].lower().replace(".", "").replace(",", "").split())
+    assert len(transcribed & set(sentence.split())) >= 5, found

@@ -1,4 +1,4 @@
-"""Our decoding loops say what transformers' own do, and go on after the end no longer than they promise."""
+"""accel's decoding loops generate the tokens of transformers' loops, and stop within the poll lag."""
 
 import logging
 from collections.abc import Iterator
@@ -9,13 +9,14 @@ import torch
 from transformers import AutoTokenizer, LogitsProcessorList, MaxTimeCriteria, TextStreamer
 
 from accel import testing
+from accel.models.cache import state_of
 from accel.models.decoding import stop_poller
-from accel.models.generation import AcceleratedModel, StateCache
+from accel.models.generation import AcceleratedModel
 from accel.models.loading import load
 from accel.testing import checks
 from tests.conftest import Build
 
-WORDS = ["speculative", "a", "photosynthesis", "immunex"]  # which end at different lengths
+TEXTS = ["speculative", "a", "photosynthesis", "immunex"]  # their outputs have different lengths
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "cut off": {"max_new_tokens": 4},
@@ -39,93 +40,98 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model(build: Build) -> Iterator[AcceleratedModel]:
-    """The embedded model: trained, so that its sequences end."""
+    """The embedded model: it is trained, so its sequences end."""
     with load(build("accel://t5-g2p", "verify")[1]["verify"].folder, runtime="cpu") as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def words(build: Build) -> dict[str, torch.Tensor]:
+def batch(build: Build) -> dict[str, torch.Tensor]:
+    """Padded inputs for `TEXTS`."""
     tokenizer = AutoTokenizer.from_pretrained(build("accel://t5-g2p", "merge")[1]["merge"].folder)
-    return dict(tokenizer(WORDS, padding=True, return_tensors="pt"))
+    return dict(tokenizer(TEXTS, padding=True, return_tensors="pt"))
 
 
-def both(model: AcceleratedModel, patch: pytest.MonkeyPatch, **given: Any) -> tuple[Any, Any]:
-    """What transformers' loop says over this model, and what ours does, from the same seed."""
+def generate_with_both_loops(
+    model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> tuple[Any, Any]:
+    """Return the results of transformers' loop and of accel's, over the same model and from the same seed."""
     torch.manual_seed(11)
-    with patch.context() as theirs:
-        theirs.setattr(AcceleratedModel, "_supports", lambda *_: False)
-        expected = model.generate(**given)
+    with monkeypatch.context() as patch:
+        patch.setattr(AcceleratedModel, "_supports", lambda *_: False)
+        expected = model.generate(**options)
     torch.manual_seed(11)
-    return expected, model.generate(**given)
+    return expected, model.generate(**options)
 
 
-@pytest.mark.parametrize("late", [0, 5], ids=["at once", "late"])
+@pytest.mark.parametrize("lag", [0, 5], ids=["no lag", "lag"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_the_same_words(
+def test_tokens_are_equal(
     model: AcceleratedModel,
-    words: dict[str, torch.Tensor],
+    batch: dict[str, torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     options: dict[str, Any],
-    late: int,
+    lag: int,
 ) -> None:
-    """Tokens and padding are transformers', whether the end is noticed at once, as on a CPU, or later, as on a GPU."""
-    monkeypatch.setattr(stop_poller, "poll_lag", lambda device: late)
+    """Tokens and padding are transformers', without a poll lag, as on the CPU, and with one, as on a GPU."""
+    monkeypatch.setattr(stop_poller, "poll_lag", lambda device: lag)
     with caplog.at_level(logging.INFO, "accel.decoding"):
-        expected, found = both(model, monkeypatch, **words, **({"max_new_tokens": 40} | options))
+        expected, found = generate_with_both_loops(model, monkeypatch, **batch, **({"max_new_tokens": 40} | options))
     assert caplog.messages == ["decoding in accel"]
     assert torch.equal(found, expected), (found.tolist(), expected.tolist())
-    assert len({tuple(row) for row in found.tolist()}) >= len(WORDS)
+    assert len({tuple(row) for row in found.tolist()}) >= len(TEXTS)
 
 
-def test_lengths_differ(model: AcceleratedModel, words: dict[str, torch.Tensor]) -> None:
-    """What the comparison stands on: rows of one batch end at different tokens, well before the largest length."""
-    found = model.generate(**words, max_new_tokens=40)
+def test_lengths_differ(model: AcceleratedModel, batch: dict[str, torch.Tensor]) -> None:
+    """Rows of one batch end at different lengths below the limit, so that the other tests compare padding too."""
+    found = model.generate(**batch, max_new_tokens=40)
     lengths = (found != 0).sum(-1)
     assert len(set(lengths.tolist())) > 2
     assert found.shape[1] < 30
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_steps_in_vain(
+def test_decode_steps_after_the_end(
     model: AcceleratedModel,
-    words: dict[str, torch.Tensor],
+    batch: dict[str, torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
     options: dict[str, Any],
 ) -> None:
-    """As many steps after the end as the watch is late, and none where it isn't."""
-    decode, seen = model.runtime.decode, []
+    """As many decode steps as the poll lag run after the end."""
+    decode, lengths = model.runtime.decode, []
 
-    def counted(inputs: Any, state: Any) -> torch.Tensor:
-        seen.append(state.length)
+    def recorded_decode(inputs: Any, state: Any) -> torch.Tensor:
+        lengths.append(state.length)
         return decode(inputs, state)
 
-    monkeypatch.setattr(model.runtime, "decode", counted)
+    monkeypatch.setattr(model.runtime, "decode", recorded_decode)
     ends = []
-    for late in (None, 0, 5):
+    for lag in (None, 0, 5):  # None: transformers' loop
         with monkeypatch.context() as patch:
-            if late is None:
+            if lag is None:
                 patch.setattr(AcceleratedModel, "_supports", lambda *_: False)
-            patch.setattr(stop_poller, "poll_lag", lambda device, late=late: late)
-            model.generate(**words, max_new_tokens=60, **options)
-        ends.append(seen[-1])
+            patch.setattr(stop_poller, "poll_lag", lambda device, lag=lag: lag)
+            model.generate(**batch, max_new_tokens=60, **options)
+        ends.append(lengths[-1])
     assert ends == [ends[0], ends[0], ends[0] + 5]
 
 
-def test_a_state_to_go_on_from(
-    model: AcceleratedModel, words: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+def test_returned_caches(
+    model: AcceleratedModel, batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The caches that `generate` returns hold what was said, and not the tokens computed after the end."""
+    """The caches that `generate` returns hold the generated tokens, without those computed after the end."""
     monkeypatch.setattr(stop_poller, "poll_lag", lambda device: 5)
-    one = {name: value[:1] for name, value in words.items()}
-    expected, found = both(model, monkeypatch, **one, max_new_tokens=60, return_dict_in_generate=True)
+    first = {name: value[:1] for name, value in batch.items()}
+    expected, found = generate_with_both_loops(
+        model, monkeypatch, **first, max_new_tokens=60, return_dict_in_generate=True
+    )
     assert torch.equal(found.sequences, expected.sequences)
-    assert isinstance(found.past_key_values, StateCache)
+    ours_state, theirs_state = state_of(found.past_key_values), state_of(expected.past_key_values)
+    assert ours_state is not None
+    assert theirs_state is not None
     assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
-    for ours, theirs in zip(
-        found.past_key_values.state.views().values(), expected.past_key_values.state.views().values(), strict=True
-    ):
+    for ours, theirs in zip(ours_state.views().values(), theirs_state.views().values(), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -133,28 +139,28 @@ def test_a_state_to_go_on_from(
 def test_positions_of_a_decoder_only_model(
     gpt2: testing.Subject, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    """With a mask, without one, and with positions that the caller counts otherwise."""
-    plain = {"input_ids": gpt2.ids(2, 7)}
-    shifted = plain | {"attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    """Positions from a mask, without one, and given by the caller."""
+    without_mask = {"input_ids": gpt2.ids(2, 7)}
+    shifted = without_mask | {"attention_mask": torch.ones(2, 7, dtype=torch.int64)}
     shifted["position_ids"] = torch.arange(200, 207).repeat(2, 1)
-    results = []
-    for given in (gpt2.inputs(3), plain, shifted):
-        expected, found = both(gpt2.model, monkeypatch, **given, max_new_tokens=9, no_repeat_ngram_size=1, **options)
+    results, settings = [], {"max_new_tokens": 9, "no_repeat_ngram_size": 1, **options}
+    for inputs in (gpt2.inputs(3), without_mask, shifted):
+        expected, found = generate_with_both_loops(gpt2.model, monkeypatch, **inputs, **settings)
         assert torch.equal(found, expected)
         results.append(found[:, -9:].tolist())
     assert results[1] != results[2]
 
 
 def test_frequencies_of_samples(gpt2: testing.Subject) -> None:
-    """Temperature and top-k: 4,000 draws fall as often on each token as its probability says."""
-    draws, warm, kept = 4000, 1.7, 12
+    """Temperature and top-k: over 4,000 draws each token has the frequency that its probability predicts."""
+    draws, temperature, top_k = 4000, 1.7, 12
     ids = gpt2.ids(1, 7)
     with torch.no_grad():
-        logits = gpt2.eager(ids).logits[0, -1] / warm
-    logits[logits < logits.topk(kept).values[-1]] = -torch.inf
+        logits = gpt2.eager(ids).logits[0, -1] / temperature
+    logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
     expected = logits.softmax(-1)
     torch.manual_seed(3)
-    options = {"do_sample": True, "temperature": warm, "top_k": kept, "max_new_tokens": 1}
+    options = {"do_sample": True, "temperature": temperature, "top_k": top_k, "max_new_tokens": 1}
     found = gpt2.model.generate(ids, num_return_sequences=draws, **options)[:, -1]
     shares = found.bincount(minlength=len(expected)) / draws
     assert (expected > 0.01).sum() > 5
@@ -174,33 +180,33 @@ def test_frequencies_of_samples(gpt2: testing.Subject) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_left_to_transformers(
+def test_transformers_loops_are_used_where_needed(
     model: AcceleratedModel,
-    words: dict[str, torch.Tensor],
+    batch: dict[str, torch.Tensor],
     caplog: pytest.LogCaptureFixture,
     options: dict[str, Any],
     reason: str,
 ) -> None:
-    """A log line says what our loops don't know; the words come all the same."""
+    """A log line gives the reason why accel's loops weren't used, and the generation succeeds."""
     with caplog.at_level(logging.INFO, "accel.decoding"):
-        found = model.generate(**words, max_new_tokens=6, **options)
+        found = model.generate(**batch, max_new_tokens=6, **options)
     assert caplog.messages == [f"decoding in transformers: {reason}"]
-    assert len(getattr(found, "sequences", found)) == len(WORDS)
+    assert len(getattr(found, "sequences", found)) == len(TEXTS)
 
 
-def test_a_streamer_is_told_every_token(model: AcceleratedModel, words: dict[str, torch.Tensor]) -> None:
-    told: list[torch.Tensor] = []
+def test_streamer_gets_every_token(model: AcceleratedModel, batch: dict[str, torch.Tensor]) -> None:
+    streamed: list[torch.Tensor] = []
 
-    class Listening(TextStreamer):
+    class CollectingStreamer(TextStreamer):
         def __init__(self) -> None:
             pass
 
         def put(self, value: torch.Tensor) -> None:
-            told.append(value)
+            streamed.append(value)
 
         def end(self) -> None:
             pass
 
-    one = {name: value[:1] for name, value in words.items()}
-    found = model.generate(**one, max_new_tokens=9, streamer=Listening())
-    assert torch.cat([value.flatten() for value in told]).tolist() == found[0].tolist()
+    first = {name: value[:1] for name, value in batch.items()}
+    found = model.generate(**first, max_new_tokens=9, streamer=CollectingStreamer())
+    assert torch.cat([value.flatten() for value in streamed]).tolist() == found[0].tolist()

@@ -1,4 +1,4 @@
-"""`accel.load` is a library call: in any thread, inside any application, without what only building needs."""
+"""`accel.load` works in any thread and inside any application, and imports nothing that only `build` needs."""
 
 import json
 import subprocess
@@ -23,13 +23,14 @@ UNWANTED = (
 
 
 def tokens(folder: Path, **options: object) -> list[int]:
+    """Load a deployable with `options`, and return the ids that it generates."""
     with accel.load(folder, runtime="cpu", **options) as model:
         ids: list[int] = model.generate(IDS, max_new_tokens=8, no_repeat_ngram_size=1)[0].tolist()
     return ids
 
 
-def test_nothing_of_the_building_half_is_imported(deployable: Path) -> None:
-    """Neither Hydra nor what plots and rewrites graphs, which takes longer to import than a model to open."""
+def test_load_imports_no_build_packages(deployable: Path) -> None:
+    """Neither Hydra nor packages for plots and graph rewriting, which take longer to import than a model to open."""
     code = f"""
 import sys
 before = set(sys.modules)
@@ -40,12 +41,14 @@ print(*sorted(set(sys.modules) - before))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = done.stdout.split()
     assert "accel.models.loading" in imported
-    unwanted = [name for name in imported if any(name == one or name.startswith(f"{one}.") for one in UNWANTED)]
+    unwanted = [
+        name for name in imported if any(name == module or name.startswith(f"{module}.") for module in UNWANTED)
+    ]
     assert unwanted == []
 
 
 def test_inside_a_hydra_application(deployable: Path, tiny: Path, artifacts: Path, tmp_path: Path) -> None:
-    """Loading and building work there, and what the library logs goes where the application's log does."""
+    """Loading and building work there, and the library's messages go to the application's log."""
     (tmp_path / "config.yaml").write_text("folder: null\n")
     build = [str(tiny), overrides_for(tiny, artifacts)[2:]]
     (tmp_path / "application.py").write_text(
@@ -67,14 +70,14 @@ def test_inside_a_hydra_application(deployable: Path, tiny: Path, artifacts: Pat
 
 
 def test_in_threads(deployable: Path) -> None:
-    """Four at once, each with options of its own."""
+    """Four threads load at the same time, with different options."""
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda threads: tokens(deployable, threads=threads), (1, 2, 1, 2)))
     assert found == [tokens(deployable)] * 4
 
 
-def test_buckets_that_it_was_built_with(build: Build, tiny: Path) -> None:
-    """They are the default of a later `load`; an option replaces them."""
+def test_buckets_of_the_build_are_the_default(build: Build, tiny: Path) -> None:
+    """`load` uses the buckets that the deployable was built with, unless an option replaces them."""
     folder = build(tiny, "verify", ["runtime.buckets=[24,48]", "runtime.static=true"])[1]["verify"].folder
     with accel.load(folder, runtime="cpu") as model:
         assert model.runtime.buckets == [24, 48]
@@ -90,7 +93,7 @@ def test_reserved_names(deployable: Path, name: str) -> None:
         accel.load(deployable, **{name: "x"})
 
 
-def test_an_option_that_does_not_exist(deployable: Path) -> None:
+def test_unknown_option(deployable: Path) -> None:
     with pytest.raises(
         AccelError, match=r"unknown option of accel\.load\(runtime='cpu'\): 'thread'. Did you mean threads"
     ):
@@ -99,8 +102,8 @@ def test_an_option_that_does_not_exist(deployable: Path) -> None:
         accel.load(deployable, runtime="gpu")
 
 
-def test_a_folder_without_a_manifest(deployable: Path, tmp_path: Path) -> None:
-    """It is opened with the preset's own values."""
+def test_folder_without_a_manifest(deployable: Path, tmp_path: Path) -> None:
+    """A folder without a manifest is opened with the preset's own values."""
     for path in deployable.iterdir():
         if path.name != layout.MANIFEST:
             (tmp_path / path.name).symlink_to(path)

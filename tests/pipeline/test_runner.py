@@ -1,4 +1,4 @@
-"""Which stages run, on what they depend, and that a kill costs no more than the stage it hit."""
+"""Pipeline: which stages run, what their keys depend on, and resuming after a kill."""
 
 import importlib
 import os
@@ -31,34 +31,34 @@ AFTER_MERGE = ("merge", "verify", "generate", "benchmark", "profile")
 
 @cache
 def composed(tiny: Path, *overrides: str) -> Config:
-    """The settled config; composing takes a quarter of a second."""
+    """Return the composed configuration; cached, because composing takes a quarter of a second."""
     return compose(overrides_for(tiny, Path("unused"), *overrides))
 
 
 def pipeline(tiny: Path, root: Path, *overrides: str) -> Pipeline:
-    """A pipeline over the tiny checkpoint that has run nothing yet."""
+    """Return a pipeline over the tiny checkpoint that has run nothing yet."""
     config = replace(composed(tiny, *overrides), artifacts=str(root))
     return Pipeline(config, registry.build(config.architecture))
 
 
 def keys(tiny: Path, *overrides: str) -> dict[str, str]:
-    """Key of every stage."""
+    """Return the key of every stage."""
     config = composed(tiny, *overrides)
-    found = Pipeline(config, registry.build(config.architecture))
-    return {name: found.key(name) for name in (*HIDDEN, *STAGES)}
+    subject = Pipeline(config, registry.build(config.architecture))
+    return {name: subject.key(name) for name in (*HIDDEN, *STAGES)}
 
 
 def changed(tiny: Path, *overrides: str) -> set[str]:
-    """The stages whose key `overrides` change."""
+    """Return the stages whose key `overrides` change."""
     before, after = keys(tiny), keys(tiny, *overrides)
     return {name for name in before if before[name] != after[name]}
 
 
-# what is chosen
+# choice of stages
 
 
-def test_chosen_stages_come_in_their_order() -> None:
-    """`all`, one name or a list in any order: the stages run in the order of the pipeline."""
+def test_chosen_stages_are_ordered() -> None:
+    """`all`, one name or a list in any order gives stages in the order of the pipeline."""
     assert select_stages("all") == list(STAGES)
     assert select_stages("all", mixed=False) == [name for name in STAGES if name != "audit"]
     assert select_stages(["all", "audit"], mixed=False) == list(STAGES)
@@ -70,7 +70,7 @@ def test_chosen_stages_come_in_their_order() -> None:
 
 @pytest.mark.parametrize("stage", ["exports", ["export", "exports"], "checkpoint", "", None, 3, ["all", 1]])
 def test_unknown_stage_is_named_with_the_choices(stage: object) -> None:
-    """The message holds the value and every stage there is."""
+    """The message has the value and all stages."""
     with pytest.raises(AccelError) as caught:
         select_stages(stage)
     message = str(caught.value)
@@ -86,32 +86,32 @@ def test_all_inside_a_list_means_all() -> None:
     assert select_stages(["all"]) == list(STAGES)
 
 
-# what a stage may see
+# sections of a stage
 
 
-def test_only_resets_what_a_stage_did_not_declare() -> None:
-    """Of a config in which everything differs from its default, a stage sees its own sections and defaults."""
-    config = Config(artifacts="elsewhere", generate={"num_beams": 3})
+def test_undeclared_sections_are_reset() -> None:
+    """A stage gets its declared sections, and the defaults of all others."""
+    config = Config(artifacts="other", generate={"num_beams": 3})
     config.benchmark.source_length = 7
     config.merge.flag = "use_cache_branch"
     config.export.seed = 5
-    seen = restrict_config(config, ("merge",))
-    assert seen == Config(merge=config.merge)
+    restricted = restrict_config(config, ("merge",))
+    assert restricted == Config(merge=config.merge)
     assert restrict_config(config, ()) == Config()
     assert config.export.seed == 5
 
 
 def test_every_stage_declares_what_it_reads(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage runs with the config that its key is made of, and no other section reaches it."""
-    seen: dict[str, Config] = {}
-    toys(monkeypatch, lambda name, config, folder: seen.__setitem__(name, config))
+    """A stage runs with the sections that its key is made of, and no others."""
+    configs: dict[str, Config] = {}
+    use_stubs(monkeypatch, lambda name, config, folder: configs.__setitem__(name, config))
     subject = pipeline(tiny, tmp_path, "benchmark.source_length=9", "export.seed=4", "+generate.num_beams=2")
     subject.run(select_stages("all"))
-    assert set(seen) >= set(STAGES)
-    for name, config in seen.items():
+    assert set(configs) >= set(STAGES)
+    for name, config in configs.items():
         assert config == restrict_config(subject.config, load_stage(name).sections)
-    assert seen["merge"].benchmark == Config().benchmark
-    assert seen["merge"].generate == {}
+    assert configs["merge"].benchmark == Config().benchmark
+    assert configs["merge"].generate == {}
 
 
 # keys
@@ -129,17 +129,17 @@ def test_every_stage_declares_what_it_reads(tiny: Path, tmp_path: Path, monkeypa
         "+generate.max_new_tokens=99",
         "+generate.num_beams=3",
         "+generate.text=word",
-        "artifacts=elsewhere",
+        "artifacts=other",
         "stage=merge",
     ],
 )
-def test_lengths_and_beams_are_in_no_key_before_generate(tiny: Path, override: str) -> None:
-    """So that a sweep over them exports, merges and verifies once."""
+def test_generation_options_change_no_key_before_generate(tiny: Path, override: str) -> None:
+    """A sweep over lengths and beams exports, merges and verifies once."""
     assert changed(tiny, override) & set(BEFORE_GENERATE) == set()
 
 
 @pytest.mark.parametrize(
-    ("override", "made_anew", "kept"),
+    ("override", "rerun", "kept"),
     [
         ("benchmark.new_tokens=99", {"benchmark"}, {"generate", "profile"}),
         ("profile.new_tokens=99", {"profile"}, {"generate", "benchmark"}),
@@ -156,15 +156,15 @@ def test_lengths_and_beams_are_in_no_key_before_generate(tiny: Path, override: s
         ("verify.max_metric_loss=5", {"verify"}, {"reference", "merge"}),
     ],
 )
-def test_a_value_reaches_the_stages_that_use_it(tiny: Path, override: str, made_anew: set[str], kept: set[str]) -> None:
-    """Every stage downstream of a changed value is made anew, and none upstream."""
+def test_stages_that_a_value_changes(tiny: Path, override: str, rerun: set[str], kept: set[str]) -> None:
+    """A changed value changes the keys of the stages that use it and of those downstream, not of those upstream."""
     found = changed(tiny, override)
-    assert made_anew <= found
+    assert rerun <= found
     assert not kept & found
 
 
 def test_keys_depend_on_the_weights(tiny: Path, tmp_path: Path) -> None:
-    """One bit of the checkpoint more or less makes everything anew; the folder's name makes nothing anew."""
+    """One changed bit of the checkpoint changes all keys; the folder's name changes none."""
     copy = tmp_path / "copy"
     shutil.copytree(tiny, copy)
     before, moved = keys(tiny), keys(copy)
@@ -179,7 +179,7 @@ def test_keys_depend_on_the_weights(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_keys_depend_on_the_adapter_and_the_packages(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another adapter source, or another version of a package that a stage uses, is another artifact."""
+    """Another adapter source, or another version of a package that a stage uses, changes its key."""
     before = keys(tiny)
     with monkeypatch.context() as patch:
         patch.setattr(module, "adapter_source", lambda config, adapter: "other source")
@@ -191,7 +191,7 @@ def test_keys_depend_on_the_adapter_and_the_packages(tiny: Path, monkeypatch: py
 
 
 def test_keys_depend_on_the_code_of_a_stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its own module's and that of every module it leads to; a docstring or a comment changes nothing."""
+    """A change of its module or of any module it imports changes the key; a docstring or comment doesn't."""
     real, changed = source._path, {"accel.graph.files": "x = 1\n"}
     before = {name: source.stage_source(name) for name in STAGES}
 
@@ -214,7 +214,7 @@ def test_keys_depend_on_the_code_of_a_stage(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_keys_depend_on_the_wrapper_that_a_yaml_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrapper's code counts as the adapter's own does, and so does the code of a class that was typed in."""
+    """A wrapper's code is part of the key, as the adapter's own is."""
     file = tmp_path / "some_wrapper.py"
     file.write_text("class Decoder: ...\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -228,8 +228,8 @@ def test_keys_depend_on_the_wrapper_that_a_yaml_names(tmp_path: Path, monkeypatc
     assert before != source.adapter_source(target, adapter)
 
 
-def test_keys_depend_on_code_that_was_typed_in() -> None:
-    """A class of a notebook has no file: what its functions were compiled to counts."""
+def test_keys_depend_on_code_without_a_file() -> None:
+    """A notebook's class has no file, so the bytecode of its functions is part of the key."""
     hashes = set()
     for number in (1, 1, 2):
         space: dict[str, Any] = {"__name__": "__main__", "Causal": importlib.import_module(CAUSAL).Causal}
@@ -238,13 +238,13 @@ def test_keys_depend_on_code_that_was_typed_in() -> None:
     assert len(hashes) == 2
 
 
-# toy stages: the real ones' names, inputs and sections, and next to no work
+# stub stages: the real ones' names, inputs and sections, but hardly any work
 
 
-def toys(monkeypatch: pytest.MonkeyPatch, work: Callable[[str, Config, Path], Any]) -> None:
-    """Let every stage of a pipeline call `work(name, config, folder)` and write one file."""
+def use_stubs(monkeypatch: pytest.MonkeyPatch, work: Callable[[str, Config, Path], Any]) -> None:
+    """Replace every stage by a stub that calls `work(name, config, folder)` and writes two files."""
 
-    def toy(name: str) -> Stage:
+    def stub(name: str) -> Stage:
         def run(config: Config, inputs: Mapping[str, Artifact], architecture: Any, out: Path) -> Mapping[str, Any]:
             for upstream in inputs.values():
                 assert (upstream.folder / "made").exists() or upstream.manifest.stage == "checkpoint"
@@ -255,13 +255,13 @@ def toys(monkeypatch: pytest.MonkeyPatch, work: Callable[[str, Config, Path], An
 
         return replace(load_stage(name), run=run)
 
-    known = {name: toy(name) for name in (*HIDDEN, *STAGES)}
-    monkeypatch.setattr(Pipeline, "stage", lambda self, name: known[name])
+    stubs = {name: stub(name) for name in (*HIDDEN, *STAGES)}
+    monkeypatch.setattr(Pipeline, "stage", lambda self, name: stubs[name])
     monkeypatch.setattr(host_memory, "release", lambda: None)  # collecting garbage takes longer than these stages
 
 
 def order_of_all(tiny: Path, root: Path) -> list[str]:
-    """The order in which a fresh `stage=all` makes its artifacts."""
+    """Run `stage=all` in an empty folder, and return the stages in the order in which they ran."""
     fresh = pipeline(tiny, root)
     fresh.run(select_stages("all"))
     return fresh.built
@@ -273,7 +273,7 @@ def killed_at(victim: str, tiny: Path, root: Path) -> int:
     if child == 0:
         try:
             with pytest.MonkeyPatch.context() as patch:
-                toys(patch, lambda name, *_: os.kill(os.getpid(), signal.SIGKILL) if name == victim else None)
+                use_stubs(patch, lambda name, *_: os.kill(os.getpid(), signal.SIGKILL) if name == victim else None)
                 pipeline(tiny, root).run(select_stages("all"))
         finally:
             os._exit(1)
@@ -281,8 +281,8 @@ def killed_at(victim: str, tiny: Path, root: Path) -> int:
 
 
 def test_kill_at_every_stage(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in any stage, the next run finishes and repeats nothing that was finished."""
-    toys(monkeypatch, lambda *_: None)
+    """After a kill in any stage, the next run finishes and repeats no finished stage."""
+    use_stubs(monkeypatch, lambda *_: None)
     order = order_of_all(tiny, tmp_path / "whole")
     assert set(STAGES) <= set(order)
     for position, victim in enumerate(order):
@@ -298,11 +298,11 @@ def test_kill_at_every_stage(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_stage_alone_makes_or_reuses_what_it_needs(
+def test_single_stage_runs_or_reuses_its_inputs(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Alone on an empty store it makes what it needs and no more; after those it makes itself alone."""
-    toys(monkeypatch, lambda *_: None)
+    """A stage runs the stages that it depends on and no others; where their artifacts exist, it runs alone."""
+    use_stubs(monkeypatch, lambda *_: None)
     fresh = pipeline(tiny, tmp_path / "a")
     fresh.run([name])
     assert set(fresh.built) == {name} | fresh._upstream(name) - {"checkpoint"}
@@ -314,11 +314,9 @@ def test_stage_alone_makes_or_reuses_what_it_needs(
     assert second.built == [name]
 
 
-def test_nothing_is_made_from_deleted_intermediates(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the deployable at hand, deleted intermediates are not made again, not even by stages after it."""
-    toys(monkeypatch, lambda *_: None)
+def test_deleted_intermediates_are_not_made_again(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the deployable exists, deleted intermediates are not made again, not even by later stages."""
+    use_stubs(monkeypatch, lambda *_: None)
     order_of_all(tiny, tmp_path)
     for name in ("export", "optimize", "audit", "convert", "merge", "reference", "generate"):
         for folder in tmp_path.glob(f"*/{name}-*"):
@@ -331,8 +329,8 @@ def test_nothing_is_made_from_deleted_intermediates(
 def test_damaged_intermediate_is_made_again_when_needed(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A damaged export is rebuilt when merge must be, and what hangs on it by key alone stays."""
-    toys(monkeypatch, lambda *_: None)
+    """A damaged input is made again when a stage that reads it must run; later artifacts stay."""
+    use_stubs(monkeypatch, lambda *_: None)
     order_of_all(tiny, tmp_path)
     (merge,) = tmp_path.glob("*/merge-*[!k]")
     (convert,) = tmp_path.glob("*/convert-*[!k]")
@@ -343,9 +341,9 @@ def test_damaged_intermediate_is_made_again_when_needed(
     assert second.built == ["convert", "merge"]
 
 
-def test_the_folder_that_a_run_names_is_undamaged(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flipped byte in the deployable of a finished run: named, and made again, though nothing else needs it."""
-    toys(monkeypatch, lambda *_: None)
+def test_damaged_result_is_made_again(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged deployable of a finished run is made again, though no other stage needs it."""
+    use_stubs(monkeypatch, lambda *_: None)
     order_of_all(tiny, tmp_path)
     (verify,) = tmp_path.glob("*/verify-*[!k]")
     (verify / "made").write_text("broken")
@@ -360,7 +358,7 @@ def test_the_folder_that_a_run_names_is_undamaged(tiny: Path, tmp_path: Path, mo
 
 @pytest.fixture
 def copied(build: Build, tiny: Path, artifacts: Path, tmp_path: Path) -> Path:
-    """A copy of the artifacts that lead to the tiny model's deployable."""
+    """Copy of all artifacts up to the tiny model's deployable."""
     config, _ = build(tiny, "[export,optimize,audit,convert,merge,verify]")
     subject = Pipeline(config, registry.build(config.architecture))
     for name in (*HIDDEN, *STAGES[: STAGES.index("generate")]):
@@ -371,7 +369,7 @@ def copied(build: Build, tiny: Path, artifacts: Path, tmp_path: Path) -> Path:
 
 
 def test_verified_without_its_intermediates(copied: Path, tiny: Path) -> None:
-    """The deployable of a real run is reused after everything that led to it was deleted."""
+    """The deployable of a real run is reused after its intermediates were deleted."""
     for name in ("export", "optimize", "audit", "convert", "merge", "reference"):
         for folder in copied.glob(f"*/{name}-*"):
             shutil.rmtree(folder)
@@ -382,7 +380,7 @@ def test_verified_without_its_intermediates(copied: Path, tiny: Path) -> None:
 
 
 def test_real_stages_resume(copied: Path, tiny: Path) -> None:
-    """Without optimize's and later artifacts, a run makes those from the export that is there, to the same bytes."""
+    """Without optimize's and later artifacts, a run makes them from the existing export, with identical bytes."""
     before = {path.name: path.read_bytes() for path in copied.glob("*/merge-*/*.onnx")}
     assert before
     for name in ("optimize", "audit", "convert", "merge", "verify"):

@@ -28,12 +28,12 @@ PARTS = st.dictionaries(NAMES, JSON, min_size=1, max_size=5)
 
 
 def build(store: Store, make: Callable[[Path], Mapping[str, Any]], stage: str = "toy", key: str = KEY) -> Artifact:
-    """An artifact made by `make`, without upstream, config or packages."""
+    """Build an artifact by `make`, without upstream, config or packages."""
     return store.build(stage, key, make, upstream={}, config={}, packages={})
 
 
 def write(folder: Path) -> Mapping[str, Any]:
-    """A stage that leaves two files, one in a folder of its own."""
+    """Stage that writes two files, one in a subfolder."""
     (folder / "weights.bin").write_bytes(bytes(range(256)))
     (folder / "below").mkdir()
     (folder / "below" / "notes.txt").write_text("made")
@@ -45,13 +45,13 @@ def write(folder: Path) -> Mapping[str, Any]:
 
 @given(PARTS)
 def test_key_does_not_depend_on_order(parts: dict[str, Any]) -> None:
-    """The same parts in another order are the same key."""
+    """The same parts in another order give the same key."""
     assert make_key(**dict(reversed(parts.items()))) == make_key(**parts)
 
 
 @given(PARTS, st.data())
 def test_key_depends_on_every_part(parts: dict[str, Any], data: st.DataObject) -> None:
-    """Another value, one part less or one more is another key."""
+    """Another value, one part less or one more gives another key."""
     key = make_key(**parts)
     name = data.draw(st.sampled_from(sorted(parts)))
     other = data.draw(JSON.filter(lambda value: repr(value) != repr(parts[name]) and value != parts[name]))
@@ -61,8 +61,8 @@ def test_key_depends_on_every_part(parts: dict[str, Any], data: st.DataObject) -
 
 
 @given(NAMES, NAMES)
-def test_key_tells_neighbours_apart(first: str, second: str) -> None:
-    """What moves from one part into the next changes the key: no simple concatenation."""
+def test_key_is_no_concatenation(first: str, second: str) -> None:
+    """Moving characters from one part into the next changes the key."""
     joined, apart = make_key(a=first + second, b=""), make_key(a=first, b=second)
     assert joined != apart
     assert make_key(a={"b": 1}) != make_key(a="b", b=1)
@@ -91,15 +91,15 @@ NUMBERS = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
         files=st.dictionaries(NAMES, RECORDS, max_size=3),
     )
 )
-def test_manifest_survives_the_disk(manifest: Manifest) -> None:
-    """What `dump` writes, `parse` reads back, equal in every field."""
+def test_manifest_roundtrip(manifest: Manifest) -> None:
+    """`parse` returns a manifest equal to the one that `dump` wrote."""
     assert Manifest.parse(manifest.dump()) == manifest
     assert Manifest.parse(Manifest.parse(manifest.dump()).dump()).dump() == manifest.dump()
 
 
 @given(st.text(max_size=40) | JSON.map(str))
-def test_no_manifest_is_an_error_find_knows(text: str) -> None:
-    """Text that is no manifest raises one of the errors that `Store.find` takes for damage."""
+def test_invalid_manifest(text: str) -> None:
+    """Text that is no manifest raises one of the errors that `Store.find` treats as damage."""
     with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
         Manifest.parse(text)
 
@@ -108,7 +108,7 @@ def test_no_manifest_is_an_error_find_knows(text: str) -> None:
 
 
 def test_build_then_find(tmp_path: Path) -> None:
-    """What was built is found, with its summary, the size and hash of each file, and the cost of making it."""
+    """A built artifact is found, with its summary, the size and hash of each file, and the cost of making it."""
     store = Store(tmp_path, "model")
     assert store.find("toy", KEY) is None
     made = build(store, write)
@@ -123,11 +123,12 @@ def test_build_then_find(tmp_path: Path) -> None:
 
 
 def never(folder: Path) -> Mapping[str, Any]:
+    """Stage that must not run."""
     raise AssertionError("made again")
 
 
 def flip(path: Path) -> None:
-    """Another byte, the same size."""
+    """Change one byte of a file."""
     content = bytearray(path.read_bytes())
     content[7] ^= 1
     path.write_bytes(content)
@@ -144,12 +145,12 @@ def flip(path: Path) -> None:
         (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), ""),
         (lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace(KEY, "0" * 64)), "key"),
     ],
-    ids=["flipped bit", "cut", "missing", "half a manifest", "no manifest's form", "not UTF-8", "another key"],
+    ids=["flipped bit", "cut", "missing", "half a manifest", "not a manifest", "not UTF-8", "another key"],
 )
 def test_damage_is_named_and_rebuilt(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], Any], named: str
 ) -> None:
-    """A damaged artifact is never used: a warning names the file, and the next build makes it anew."""
+    """A damaged artifact is never used: a warning names the file, and the next build makes it again."""
     store = Store(tmp_path, "model")
     folder = build(store, write).folder
     harm(folder)
@@ -162,8 +163,8 @@ def test_damage_is_named_and_rebuilt(
     assert build(store, never).key == KEY
 
 
-def test_folder_without_manifest_does_not_exist(tmp_path: Path) -> None:
-    """It is neither found nor kept: what lay in it is not part of what is built."""
+def test_folder_without_manifest_is_ignored(tmp_path: Path) -> None:
+    """It is not found, and its files aren't part of the artifact that is built."""
     store = Store(tmp_path, "model")
     folder = store.path("toy", KEY)
     folder.mkdir(parents=True)
@@ -189,7 +190,7 @@ def test_failed_stage_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_stale_temporaries_are_removed(tmp_path: Path) -> None:
-    """What a killed run left beside the artifact goes with the next build of it; that of other artifacts stays."""
+    """A build removes temporary folders that a killed run left for this artifact, not those of others."""
     store = Store(tmp_path, "model")
     stale = store.path("toy", KEY).with_name(f"toy-{KEY[:12]}.tmp99999")
     other = store.path("toy", KEY).with_name("toy-000000000000.tmp99999")
@@ -201,16 +202,16 @@ def test_stale_temporaries_are_removed(tmp_path: Path) -> None:
     assert other.exists()
 
 
-def test_unwritable_folder_is_an_error_that_names_it(tmp_path: Path) -> None:
-    """A folder that can't be made or written is one message, not a traceback from the depths."""
+def test_unwritable_folder(tmp_path: Path) -> None:
+    """A folder that can't be made or written is reported by name."""
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(AccelError, match=r"can't write.*file"):
         build(Store(tmp_path / "file", "model"), write)
 
 
 @pytest.mark.parametrize("error", [28, 30], ids=["full", "read-only"])
-def test_full_disk_in_mid_stage(tmp_path: Path, error: int) -> None:
-    """A disk that fills up, or turns read-only, while a stage writes is a message that names the folder."""
+def test_disk_error_during_a_stage(tmp_path: Path, error: int) -> None:
+    """The message of a disk that becomes full or read-only while a stage writes names the folder."""
 
     def fill(folder: Path) -> Mapping[str, Any]:
         raise OSError(error, os.strerror(error), str(folder / "weights.bin"))
@@ -225,7 +226,7 @@ def test_full_disk_in_mid_stage(tmp_path: Path, error: int) -> None:
 
 
 def slow(folder: Path) -> Mapping[str, Any]:
-    """Long enough that the others meet it at work; a second maker at the same time would be seen in the log."""
+    """Stage that takes long enough for the processes to overlap; its log shows whether two ran at the same time."""
     log = folder.parents[1] / "log"
     with open(log, "a") as file:
         file.write(f"start {os.getpid()}\n")
@@ -237,11 +238,13 @@ def slow(folder: Path) -> Mapping[str, Any]:
 
 
 def make_slow(root: str, key: str) -> None:
+    """Build the slow artifact, and check it."""
     artifact = build(Store(Path(root), "model"), slow, key=key)
     artifact.check()
 
 
 def hang(folder: Path) -> Mapping[str, Any]:
+    """Stage that starts and doesn't end within the test."""
     (folder / "half").write_text("x")
     (folder.parents[1] / "started").write_text("")
     time.sleep(60)
@@ -249,11 +252,12 @@ def hang(folder: Path) -> Mapping[str, Any]:
 
 
 def make_hanging(root: str) -> None:
+    """Build the artifact that doesn't end."""
     build(Store(Path(root), "model"), hang)
 
 
-def test_two_processes_build_once(tmp_path: Path) -> None:
-    """Three processes that want the same artifact take turns: one makes it, the others find it whole."""
+def test_three_processes_build_once(tmp_path: Path) -> None:
+    """Of three processes that need the same artifact, one makes it and the others find it complete."""
     processes = [SPAWN.Process(target=make_slow, args=(str(tmp_path), KEY)) for _ in range(3)]
     for process in processes:
         process.start()
@@ -267,7 +271,7 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
 
 
 def test_kill_releases_the_lock(tmp_path: Path) -> None:
-    """After `kill -9` in mid-stage the next run takes over at once, and nothing of the dead one is left."""
+    """After `kill -9` during a stage, the next run builds without waiting and removes the killed run's files."""
     process = SPAWN.Process(target=make_hanging, args=(str(tmp_path),))
     process.start()
     deadline = time.monotonic() + 60
@@ -288,11 +292,13 @@ def test_kill_releases_the_lock(tmp_path: Path) -> None:
 
 
 def test_damage_repaired_meanwhile_is_not_removed(tmp_path: Path) -> None:
-    """Another run rebuilds a damaged artifact while this one waits for its lock: the new one must stay."""
+    """An artifact that another run rebuilds while this one waits for its lock is kept."""
     folder = build(Store(tmp_path, "model"), write).folder
     flip(folder / "weights.bin")
 
     class Racing(Store):
+        """Store in which another process repairs the artifact before the lock is acquired."""
+
         @contextmanager
         def _locked(self, folder: Path) -> Iterator[None]:
             with super()._locked(folder):

@@ -1,4 +1,4 @@
-"""Works from an editable install and from a built wheel, in another directory, in fresh virtual environments."""
+"""accel works as an editable install and from a wheel, in another directory, in new virtual environments."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
 
 def run(*command: object, folder: Path = ROOT) -> str:
-    """The command's output; its error output is shown when it fails."""
+    """Run a command, and return its output; fail with its error output."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
@@ -23,7 +23,7 @@ def run(*command: object, folder: Path = ROOT) -> str:
 
 
 def fresh(folder: Path) -> Path:
-    """A virtual environment that sees this one's packages through a .pth file, but not an installed accel."""
+    """Make a virtual environment with this one's packages except accel, and return its Python."""
     venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     borrowed = folder / "borrowed"
@@ -35,13 +35,13 @@ def fresh(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def install(python: Path, *what: object) -> None:
-    """Without dependencies and without a build environment, so without any download."""
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", *what)
+def install(python: Path, *requirements: object) -> None:
+    """Install without dependencies and build isolation, so without any download."""
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", *requirements)
 
 
 def source(folder: Path) -> Path:
-    """A copy of the files that git tracks or would track, so that a build leaves nothing in the checkout."""
+    """Copy the files that git tracks or would track, so that a build writes nothing into the checkout."""
     listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard")
     for line in listed.splitlines():
         if (ROOT / line).is_file():
@@ -58,18 +58,18 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel that `python -m build` makes."""
+    """Wheel made by `python -m build`."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, folder=checkout)
-    (made,) = out.glob("*.whl")
-    return made
+    (wheel,) = out.glob("*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="module", params=["wheel", "editable"])
 def python(
     request: pytest.FixtureRequest, checkout: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """An environment with accel in it, and the folder that accel must come from."""
+    """Python with accel installed, and the folder that accel must be imported from."""
     folder = tmp_path_factory.mktemp(request.param)
     executable = fresh(folder / "venv")
     if request.param == "wheel":
@@ -79,20 +79,20 @@ def python(
     return executable, checkout
 
 
-def test_wheel_holds_what_the_checkout_holds(wheel: Path) -> None:
-    """Configuration, adapters, the embedded model's files and the marker for type checkers; no tests, no scripts."""
-    held = set(zipfile.ZipFile(wheel).namelist())
+def test_wheel_contents(wheel: Path) -> None:
+    """The wheel has configuration, adapters, the embedded model and `py.typed`, but no tests and no scripts."""
+    files = set(zipfile.ZipFile(wheel).namelist())
     tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "accel", "conf", "architectures")
-    places = {"accel/": "accel/", "conf/": "accel/conf/", "architectures/": "accel/architectures/"}
+    prefixes = {"accel/": "accel/", "conf/": "accel/conf/", "architectures/": "accel/architectures/"}
     for line in tracked.splitlines():
-        start = next(start for start in places if line.startswith(start))
-        assert places[start] + line.removeprefix(start) in held, line
-    assert {"accel/conf/config.yaml", "accel/architectures/seq2seq.py", "accel/py.typed"} <= held
-    assert not [entry for entry in held if entry.startswith(("tests", "scripts", "conf/", "architectures/"))]
+        start = next(start for start in prefixes if line.startswith(start))
+        assert prefixes[start] + line.removeprefix(start) in files, line
+    assert {"accel/conf/config.yaml", "accel/architectures/seq2seq.py", "accel/py.typed"} <= files
+    assert not [entry for entry in files if entry.startswith(("tests", "scripts", "conf/", "architectures/"))]
 
 
-def test_wheel_says_what_it_needs(wheel: Path) -> None:
-    """Name, licence, extras and the console script stand in the metadata."""
+def test_wheel_metadata(wheel: Path) -> None:
+    """The metadata has name, licence, extras and the console script."""
     archive = zipfile.ZipFile(wheel)
     (metadata,) = [entry for entry in archive.namelist() if entry.endswith(".dist-info/METADATA")]
     text = archive.read(metadata).decode()
@@ -105,7 +105,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
 
 
 def test_help_and_configuration(python: tuple[Path, Path], tmp_path: Path) -> None:
-    """`--help` and `--cfg job` by module and by console script, in a folder that isn't the checkout."""
+    """`--help` and `--cfg job` work as module and console script, in a folder that isn't the checkout."""
     executable, _ = python
     shown = run(executable, "-m", "accel", "--help", folder=tmp_path)
     assert "t5-large" in shown
@@ -115,7 +115,7 @@ def test_help_and_configuration(python: tuple[Path, Path], tmp_path: Path) -> No
 
 
 def test_code_comes_from_the_installation(python: tuple[Path, Path], tiny: Path, tmp_path: Path) -> None:
-    """Package, configuration and adapters are those installed, and with them a configuration settles."""
+    """Package, configuration and adapters are the installed ones, and a configuration composes with them."""
     executable, home = python
     code = (
         "import accel, accel.conf, accel.architectures.seq2seq as adapter\n"
@@ -131,8 +131,8 @@ def test_code_comes_from_the_installation(python: tuple[Path, Path], tiny: Path,
         assert Path(line).resolve().is_relative_to(home.resolve())
 
 
-def test_bad_input_ends_with_two(python: tuple[Path, Path], tmp_path: Path) -> None:
-    """Installed as in the checkout: an unknown model is refused with the choices, and nothing is written."""
+def test_invalid_input_exits_with_two(python: tuple[Path, Path], tmp_path: Path) -> None:
+    """An unknown model is refused with the choices, and nothing is written."""
     executable, _ = python
     done = subprocess.run([executable, "-m", "accel", "model=nothing"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2

@@ -1,9 +1,9 @@
 """Every command in README.md and docs/precision.md runs.
 
 Fenced blocks marked `bash` or `python` are run in order of appearance, in one folder, with the artifacts of this run.
-An HTML comment on the line before a block changes that: `<!-- test: needs hub -->` or `<!-- test: needs gpu -->`
-leaves it to a machine that has one, `<!-- test: tests -->` is the test run itself, which can't run within itself, and
-`<!-- test: installs -->` is run by `.ci/run` on a clean clone, `<!-- test: large -->` takes a quarter of an hour.
+A block is skipped if an HTML comment before it says so: `<!-- test: needs hub -->`, `<!-- test: needs gpu -->`,
+`<!-- test: tests -->` for the test run itself, `<!-- test: installs -->` for what `.ci/run` does in a clean clone, and
+`<!-- test: large -->` for what takes a quarter of an hour.
 """
 
 import os
@@ -27,7 +27,7 @@ SKIPPED = {"needs hub", "needs gpu", "installs", "tests", "large"}
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: where it stands, its language, its code and what the comment before it says."""
+    """Fenced block: its line, language and code, and the mark in the comment before it."""
 
     line: int
     kind: str
@@ -36,10 +36,10 @@ class Block:
 
 
 def blocks(text: str) -> list[Block]:
-    """The blocks to run, in order."""
+    """Return the `bash` and `python` blocks of a page, in order."""
     return [
-        Block(text[: found.start("code")].count("\n") + 1, found["kind"], found["code"], found["mark"])
-        for found in BLOCK.finditer(text)
+        Block(text[: match.start("code")].count("\n") + 1, match["kind"], match["code"], match["mark"])
+        for match in BLOCK.finditer(text)
     ]
 
 
@@ -47,7 +47,7 @@ BLOCKS = blocks(README.read_text()) if README.is_file() else []
 
 
 def test_blocks_are_found() -> None:
-    """Language, line and comment are read; other fences are left alone."""
+    """Language, line and comment are parsed; other fences are ignored."""
     text = (
         "# x\n\n```bash\npython -m accel\n```\n\n<!-- test: needs hub -->\n\n```python\nimport accel\n```\n\n"
         "```\nplain\n```\n\n```yaml\na: 1\n```\n\n<!-- test: needs gpu -->\n```bash\na\nb\n```\n"
@@ -59,8 +59,8 @@ def test_blocks_are_found() -> None:
     ]
 
 
-def test_readme_holds_its_promises() -> None:
-    """There is a README with blocks of both kinds, and its comments are among those that mean something."""
+def test_readme_has_blocks() -> None:
+    """README has blocks of both languages, known comments only, and the commands to run and to test."""
     assert {block.kind for block in BLOCKS} == {"bash", "python"}
     assert {block.mark for block in BLOCKS} <= SKIPPED | {None}
     assert any(block.mark is None for block in BLOCKS)
@@ -70,24 +70,24 @@ def test_readme_holds_its_promises() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, artifacts: Path) -> Path:
-    """Where a reader would stand: beside the checkout's files, with the artifacts of this run."""
-    place = tmp_path_factory.mktemp("readme")
+    """Folder with links to the checkout's files and to the artifacts of this test run."""
+    root = tmp_path_factory.mktemp("readme")
     for name in ("conf", "scripts", "architectures", "tests", "accel", "constraints.txt", "pyproject.toml"):
         if (ROOT / name).exists():
-            (place / name).symlink_to(ROOT / name)
+            (root / name).symlink_to(ROOT / name)
     artifacts.mkdir(exist_ok=True)
-    (place / "artifacts").symlink_to(artifacts)
-    (place / "bin").mkdir()
+    (root / "artifacts").symlink_to(artifacts)
+    (root / "bin").mkdir()
     for name in ("python", "python3"):
-        (place / "bin" / name).symlink_to(sys.executable)
+        (root / "bin" / name).symlink_to(sys.executable)
     script = shutil.which("accel", path=str(Path(sys.executable).parent))
     if script:
-        (place / "bin" / "accel").symlink_to(script)
-    return place
+        (root / "bin" / "accel").symlink_to(script)
+    return root
 
 
 def command(block: Block) -> list[str]:
-    """How a block is run: the shell stops at the first command that fails."""
+    """Return the command that runs a block; the shell stops at the first error."""
     return (
         ["bash", "-euo", "pipefail", "-c", block.code] if block.kind == "bash" else [sys.executable, "-c", block.code]
     )
@@ -100,7 +100,7 @@ def command(block: Block) -> list[str]:
     [pytest.param(block, id=f"{page.name} line {block.line}") for page in PAGES for block in blocks(page.read_text())],
 )
 def test_block_runs(block: Block, folder: Path) -> None:
-    """The block ends without an error, on the embedded model and without a network."""
+    """The block runs without an error, on the embedded model and without a network."""
     if block.mark in SKIPPED:
         pytest.skip(f"marked: {block.mark}")
     # It would change the environment that the tests run in, or start them inside themselves.

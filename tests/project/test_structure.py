@@ -1,4 +1,4 @@
-"""The lines that dependencies keep to, the sizes of files and functions, and what the package is made of."""
+"""Structure of the code: layers of imports, sizes of files and functions, docstrings, packages."""
 
 import ast
 import re
@@ -17,23 +17,24 @@ FAMILIES = re.compile(
     r"(?i:m?t5|flan|ul2|m?bart|marian|pegasus|whisper|gpt|llama|qwen|bert|mistral|gemma|bloom|falcon)"
     r"(?![a-z])"
 )
-EMBEDDED = "t5-g2p"  # the model that ships with accel may be named where a default is
+EMBEDDED = "t5-g2p"  # the model that ships with accel, which defaults may name
 FILE_LINES, FUNCTION_LINES = 400, 60
 
 
 def name(path: Path) -> str:
+    """Return a path relative to the repository."""
     return str(path.relative_to(ROOT))
 
 
 def test_layers() -> None:
-    """Dependencies point one way, and nothing is in a circle: the contracts in pyproject.toml, by import-linter."""
+    """Imports keep to the contracts in pyproject.toml: one direction, no cycles."""
     command = [Path(sys.executable).parent / "lint-imports", "--no-cache"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
 def test_only_the_registry_instantiates() -> None:
-    """`hydra.utils.instantiate` runs code that a config names: one place may call it."""
+    """`hydra.utils.instantiate`, which runs code that a configuration names, is called in one module only."""
     callers = {
         name(path)
         for path in SOURCES
@@ -47,14 +48,14 @@ def test_only_the_registry_instantiates() -> None:
     assert callers == {"accel/adapters/registry.py"}
 
 
-def test_every_package_says_what_belongs_in_it() -> None:
-    """Its docstring, in a few lines."""
+def test_packages_have_docstrings() -> None:
+    """Every package has a docstring of more than a few words."""
     for path in (path for path in SOURCES if path.name == "__init__.py"):
         assert len(ast.get_docstring(ast.parse(path.read_text())) or "") > 30, name(path)
 
 
 def test_only_the_command_line_prints() -> None:
-    """The library logs."""
+    """Only `accel.cli` prints or imports rich; the library logs."""
     printing = {
         name(path)
         for path in SOURCES
@@ -65,8 +66,8 @@ def test_only_the_command_line_prints() -> None:
     assert {path for path in printing if not path.startswith("accel/cli/")} == set()
 
 
-def code_words(path: Path) -> Iterator[tuple[int, str]]:
-    """Identifiers and strings of a file, docstrings and comments left out."""
+def identifiers_and_strings(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield identifiers and strings of a file with their lines, without docstrings and comments."""
     tree = ast.parse(path.read_text())
     documentation = {
         id(node.body[0].value)
@@ -85,19 +86,19 @@ def code_words(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def test_no_model_family_outside_architectures_and_conf() -> None:
-    """The generic code makes no difference between families; only the embedded model's name may stand in it."""
+    """Generic code doesn't name model families, except the embedded model."""
     hits = [
         f"{name(path)}:{line}: {word}"
         for path in SOURCES
         if name(path).startswith("accel/")
-        for line, word in code_words(path)
+        for line, word in identifiers_and_strings(path)
         if FAMILIES.search(word.replace(EMBEDDED, ""))
     ]
     assert hits == []
 
 
 def test_model_types_are_compared_in_adapters_only() -> None:
-    """`if model_type == ...` is how generic code stops being generic: what differs stands in an adapter or a YAML."""
+    """Generic code doesn't compare `model_type`: differences between families belong in an adapter or YAML."""
     compared = re.compile(r"model_type\s*(==|!=|in\s*[\[({])|(==|!=)\s*[\w.]*model_type")
     hits = [
         f"{name(path)}:{number}: {line.strip()}"
@@ -112,23 +113,23 @@ def test_model_types_are_compared_in_adapters_only() -> None:
 
 
 def test_architectures_stay_small() -> None:
-    """A family is a YAML of a few lines; all adapters together are a few hundred."""
+    """A family's YAML has a few lines, all adapters together a few hundred."""
     adapters = list((ROOT / "architectures").glob("*.py"))
     assert sum(len(path.read_text().splitlines()) for path in adapters) < 500
     for path in (ROOT / "conf" / "architecture").glob("*.yaml"):
         assert len(path.read_text().splitlines()) < 15, path.name
 
 
-def test_the_family_check_finds_families() -> None:
-    """Names that must be found, and words that merely hold the same letters."""
+def test_pattern_of_families() -> None:
+    """The pattern matches names of families, not words that contain the same letters."""
     for word in ("T5Block", "t5_layers", "bart", "GPT2LMHeadModel", "google/mt5-small", "BertModel", "flan-t5"):
         assert FAMILIES.search(word), word
     for word in ("option", "optimize", "start", "format5", "chart"):
         assert not FAMILIES.search(word), word
 
 
-def test_packages_are_the_folders_that_hold_code() -> None:
-    """setuptools lists each package by hand: none missing, none left over."""
+def test_packages_are_listed() -> None:
+    """setuptools lists exactly the folders that contain code."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     roots = {"accel": "accel", "conf": "accel.conf", "architectures": "accel.architectures"}
     found = {
@@ -145,7 +146,7 @@ def test_packages_are_the_folders_that_hold_code() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_sizes(path: Path) -> None:
-    """A file over 400 lines or a function over 60 is asking to be split."""
+    """No file has more than 400 lines, and no function more than 60."""
     text = path.read_text()
     assert len(text.splitlines()) <= FILE_LINES
     long = [
@@ -159,7 +160,7 @@ def test_sizes(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_documentation(path: Path) -> None:
-    """Every module says what it is for, and no module is called utils."""
+    """Every module has a docstring, and none is called utils or the like."""
     tree = ast.parse(path.read_text())
     assert path.stem not in ("utils", "helpers", "common", "misc")
     if tree.body:
@@ -167,7 +168,7 @@ def test_documentation(path: Path) -> None:
 
 
 def test_no_assertions_for_users() -> None:
-    """`assert` vanishes under -O: what a user can cause is raised."""
+    """The library raises errors instead of asserting, because -O removes assertions."""
     hits = [
         f"{name(path)}:{node.lineno}"
         for path in SOURCES

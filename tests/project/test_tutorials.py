@@ -1,4 +1,4 @@
-"""The tutorials under docs/ do what they say: each in a fresh environment, its blocks run in order in one folder."""
+"""Tutorials in docs/ run: the blocks of each in order, in one folder and a new virtual environment."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ TUTORIALS = [ROOT / "docs" / name for name in ("add-an-architecture.md", "when-y
     ids=lambda page: page.stem,
 )
 def test_tutorial(page: Path, tmp_path: Path) -> None:
-    """Every block ends without an error, with accel installed from a copy of the checkout and nothing else of ours."""
+    """Every block runs without an error, with accel installed from a copy of the checkout."""
     python = fresh(tmp_path / "venv")
     install(python, "-e", source(tmp_path / "checkout"))
     folder = tmp_path / "work"
@@ -32,12 +32,12 @@ def test_tutorial(page: Path, tmp_path: Path) -> None:
     }
     for name in ("VIRTUAL_ENV", "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
         environment.pop(name, None)
-    found = blocks(page.read_text())
-    assert {block.kind for block in found} <= {"bash", "python"}
-    assert len(found) >= 4
-    for block in found:
+    page_blocks = blocks(page.read_text())
+    assert {block.kind for block in page_blocks} <= {"bash", "python"}
+    assert len(page_blocks) >= 4
+    for block in page_blocks:
         program = ["bash", "-euo", "pipefail", "-c"] if block.kind == "bash" else [str(python), "-c"]
         done = subprocess.run([*program, block.code], capture_output=True, text=True, cwd=folder, env=environment)
-        told = f"{page.name}, line {block.line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        assert done.returncode == 0, told
-        assert "Traceback" not in done.stderr, told
+        message = f"{page.name}, line {block.line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, message
+        assert "Traceback" not in done.stderr, message

@@ -1,4 +1,4 @@
-"""The certificate says what verify found, needs no other file, and can be read on a phone."""
+"""The certificate has the results of `verify`, needs no other file, and is readable on a phone."""
 
 import json
 import re
@@ -18,24 +18,24 @@ from tests.conftest import Build
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OFFLINE = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
-PHONE = 390  # CSS pixels across
+PHONE = 390  # width in CSS pixels
 
 
 @pytest.fixture(scope="module", params=["fp16", "fp32"])
-def made(request: pytest.FixtureRequest, build: Build) -> dict[str, Artifact]:
-    """The embedded model, so that there are texts and metrics."""
-    given = [f"precision={request.param}", "model.references=heldout.tsv", "verify.references=50"]
-    given += ["verify.unique_tokens=false", f"verify.latency={request.param == 'fp32'}"]
+def stage_artifacts(request: pytest.FixtureRequest, build: Build) -> dict[str, Artifact]:
+    """Artifacts of the embedded model, which has texts and metrics."""
+    overrides = [f"precision={request.param}", "model.references=heldout.tsv", "verify.references=50"]
+    overrides += ["verify.unique_tokens=false", f"verify.latency={request.param == 'fp32'}"]
     if request.param == "fp16":
-        given.append(
+        overrides.append(
             "optimize.passes.precompute_position_bias=false"
-        )  # else nothing of it must stay in FP32, and no reason is shown
-    return build("accel://t5-g2p", "[convert,verify]", given)[1]
+        )  # with the pass no node stays in FP32, and there is no reason to show
+    return build("accel://t5-g2p", "[convert,verify]", overrides)[1]
 
 
-def test_it_holds_what_was_found(made: dict[str, Artifact]) -> None:
-    """The verdict, on what and with what; latency where it was measured; in FP16 each node in FP32 with its reason."""
-    folder = made["verify"].folder
+def test_content(stage_artifacts: dict[str, Artifact]) -> None:
+    """The certificate has result, inputs and packages, latency if measured, and in FP16 the nodes kept in FP32."""
+    folder = stage_artifacts["verify"].folder
     certificate = json.loads((folder / "certificate.json").read_text())
     assert certificate["verification"] == verification_of(folder)
     assert certificate["compared"] | {"inputs": 8, "kind": "texts", "num_beams": 4} == certificate["compared"]
@@ -56,15 +56,15 @@ def test_it_holds_what_was_found(made: dict[str, Artifact]) -> None:
         assert "kept" not in certificate
     else:
         assert certificate["speed"] is None
-        assert certificate["mix"] == made["convert"].summary
+        assert certificate["mix"] == stage_artifacts["convert"].summary
         assert {node["component"] for node in certificate["kept"]} == {"encoder", "prefill", "decode"}
         assert certificate["statistics"]["decode"]["logits"][0] > 1
     assert str(Path.home()) not in json.dumps(certificate)
     assert str(folder) not in json.dumps(certificate)
 
 
-class Tags(HTMLParser):
-    """Which tags a page has, what they point at, and its text."""
+class PageParser(HTMLParser):
+    """Parser that collects a page's tags, links and text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,27 +80,27 @@ class Tags(HTMLParser):
         self.text += f" {data}"
 
 
-def test_the_page_needs_no_other_file(made: dict[str, Artifact]) -> None:
-    """No script, no style sheet, no image from elsewhere; the figures of the certificate are in its text."""
-    html = (made["verify"].folder / "certificate.html").read_text(encoding="utf-8")
-    found = Tags()
-    found.feed(html)
-    assert not found.tags & {"script", "link", "img", "iframe"}
-    assert all(link.startswith("#") for link in found.links)
+def test_the_page_needs_no_other_file(stage_artifacts: dict[str, Artifact]) -> None:
+    """The page has no script, style sheet or external image, and its text has the certificate's numbers."""
+    html = (stage_artifacts["verify"].folder / "certificate.html").read_text(encoding="utf-8")
+    parsed = PageParser()
+    parsed.feed(html)
+    assert not parsed.tags & {"script", "link", "img", "iframe"}
+    assert all(link.startswith("#") for link in parsed.links)
     assert not re.search(r"url\((?!#)", html)
-    verification = verification_of(made["verify"].folder)
+    verification = verification_of(stage_artifacts["verify"].folder)
     assert verification is not None
-    words = " ".join(found.text.split())
-    assert f"exact match {verification['metrics']['pytorch']['exact_match']:.2f}%" in words
+    text = " ".join(parsed.text.split())
+    assert f"exact match {verification['metrics']['pytorch']['exact_match']:.2f}%" in text
     for name in verification["identical"]:
-        assert name in words
-    assert found.tags >= {"svg", "table"}
-    assert ("largest float16" in words) == (verification["precision"] == "float16")
+        assert name in text
+    assert parsed.tags >= {"svg", "table"}
+    assert ("largest float16" in text) == (verification["precision"] == "float16")
 
 
-def test_what_a_model_says_is_text(made: dict[str, Artifact]) -> None:
-    """Signs that mean something in HTML are written out, whatever an input or an output holds."""
-    certificate = json.loads((made["verify"].folder / "certificate.json").read_text())
+def test_inputs_and_outputs_are_escaped(stage_artifacts: dict[str, Artifact]) -> None:
+    """HTML's special characters in inputs and outputs are escaped."""
+    certificate = json.loads((stage_artifacts["verify"].folder / "certificate.json").read_text())
     certificate["verification"]["differing"] = [
         {"case": "greedy", "input": "<script>alert(1)</script>", "position": 3, "pytorch": "a & b", "ours": "<b>"}
     ]
@@ -110,25 +110,25 @@ def test_what_a_model_says_is_text(made: dict[str, Artifact]) -> None:
     assert "a &amp; b" in html
 
 
-def test_nothing_stays_in_fp32(made: dict[str, Artifact]) -> None:
-    """Then that is said, in place of a table without rows."""
-    certificate = json.loads((made["verify"].folder / "certificate.json").read_text())
-    said = "No node has to stay in FP32."
-    assert said not in page.render(certificate)
-    assert (said in page.render(certificate | {"kept": []})) == ("mix" in certificate)
+def test_nothing_stays_in_fp32(stage_artifacts: dict[str, Artifact]) -> None:
+    """A sentence replaces a table without rows."""
+    certificate = json.loads((stage_artifacts["verify"].folder / "certificate.json").read_text())
+    sentence = "No node has to stay in FP32."
+    assert sentence not in page.render(certificate)
+    assert (sentence in page.render(certificate | {"kept": []})) == ("mix" in certificate)
 
 
-def test_shares_are_not_rounded_to_all() -> None:
-    """100% is said of all, and of nothing less."""
+def test_shares_are_not_rounded_up_to_100() -> None:
+    """Only a share of 1 is shown as 100%."""
     assert page.share(1.0) == "100%"
     assert page.share(0.99999) == "99.99%"
     assert page.share(0.5) == "50.00%"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_it_can_be_read_on_a_phone_and_in_print(made: dict[str, Artifact], tmp_path: Path) -> None:
-    """Drawn by a browser: nothing wider than the screen, plots as wide as the text, pages of PDF, ink on paper."""
-    shutil.copy(made["verify"].folder / "certificate.html", tmp_path / "page.html")
+def test_layout_on_a_phone_and_in_print(stage_artifacts: dict[str, Artifact], tmp_path: Path) -> None:
+    """In a browser, nothing is wider than the screen, plots fill the width, letters are large, and it prints to PDF."""
+    shutil.copy(stage_artifacts["verify"].folder / "certificate.html", tmp_path / "page.html")
     (tmp_path / "phone.html").write_text(
         f"""<body style="margin:0">
         <iframe id="f" src="page.html" width="{PHONE}" height="1500" style="border:0"></iframe>
@@ -157,6 +157,7 @@ def test_it_can_be_read_on_a_phone_and_in_print(made: dict[str, Artifact], tmp_p
 
 
 def _chromium(folder: Path, action: str, name: str) -> str:
+    """Open a page in headless Chromium, and return what it prints."""
     done = subprocess.run(
         [
             *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", *OFFLINE),

@@ -71,6 +71,7 @@ class FakeRuntime:
 
     def __init__(self, architecture: Architecture, model: PreTrainedModel) -> None:
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.exclusive = self.positions_from_mask = False
         self.signatures = {
             component: architecture.signature(model.config, component) for component in architecture.components()
         }

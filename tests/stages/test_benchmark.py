@@ -1,4 +1,4 @@
-"""The benchmark's figures: complete, consistent, and of the work that was asked for."""
+"""Results of the stage `benchmark`: complete, consistent, and of the requested workload."""
 
 import json
 import os
@@ -29,7 +29,7 @@ COMPILED = "torch_static_compiled"
 
 
 def test_figures(build: Build, tiny: Path) -> None:
-    """All setups of the CPU, one latency a token, the same tokens, ratios that follow from the totals, both plots."""
+    """All CPU backends have one latency per token, the same tokens, and ratios that follow from the totals."""
     _, artifacts = build(tiny, "benchmark", [*QUICK, "benchmark.num_beams=2", "benchmark.batch_size=3"])
     artifact = artifacts["benchmark"]
     summary = artifact.summary
@@ -63,9 +63,9 @@ def test_figures(build: Build, tiny: Path) -> None:
 
 
 def test_memory(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each process reports what it added; the merged decoder is set against the step graph alone, and shown."""
-    chosen = 'benchmark.backends=[onnx_merged,"onnx_two_files"]'
-    _, artifacts = build(tiny, "benchmark", [*POINT, chosen])
+    """Each process reports the memory it added; the merged decoder is compared with the decode graph alone."""
+    selection = "benchmark.backends=[onnx_merged,onnx_two_files]"
+    _, artifacts = build(tiny, "benchmark", [*POINT, selection])
     summary = artifacts["benchmark"].summary
     memory = summary["memory"]
     assert set(memory) == {"onnx_merged", "onnx_two_files", footprint.DECODE_ALONE}
@@ -76,7 +76,9 @@ def test_memory(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) ->
     assert summary["session_ratios"] == pytest.approx(
         {when: memory["onnx_merged"][when] / alone[when] for when in alone}
     )
-    assert all(values["vs_torch_cache"] is None for values in summary["backends"].values())  # it did not take part
+    assert all(
+        values["vs_torch_cache"] is None for values in summary["backends"].values()
+    )  # `torch_cache` was not measured
     drawn = benchmark_table.rows(summary)
     assert [row[0] for row in drawn] == ["onnx_merged", "onnx_two_files"]
     assert {len(row) for row in drawn} == {len(benchmark_table.COLUMNS)}
@@ -88,14 +90,14 @@ def test_memory(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) ->
         *(f"{alone[when] / 1e6:.0f}" for when in ("session", "at the end")),
     ]
     benchmark_table.show(summary)
-    told = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
     assert (
         "decode graph alone: {session:.2f}x, {at the end:.2f}x after 6 tokens".format(**summary["session_ratios"])
-        in told
+        in printed
     )
 
 
-def test_failing_process_is_named(build: Build, tiny: Path) -> None:
+def test_error_in_a_process_names_the_backend(build: Build, tiny: Path) -> None:
     config, artifacts = build(tiny, "merge")
     sources = Sources(str(tiny), str(artifacts["merge"].folder), "nowhere", {}, config.runtime)
     task = footprint.Task(footprint.SESSION, footprint.DECODE_ALONE, sources.dump(), 1, 4, "", {"num_beams": 1})
@@ -103,8 +105,8 @@ def test_failing_process_is_named(build: Build, tiny: Path) -> None:
         footprint.measure_all([task], weight_bytes=0)
 
 
-def test_candidate_only_if_asked(build: Build, tiny: Path) -> None:
-    """What is measured has passed `verify`, unless `benchmark.unverified=true`."""
+def test_unverified_bundle_only_on_request(build: Build, tiny: Path) -> None:
+    """The verified deployable is measured, unless `benchmark.unverified=true`."""
     few = [*QUICK, "benchmark.backends=[onnx_merged]", "benchmark.repeats=1", "benchmark.warmup=0"]
     _, verified = build(tiny, "benchmark", few)
     _, bundle = build(tiny, "benchmark", [*few, "benchmark.unverified=true"])
@@ -125,14 +127,14 @@ def test_candidate_only_if_asked(build: Build, tiny: Path) -> None:
         ({"time_budget_s": -1.0}, "time_budget_s=-1"),
     ],
 )
-def test_refused(values: dict[str, Any], message: str) -> None:
-    """An unknown setup lists the choices, one of another device the ones here; values that make no sense are named."""
+def test_invalid_values(values: dict[str, Any], message: str) -> None:
+    """Messages name the invalid value; for an unknown backend, or one of another device, also the choices."""
     with pytest.raises(AccelError, match=message):
         benchmark.check(BenchmarkConfig(**values), RuntimeConfig(name="cpu"))
 
 
 def test_last_over_first() -> None:
-    """The first token doesn't count; an outlier doesn't either."""
+    """The ratio ignores the first token and outliers."""
     growing = [1000.0, *(1.0 + index / 100 for index in range(100))]
     assert benchmark.last_over_first(growing) == pytest.approx(1.945 / 1.045)
     assert benchmark.last_over_first([9.0, 2.0, 3.0, 6.0]) == 3.0
@@ -140,7 +142,7 @@ def test_last_over_first() -> None:
 
 
 def test_remarks() -> None:
-    """A row says when its tokens differ, and when what should compile didn't."""
+    """A row has a remark if its tokens differ, and if a backend that should compile didn't."""
     point = {"new_tokens": 4, "num_beams": 4, "source_length": 4, "batch_size": 1}
     timings = {
         "torch_cache": [Timing(2.0, 1.0, [0.5] * 4, [[1, 2]])],
@@ -160,12 +162,12 @@ def test_remarks() -> None:
 
 
 def test_command() -> None:
-    """What to type elsewhere: no folders of this machine, quotes where the shell needs them."""
-    given = [
+    """The reported command works on another machine: without this one's paths, quoted where the shell needs it."""
+    arguments = [
         *("/home/a/venv/bin/accel", "-m", "+sweep=long", "artifacts=/tmp/x", "hydra.sweep.dir=/tmp/y"),
         *("model.checkpoint=/data/models/mine", "benchmark.backends=[torch_cache,onnx_merged]", "model=t5-large"),
     ]
-    assert command(given) == (
+    assert command(arguments) == (
         "python -m accel -m +sweep=long model.checkpoint=mine "
         "'benchmark.backends=[torch_cache,onnx_merged]' model=t5-large"
     )
@@ -173,7 +175,7 @@ def test_command() -> None:
 
 
 def test_one_process_at_a_time_on_a_gpu() -> None:
-    """Its counter sees all of them."""
+    """The driver's memory counter sees all processes, so only one measures at a time."""
 
     def tasks(device: str) -> list[footprint.Task]:
         sources = {"runtime": {"device": device}}
@@ -187,17 +189,17 @@ def test_one_process_at_a_time_on_a_gpu() -> None:
 def test_inputs_are_not_padded(tiny: Path, build: Build) -> None:
     config, _ = build(tiny, "merge")
     architecture = registry.build(config.architecture)
-    described = AutoConfig.from_pretrained(tiny)
+    model_config = AutoConfig.from_pretrained(tiny)
     point = BenchmarkConfig(source_length=9, batch_size=4, seed=3)
-    given = benchmark.random_inputs(architecture, described, point)
-    assert given["input_ids"].shape == (4, 9)
-    assert bool(given["attention_mask"].all())
-    assert len(given["input_ids"].unique()) > 15
-    again = benchmark.random_inputs(architecture, described, point)
-    assert torch.equal(given["input_ids"], again["input_ids"])
+    inputs = benchmark.random_inputs(architecture, model_config, point)
+    assert inputs["input_ids"].shape == (4, 9)
+    assert bool(inputs["attention_mask"].all())
+    assert len(inputs["input_ids"].unique()) > 15
+    again = benchmark.random_inputs(architecture, model_config, point)
+    assert torch.equal(inputs["input_ids"], again["input_ids"])
 
 
-def test_busy_machine_is_told(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_background_load_is_reported(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     point = {"new_tokens": 4, "num_beams": 1, "source_length": 4, "batch_size": 1}
     for share in (0.02, 0.6):
         facts = {"device": "cpu", "threads": 2, "background_load": share}
@@ -220,21 +222,21 @@ def test_busy_machine_is_told(capsys: pytest.CaptureFixture[str], caplog: pytest
 
 
 def on_gpu(tiny: Path, shared: Path, *more: str, runtime: str = "cuda") -> list[str]:
-    """The command line of a benchmark of the tiny T5 on CUDA, in FP16 and not verified: random weights tie."""
-    given = overrides_for(tiny, shared / "artifacts", *more)
-    return [*(item for item in given if item != "runtime=cpu"), f"runtime={runtime}", "benchmark.unverified=true"]
+    """Return overrides for the tiny T5 on CUDA, in FP16 and unverified: with random weights near ties decide."""
+    overrides = overrides_for(tiny, shared / "artifacts", *more)
+    return [*(item for item in overrides if item != "runtime=cpu"), f"runtime={runtime}", "benchmark.unverified=true"]
 
 
 def alone_on_gpu(test: Any) -> Any:
-    """Marks a test for CUDA. All run in one worker: a GPU's memory counter sees every process."""
+    """Mark a test for CUDA. All run in one worker, because a GPU's memory counter sees every process."""
     return pytest.mark.gpu(pytest.mark.xdist_group("gpu")(test))
 
 
 @alone_on_gpu
 def test_benchmark_on_cuda(tiny: Path, shared: Path) -> None:
-    """Every setup takes part, memory is what processes took of the device, and the machine is named."""
-    asked = on_gpu(tiny, shared, *POINT, "stage=benchmark", "benchmark.new_tokens=20", runtime="cuda-graph")
-    summary = execute(compose(asked))["benchmark"].summary
+    """Every backend is measured, with the device memory of its process, and the machine is named."""
+    overrides = on_gpu(tiny, shared, *POINT, "stage=benchmark", "benchmark.new_tokens=20", runtime="cuda-graph")
+    summary = execute(compose(overrides))["benchmark"].summary
     assert set(summary["backends"]) == set(BACKENDS)
     assert summary["roofline"]["bandwidth"] > 1e11
     assert summary["backends"]["onnx_captured"]["over_roofline"] > 1
@@ -249,8 +251,8 @@ def test_benchmark_on_cuda(tiny: Path, shared: Path) -> None:
 
 
 @alone_on_gpu
-def test_prepared_device_holds_its_context(tiny: Path) -> None:
-    """What CUDA and cuBLAS set up is not counted: a second preparation takes nothing."""
+def test_initialized_device_holds_its_context(tiny: Path) -> None:
+    """Memory of CUDA's context and of cuBLAS is not counted: initializing a second time takes none."""
     device = torch.device("cuda")
     footprint.initialize_cuda(device)
     before = footprint.used_memory(device)

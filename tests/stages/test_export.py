@@ -1,4 +1,4 @@
-"""Exported graphs are compared with PyTorch at shapes unlike the example's, and one that is wrong is refused."""
+"""`export` compares its graphs with PyTorch at shapes other than the traced one, and fails if one is wrong."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from accel.models.checkpoints import load_model
 from accel.stages import export
 from tests.conftest import Build
 
-ROLES = ("encoder", "prefill", "decode")
+COMPONENTS = ("encoder", "prefill", "decode")
 
 
-@pytest.mark.parametrize("damaged", [None, *ROLES])
-def test_every_role_is_compared(build: Build, tiny: Path, tmp_path: Path, damaged: str | None) -> None:
-    """One weight of one role changed by a hundredth is found, and the role named; untouched, all pass."""
+@pytest.mark.parametrize("damaged", [None, *COMPONENTS])
+def test_every_component_is_compared(build: Build, tiny: Path, tmp_path: Path, damaged: str | None) -> None:
+    """A weight that is changed by 1% is detected and its component named; unchanged graphs pass."""
     config, artifacts = build(tiny, "export")
-    for component in ROLES:
+    for component in COMPONENTS:
         graph = files.load(artifacts["export"].folder / f"{component}.onnx")
         if component == damaged:
             norm = next(name for name in graph.graph.initializers if name.endswith("final_layer_norm.weight"))
@@ -30,7 +30,7 @@ def test_every_role_is_compared(build: Build, tiny: Path, tmp_path: Path, damage
     architecture, model = registry.build(config.architecture), load_model(tiny)
     if damaged is None:
         worst = export.compare(architecture, model, tmp_path, 1e-4, seed=1)
-        assert set(worst) == set(ROLES)
+        assert set(worst) == set(COMPONENTS)
         assert all(0 < difference < 1e-4 for difference in worst.values())
     else:
         with pytest.raises(AccelError, match=f"export of {damaged}: .* is off by .*past"):

@@ -1,4 +1,4 @@
-"""`verify` finds real faults, on trained models and at ill-conditioned inputs; PyTorch's own rounding is none."""
+"""`verify` finds faults, on trained models and at ill-conditioned inputs, and tolerates PyTorch's own rounding."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -26,31 +26,32 @@ from tests.conftest import Build
 from tests.ill_conditioned import ill_conditioned_llama
 from tests.integration.test_precision import saved
 
-Step = Callable[[dict[str, Tensor], DynamicCacheState], None]
+StepChange = Callable[[dict[str, Tensor], DynamicCacheState], None]
 Array = np.ndarray[Any, Any]
 FAST = ("verify.inputs=4", "verify.num_beams=2", "verify.max_new_tokens=16", "verify.references=0")
 
 
 @dataclass
 class Case:
-    """A candidate of a model, and what `verify` compares it with."""
+    """Unverified bundle of a model, and the inputs of `verify`."""
 
     config: Config
     inputs: Mapping[str, Artifact]
 
     @property
-    def encodes(self) -> bool:
+    def has_encoder(self) -> bool:
+        """True for encoder-decoder models."""
         return (self.inputs["merge"].folder / layout.ENCODER).is_file()
 
     def examine(self, folder: Path | None = None) -> parity.VerificationResult:
-        """The verdict on the candidate, or on the one in `folder`."""
+        """Return the verification result of the bundle, or of the one in `folder`."""
         architecture = registry.build(self.config.architecture)
         verification = parity.VerificationResult(precision=self.config.precision.dtype)
         verify.examine(folder or self.inputs["merge"].folder, self.config, self.inputs, architecture, verification)
         return verification
 
     def edited(self, folder: Path, change: Callable[[onnx.GraphProto], None]) -> Path:
-        """A copy of the candidate in `folder`, with another decoder."""
+        """Copy the bundle to `folder`, change its decoder, and return the folder."""
         shutil.copytree(self.inputs["merge"].folder, folder)
         model = onnx.load(folder / layout.DECODER)
         change(model.graph)
@@ -78,24 +79,24 @@ pytestmark = pytest.mark.xdist_group("faults")
 
 
 def test_rounding_is_no_fault(case: Case) -> None:
-    """The candidate passes: also where PyTorch itself is further off than any formula of the depth allows."""
+    """The bundle passes, also where PyTorch's own error exceeds the bound that depends on the depth."""
     verification = case.examine()
     assert verification.failures == []
     assert min(verification.identical.values()) == 1
-    beyond = [one for one in verification.outputs.values() if one.error > verification.threshold]
-    assert bool(beyond) is not case.encodes, "the ill-conditioned point should be seen, and only there"
-    assert all(one.torch_error is not None and one.error <= FACTOR * one.torch_error for one in beyond)
+    beyond = [output for output in verification.outputs.values() if output.error > verification.threshold]
+    assert bool(beyond) is not case.has_encoder, "only the ill-conditioned model should exceed the threshold"
+    assert all(output.torch_error is not None and output.error <= FACTOR * output.torch_error for output in beyond)
 
 
 @contextmanager
-def every_step(change: Step) -> Iterator[None]:
-    """The inputs or the caches of every step are changed before it runs."""
+def every_step(change: StepChange) -> Iterator[None]:
+    """Open a context in which `change` is applied to the inputs or caches of every decode step before it runs."""
     real = DynamicCacheRuntime.decode
 
     def decode(self: DynamicCacheRuntime, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
-        given = dict(inputs)
-        change(given, state)
-        return real(self, given, state)
+        changed_inputs = dict(inputs)
+        change(changed_inputs, state)
+        return real(self, changed_inputs, state)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DynamicCacheRuntime, "decode", decode)
@@ -103,10 +104,12 @@ def every_step(change: Step) -> Iterator[None]:
 
 
 def shift_positions(inputs: dict[str, Tensor], state: DynamicCacheState) -> None:
+    """Shift all positions by one."""
     inputs["position_ids"] = inputs["position_ids"] + 1
 
 
 def hide_a_token(inputs: dict[str, Tensor], state: DynamicCacheState) -> None:
+    """Mask the first token."""
     if "encoder_attention_mask" in state.constants:
         mask = state.constants["encoder_attention_mask"].clone()
         mask[:, 0] = 0
@@ -117,38 +120,39 @@ def hide_a_token(inputs: dict[str, Tensor], state: DynamicCacheState) -> None:
 
 
 def repeat_a_row(inputs: dict[str, Tensor], state: DynamicCacheState) -> None:
-    """The newest row of the last layer's caches is what was there before it."""
-    own = {name: tensor.clone() for name, tensor in state.self_caches.items()}
-    for name in list(own)[-2:]:
-        if own[name].shape[2] > 1:
-            own[name][:, :, -1] = own[name][:, :, -2]
-    state.self_caches = own
+    """Overwrite the newest token of the last layer's caches by the one before it."""
+    caches = {name: tensor.clone() for name, tensor in state.self_caches.items()}
+    for name in list(caches)[-2:]:
+        if caches[name].shape[2] > 1:
+            caches[name][:, :, -1] = caches[name][:, :, -2]
+    state.self_caches = caches
 
 
 def with_weight(name: str, change: Callable[[Array], Array]) -> Callable[[onnx.GraphProto], None]:
-    """One weight is another."""
+    """Return an edit that changes the weight `name`."""
 
     def edit(graph: onnx.GraphProto) -> None:
-        (found,) = [one for one in graph.initializer if one.name == name]
-        found.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(numpy_helper.to_array(found))), name))
+        (weight,) = [initializer for initializer in graph.initializer if initializer.name == name]
+        changed = np.ascontiguousarray(change(numpy_helper.to_array(weight)))
+        weight.CopyFrom(numpy_helper.from_array(changed, name))
 
     return edit
 
 
 def product_in_half(weight: str) -> Callable[[onnx.GraphProto], None]:
-    """What a product with `weight` makes goes through FP16."""
+    """Return an edit that casts the result of the product with `weight` to FP16 and back."""
 
     def edit(graph: onnx.GraphProto) -> None:
         (product,) = [node for node in graph.node if weight in node.input]
-        made = product.output[0]
-        product.output[0] = f"{made}.exact"
-        place = list(graph.node).index(product) + 1
+        result = product.output[0]
+        product.output[0] = f"{result}.exact"
+        position = list(graph.node).index(product) + 1
         casts = [
-            onnx.helper.make_node("Cast", [f"{made}.exact"], [f"{made}.half"], to=onnx.TensorProto.FLOAT16),
-            onnx.helper.make_node("Cast", [f"{made}.half"], [made], to=onnx.TensorProto.FLOAT),
+            onnx.helper.make_node("Cast", [f"{result}.exact"], [f"{result}.half"], to=onnx.TensorProto.FLOAT16),
+            onnx.helper.make_node("Cast", [f"{result}.half"], [result], to=onnx.TensorProto.FLOAT),
         ]
         for node in reversed(casts):
-            graph.node.insert(place, node)
+            graph.node.insert(position, node)
 
     return edit
 
@@ -162,18 +166,18 @@ FAULTS = ("position", "mask", "cache", "weight", "overflow")
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(case: Case, fault: str, tmp_path: Path) -> None:
-    refused(case, fault, tmp_path)
+    assert_fault_is_found(case, fault, tmp_path)
 
 
-def refused(case: Case, fault: str, folder: Path) -> None:
-    """It is refused, and the message names the output, the place, and PyTorch's own error there."""
-    steps = {"mask": hide_a_token, "cache": repeat_a_row} | ({} if case.encodes else {"position": shift_positions})
+def assert_fault_is_found(case: Case, fault: str, folder: Path) -> None:
+    """Assert that verification fails with a message that names the output, its location, and PyTorch's own error."""
+    steps = {"mask": hide_a_token, "cache": repeat_a_row} | ({} if case.has_encoder else {"position": shift_positions})
     edits = {
         "position": with_weight(
             BIAS, lambda table: np.roll(table, 1, 0)
         ),  # T5 counts positions by distance, in a table
-        "weight": with_weight(PRODUCTS[case.encodes], lambda weight: weight * np.float32(1.001)),
-        "overflow": product_in_half(PRODUCTS[case.encodes]),
+        "weight": with_weight(PRODUCTS[case.has_encoder], lambda weight: weight * np.float32(1.001)),
+        "overflow": product_in_half(PRODUCTS[case.has_encoder]),
     }
     if fault in steps:
         with every_step(steps[fault]):
@@ -181,7 +185,7 @@ def refused(case: Case, fault: str, folder: Path) -> None:
     else:
         verification = case.examine(case.edited(folder / "edited", edits[fault]))
     assert not verification.passed
-    worst = max(verification.outputs.values(), key=lambda one: one.rank)
+    worst = max(verification.outputs.values(), key=lambda output: output.rank)
     assert worst.used > 2, worst
     (named, *_) = [failure for failure in verification.failures if f"{worst.error:.1e}" in failure]
     assert f"allowed {worst.allowed:.1e}, PyTorch's own float32 {worst.torch_error:.1e}" in named

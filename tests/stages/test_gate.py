@@ -1,4 +1,4 @@
-"""What `verify` refuses: too few of PyTorch's sequences, too much of a metric lost; and what it says then."""
+"""Limits of `verify` on differing sequences and lost metrics, and its message when one is exceeded."""
 
 import re
 from pathlib import Path
@@ -14,6 +14,7 @@ ALL = dict.fromkeys(("greedy", "beams", "padded", "sampling"), 1.0)
 
 
 def config(dtype: str, **changes: object) -> Config:
+    """Return a configuration with `changes` to `verify`, and `weights` of the model."""
     weights = str(changes.pop("weights", "pretrained"))
     return Config(
         model=ModelConfig(name="m", weights=weights),
@@ -34,9 +35,7 @@ def config(dtype: str, **changes: object) -> Config:
         ("bfloat16", {"min_token_agreement": 0.95}, {"sampling": 0.0}, True),  # sampling draws another token at once
     ],
 )
-def test_the_least_share_of_sequences(
-    dtype: str, changes: dict[str, object], identical: dict[str, float], passes: bool
-) -> None:
+def test_min_token_agreement(dtype: str, changes: dict[str, object], identical: dict[str, float], passes: bool) -> None:
     verification = verify.VerificationResult(identical=ALL | identical)
     verify.judge(config(dtype, **changes), verification)
     assert (not verification.failures) == passes
@@ -54,7 +53,7 @@ def test_the_least_share_of_sequences(
         ("word_error_rate", 6.0, 1.0, True),  # better is no loss
     ],
 )
-def test_the_most_that_a_metric_may_lose(metric: str, theirs: float, ours: float, passes: bool) -> None:
+def test_max_metric_loss(metric: str, theirs: float, ours: float, passes: bool) -> None:
     verification = verify.VerificationResult(
         identical=ALL, metrics={"pytorch": {metric: theirs}, "ours": {metric: ours}}
     )
@@ -62,25 +61,25 @@ def test_the_most_that_a_metric_may_lose(metric: str, theirs: float, ours: float
     assert (not verification.failures) == passes
 
 
-def test_a_refusal_names_inputs_and_what_to_try(build: Build, tiny: Path, artifacts: Path) -> None:
-    """The candidate stays, nothing becomes deployable, and what was found can still be read."""
-    given = ["precision=fp16", "verify.inputs=6"]
-    _, made = build(tiny, "[merge,verify]", [*given, "verify.min_token_agreement=0"])
-    agreed = made["verify"].summary["identical"]
-    assert min(agreed[name] for name in verify.GATED) < 1  # random weights decide nearly at random
+def test_failure_names_inputs_and_remedies(build: Build, tiny: Path, artifacts: Path) -> None:
+    """The bundle is kept, no deployable is made, and the error carries the verification result."""
+    overrides = ["precision=fp16", "verify.inputs=6"]
+    _, results = build(tiny, "[merge,verify]", [*overrides, "verify.min_token_agreement=0"])
+    identical = results["verify"].summary["identical"]
+    assert min(identical[name] for name in verify.GATED) < 1  # with random weights near ties are common
     before = set((artifacts / tiny.name).glob("verify-*/manifest.json"))
     with pytest.raises(VerificationError) as caught:
-        build(tiny, "verify", [*given, "verify.min_token_agreement=1"])
+        build(tiny, "verify", [*overrides, "verify.min_token_agreement=1"])
     message = str(caught.value)
     assert "requires at least 100.0%" in message
     assert "'input " in message
     assert "precision=bf16" in message
     assert "audit.overflow_margin" in message
     assert len(message.splitlines()) <= 12  # all of it is shown
-    assert caught.value.summary["identical"] == agreed
+    assert caught.value.summary["identical"] == identical
     assert caught.value.summary["passed"] is False
     assert set((artifacts / tiny.name).glob("verify-*/manifest.json")) == before
-    assert (made["merge"].folder / "decoder_model_merged.onnx").is_file()
+    assert (results["merge"].folder / "decoder_model_merged.onnx").is_file()
 
 
 @pytest.mark.parametrize(
@@ -101,17 +100,17 @@ def test_a_refusal_names_inputs_and_what_to_try(build: Build, tiny: Path, artifa
         ("precision=bf16", "CPUExecutionProvider has no kernels for bfloat16, which generate would run"),
     ],
 )
-def test_values_that_make_no_sense(build: Build, tiny: Path, override: str, message: str) -> None:
+def test_invalid_values(build: Build, tiny: Path, override: str, message: str) -> None:
     with pytest.raises(AccelError, match=re.escape(message)):
         build(tiny, "generate", [override])
 
 
 def test_texts_and_targets_go_together(build: Build, tiny: Path, tmp_path: Path) -> None:
-    """Their numbers are named before anything runs; a checkpoint without a tokenizer can't read them."""
+    """Different numbers of texts and targets, or a missing tokenizer, are reported before anything runs."""
     (tmp_path / "in.txt").write_text("one\ntwo\n")
     (tmp_path / "out.txt").write_text("W AH1 N\n")
-    given = [f"verify.texts={tmp_path / 'in.txt'}", f"verify.targets={tmp_path / 'out.txt'}"]
+    overrides = [f"verify.texts={tmp_path / 'in.txt'}", f"verify.targets={tmp_path / 'out.txt'}"]
     with pytest.raises(AccelError, match=r"verify.texts=.*in.txt holds 2 texts and verify.targets=.*out.txt 1"):
-        build(tiny, "verify", given)
+        build(tiny, "verify", overrides)
     with pytest.raises(AccelError, match="the checkpoint has no tokenizer"):
-        build(tiny, "verify", given[:1])
+        build(tiny, "verify", overrides[:1])

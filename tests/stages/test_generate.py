@@ -1,4 +1,4 @@
-"""What the stage writes beside its artifact."""
+"""Output file of the stage `generate`."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from accel.stages import generate
 
 
 def test_output_is_written_by_the_stage(artifacts: Path, tmp_path: Path) -> None:
-    """Through `accel.build` as well, and also when the texts are reused: the file must be there all the same."""
-    words, output = tmp_path / "words.txt", tmp_path / "phonemes.txt"
-    words.write_text("bee\nspeculative\n")
-    given = ["runtime=cpu", f"artifacts={artifacts}", "verify.latency=false", "stage=[verify,generate]"]
+    """The file is also written through `accel.build`, and when the artifact is reused."""
+    inputs, output = tmp_path / "words.txt", tmp_path / "phonemes.txt"
+    inputs.write_text("bee\nspeculative\n")
+    overrides = ["runtime=cpu", f"artifacts={artifacts}", "verify.latency=false", "stage=[verify,generate]"]
     written = []
     for _ in range(2):
-        accel.build(overrides=[*given, f"generate.file={words}", f"generate.output={output}"])
+        accel.build(overrides=[*overrides, f"generate.file={inputs}", f"generate.output={output}"])
         written.append(output.read_text())
         output.unlink()
     assert written[0] == written[1]

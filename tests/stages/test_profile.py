@@ -1,4 +1,4 @@
-"""The profile: nothing counted twice, nothing left out."""
+"""Profile: every node is counted once."""
 
 import json
 from dataclasses import asdict
@@ -15,6 +15,7 @@ from tests.conftest import Build, overrides_for
 
 
 def _event(name: str, ts: int, dur: int, operator: str = "", provider: str = "CPUExecutionProvider") -> dict[str, Any]:
+    """Return an event of ONNX Runtime's trace, of a node or, without `operator`, of the session."""
     if not operator:
         return {"cat": "Session", "name": name, "ts": ts, "dur": dur, "tid": 1, "args": {}}
     arguments = {"op_name": operator, "provider": provider}
@@ -36,8 +37,8 @@ TRACE = [
 ]
 
 
-def test_subgraphs_are_not_counted_twice() -> None:
-    """An If's own time excludes what runs inside it, at any depth, in whatever order the events come."""
+def test_time_of_subgraphs() -> None:
+    """An If's own time excludes the nodes of its branches, at any depth and for any order of events."""
     found = list(profile.calls(reversed(TRACE), skipped_runs=1))
     own = {call.node: round(1e6 * call.own) for call in found}
     assert own == {"product": 30, "choose": 15, "inner": 20, "deeper": 10, "deepest": 5, "copy": 4}
@@ -49,7 +50,7 @@ def test_digest() -> None:
     assert len(warm) == 7
     found = profile.digest({"decoder": warm, "encoder": list(profile.calls(TRACE, skipped_runs=1))})
     assert found.operators["MatMul"].calls == 5
-    assert found.operators["MatMul"].nodes == 4  # two a session
+    assert found.operators["MatMul"].nodes == 4  # two per session
     assert found.copies == {"MemcpyToHost": 2, "MemcpyFromHost": 0}
     assert found.placement["CUDAExecutionProvider"] == {"MemcpyToHost": 2}
     assert found.seconds == pytest.approx(178e-6)
@@ -57,11 +58,11 @@ def test_digest() -> None:
     assert next(iter(found.operators)) == "MatMul"
 
 
-def test_off_the_device() -> None:
-    """What the CPU does and what is copied inside the decoder: by name, in prefill and in steps, most calls first."""
+def test_nodes_off_the_device() -> None:
+    """Nodes on the CPU and copies in the decoder are listed for prefill and decode steps, most calls first."""
     cpu, gpu = "CPUExecutionProvider", "CUDAExecutionProvider"
     trace = [_event("warm up", 0, 1, "Shape", cpu)]
-    for run in range(4):  # a warm-up, prefill, two steps
+    for run in range(4):  # a warm-up, prefill, two decode steps
         begin = 100 * run
         trace += [
             _event("model_run", begin, 90),
@@ -95,12 +96,12 @@ def test_off_the_device() -> None:
     ]
 
 
-def test_no_device_nothing_off_it() -> None:
+def test_cpu_profile_has_no_nodes_off_the_device() -> None:
     assert profile.digest({"decoder": list(profile.calls(TRACE[:6], skipped_runs=1))}).off_device is None
 
 
 def test_description_on_cuda(capsys: pytest.CaptureFixture[str]) -> None:
-    """Times on CUDA are the host's, and the summary says so."""
+    """The printed profile notes that times on CUDA are the host's."""
     point = {"new_tokens": 2, "source_length": 3, "top": 4}
     summary = {"point": point, "device": "a GPU", "seconds": 0.5, "share": 0.5, "operators": {}, "providers": {}}
     summary |= {"copies": {}, "off_device": {"prefill": [], "decode": []}}
@@ -111,7 +112,7 @@ def test_description_on_cuda(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_profile_of_a_deployable(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Operators' times sum to the whole, every node ran on the CPU, nothing was copied, and the calls are as many."""
+    """Times and calls of the operators add up to the totals, every node ran on the CPU, and nothing was copied."""
     _, artifacts = build(tiny, "profile", ["profile.new_tokens=5", "profile.source_length=6", "profile.top=4"])
     folder, summary = artifacts["profile"].folder, artifacts["profile"].summary
     assert json.loads((folder / profile.PROFILE).read_text()) == summary
@@ -139,10 +140,10 @@ def test_profile_of_a_deployable(build: Build, tiny: Path, capsys: pytest.Captur
 
 @pytest.mark.gpu
 def test_profile_on_cuda(tiny: Path, shared: Path) -> None:
-    """The decoder runs on the GPU, and what of it doesn't is listed."""
+    """The decoder runs on the GPU, and its nodes that don't are listed."""
     point = ("stage=profile", "profile.new_tokens=5", "profile.source_length=6", "precision=fp32", "runtime=cuda")
-    given = overrides_for(tiny, shared / "artifacts", *point)
-    summary = execute(compose([item for item in given if item != "runtime=cpu"]))["profile"].summary
+    overrides = overrides_for(tiny, shared / "artifacts", *point)
+    summary = execute(compose([item for item in overrides if item != "runtime=cpu"]))["profile"].summary
     assert summary["device"] == torch.cuda.get_device_name()
     assert summary["providers"]["CUDAExecutionProvider"]["calls"] > 0
     assert set(summary["off_device"]) == {"prefill", "decode"}

@@ -1,4 +1,4 @@
-"""What verify looks at would change if generation went wrong."""
+"""`verify` detects faults that occur during a generation, and ignores padding."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,29 +18,29 @@ from accel.stages import torch_error, verify
 from tests.conftest import Build
 
 
-@pytest.mark.parametrize("late", [None, 2, 9])
-def test_a_step_that_sees_a_stale_cache_is_found(
-    build: Build, tiny: Path, monkeypatch: pytest.MonkeyPatch, late: int | None
+@pytest.mark.parametrize("stale_call", [None, 2, 9])
+def test_decode_step_with_a_stale_cache_is_found(
+    build: Build, tiny: Path, monkeypatch: pytest.MonkeyPatch, stale_call: int | None
 ) -> None:
-    """One step in a generation forgets the newest token, as a copy that comes too late would have it."""
+    """A decode step whose cache lacks the newest token, as after a late copy, fails verification."""
     config, artifacts = build(tiny, "verify")
     architecture = registry.build(config.architecture)
     pipeline = Pipeline(config, architecture)
     expected = pipeline.artifact("reference").folder
-    own = torch_error.read_errors(pipeline.artifact("torch_error").folder)
+    torch_errors = torch_error.read_errors(pipeline.artifact("torch_error").folder)
     real, calls = DynamicCacheRuntime.decode, iter(range(10_000))
 
     def decode(self: DynamicCacheRuntime, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
-        if next(calls) == late:
+        if next(calls) == stale_call:
             state.crop(state.length - 1)
         return real(self, inputs, state)
 
     monkeypatch.setattr(DynamicCacheRuntime, "decode", decode)
     verification = parity.VerificationResult(threshold=verify.threshold("float32", 2))
     with open_model(artifacts["verify"].folder, config.runtime) as model:
-        parity.compare_paths(model, architecture, expected, own, verification)
+        parity.compare_paths(model, architecture, expected, torch_errors, verification)
     assert "path.logits" in verification.outputs
-    assert bool(verification.failures) is (late is not None)
+    assert bool(verification.failures) is (stale_call is not None)
     assert all(failure.startswith("path.logits") for failure in verification.failures)
 
 
@@ -56,16 +56,16 @@ def test_a_step_that_sees_a_stale_cache_is_found(
 def test_padding_is_not_compared(
     component: Component, name: str, shape: tuple[int, ...], padding: tuple[int | slice, ...]
 ) -> None:
-    """What lies under the mask may differ, what doesn't may not; what is not finite may stand nowhere."""
+    """Masked values may differ, others may not, and no value may be non-finite."""
     mask = torch.ones(2, 5, dtype=torch.int64)
     mask[1, 4] = 0
     expected = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    shown = output_mask(component, name, {"attention_mask": mask}, expected, {"present.0.key"})
+    compared = output_mask(component, name, {"attention_mask": mask}, expected, {"present.0.key"})
     results = []
-    for place, number in ((padding, 9.0), (padding, torch.nan), ((0, *padding[1:]), 9.0)):
+    for index, number in ((padding, 9.0), (padding, torch.nan), ((0, *padding[1:]), 9.0)):
         found = expected.clone()
-        found[place] = number
+        found[index] = number
         verification = parity.VerificationResult(threshold=1e-3)
-        parity.measure(verification, name, "random ids", found, expected, None, shown)
+        parity.measure(verification, name, "random ids", found, expected, None, compared)
         results.append(bool(verification.failures))
     assert results == [False, True, True]

@@ -1,4 +1,4 @@
-"""What is changed for a moment is as before afterwards, for other threads too."""
+"""Temporary changes of process state are restored, and other threads don't see them."""
 
 import os
 import threading
@@ -14,7 +14,7 @@ NAME = "ACCEL_TEST_VARIABLE"
 
 
 def in_new_thread() -> int:
-    """torch's number of threads as a thread sees it that starts now."""
+    """Return torch's number of threads in a new thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(torch.get_num_threads).result()
 
@@ -31,9 +31,10 @@ def test_variables_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_two_models_do_not_see_each_others_variables() -> None:
-    """What one sets, no other finds, however they overlap."""
+    """Variables that one thread sets are not visible in others, even if they overlap."""
 
-    def seen(value: str) -> set[str | None]:
+    def values_inside(value: str) -> set[str | None]:
+        """Set the variable repeatedly, and return the values that it has meanwhile."""
         found = set()
         for _ in range(20):
             with environment({NAME: value}):
@@ -42,12 +43,12 @@ def test_two_models_do_not_see_each_others_variables() -> None:
         return found
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(seen, "abcd")) == [{one} for one in "abcd"]
+        assert list(pool.map(values_inside, "abcd")) == [{value} for value in "abcd"]
     assert NAME not in os.environ
 
 
-def test_threads_of_torch_are_this_threads_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One inside, and as many as before for threads that start meanwhile, and afterwards, and after an error."""
+def test_one_openmp_thread_affects_this_thread_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread inside; the previous number in threads that start meanwhile, afterwards, and after an error."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -57,21 +58,21 @@ def test_threads_of_torch_are_this_threads_own(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(KeyError), one_openmp_thread():
             raise KeyError
         assert torch.get_num_threads() == 3
-        inside, go_on = threading.Barrier(5), threading.Barrier(5)
+        inside, leave = threading.Barrier(5), threading.Barrier(5)
 
         def overlap() -> tuple[int, int]:
             with one_openmp_thread():
                 inside.wait()
                 found = torch.get_num_threads()
-                go_on.wait()
+                leave.wait()
             return found, torch.get_num_threads()
 
         with ThreadPoolExecutor(4) as pool:
             overlapping = [pool.submit(overlap) for _ in range(4)]
             inside.wait()
             assert in_new_thread() == 3
-            go_on.wait()
-            assert [one.result() for one in overlapping] == [(1, 3)] * 4
+            leave.wait()
+            assert [future.result() for future in overlapping] == [(1, 3)] * 4
         assert in_new_thread() == 3
     finally:
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""The conformance suite notices: 17 of its 18 checks, each failing once what it guards is broken."""
+"""Checks of the conformance suite fail when the behaviour that they check is broken."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +20,7 @@ Break = Callable[[testing.Subject, pytest.MonkeyPatch], None]
 
 
 def changed(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Break:
-    """Every call of the decoder with other inputs."""
+    """Change the inputs of every call of the decoder."""
 
     def apply(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
         runtime = subject.model.runtime
@@ -31,89 +31,117 @@ def changed(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Break:
     return apply
 
 
-def later(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def shifted_positions(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Shift all positions by one."""
     return inputs | {"position_ids": inputs["position_ids"] + 1}
 
 
 def unmasked(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Unmask padding."""
     return inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
 
 
-def forgetful(method: str) -> Break:
-    """The caches are left as they were where they should change."""
+def without_dynamic(method: str) -> Break:
+    """Make a method of the dynamic caches do nothing."""
     return lambda subject, patch: patch.setattr(DynamicCacheState, method, lambda self, argument: None)
 
 
-def in_place(name: str) -> Break:
-    """A slot, or the state over it, that does not do one of the things it should."""
-    kind = StaticCacheState if hasattr(StaticCacheState, name) else DecodeBuffers
-    return lambda subject, patch: patch.setattr(kind, name, lambda self, *given: None)
+def without_static(name: str) -> Break:
+    """Make a method of the static caches, or of their decode buffers, do nothing."""
+    owner = StaticCacheState if hasattr(StaticCacheState, name) else DecodeBuffers
+    return lambda subject, patch: patch.setattr(owner, name, lambda self, *arguments: None)
 
 
 def displaced(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
-    """New entries one place too far back."""
-    give = DecodeBuffers.write_inputs
-    patch.setattr(DecodeBuffers, "write_inputs", lambda self, inputs, length: give(self, inputs, length - 1))
+    """Write new cache entries one position too early."""
+    write_inputs = DecodeBuffers.write_inputs
+    patch.setattr(DecodeBuffers, "write_inputs", lambda self, inputs, length: write_inputs(self, inputs, length - 1))
 
 
-def louder(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
-    """Logits one percent too large: the same words, other scores."""
+def larger_logits(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """Make logits one percent too large: the same tokens, other scores."""
     decode = subject.model.runtime.decode
     patch.setattr(subject.model.runtime, "decode", lambda inputs, state: 1.01 * decode(inputs, state))
 
 
-def refused(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
-    """A verdict that isn't one."""
+def larger_prefill_logits(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """Make the logits of prefill ten percent too large."""
+    prefill = subject.model.runtime.prefill
+
+    def changed_prefill(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        logits, state = prefill(inputs)
+        return 1.1 * logits, state
+
+    patch.setattr(subject.model.runtime, "prefill", changed_prefill)
+
+
+def misaligned(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """Count `logits_to_keep` from the other end."""
+    prefill = subject.model.runtime.prefill
+
+    def changed_prefill(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        kept = inputs["logits_to_keep"]
+        return prefill({**inputs, "logits_to_keep": inputs["input_ids"].shape[1] - 1 - kept})
+
+    patch.setattr(subject.model.runtime, "prefill", changed_prefill)
+
+
+def failed(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """Replace the verification result by a failed one."""
     patch.setattr(checks, "verification_of", lambda folder: {"passed": False, "failures": ["logits"]})
 
 
-def twice(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
-    """Every weight stored twice."""
+def stored_twice(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """Report twice the bytes, as if every weight were stored twice."""
     summary: Mapping[str, Any] = subject.artifacts["merge"].summary
     patch.setitem(summary, "merged_bytes", 2 * summary["decode_bytes"])  # type: ignore[arg-type]
 
 
-def wide(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
-    """Most of a graph left in FP32."""
+def mostly_fp32(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """Report most nodes of a graph in FP32."""
     patch.setitem(subject.fp16_artifacts["convert"].summary["decode"], "nodes", 0.4)
 
 
-def silent(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
-    """A `generate` that tells its streamer nothing."""
+def without_streamer(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """Let `generate` ignore its streamer."""
     generate = subject.model.generate
-    patch.setattr(subject.model, "generate", lambda streamer=None, **given: generate(**given))
+    patch.setattr(subject.model, "generate", lambda streamer=None, **options: generate(**options))
 
 
 @pytest.mark.parametrize(
-    ("check", "broken"),
+    ("check", "break_subject"),
     [
-        (checks.verified, refused),
-        (checks.weights_once, twice),
-        (checks.mostly_fp16, wide),
-        (checks.streaming, silent),
-        (checks.greedy, changed(later)),
+        (checks.verified, failed),
+        (checks.weights_once, stored_twice),
+        (checks.mostly_fp16, mostly_fp32),
+        (checks.streaming, without_streamer),
+        (checks.greedy, changed(shifted_positions)),
         (checks.greedy, changed(unmasked)),
         (checks.padding, changed(unmasked)),
-        (checks.beams, forgetful("reorder")),
-        (checks.sampling, changed(later)),
-        (checks.without_cache, changed(later)),
-        (checks.lengths, changed(later)),
-        (checks.end_tokens, changed(later)),
-        (checks.scores, louder),
-        (checks.processors, changed(later)),
-        (checks.assisted, forgetful("crop")),
-        (checks.prompts, changed(later)),
-        (checks.second_turn, changed(later)),
-        (checks.static_caches, in_place("reorder")),
-        (checks.static_caches, in_place("write")),
+        (checks.beams, without_dynamic("reorder")),
+        (checks.sampling, changed(shifted_positions)),
+        (checks.without_cache, changed(shifted_positions)),
+        (checks.lengths, changed(shifted_positions)),
+        (checks.end_tokens, changed(shifted_positions)),
+        (checks.scores, larger_logits),
+        (checks.processors, changed(shifted_positions)),
+        (checks.assisted, without_dynamic("crop")),
+        (checks.prompts, changed(shifted_positions)),
+        (checks.second_turn, changed(shifted_positions)),
+        (checks.static_caches, without_static("reorder")),
+        (checks.static_caches, without_static("write")),
         (checks.static_caches, displaced),
+        (checks.forward_logits, larger_prefill_logits),
+        (checks.forward_logits, changed(shifted_positions)),
+        (checks.forward_kept_logits, misaligned),
+        (checks.forward_caller_cache, changed(shifted_positions)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_check_fails_when_what_it_guards_breaks(
-    gpt2: testing.Subject, monkeypatch: pytest.MonkeyPatch, check: testing.Check, broken: Break
+def test_check_fails_on_broken_behaviour(
+    gpt2: testing.Subject, monkeypatch: pytest.MonkeyPatch, check: testing.Check, break_subject: Break
 ) -> None:
     check(gpt2)
-    broken(gpt2, monkeypatch)
-    with pytest.raises((AssertionError, RuntimeError)):  # a graph may also refuse what no longer fits together
+    break_subject(gpt2, monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):  # ONNX Runtime may refuse inconsistent shapes
         check(gpt2)

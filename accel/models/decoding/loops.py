@@ -20,6 +20,7 @@ from transformers import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
+from accel.models.cache import state_of
 from accel.models.decoding.beam_search import BeamSearch
 from accel.models.decoding.processors import PURE
 from accel.models.decoding.sampling import Sampler
@@ -120,7 +121,7 @@ class DecodingLoops:
         # that were decoded after the end.
         length = prefilled + sequences.shape[1] - input_ids.shape[1] - 1
         if cache.get_seq_length() > length:
-            cache.state.crop(length)
+            _state(outputs).crop(length)
         encoder_decoder = self.config.is_encoder_decoder
         output_class: Any = GenerateEncoderDecoderOutput if encoder_decoder else GenerateDecoderOnlyOutput
         return output_class(sequences=sequences, past_key_values=cache)
@@ -142,7 +143,7 @@ class DecodingLoops:
             )
         outputs, next_logits = self._run_prefill(input_ids, stopping_criteria, generation_config, model_kwargs)
         selector = BeamSearch(input_ids, logits_processor, stopping_criteria, generation_config)
-        state = outputs.past_key_values.state
+        state = _state(outputs)
 
         def reorder_and_decode(ids: Tensor) -> Tensor:
             state.reorder(selector.parent_rows)
@@ -174,7 +175,7 @@ class DecodingLoops:
         mixin: Any = self  # transformers annotates these methods for subclasses of `nn.Module`
         outputs = mixin._prefill(ids, config, model_kwargs, is_first_iteration=True)
         model_kwargs = mixin._update_model_kwargs_for_generation(outputs, model_kwargs, self.config.is_encoder_decoder)
-        state = outputs.past_key_values.state
+        state = _state(outputs)
         inputs_for = self._decode_inputs(model_kwargs, state, (criteria.max_length or 0) - ids.shape[1])
         return outputs, lambda new_ids: self.runtime.decode(inputs_for(new_ids), state)
 
@@ -192,3 +193,11 @@ class DecodingLoops:
             A function from ids [rows, 1] to the inputs of `Runtime.decode`. To be called once per decode step.
         """
         raise NotImplementedError
+
+
+def _state(outputs: Any) -> State:
+    """Return the state under the caches of a model's outputs. The loops here run only where there is one."""
+    state = state_of(outputs.past_key_values)
+    if state is None:
+        raise TypeError(f"the outputs hold a {type(outputs.past_key_values).__name__} without a runtime's state")
+    return state
