@@ -19,11 +19,13 @@ from tests.conftest import overrides_for
 
 LINES = 12
 ROOT = Path(__file__).parents[2]
-Refuse = Callable[..., str]
+ErrorMessage = Callable[..., str]
 
 
 @pytest.fixture
-def refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
+def error_message(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> ErrorMessage:
     """Function that runs the command line on the tiny model with overrides, and returns its error message.
 
     With `runs`, a stage may begin, because the error shows only then.
@@ -47,7 +49,7 @@ def refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         assert 0 < len(message.splitlines()) <= LINES, message
         assert max(map(len, message.splitlines())) < 2000
         assert printed.out.strip() == ""
-        assert listing(tmp_path) == before, "the refused run left something behind"
+        assert listing(tmp_path) == before, "the failed run changed files"
         return message
 
     return run
@@ -93,14 +95,14 @@ def assert_names(message: str, *parts: str) -> None:
         ("generate.txt=word", ("generate.txt", "generate.text")),
     ],
 )
-def test_unknown_name(refused: Refuse, override: str, named: tuple[str, ...]) -> None:
+def test_unknown_name(error_message: ErrorMessage, override: str, named: tuple[str, ...]) -> None:
     """A stage, key, group choice or option that doesn't exist is named, with the existing ones."""
-    assert_names(refused(override), *named)
+    assert_names(error_message(override), *named)
 
 
-def test_unknown_model(refused: Refuse) -> None:
+def test_unknown_model(error_message: ErrorMessage) -> None:
     """The models that can be chosen are listed."""
-    message = refused(base=["model=t5-smal", "runtime=cpu"])
+    message = error_message(base=["model=t5-smal", "runtime=cpu"])
     assert_names(message, "t5-smal", "t5-small", "t5-large", "t5-g2p", "auto")
 
 
@@ -124,43 +126,43 @@ def folder_with(root: Path, **config: object) -> Path:
     return folder
 
 
-def test_missing_checkpoint(refused: Refuse, tmp_path: Path) -> None:
+def test_missing_checkpoint(error_message: ErrorMessage, tmp_path: Path) -> None:
     """A folder that doesn't exist is named."""
     missing = tmp_path / "nowhere"
-    assert_names(refused(base=["model=auto", f"model.checkpoint={missing}"]), str(missing), "doesn't exist")
+    assert_names(error_message(base=["model=auto", f"model.checkpoint={missing}"]), str(missing), "doesn't exist")
 
 
-def test_no_checkpoint_at_all(refused: Refuse) -> None:
+def test_no_checkpoint_at_all(error_message: ErrorMessage) -> None:
     """With model=auto alone, the message names the missing value."""
-    assert_names(refused(base=["model=auto"]), "model.checkpoint")
+    assert_names(error_message(base=["model=auto"]), "model.checkpoint")
 
 
-def test_empty_checkpoint(refused: Refuse, tmp_path: Path) -> None:
+def test_empty_checkpoint(error_message: ErrorMessage, tmp_path: Path) -> None:
     """For a folder without a model, the message names the missing file."""
     folder = folder_with(tmp_path)
-    assert_names(refused(base=["model=auto", f"model.checkpoint={folder}"]), str(folder), "config.json")
+    assert_names(error_message(base=["model=auto", f"model.checkpoint={folder}"]), str(folder), "config.json")
 
 
-def test_checkpoint_without_weights(refused: Refuse, tmp_path: Path) -> None:
+def test_checkpoint_without_weights(error_message: ErrorMessage, tmp_path: Path) -> None:
     """A config alone is not enough, unless random weights are asked for."""
     folder = folder_with(tmp_path, model_type="t5", architectures=["T5ForConditionalGeneration"])
-    message = refused(base=["model=auto", f"model.checkpoint={folder}", "runtime=cpu", "stage=export"])
+    message = error_message(base=["model=auto", f"model.checkpoint={folder}", "runtime=cpu", "stage=export"])
     assert_names(message, str(folder), "weights", "safetensors")
 
 
-def test_inputs_of_later_stages_are_checked_first(refused: Refuse, tiny: Path, tmp_path: Path) -> None:
+def test_inputs_of_later_stages_are_checked_first(error_message: ErrorMessage, tiny: Path, tmp_path: Path) -> None:
     """If references or a tokenizer are missing from the checkpoint's folder, no stage begins."""
-    assert_names(refused("model.references=heldout.tsv"), "can't read", str(tiny / "heldout.tsv"))
+    assert_names(error_message("model.references=heldout.tsv"), "can't read", str(tiny / "heldout.tsv"))
     (tmp_path / "words.txt").write_text("one\n")
     for key in ("verify.texts", "audit.texts", "generate.file"):
-        message = refused(f"{key}={tmp_path / 'words.txt'}")
+        message = error_message(f"{key}={tmp_path / 'words.txt'}")
         assert_names(message, f"{key}={tmp_path / 'words.txt'}", "has no tokenizer")
 
 
-def test_checkpoint_that_is_a_file(refused: Refuse, tiny: Path) -> None:
+def test_checkpoint_that_is_a_file(error_message: ErrorMessage, tiny: Path) -> None:
     """A weights file instead of its folder is named."""
     path = tiny / "model.safetensors"
-    assert_names(refused(base=["model=auto", f"model.checkpoint={path}"]), str(path))
+    assert_names(error_message(base=["model=auto", f"model.checkpoint={path}"]), str(path))
 
 
 @pytest.mark.parametrize(
@@ -174,33 +176,35 @@ def test_checkpoint_that_is_a_file(refused: Refuse, tiny: Path) -> None:
 )
 @pytest.mark.parametrize("architecture", ["auto", "t5"])
 def test_checkpoint_of_another_type(
-    refused: Refuse, tmp_path: Path, config: dict[str, object], named: tuple[str, ...], architecture: str
+    error_message: ErrorMessage, tmp_path: Path, config: dict[str, object], named: tuple[str, ...], architecture: str
 ) -> None:
     """The message has the model type and the supported ones, also with an explicit architecture."""
     folder = folder_with(tmp_path, **config)
-    message = refused(base=["model=auto", f"model.checkpoint={folder}", f"architecture={architecture}", "runtime=cpu"])
+    message = error_message(
+        base=["model=auto", f"model.checkpoint={folder}", f"architecture={architecture}", "runtime=cpu"]
+    )
     assert_names(message, *named)
 
 
-def test_invalid_config_json(refused: Refuse, tmp_path: Path) -> None:
+def test_invalid_config_json(error_message: ErrorMessage, tmp_path: Path) -> None:
     """A truncated config.json is reported with its folder, without a traceback."""
     folder = folder_with(tmp_path, model_type="t5")
     (folder / "config.json").write_text('{"model_type": ')
-    assert_names(refused(base=["model=auto", f"model.checkpoint={folder}"]), str(folder))
+    assert_names(error_message(base=["model=auto", f"model.checkpoint={folder}"]), str(folder))
 
 
-def test_damaged_weights(refused: Refuse, tiny: Path, tmp_path: Path) -> None:
+def test_damaged_weights(error_message: ErrorMessage, tiny: Path, tmp_path: Path) -> None:
     """A damaged weights file is reported with its folder when it is opened."""
     folder = folder_with(tmp_path, **json.loads((tiny / "config.json").read_text()))
     (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not a header at all")
-    message = refused(base=["model=auto", f"model.checkpoint={folder}", "runtime=cpu", "stage=export"], runs=True)
+    message = error_message(base=["model=auto", f"model.checkpoint={folder}", "runtime=cpu", "stage=export"], runs=True)
     assert_names(message, str(folder))
 
 
 @pytest.mark.parametrize("checkpoint", ["somebody/some-model", "bert-base-uncased"])
-def test_hub_is_unreachable(refused: Refuse, checkpoint: str) -> None:
+def test_hub_is_unreachable(error_message: ErrorMessage, checkpoint: str) -> None:
     """The message gives the alternatives to the hub."""
-    message = refused(base=["model=auto", f"model.checkpoint={checkpoint}"])
+    message = error_message(base=["model=auto", f"model.checkpoint={checkpoint}"])
     assert_names(message, checkpoint, "model.checkpoint=FOLDER", "model.weights=random")
 
 
@@ -238,34 +242,34 @@ def test_hub_is_unreachable(refused: Refuse, checkpoint: str) -> None:
         "runtime.threads=-1",
     ],
 )
-def test_number_out_of_range(refused: Refuse, override: str) -> None:
+def test_number_out_of_range(error_message: ErrorMessage, override: str) -> None:
     """Numbers that are zero, negative or far too large are refused before any stage, with key and value."""
     key, _, value = override.partition("=")
-    message = refused(override)
+    message = error_message(override)
     assert_names(message, key)
     assert value in message or f"{float(value):g}" in message
 
 
 @pytest.mark.parametrize("override", ["benchmark.new_tokens=many", "export.opset=[1]", "audit.overflow_margin=wide"])
-def test_value_of_another_type(refused: Refuse, override: str) -> None:
+def test_value_of_another_type(error_message: ErrorMessage, override: str) -> None:
     """Hydra's type errors are reported with key and value, in a few lines."""
     key, _, value = override.partition("=")
-    assert_names(refused(override), key, value)
+    assert_names(error_message(override), key, value)
 
 
 @pytest.mark.parametrize("buckets", ["[]", "[0,64]"])
-def test_invalid_buckets(refused: Refuse, buckets: str) -> None:
+def test_invalid_buckets(error_message: ErrorMessage, buckets: str) -> None:
     """Static caches need at least one bucket, each of at least one token."""
-    assert_names(refused("runtime.static=true", f"runtime.buckets={buckets}"), "runtime.buckets", "[64,256,1024]")
+    assert_names(error_message("runtime.static=true", f"runtime.buckets={buckets}"), "runtime.buckets", "[64,256,1024]")
 
 
-def test_capture_without_a_static_cache(refused: Refuse) -> None:
+def test_capture_without_a_static_cache(error_message: ErrorMessage) -> None:
     """Dynamic caches can't be captured, because their addresses change."""
-    assert_names(refused("runtime.capture=true"), "runtime.capture=true", "runtime.static=true")
+    assert_names(error_message("runtime.capture=true"), "runtime.capture=true", "runtime.static=true")
 
 
-def test_capture_batch_size_of_zero(refused: Refuse) -> None:
-    assert_names(refused("runtime.capture_batch_sizes=[0,4]"), "runtime.capture_batch_sizes=[0, 4]", "[] for any")
+def test_capture_batch_size_of_zero(error_message: ErrorMessage) -> None:
+    assert_names(error_message("runtime.capture_batch_sizes=[0,4]"), "runtime.capture_batch_sizes=[0, 4]", "[] for any")
 
 
 @pytest.mark.parametrize(
@@ -276,25 +280,25 @@ def test_capture_batch_size_of_zero(refused: Refuse) -> None:
         ("convert.fuse_attention=[decode]", ("convert.fuse_attention=[decode]", "merge.strategy=two_branch")),
     ],
 )
-def test_invalid_conversion_options(refused: Refuse, override: str, named: tuple[str, ...]) -> None:
+def test_invalid_conversion_options(error_message: ErrorMessage, override: str, named: tuple[str, ...]) -> None:
     """Unknown components and passes are refused, and so is fused attention in `decode` with `merge.strategy=shared`."""
-    assert_names(refused(override), *named)
+    assert_names(error_message(override), *named)
 
 
-def test_conflicting_options(refused: Refuse) -> None:
+def test_conflicting_options(error_message: ErrorMessage) -> None:
     """Options that GenerationConfig refuses, and inputs given twice, are named."""
-    assert_names(refused("generate.num_beams=2", "generate.num_return_sequences=5"), "num_return_sequences")
-    assert_names(refused("generate.text=a", "generate.file=b"), "generate.text", "generate.file")
-    assert_names(refused("generate.output=out.txt"), "generate.output", "generate.file")
+    assert_names(error_message("generate.num_beams=2", "generate.num_return_sequences=5"), "num_return_sequences")
+    assert_names(error_message("generate.text=a", "generate.file=b"), "generate.text", "generate.file")
+    assert_names(error_message("generate.output=out.txt"), "generate.output", "generate.file")
 
 
 # texts and files
 
 
-def test_text_with_special_characters(refused: Refuse) -> None:
+def test_text_with_special_characters(error_message: ErrorMessage) -> None:
     """Hydra's grammar needs quotes around `!` and `'`: the message shows the quoted form, which works."""
     for text in ("hello!", "don't", "what's that!"):
-        message = refused(f"generate.text={text}", base=["runtime=cpu"])
+        message = error_message(f"generate.text={text}", base=["runtime=cpu"])
         suggestion = message.splitlines()[-1]
         assert_names(message, f"generate.text={text}", "quotes")
         quoted = subprocess.run(
@@ -322,34 +326,34 @@ def test_quoted_text_is_accepted(
     ids=["empty", "blank", "not UTF-8", "missing"],
 )
 @pytest.mark.parametrize("key", ["generate.file", "audit.texts"])
-def test_input_file(refused: Refuse, tmp_path: Path, content: bytes | None, named: str, key: str) -> None:
+def test_input_file(error_message: ErrorMessage, tmp_path: Path, content: bytes | None, named: str, key: str) -> None:
     """An unusable input file is named before any stage runs."""
     path = tmp_path / "input.txt"
     if content is not None:
         path.write_bytes(content)
-    assert_names(refused(f"{key}={path}"), str(path), named)
+    assert_names(error_message(f"{key}={path}"), str(path), named)
 
 
-def test_input_file_that_is_a_folder(refused: Refuse, tmp_path: Path) -> None:
+def test_input_file_that_is_a_folder(error_message: ErrorMessage, tmp_path: Path) -> None:
     """A folder instead of an input file is named."""
-    assert_names(refused(f"generate.file={tmp_path}"), str(tmp_path))
+    assert_names(error_message(f"generate.file={tmp_path}"), str(tmp_path))
 
 
 # artifact folders
 
 
-def test_unwritable_artifact_folder(refused: Refuse, tmp_path: Path) -> None:
+def test_unwritable_artifact_folder(error_message: ErrorMessage, tmp_path: Path) -> None:
     """An artifact folder that can't be created (here below a file) is named."""
     (tmp_path / "file").write_text("no folder")
-    assert_names(refused("stage=export", folder=tmp_path / "file", runs=True), str(tmp_path / "file"), "write")
+    assert_names(error_message("stage=export", folder=tmp_path / "file", runs=True), str(tmp_path / "file"), "write")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_artifact_folder(refused: Refuse, tmp_path: Path) -> None:
+def test_read_only_artifact_folder(error_message: ErrorMessage, tmp_path: Path) -> None:
     """A folder without write permission is named."""
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o555)
-    assert_names(refused("stage=export", folder=folder, runs=True), str(folder), "write")
+    assert_names(error_message("stage=export", folder=folder, runs=True), str(folder), "write")
 
 
 # other environments, each in a process of its own

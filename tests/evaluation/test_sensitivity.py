@@ -49,7 +49,7 @@ def test_errors_of_a_kind_are_pooled() -> None:
 
 
 @pytest.mark.parametrize(("overflow_margin", "scale"), [(1.0, 1.0), (2.0, 2.0), (3.0, 4.0)])
-def test_a_trial_keeps_the_margin(tmp_path: Path, overflow_margin: float, scale: float) -> None:
+def test_trial_keeps_the_overflow_margin(tmp_path: Path, overflow_margin: float, scale: float) -> None:
     """A value within the overflow margin of the limit is scaled by a power of two, so that it overflows in a trial."""
     statistics = {
         "far": ValueStatistics(20000.0, 1.0),

@@ -55,7 +55,7 @@ def models(llama: Case) -> Iterator[tuple[Any, AcceleratedModel]]:
         yield eager.eval(), ours
 
 
-def test_a_trained_llama_passes(llama: Case) -> None:
+def test_trained_llama_passes(llama: Case) -> None:
     """In FP32 all tokens are equal, on generated chats and on passages, and the result has both errors."""
     verification = verification_of(llama.inputs["verify"].folder)
     assert verification is not None
@@ -65,7 +65,7 @@ def test_a_trained_llama_passes(llama: Case) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_a_trained_llama_is_found(llama: Case, fault: str, tmp_path: Path) -> None:
+def test_fault_in_a_trained_llama_is_found(llama: Case, fault: str, tmp_path: Path) -> None:
     assert_fault_is_found(llama, fault, tmp_path)
 
 

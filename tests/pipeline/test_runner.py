@@ -283,7 +283,7 @@ def killed_at(victim: str, tiny: Path, root: Path) -> int:
 def test_kill_at_every_stage(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a kill in any stage, the next run finishes and repeats no finished stage."""
     use_stubs(monkeypatch, lambda *_: None)
-    order = order_of_all(tiny, tmp_path / "whole")
+    order = order_of_all(tiny, tmp_path / "uninterrupted")
     assert set(STAGES) <= set(order)
     for position, victim in enumerate(order):
         root = tmp_path / victim

@@ -80,7 +80,7 @@ class PageParser(HTMLParser):
         self.text += f" {data}"
 
 
-def test_the_page_needs_no_other_file(stage_artifacts: dict[str, Artifact]) -> None:
+def test_page_needs_no_other_file(stage_artifacts: dict[str, Artifact]) -> None:
     """The page has no script, style sheet or external image, and its text has the certificate's numbers."""
     html = (stage_artifacts["verify"].folder / "certificate.html").read_text(encoding="utf-8")
     parsed = PageParser()

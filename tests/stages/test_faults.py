@@ -165,7 +165,7 @@ FAULTS = ("position", "mask", "cache", "weight", "overflow")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found(case: Case, fault: str, tmp_path: Path) -> None:
+def test_fault_is_found(case: Case, fault: str, tmp_path: Path) -> None:
     assert_fault_is_found(case, fault, tmp_path)
 
 
