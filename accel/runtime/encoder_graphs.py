@@ -56,7 +56,7 @@ class CapturedEncoder:
         self.session = session
         self._padding = Padding(session, session.inputs)
         # padded input shapes -> graph, the one used last at the end
-        self._entries: OrderedDict[tuple[tuple[str, Shape], ...], EncoderGraph] = OrderedDict()
+        self.graphs: OrderedDict[tuple[tuple[str, Shape], ...], EncoderGraph] = OrderedDict()
 
     @staticmethod
     def supports(session: BoundSession) -> bool:
@@ -108,9 +108,9 @@ class CapturedEncoder:
     def _entry(self, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> EncoderGraph:
         """Return the graph for these input shapes; drop the ones that weren't used for longest."""
         key = tuple(inputs.items())
-        if key not in self._entries:
-            self._entries[key] = EncoderGraph(self.session, inputs, outputs)
-        self._entries.move_to_end(key)
-        while len(self._entries) > MAX_GRAPHS:
-            self._entries.popitem(last=False)
-        return self._entries[key]
+        if key not in self.graphs:
+            self.graphs[key] = EncoderGraph(self.session, inputs, outputs)
+        self.graphs.move_to_end(key)
+        while len(self.graphs) > MAX_GRAPHS:
+            self.graphs.popitem(last=False)
+        return self.graphs[key]

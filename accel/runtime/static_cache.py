@@ -7,7 +7,7 @@ copied into the static caches.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,8 +33,6 @@ MAX_SPARE = 4  # unused decode buffers kept for later generations
 
 BufferKey = tuple[int, int, tuple[tuple[str, Shape], ...]]
 """Batch, bucket and padded shapes of the constants: decode buffers with the same key are interchangeable."""
-
-Encode = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 class StaticCacheState:
@@ -131,6 +129,8 @@ class StaticCacheRuntime:
 
     Attributes:
         cross_caches: Names of the cross-attention cache inputs.
+        spare_buffers: Buffers for the next generation of the same kind; the ones released last are at the end.
+        captured_encoder: Captured form of the encoder; None where it can't be captured.
     """
 
     def __init__(
@@ -146,13 +146,13 @@ class StaticCacheRuntime:
         self.exclusive = True  # generations take buffers from one pool, and captured graphs share one stream
         self.positions_from_mask = dynamic.positions_from_mask
         self.cross_caches = [name for name in dynamic.cache if name not in dynamic.self_cache_outputs]
-        self._spare: list[tuple[BufferKey, DecodeBuffers]] = []  # the ones released last are at the end
+        self.spare_buffers: list[tuple[BufferKey, DecodeBuffers]] = []
         self._max_spare = max(MAX_SPARE, len(capture_batch_sizes) * len(buckets))
         self._padding = Padding(dynamic.decoder, dynamic.constants)
         self._starts_static = self._can_start_static()
-        self._encode: Encode = dynamic.encode
+        self.captured_encoder: CapturedEncoder | None = None
         if dynamic.encoder is not None and CapturedEncoder.supports(dynamic.encoder):
-            self._encode = CapturedEncoder(dynamic.encoder)
+            self.captured_encoder = CapturedEncoder(dynamic.encoder)
 
     def _can_start_static(self) -> bool:
         """Return True if the first token can be computed by the static decode graph, without a prefill.
@@ -168,7 +168,7 @@ class StaticCacheRuntime:
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Run the encoder, through a CUDA graph where it is captured."""
-        return self._encode(inputs)
+        return self.dynamic.encode(inputs) if self.captured_encoder is None else self.captured_encoder(inputs)
 
     def prefill(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, StaticCacheState]:
         """Run the decoder without past; a single token runs as a decode step at position 0 where that is possible."""
@@ -186,7 +186,7 @@ class StaticCacheRuntime:
             name: tuple(lengths.get(axis, axis) for axis in self._padding.axes[name]) for name in self.cross_caches
         }
         constant_shapes = shapes(constants) | cross_cache_shapes
-        buffers = self._take_buffers(len(inputs["input_ids"]), 1, constant_shapes)
+        buffers = self.take_buffers(len(inputs["input_ids"]), 1, constant_shapes)
         buffers.reset(constants)
         buffers.compute_cross_caches()
         return StaticCacheState(self, buffers, constant_shapes, 0)
@@ -237,12 +237,12 @@ class StaticCacheRuntime:
             AccelError: No bucket is long enough, or the batch size isn't one of `capture_batch_sizes`.
             DeviceMemoryError: The device is out of memory.
         """
-        buffers = self._take_buffers(dynamic.batch, capacity, shapes(dynamic.constants))
+        buffers = self.take_buffers(dynamic.batch, capacity, shapes(dynamic.constants))
         buffers.reset(dynamic.constants)
         buffers.write(dynamic.self_caches, 0, dynamic.length)
         return buffers
 
-    def _take_buffers(self, batch: int, capacity: int, constants: Mapping[str, Shape]) -> DecodeBuffers:
+    def take_buffers(self, batch: int, capacity: int, constants: Mapping[str, Shape]) -> DecodeBuffers:
         """Return decode buffers of the smallest bucket for `capacity` tokens: spare ones if there are any, or new ones.
 
         Raises `AccelError` and `DeviceMemoryError` as `copy_to_buffers` does.
@@ -261,14 +261,14 @@ class StaticCacheRuntime:
             )
         padded = {name: self._padding.padded(name, shape) for name, shape in constants.items()}
         key = (batch, bucket, tuple(padded.items()))
-        for position, (spare_key, buffers) in enumerate(self._spare):
+        for position, (spare_key, buffers) in enumerate(self.spare_buffers):
             if spare_key == key:
-                del self._spare[position]
+                del self.spare_buffers[position]
                 return buffers
 
         needed = self.cache_bytes(batch, bucket)
         if needed > free_device_memory(self.device):
-            self._spare.clear()
+            self.spare_buffers.clear()
         check_allocation(needed, self.device, f"a cache for {batch} sequences of {bucket} tokens", "runtime.buckets")
         typed = {name: (self.dynamic.decoder.dtype(name), shape) for name, shape in padded.items()}
         return DecodeBuffers(self._graphs, batch, bucket, self.dynamic.axes, self.dynamic.cache, typed)
@@ -286,7 +286,7 @@ class StaticCacheRuntime:
         """Keep buffers for a later generation of the same shape; drop the ones released first if there are too many."""
         constant_shapes = tuple((name, tuple(tensor.shape)) for name, tensor in buffers.constants.items())
         key = (buffers.batch, buffers.bucket, constant_shapes)
-        self._spare = [*self._spare, (key, buffers)][-self._max_spare :]
+        self.spare_buffers = [*self.spare_buffers, (key, buffers)][-self._max_spare :]
 
     def prepare(self, source: int = PAD_TO_MULTIPLE_OF) -> None:
         """Capture the decode graph for each of `capture_batch_sizes` in every bucket.
@@ -302,7 +302,7 @@ class StaticCacheRuntime:
                 dims = [batch if axis == "batch" else axis for axis in axes]
                 constants[name] = tuple(source if isinstance(dim, str) else dim for dim in dims)
             with on_shared_stream(self.device):
-                buffers = self._take_buffers(batch, bucket, constants)
+                buffers = self.take_buffers(batch, bucket, constants)
                 for _ in range(2):  # the first call runs the graph, the second captures it
                     buffers.compute_cross_caches()
                     buffers.run()
@@ -311,8 +311,8 @@ class StaticCacheRuntime:
 
     def close(self) -> None:
         """Drop all buffers and sessions."""
-        self._spare.clear()
-        self._encode = self.dynamic.encode
+        self.spare_buffers.clear()
+        self.captured_encoder = None
         self.dynamic.close()
         del self._graphs
 

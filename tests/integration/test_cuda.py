@@ -76,7 +76,7 @@ def test_decoding_methods(
     if "prompt_lookup_num_tokens" in options:
         given = {name: tensor[:1] for name, tensor in given.items()}
     settings = {"max_new_tokens": 17, "no_repeat_ngram_size": 1, **options}
-    model.runtime._decode.tensor_exchange = model.runtime.encoder.tensor_exchange = tensor_exchange
+    model.runtime.decoder.tensor_exchange = model.runtime.encoder.tensor_exchange = tensor_exchange
     found = []
     for subject in (eager, model):
         torch.manual_seed(5)
@@ -197,7 +197,7 @@ def test_replay_copies_nothing_from_the_host(family: testing.Subject, monkeypatc
     runtime: Any = family.static.runtime
     monkeypatch.setattr(runtime, "capture_batch_sizes", [2])
     runtime.prepare()
-    buffers = runtime._spare[-1][1]
+    buffers = runtime.spare_buffers[-1][1]
     assert buffers.run_decode.captured
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         buffers.run()
@@ -245,14 +245,14 @@ def test_captured_steps_give_the_same_tokens(
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     runtime: Any = captured.runtime
-    assert all(buffers.run_decode.captured for _, buffers in runtime._spare)
-    assert any(buffers.run_cross.captured for _, buffers in runtime._spare)
-    assert any(entry.run.captured for entry in runtime._encode._entries.values())
+    assert all(buffers.run_decode.captured for _, buffers in runtime.spare_buffers)
+    assert any(buffers.run_cross.captured for _, buffers in runtime.spare_buffers)
+    assert any(entry.run.captured for entry in runtime.captured_encoder.graphs.values())
 
 
 def test_bucket_that_does_not_fit_into_device_memory(captured: AcceleratedModel) -> None:
     """The error gives sizes and the remedy, and the model remains usable."""
     captured.generate(**inputs(), max_new_tokens=5)
     with pytest.raises(DeviceMemoryError, match=r"for 50000000 sequences of 64 tokens needs \d+ MB.*runtime.buckets"):
-        captured.runtime._take_buffers(50_000_000, 64, {})
+        captured.runtime.take_buffers(50_000_000, 64, {})
     captured.generate(**inputs(), max_new_tokens=5)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -27,10 +28,19 @@ def subject(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> It
         yield subject
 
 
+FAST = {"bart", "gpt2", "whisper"}  # one family of every shape; the T5s of other tests make a fourth
+
+
+def family(name: str) -> Any:
+    """Return the parameter of one family: its checks run in one worker, and only those of `FAST` in the fast tier."""
+    marks = [pytest.mark.xdist_group(name)]
+    return pytest.param(name, marks=marks if name in FAST else [*marks, pytest.mark.slow])
+
+
 @pytest.mark.parametrize("check", testing.CHECKS, ids=testing.name)
 @pytest.mark.parametrize(
     "subject",
-    [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in FAMILIES],
+    [family(name) for name in FAMILIES],
     indirect=True,
     scope="module",
 )
@@ -39,7 +49,7 @@ def test_conformance(check: testing.Check, subject: testing.Subject) -> None:
     check(subject)
 
 
-@pytest.mark.parametrize("subject", [pytest.param("llama", marks=pytest.mark.xdist_group("llama"))], indirect=True)
+@pytest.mark.parametrize("subject", [family("llama")], indirect=True)
 def test_nodes_of_a_static_decode_graph(subject: testing.Subject) -> None:
     """Each rotary embedding is one node, keys and values are not repeated, and one token needs no transposes."""
     graph = onnx.load(subject.artifacts["verify"].folder / STATIC_DECODE, load_external_data=False).graph
@@ -52,9 +62,7 @@ def test_nodes_of_a_static_decode_graph(subject: testing.Subject) -> None:
     assert not masks
 
 
-@pytest.mark.parametrize(
-    "subject", [pytest.param("phi3-longrope", marks=pytest.mark.xdist_group("phi3-longrope"))], indirect=True
-)
+@pytest.mark.parametrize("subject", [family("phi3-longrope")], indirect=True)
 def test_positions_that_are_rescaled_during_generation(
     subject: testing.Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,7 @@ def test_the_same_at_any_length(session: BoundSession) -> None:
             assert found.shape == expected.shape
             kept = given["attention_mask"].bool()
             torch.testing.assert_close(found[kept], expected[kept], rtol=1e-4, atol=1e-5)
-    assert len(encoder._entries) == 4  # 16 and 32, of one row and of three
+    assert len(encoder.graphs) == 4  # 16 and 32, of one row and of three
 
 
 def test_outputs_are_not_overwritten(session: BoundSession) -> None:
@@ -52,8 +52,8 @@ def test_few_shapes_are_kept(session: BoundSession) -> None:
     encoder = CapturedEncoder(session)
     for rows in (1, 2, 3, 4, 1, 5, 6):
         encoder(inputs(rows, 4))
-    assert [kind[0][1] for kind in encoder._entries] == [(4, 16), (1, 16), (5, 16), (6, 16)]
-    assert len(encoder._entries) == MAX_GRAPHS
+    assert [kind[0][1] for kind in encoder.graphs] == [(4, 16), (1, 16), (5, 16), (6, 16)]
+    assert len(encoder.graphs) == MAX_GRAPHS
 
 
 def test_large_outputs_are_not_kept(session: BoundSession, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_large_outputs_are_not_kept(session: BoundSession, monkeypatch: pytest.M
         monkeypatch.setattr("accel.runtime.encoder_graphs.MAX_OUTPUT_BYTES", largest)
         encoder = CapturedEncoder(session)
         torch.testing.assert_close(encoder(given)["last_hidden_state"][0], expected[0], rtol=1e-4, atol=1e-5)
-        assert len(encoder._entries) == kept
+        assert len(encoder.graphs) == kept
 
 
 def test_supported_sessions(session: BoundSession, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ def test_batch_sizes_that_are_not_captured(folder: Path) -> None:
     only = replace(STATIC, capture_batch_sizes=[2, 6], buckets=[8, 16])
     ids = torch.arange(3, 9).view(3, 2)
     with open_model(folder, only) as opened:
-        assert [(buffers.batch, buffers.bucket) for _, buffers in opened.runtime._spare] == [
+        assert [(buffers.batch, buffers.bucket) for _, buffers in opened.runtime.spare_buffers] == [
             (2, 8),
             (2, 16),
             (6, 8),
@@ -190,10 +190,10 @@ def test_spare_buffers_are_limited(folder: Path) -> None:
     with open_model(folder, replace(STATIC, buckets=[32])) as opened:
         for length in range(2, 16):
             opened.generate(torch.arange(3, 3 + length)[None], max_new_tokens=2)
-        assert len(opened.runtime._spare) == 1
+        assert len(opened.runtime.spare_buffers) == 1
         for batch in range(2, 12):
             opened.generate(torch.arange(3, 3 + batch).view(batch, 1), max_new_tokens=2)
-        assert len(opened.runtime._spare) == MAX_SPARE
+        assert len(opened.runtime.spare_buffers) == MAX_SPARE
 
 
 def test_spare_buffers_are_freed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_spare_buffers_are_freed(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         opened.generate(ids, max_new_tokens=2)
         monkeypatch.setattr("accel.runtime.static_cache.free_device_memory", lambda device: 0)
         opened.generate(ids.repeat(2, 1), max_new_tokens=2)
-        assert [buffers.batch for _, buffers in opened.runtime._spare] == [2]
+        assert [buffers.batch for _, buffers in opened.runtime.spare_buffers] == [2]
 
 
 def test_attention_is_one_node_where_it_is_fused(folder: Path) -> None:
