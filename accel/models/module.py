@@ -4,7 +4,9 @@ The weights are part of ONNX graphs, so there are no parameters: what asks for t
 would change it raises `ValueError` with the reason.
 """
 
+import inspect
 import shutil
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -169,15 +171,20 @@ class InferenceModule(nn.Module):
         """Return `labels` shifted to the right as the transformers class shifts them, [batch, length].
 
         Raises:
-            ValueError: The transformers class has no such method, as decoder-only models.
+            ValueError: The transformers class doesn't shift labels, as decoder-only models.
         """
-        shift = getattr(model_class(self.config), "prepare_decoder_input_ids_from_labels", None)
-        if shift is None:
+        transformers_class = model_class(self.config)
+        method = getattr(transformers_class, "prepare_decoder_input_ids_from_labels", None)
+        if method is not None:
+            return method(self.meta_model, labels)  # type: ignore[no-any-return]
+        # Classes without that method call a function of their module, with or without the id of the start token.
+        function = getattr(sys.modules[transformers_class.__module__], "shift_tokens_right", None)
+        if function is None:
             raise ValueError(
                 f"a {self.config.model_type} model derives no decoder_input_ids from labels: pass input_ids"
             )
-        shifted: Tensor = shift(self.meta_model, labels)
-        return shifted
+        values = [self.config.pad_token_id, self.config.decoder_start_token_id]
+        return function(labels, *values[: len(inspect.signature(function).parameters) - 1])  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Copy the deployable that this model was opened from.
