@@ -133,12 +133,10 @@ def compare_tokens(
                 )
         verification.identical[name] = identical / len(torch_sequences)
         if name == "greedy" and expected["texts"]:
-            for number, (text, theirs, ours) in enumerate(
-                zip(expected["texts"], torch_sequences, sequences, strict=True)
-            ):
-                verification.samples.append(
-                    {"input": text, "pytorch": readable(number, theirs), "ours": readable(number, ours)}
-                )
+            pairs = zip(expected["texts"], torch_sequences, sequences, strict=True)
+            for number, (text, theirs, ours) in enumerate(pairs):
+                sample = {"input": text, "pytorch": readable(number, theirs), "ours": readable(number, ours)}
+                verification.samples.append(sample)
 
 
 def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
