@@ -230,8 +230,7 @@ class EncoderDecoderModel(AcceleratedModel):
         """Run the decoder on new tokens, after the encoder where its outputs are not given.
 
         Args:
-            input_ids: Encoder input: ids [batch, source], or the features of a speech model where it is the first
-                positional argument.
+            input_ids: Encoder input: ids [batch, source]; of a speech model its features.
             attention_mask: Mask of the encoder input, [batch, source].
             decoder_input_ids: New decoder tokens, [batch, new]. By default `labels`, shifted to the right.
             decoder_attention_mask: [batch, past + new]; must not hide a token.
@@ -247,8 +246,7 @@ class EncoderDecoderModel(AcceleratedModel):
             Loss where `labels` are given, logits [batch, new, vocabulary], caches, and the encoder's last hidden state.
 
         Raises:
-            ValueError: An input is missing or has a wrong type, shape or range, the mask hides decoder tokens, or
-                something is asked for that an exported graph doesn't have.
+            ValueError: An input is missing or has a wrong type, shape or range, or asks for what a graph doesn't have.
             TypeError: An argument is unknown.
             RuntimeError: The model is closed.
         """
@@ -259,18 +257,13 @@ class EncoderDecoderModel(AcceleratedModel):
         if decoder_input_ids is None:
             raise ValueError("decoder_input_ids is missing")
         if decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
-            raise ValueError(
-                "decoder_attention_mask has zeros, but an exported decoder attends to all decoder tokens: "
-                "leave the mask out and pass only tokens to attend to"
-            )
+            raise ValueError("decoder_attention_mask has zeros, but an exported decoder attends to all decoder tokens")
+        hidden = None if encoder_outputs is None else encoder_outputs[0]  # [batch, source, width]
         inputs = {"input_ids": decoder_input_ids}
-        hidden = encoder_outputs[0] if encoder_outputs is not None else None  # [batch, source, width]
         if state_of(past_key_values) is None:
             arguments.check_ids("decoder_input_ids", decoder_input_ids, self._vocabulary)
-            if hidden is None and main_input is None:
-                raise ValueError(f"either {self.main_input_name} or encoder_outputs is needed")
             if hidden is None:
-                hidden = self._encoder(main_input, attention_mask=attention_mask)[0]
+                hidden = self._encode(main_input, attention_mask)
             mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
             inputs |= {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
         logits, cache = self._run_decoder(inputs, past_key_values, use_cache)
@@ -281,6 +274,13 @@ class EncoderDecoderModel(AcceleratedModel):
             encoder_last_hidden_state=hidden,
         )
         return self._as_asked(output, return_dict)
+
+    def _encode(self, main_input: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+        """Return the encoder's last hidden state, [batch, source, width]."""
+        if main_input is None:
+            raise ValueError(f"either {self.main_input_name} or encoder_outputs is needed")
+        hidden: Tensor = self._encoder(main_input, attention_mask=attention_mask)[0]
+        return hidden
 
     def _decode_inputs(
         self, model_kwargs: Mapping[str, Any], state: State, max_new_tokens: int
@@ -331,8 +331,7 @@ class DecoderOnlyModel(AcceleratedModel):
             Loss where `labels` are given, logits [batch, kept, vocabulary] and caches.
 
         Raises:
-            ValueError: An input is missing or has a wrong type, shape or range, or something is asked for that an
-                exported graph doesn't have.
+            ValueError: An input is missing or has a wrong type, shape or range, or asks for what a graph doesn't have.
             TypeError: An argument is unknown.
             RuntimeError: The model is closed.
         """

@@ -122,15 +122,8 @@ def compare_tokens(
             verification.first_difference[f"{name}.{number}"] = position
             if name in GATED and len(verification.differing) < MAX_DIFFERING:
                 text = expected["texts"][number] if expected["texts"] else f"input {number}"
-                verification.differing.append(
-                    {
-                        "case": name,
-                        "input": text,
-                        "position": position,
-                        "pytorch": readable(number, theirs),
-                        "ours": readable(number, ours),
-                    }
-                )
+                outputs = {"pytorch": readable(number, theirs), "ours": readable(number, ours)}
+                verification.differing.append({"case": name, "input": text, "position": position, **outputs})
         verification.identical[name] = identical / len(torch_sequences)
         if name == "greedy" and expected["texts"]:
             pairs = zip(expected["texts"], torch_sequences, sequences, strict=True)
