@@ -1,5 +1,6 @@
 """Models and artifacts that many tests share. Each is made once per run, for any number of workers."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from accel import testing
+from accel import progress, testing
 from accel.cli.compose import compose, execute
 from accel.config.schema import Config
 from accel.pipeline.store import Artifact
@@ -31,6 +32,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("gpu"))
             if missing:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device and onnxruntime-gpu"))
+
+
+@pytest.fixture(autouse=True)
+def without_console() -> Iterator[None]:
+    """Undo what the command line installs when a test calls its `main`: the progress listener and the log handler."""
+    log = logging.getLogger("accel")
+    handlers, propagate, level = log.handlers, log.propagate, log.level
+    yield
+    progress.install(None)
+    log.handlers, log.propagate = handlers, propagate
+    log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

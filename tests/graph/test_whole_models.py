@@ -93,13 +93,13 @@ def optimized(folder: Path, *more: type[GraphPass]) -> dict[str, ir.Model]:
     """Run all passes and `more`, and compare every output with that of the graphs before."""
     models = {component: files.load(folder / f"{component}.onnx") for component in COMPONENTS}
     inputs = {component: list(random_inputs(model)) for component, model in models.items()}
-    before = {component: [text.run(model, feed) for feed in inputs[component]] for component, model in models.items()}
+    before = {component: [text.run(model, each) for each in inputs[component]] for component, model in models.items()}
     for graph_pass in (*OPTIMIZE.values(), *more):
         run_pass(graph_pass(), [models["encoder"]])
         run_pass(graph_pass(), [models["prefill"], models["decode"]])
     for component, model in models.items():
-        for feed, right in zip(inputs[component], before[component], strict=True):
-            found = text.run(model, feed)
+        for each, right in zip(inputs[component], before[component], strict=True):
+            found = text.run(model, each)
             assert list(found) == list(right)
             for name, array in right.items():
                 assert found[name].shape == array.shape, name

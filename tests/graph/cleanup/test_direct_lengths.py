@@ -80,7 +80,7 @@ def test_no_length() -> None:
         column = Shape <start: int = 2, end: int = 3> (x)
         y = Reshape (past, rest)"""
     model = graph(body, "float[1] wide, int64[3] whole, int64[1] column, float[m] y")
-    inputs = [feed for feed in INPUTS if feed["past"].size]
+    inputs = [each for each in INPUTS if each["past"].size]
     (left,) = rewritten(DirectLengths(), [model], inputs)
     assert left.count("Unsqueeze") == 1
     assert "Gather" not in left
@@ -94,7 +94,7 @@ def test_a_sum_with_another_scalar() -> None:
         more = Add (total, other)
         wide = Unsqueeze (more, first)
         y = Neg (wide)"""
-    (left,) = rewritten(DirectLengths(), [graph(body, "int64[1] y")], [feed for feed in INPUTS if feed["past"].size])
+    (left,) = rewritten(DirectLengths(), [graph(body, "int64[1] y")], [each for each in INPUTS if each["past"].size])
     assert left.count("Unsqueeze") == 1
     assert left.count("Add") == 2
 

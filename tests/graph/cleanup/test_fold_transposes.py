@@ -102,10 +102,10 @@ def test_transposed_weight_that_is_an_output_or_used_in_a_subgraph() -> None:
  z = Neg(p) }> }"""
     model = parse(branch, {"linear": WEIGHT})
     inputs = [INPUTS | {"c": np.array(value)} for value in (True, False)]
-    before = [run(model, feed)["y"] for feed in inputs]
+    before = [run(model, each)["y"] for each in inputs]
     run_pass(FoldTransposes(), [model])
-    for feed, expected in zip(inputs, before, strict=True):
-        np.testing.assert_allclose(run(model, feed)["y"], expected, rtol=1e-5, atol=1e-6)
+    for each, expected in zip(inputs, before, strict=True):
+        np.testing.assert_allclose(run(model, each)["y"], expected, rtol=1e-5, atol=1e-6)
     returned = parse(
         "g (float[n, 8] x) => (float[n, 4] y, float[8, 4] t) "
         "{ t = Transpose <perm: ints = [1, 0]> (linear)\n y = MatMul(x, t) }",

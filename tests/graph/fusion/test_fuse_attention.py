@@ -77,11 +77,11 @@ def arrays(batch: int, new: int, past: int) -> dict[str, np.ndarray]:
 def checked(model: ir.Model, nodes: int) -> ir.Model:
     """The graph after the pass with `nodes` attentions in it, every output what it was at several lengths."""
     given = [arrays(*lengths) for lengths in ((1, 1, 5), (2, 1, 3), (3, 4, 2), (2, 3, 1))]
-    before = [run(model, feed) for feed in given]
+    before = [run(model, each) for each in given]
     FuseAttention()(model)
     assert [node.op_type for node in model.graph].count("MultiHeadAttention") == nodes
-    for feed, expected in zip(given, before, strict=True):
-        found = run(model, feed)
+    for each, expected in zip(given, before, strict=True):
+        found = run(model, each)
         for name, array in expected.items():
             np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
     return model

@@ -89,7 +89,7 @@ def test_weight_may_be_computed() -> None:
 )  # fmt: skip
 def test_left_alone(lines: tuple[str, ...], outputs: str) -> None:
     """What is not the norm, or is needed in parts."""
-    inputs = [{"x": np.abs(feed["x"]) + 0.1} for feed in INPUTS]
+    inputs = [{"x": np.abs(each["x"]) + 0.1} for each in INPUTS]
     assert NORM not in rewritten(FuseNorms(), [parse(graph(lines, outputs), WEIGHTS)], inputs)[0]
 
 

@@ -24,11 +24,11 @@ def fused(text: str, **weights: np.ndarray) -> tuple[ir.Model, Counter[str]]:
     inputs = [INPUTS | {"c": np.array(value)} for value in (True, False)]
     model = parse(text, weights or {"linear": WEIGHT})
     wanted = [value.name for value in model.graph.inputs]
-    inputs = [{name: feed[name] for name in wanted if name in feed} for feed in inputs]
-    before = [run(model, feed) for feed in inputs]
+    inputs = [{name: each[name] for name in wanted if name in each} for each in inputs]
+    before = [run(model, each) for each in inputs]
     FuseTransposedMatmul()(model)
-    for feed, expected in zip(inputs, before, strict=True):
-        found = run(model, feed)
+    for each, expected in zip(inputs, before, strict=True):
+        found = run(model, each)
         for name, array in expected.items():
             np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
     return model, Counter(node.op_type for node in model.graph.all_nodes())

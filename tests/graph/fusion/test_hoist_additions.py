@@ -81,7 +81,7 @@ def test_left_alone(lines: tuple[str, ...]) -> None:
 
 
 def test_residuals_stay() -> None:
-    """x + attention + feed-forward: every layer adds values of its own."""
+    """x + attention + each-forward: every layer adds values of its own."""
     model = parse(
         layers("a = Neg (x)", "r1 = Add (x, a)", "c = Abs (r1)", "r2 = Add (r1, c)", "d = Neg (r2)", "y = Add (r2, d)")
     )
