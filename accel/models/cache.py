@@ -129,11 +129,19 @@ def fill(cache: Cache, state: State, is_encoder_decoder: bool) -> None:
     """
     own, cross = _layers(state, is_encoder_decoder)
     if isinstance(cache, EncoderDecoderCache):
-        cache.self_attention_cache.layers[:] = own
-        cache.cross_attention_cache.layers[:] = cross
+        _replace_layers(cache.self_attention_cache, own)
+        _replace_layers(cache.cross_attention_cache, cross)
         cache.is_updated = dict.fromkeys(range(len(cross)), True)
     else:
-        cache.layers[:] = own
+        _replace_layers(cache, own)
+
+
+def _replace_layers(cache: Cache, layers: list[Any]) -> None:
+    """Replace the layers of a cache by `layers`; a static cache stays one that transformers compiles calls for."""
+    compileable = cache.is_compileable
+    for layer in layers:
+        layer.is_compileable = compileable
+    cache.layers[:] = layers
 
 
 def state_of(cache: Any) -> State | None:

@@ -44,6 +44,7 @@ class InferenceModule(nn.Module):
     is_gradient_checkpointing = False
     supports_gradient_checkpointing = False
     is_parallelizable = False
+    accepts_loss_kwargs = False  # `Trainer` would pass `num_items_in_batch`, which only training needs
     _is_stateful = False
 
     def __init__(self, runtime: Runtime[Any], config: PretrainedConfig, generation_config: GenerationConfig) -> None:
@@ -145,8 +146,12 @@ class InferenceModule(nn.Module):
         return self
 
     def get_compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:
-        """Return the model's call as it is: graphs are compiled when a session opens."""
-        return self.__call__
+        """Return the model's call as it is: graphs are compiled when a session opens.
+
+        It is kept as `_compiled_call`, by which transformers tells that calls are compiled.
+        """
+        self._compiled_call = self.__call__
+        return self._compiled_call
 
     def get_input_embeddings(self) -> NoReturn:
         """Raise `ValueError`: the embeddings are part of the graphs."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import HfApi
-from transformers import T5ForConditionalGeneration
+from transformers import CompileConfig, GenerationMixin, StaticCache, T5ForConditionalGeneration
 
 from accel import testing
 from accel.errors import AccelError
@@ -281,3 +281,37 @@ def test_a_repository_on_the_hub(
         assert asked == {"name": "someone/small", "revision": "v1", "token": "secret", "allow_patterns": ["fp32/*"]}
         expected = model.generate(IDS, attention_mask=MASK, **UNIQUE)
         assert torch.equal(opened.generate(IDS, attention_mask=MASK, **UNIQUE), expected)
+
+
+@pytest.mark.parametrize("reset", [True, False], ids=["reset", "continued"])
+def test_a_static_cache_used_twice(gpt2: testing.Subject, reset: bool) -> None:
+    """It stays one that transformers compiles calls for, and is empty after `reset()`."""
+    ids = gpt2.ids(2, 5)
+    logits = []
+    for model in (gpt2.eager, gpt2.model):
+        cache = StaticCache(config=gpt2.eager.config, max_cache_len=16)
+        with torch.inference_mode():
+            first = model(ids, past_key_values=cache, use_cache=True).logits
+            assert cache.is_compileable
+            if reset:
+                cache.reset()
+                assert int(cache.get_seq_length()) == 0
+            logits.append(model(ids[:, :3], past_key_values=cache, use_cache=True).logits)
+        if reset:
+            torch.testing.assert_close(logits[-1], first[:, :3], rtol=2e-3, atol=2e-3)
+        assert int(cache.get_seq_length()) == (3 if reset else 8)
+    torch.testing.assert_close(logits[1], logits[0], rtol=2e-3, atol=2e-3)
+
+
+def test_a_compile_config_is_accepted(gpt2: testing.Subject) -> None:
+    """Graphs are compiled when a session opens, so that `generate` gets the model's call as it is."""
+    compile_config = CompileConfig(fullgraph=True)
+    compile_config._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compile_config, "output_scores": True}
+    ids = gpt2.ids(2, 5)
+    expected = gpt2.model.generate(ids, **UNIQUE, return_dict_in_generate=True)
+    actual = gpt2.model.generate(ids, **UNIQUE, **options, return_dict_in_generate=True)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert isinstance(actual.past_key_values, StaticCache)
+    assert gpt2.model._compiled_call == gpt2.model.__call__
+    assert GenerationMixin in type(gpt2.model).__bases__
