@@ -9,7 +9,8 @@ Interfaces of transformers that `accel.models` relies on beyond its documented o
 - Overridden methods, which `generate` calls with the arguments that the overrides name: `_sample` and `_beam_search`
   (decoding/loops.py), `_prepare_cache_for_generation`, `create_masks_for_generate`, `prepare_inputs_for_generation`.
 - Inherited methods that the overrides call: `_sample`, `_beam_search`, `_prepare_cache_for_generation`, `_prefill`
-  (which runs the prompt and returns the outputs of `forward`), and `_update_model_kwargs_for_generation`.
+  (which runs the prompt and returns the outputs of `forward`), `_update_model_kwargs_for_generation`, and
+  `_valid_auto_compile_criteria`.
 - Attributes and methods that `GenerationMixin` expects of the class it is mixed into: `main_input_name`,
   `base_model_prefix`, `_is_stateful`, `config`, `generation_config`, `device`, `dtype`, `can_generate`,
   `is_remote_code`, `get_encoder`, `get_experts_implementation`, and the parameters' names of `forward` and of

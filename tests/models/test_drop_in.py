@@ -303,11 +303,13 @@ def test_a_static_cache_used_twice(gpt2: testing.Subject, reset: bool) -> None:
     torch.testing.assert_close(logits[1], logits[0], rtol=2e-3, atol=2e-3)
 
 
-def test_a_compile_config_is_accepted(gpt2: testing.Subject) -> None:
+@pytest.mark.parametrize("scores", [True, False], ids=["transformers' loop", "accel's loop"])
+def test_a_compile_config_is_accepted(gpt2: testing.Subject, scores: bool) -> None:
     """Graphs are compiled when a session opens, so that `generate` gets the model's call as it is."""
+    vars(gpt2.model).pop("_compiled_call", None)
     compile_config = CompileConfig(fullgraph=True)
     compile_config._compile_all_devices = True
-    options = {"cache_implementation": "static", "compile_config": compile_config, "output_scores": True}
+    options = {"cache_implementation": "static", "compile_config": compile_config, "output_scores": scores}
     ids = gpt2.ids(2, 5)
     expected = gpt2.model.generate(ids, **UNIQUE, return_dict_in_generate=True)
     actual = gpt2.model.generate(ids, **UNIQUE, **options, return_dict_in_generate=True)
