@@ -31,12 +31,21 @@ def reject(arguments: Mapping[str, Any], known: tuple[str, ...]) -> None:
         ValueError: One asks for something that the graphs don't have.
         TypeError: One is unknown.
     """
+    reject_unavailable(arguments)
     for name, value in arguments.items():
-        if value is None or value is False:
-            continue
-        if name in UNAVAILABLE:
+        if value is not None and value is not False:
+            raise TypeError(f"forward() has no argument {name!r}. Arguments: {', '.join(known)}")
+
+
+def reject_unavailable(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of transformers' models that an exported graph has no input or output for, with the reason.
+
+    Raises:
+        ValueError: One of them is neither None nor False.
+    """
+    for name, value in arguments.items():
+        if name in UNAVAILABLE and value is not None and value is not False:
             raise ValueError(f"{name} is not supported: {UNAVAILABLE[name]}")
-        raise TypeError(f"forward() has no argument {name!r}. Arguments: {', '.join(known)}")
 
 
 def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:

@@ -86,6 +86,9 @@ def test_what_asks_for_the_model_as_it_is_returns_it(model: AcceleratedModel, ca
         (lambda model: model(IDS, MASK, IDS, token_type_ids=IDS), "token_type_ids is not supported"),
         (lambda model: model(IDS, MASK, IDS, output_attentions=True), "output_attentions is not supported"),
         (lambda model: model(IDS, MASK, IDS, decoder_attention_mask=MASK), "decoder_attention_mask has zeros"),
+        (lambda model: model.get_encoder()(IDS, output_hidden_states=True), "output_hidden_states is not supported"),
+        (lambda model: model.get_encoder()(inputs_embeds=torch.zeros(1)), "inputs_embeds is not supported"),
+        (lambda model: model.generate(IDS, output_attentions=True), "output_attentions is not supported"),
         (lambda model: model(IDS, MASK[:, :3], IDS), r"attention_mask has shape \[2, 3\], expected \[2, 5\]"),
         (lambda model: model(IDS, MASK[:, None, None], IDS), r"shape \[2, 1, 1, 5\], expected \[batch, length\]"),
         (lambda model: model(IDS - 6, MASK, IDS), "input_ids contains -6, expected ids from 0 to 119"),
@@ -122,6 +125,8 @@ def test_what_describes_the_model(model: AcceleratedModel, eager: T5ForCondition
     assert (model.dtype, model.device, model.main_input_name) == (eager.dtype, eager.device, "input_ids")
     assert model.name_or_path
     assert model.get_encoder()(IDS, attention_mask=MASK).last_hidden_state.shape == (2, 5, 64)
+    hidden = model.get_encoder()(IDS, attention_mask=MASK, return_dict=False)
+    assert isinstance(hidden, tuple)
     assert model.get_compiled_call()(IDS, MASK, IDS).logits.shape == (2, 5, 120)
 
 
