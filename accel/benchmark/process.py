@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import psutil
 
 from accel.errors import AccelError, DeviceMemoryError
+from accel.system import remote_code
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ class WorkerProcess:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _ignore_interrupts)
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (remote_code.is_allowed(),))
         self._pid: Future[int] = self._pool.submit(getpid)
 
     @property
@@ -67,6 +68,7 @@ class WorkerProcess:
         self._pool.shutdown()
 
 
-def _ignore_interrupts() -> None:
-    """Ignore Ctrl-C, which ends the parent process; that kills this one."""
+def _prepare(allow_remote_code: bool) -> None:
+    """Ignore Ctrl-C, which ends the parent process and so this one, and take over the parent's permission for code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    remote_code.set_for_process(allow_remote_code)

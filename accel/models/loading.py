@@ -10,12 +10,14 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from accel.config.packages import group_files
 from accel.config.presets import runtime_preset
 from accel.config.schema import RuntimeConfig
+from accel.data.pretrained import load_config, load_generation_config
 from accel.errors import AccelError
+from accel.models import integrity
 from accel.models.factory import model_over
 from accel.models.generation import AcceleratedModel
 from accel.runtime import layout
@@ -24,13 +26,12 @@ from accel.runtime.protocol import Runtime
 from accel.runtime.providers import check_provider, fastest
 from accel.runtime.session import SessionSettings
 from accel.runtime.static_cache import open_static
+from accel.system import remote_code
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # "name/model", or "model" of the hub's own
-# Names that options of `load` may never have. They are kept for what a later version checks.
-RESERVED = frozenset({"check", "trust_remote_code"})
 
 
 def open_model(folder: Path, runtime: RuntimeConfig) -> AcceleratedModel:
@@ -77,9 +78,9 @@ def _open_runtime(folder: Path, runtime: RuntimeConfig) -> Runtime[Any]:
 
 def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:
     """Return a model over `runtime`, with the config and the generation config in `folder`."""
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     if (folder / "generation_config.json").is_file():
-        generation_config = GenerationConfig.from_pretrained(folder)
+        generation_config = load_generation_config(folder)
     else:
         generation_config = GenerationConfig.from_model_config(config)
     model = model_over(runtime, config, generation_config)
@@ -107,6 +108,8 @@ def load(
     folder: str | Path,
     runtime: str = AUTO,
     *,
+    check: str | bool = integrity.FAST,
+    trust_remote_code: bool = False,
     revision: str | None = None,
     subfolder: str = "",
     token: str | None = None,
@@ -121,6 +124,10 @@ def load(
             Hugging Face hub that holds one.
         runtime: Preset: name of a YAML file in a config group `runtime`. `auto` is the preset that the deployable was
             built for, if this machine can run it; otherwise `cuda` on a machine with a GPU and `cpu` elsewhere.
+        check: Compare the folder's files with its manifest first. `fast`: large files are hashed at the first load and
+            after each change only. `full`: all are hashed now. False: nothing is compared.
+        trust_remote_code: Run the Python code in the folder, if its config needs some. It has all rights of this
+            process; without this, such a folder is refused.
         revision: Branch, tag or commit of the repository.
         subfolder: Folder inside `folder` or the repository.
         token: Access token for the hub; by default the one that `hf auth login` stored.
@@ -132,20 +139,22 @@ def load(
         The model. Close it, or use it as a context manager, to free its sessions.
 
     Raises:
-        AccelError: The folder was not made by accel, the repository can't be downloaded or holds no deployable, the
-            preset or an option doesn't exist, an option's value is invalid, or the device can't be used.
+        AccelError: The folder was not made by accel or its files differ from its manifest, the repository can't be
+            downloaded or holds no deployable, the preset or an option doesn't exist, an option's value is invalid, or
+            the device can't be used.
     """
-    for name in RESERVED.intersection(options):
-        raise AccelError(f"accel.load: the option name {name!r} is reserved for a later version")
     local = locate_deployable(str(folder), revision, subfolder, token)
+    integrity.check_files(local, check)
     built = built_runtime(local)
     preset = _preset_for(built) if runtime == AUTO else runtime
     config = runtime_preset(preset, built, **options)
     check_provider(config.provider)
-    if verification_of(local) is None:
-        logger.warning("%s is unverified: it holds no %s", folder, layout.VERDICT)
-    model = open_model(local, config)
-    model.reopen = partial(load, folder, runtime, revision=revision, subfolder=subfolder, token=token, **options)
+    integrity.warn_if_unverified(local)
+    with remote_code.allowing(trust_remote_code):
+        model = open_model(local, config)
+    source: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
+    trust: dict[str, Any] = {"check": check, "trust_remote_code": trust_remote_code}
+    model.reopen = partial(load, folder, runtime, **source, **trust, **options)
     return model
 
 

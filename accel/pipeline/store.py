@@ -73,8 +73,9 @@ class Manifest:
     files: Mapping[str, FileRecord]
 
     def dump(self) -> str:
-        """Return the manifest as JSON."""
-        return json.dumps(asdict(self), indent=1)
+        """Return the manifest as JSON, with a hash of its list of files."""
+        values = asdict(self)
+        return json.dumps({**values, "files_sha256": make_key(files=values["files"])}, indent=1)
 
     @classmethod
     def parse(cls, text: str) -> "Manifest":
@@ -84,6 +85,8 @@ class Manifest:
             Exception: One of `UNREADABLE`, if `text` isn't a manifest.
         """
         values = json.loads(text)
+        if values.pop("files_sha256") != make_key(files=values["files"]):
+            raise ValueError("the list of files was edited")
         files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
         return cls(**values, files=files)
 

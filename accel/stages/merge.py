@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from transformers import AutoConfig
 
 from accel.adapters.types import Architecture, Component
 from accel.config.schema import Config, MergeConfig
+from accel.data.pretrained import load_config
 from accel.errors import AccelError, unknown
 from accel.graph import files
 from accel.graph.decode.cross_cache import cross_cache
 from accel.graph.merging.merge_branches import fork_if, merge_if
 from accel.graph.merging.merge_caches import merge_caches
 from accel.graph.weights import initializers, shared_bytes
+from accel.models.checkpoints import CODE
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime import layout
@@ -102,7 +103,7 @@ def merge(
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Write the unverified bundle. Return the bytes of weights before and after merging, and the node count."""
     source, checkpoint = inputs["convert"].folder, inputs["checkpoint"].folder
-    hf_config = AutoConfig.from_pretrained(checkpoint)
+    hf_config = load_config(checkpoint)
     components = architecture.components()
     if Component.ENCODER in components:
         files.save(files.load(source / f"{Component.ENCODER}.onnx"), out / layout.ENCODER)
@@ -123,7 +124,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     for name, model in static_graphs.items():
         if model is not None:
             files.save_beside(model, out / name, out / layout.DECODER)
-    for pattern in CHECKPOINT_FILES:
+    code = (CODE,) if config.model.trust_remote_code else ()
+    for pattern in (*CHECKPOINT_FILES, *code):
         for path in checkpoint.glob(pattern):
             if not path.match(WEIGHT_INDEX):
                 shutil.copyfile(path, out / path.name)
@@ -140,6 +142,6 @@ STAGE = Stage(
     name="merge",
     run=run,
     inputs=takes("checkpoint", "export", "convert"),
-    sections=("merge", "convert.decode_passes"),
+    sections=("merge", "convert.decode_passes", "model.trust_remote_code"),
     packages=("onnx", "onnx-ir"),
 )

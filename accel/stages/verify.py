@@ -40,6 +40,7 @@ from accel.runtime.layout import MANIFEST
 from accel.stages import audit, calibrate, reference, torch_error
 from accel.stages.checkpoint import reference_files
 from accel.stages.prompts import PROMPTS
+from accel.system.hashing import file_hash
 
 GATED = ("greedy", "beams", "padded")  # not sampling, which draws other tokens at the smallest difference
 DEFAULT_MIN_AGREEMENT = 0.5  # of the sequences, in 16 bits, where `verify.min_token_agreement` is null
@@ -292,6 +293,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     for path in bundle.iterdir():  # copied: onnx refuses weights in a file with more than one hard link
         if path.name != MANIFEST:
             shutil.copyfile(path, out / path.name)
+            verification.files[path.name] = file_hash(out / path.name)
     (out / layout.VERDICT).write_text(json.dumps(asdict(verification), indent=1))
     measured = latency.compare_with_torch(out, config, inputs, architecture) if config.verify.latency else None
     explained = {}

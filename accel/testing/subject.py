@@ -14,6 +14,7 @@ from accel.adapters import registry
 from accel.adapters.types import Architecture, Component
 from accel.api import UP_TO_VERIFY
 from accel.cli.compose import compose, execute
+from accel.data.pretrained import load_config
 from accel.models.generation import AcceleratedModel
 from accel.models.loading import load
 from accel.models.model_class import model_class
@@ -186,7 +187,7 @@ def prepare(
     fp32_config = compose([*common, "precision=fp32"])
     fp32_artifacts = execute(fp32_config)
     fp16_artifacts = execute(compose([*common, *FP16]))
-    transformers_class = model_class(AutoConfig.from_pretrained(checkpoint))
+    transformers_class = model_class(load_config(checkpoint))
     eager = transformers_class.from_pretrained(checkpoint, attn_implementation="eager").eval()
     deployable = fp32_artifacts["verify"].folder
     with ExitStack() as stack:

@@ -11,7 +11,6 @@ import torch
 
 import accel
 from accel.errors import AccelError
-from accel.models.loading import RESERVED
 from accel.runtime import layout
 from tests.conftest import Build, overrides_for
 
@@ -87,12 +86,6 @@ def test_buckets_of_the_build_are_the_default(build: Build, tiny: Path) -> None:
         assert model.runtime.buckets == [32]
 
 
-@pytest.mark.parametrize("name", sorted(RESERVED))
-def test_reserved_names(deployable: Path, name: str) -> None:
-    with pytest.raises(AccelError, match=f"'{name}' is reserved"):
-        accel.load(deployable, **{name: "x"})
-
-
 def test_unknown_option(deployable: Path) -> None:
     with pytest.raises(
         AccelError, match=r"unknown option of accel\.load\(runtime='cpu'\): 'thread'. Did you mean threads"
@@ -103,8 +96,8 @@ def test_unknown_option(deployable: Path) -> None:
 
 
 def test_folder_without_a_manifest(deployable: Path, tmp_path: Path) -> None:
-    """A folder without a manifest is opened with the preset's own values."""
+    """A folder without a manifest is opened with the preset's own values, if its files needn't be checked."""
     for path in deployable.iterdir():
         if path.name != layout.MANIFEST:
             (tmp_path / path.name).symlink_to(path)
-    assert tokens(tmp_path) == tokens(deployable)
+    assert tokens(tmp_path, check=False) == tokens(deployable)
