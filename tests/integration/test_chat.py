@@ -139,6 +139,7 @@ def test_chat_without_a_template(tiny: Path, tmp_path: Path) -> None:
         execute(compose(overrides_for(tiny, tmp_path, "stage=generate", "generate.text=w5", "+generate.chat=true")))
 
 
+@pytest.mark.slow
 def test_benchmark_and_profile(build: Build, checkpoint: Path) -> None:
     """Every backend of the CPU generates, session memory is measured, and the profile names the decoder's operators."""
     small = ["benchmark.new_tokens=4", "benchmark.source_length=5", "benchmark.repeats=1", "profile.new_tokens=3"]
