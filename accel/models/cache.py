@@ -33,6 +33,7 @@ class StateLayer(DynamicLayer):
         self._own: list[Tensor | None] = [None, None]
         self._is_cross, self._is_leader = is_cross, is_leader
         self.is_initialized = True
+        self.max_length = -1  # of the static layer whose place this one takes; -1: no maximum
         view = state.views()[key]
         self.dtype, self.device = view.dtype, view.device
 
@@ -70,6 +71,10 @@ class StateLayer(DynamicLayer):
             self._own = [views[name].clone() for name in self._names]
             self._state = None
         self._own[index] = tensor
+
+    def get_max_length(self) -> int:
+        """Return how many tokens the layer may hold, -1 for any number."""
+        return self.max_length
 
     def get_seq_length(self) -> int:
         """Return the number of tokens that have keys and values in this layer."""
@@ -139,8 +144,10 @@ def fill(cache: Cache, state: State, is_encoder_decoder: bool) -> None:
 def _replace_layers(cache: Cache, layers: list[Any]) -> None:
     """Replace the layers of a cache by `layers`; a static cache stays one that transformers compiles calls for."""
     compileable = cache.is_compileable
+    max_length = cache.get_max_length() if cache.layers else -1
     for layer in layers:
         layer.is_compileable = compileable
+        layer.max_length = max_length
     cache.layers[:] = layers
 
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
@@ -133,18 +133,6 @@ class AcceleratedModel(DecodingLoops, GenerationMixin, InferenceModule):
         Transformers calls this for static caches and sliding windows, and would replace the mask by a 4D one.
         """
         return attention_mask
-
-    def can_generate(self) -> bool:
-        """Return True: accel exports models with `generate` only."""
-        return True
-
-    def is_remote_code(self) -> bool:
-        """Return False: the model runs no code from the hub."""
-        return False
-
-    def get_experts_implementation(self) -> Mapping[str, str]:
-        """Return no implementations: experts are part of the graph."""
-        return {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder on new tokens; implemented by the subclasses."""
@@ -345,6 +333,8 @@ class DecoderOnlyModel(AcceleratedModel):
         batch, new = input_ids.shape
         if attention_mask is None:
             attention_mask = input_ids.new_ones(batch, past + new, dtype=torch.int64)
+        if isinstance(past_key_values, StaticCache):  # transformers may pad the mask to the cache's length
+            attention_mask = attention_mask[:, : past + new]
         arguments.check_mask("attention_mask", attention_mask, batch, past + new)
         if position_ids is None and not self.runtime.positions_from_mask:
             position_ids = torch.arange(past, past + new, device=input_ids.device)[None]

@@ -7,7 +7,7 @@ would change it raises `ValueError` with the reason.
 import inspect
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -168,6 +168,18 @@ class InferenceModule(nn.Module):
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> NoReturn:
         """Raise `ValueError`: the model can't be trained."""
         self._refuse("gradient_checkpointing_enable()", "the model can't be trained")
+
+    def can_generate(self) -> bool:
+        """Return True: accel exports models with `generate` only."""
+        return True
+
+    def is_remote_code(self) -> bool:
+        """Return False: the model runs no code from the hub."""
+        return False
+
+    def get_experts_implementation(self) -> Mapping[str, str]:
+        """Return no implementations: experts are part of the graph."""
+        return {}
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
         """Do nothing: weights that are tied are stored once in the graphs."""
