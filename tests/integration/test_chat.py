@@ -61,6 +61,7 @@ def continue_with_torch(checkpoint: Path, line: str) -> str:
     return str(tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True))
 
 
+@pytest.mark.slow
 def test_continuations(build: Build, checkpoint: Path) -> None:
     """Texts of different length in one batch get the continuations that they get alone, without the prompt."""
     expected = [continue_with_torch(checkpoint, line) for line in LINES]

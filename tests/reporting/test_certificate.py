@@ -16,6 +16,7 @@ from accel.pipeline.store import Artifact
 from accel.reporting.certificate import page
 from tests.conftest import Build
 
+pytestmark = pytest.mark.xdist_group("certificate")  # the worker that builds the embedded model looks at it
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OFFLINE = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 PHONE = 390  # width in CSS pixels
