@@ -22,7 +22,7 @@ OFFLINE = ("--disable-background-networking", "--disable-component-update", "--d
 PHONE = 390  # width in CSS pixels
 
 
-@pytest.fixture(scope="module", params=[pytest.param("fp16", marks=pytest.mark.slow), "fp32"])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("fp16", "fp32")])
 def stage_artifacts(request: pytest.FixtureRequest, build: Build) -> dict[str, Artifact]:
     """Artifacts of the embedded model, which has texts and metrics."""
     overrides = [f"precision={request.param}", "model.references=heldout.tsv", "verify.references=50"]
