@@ -153,11 +153,12 @@ def _replace_layers(cache: Cache, layers: list[Any]) -> None:
 
 def state_of(cache: Any) -> State | None:
     """Return the state that all layers of a cache read; None for a cache of tensors, or for no cache."""
-    layers = _self_attention(cache).layers if isinstance(cache, Cache) else []
-    states = {id(layer.state): layer.state for layer in layers if isinstance(layer, StateLayer)}
-    if len(states) != 1 or not all(isinstance(layer, StateLayer) for layer in layers):
+    layers: list[Any] = _self_attention(cache).layers if isinstance(cache, Cache) else []
+    if not layers or not isinstance(layers[0], StateLayer):
         return None
-    return next(iter(states.values()))
+    state = layers[0].state
+    attached = all(isinstance(layer, StateLayer) and layer.state is state for layer in layers)
+    return state if attached else None
 
 
 def tensors_of(cache: Cache) -> list[Tensor]:

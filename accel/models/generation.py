@@ -24,7 +24,6 @@ Interfaces of transformers that `accel.models` relies on beyond its documented o
   without modules, for which `device` and `dtype` are set as plain attributes (see factory.py).
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
@@ -138,11 +137,6 @@ class AcceleratedModel(DecodingLoops, GenerationMixin, InferenceModule):
         """Run the decoder on new tokens; implemented by the subclasses."""
         raise NotImplementedError
 
-    @property
-    def _arguments(self) -> tuple[str, ...]:
-        """Names of the arguments of `forward`."""
-        return tuple(name for name in inspect.signature(self.forward).parameters if name != "kwargs")
-
     def _as_asked(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
         """Return the output, or its values as a tuple where the caller or the config asks for that."""
         as_dict = self.config.return_dict if return_dict is None else return_dict
@@ -240,7 +234,7 @@ class EncoderDecoderModel(AcceleratedModel):
             RuntimeError: The model is closed.
         """
         main_input = input_ids if input_ids is not None else kwargs.pop(self.main_input_name, None)
-        arguments.reject(kwargs, (self.main_input_name, *self._arguments))
+        arguments.reject(kwargs, self.forward)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if decoder_input_ids is None:
@@ -324,7 +318,7 @@ class DecoderOnlyModel(AcceleratedModel):
             TypeError: An argument is unknown.
             RuntimeError: The model is closed.
         """
-        arguments.reject(kwargs, self._arguments)
+        arguments.reject(kwargs, self.forward)
         if input_ids is None:
             raise ValueError("input_ids is missing")
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
