@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -21,18 +21,6 @@ from accel.models.loading import load
 UNIQUE = {"max_new_tokens": 12, "no_repeat_ngram_size": 1}
 IDS = torch.tensor([[5, 9, 7, 21, 4], [8, 3, 11, 0, 0]])
 MASK = (IDS != 0).long()
-
-
-@pytest.fixture(scope="module")
-def model(deployable: Path) -> Iterator[AcceleratedModel]:
-    with load(deployable, runtime="cpu") as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def eager(tiny: Path) -> T5ForConditionalGeneration:
-    loaded: T5ForConditionalGeneration = T5ForConditionalGeneration.from_pretrained(tiny)
-    return loaded.eval()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Evaluation with transformers' `Seq2SeqTrainer`: loss, metrics and predictions are those of the PyTorch model."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from transformers import EvalPrediction, Seq2SeqTrainer, Seq2SeqTrainingArguments, T5ForConditionalGeneration
 
 from accel.models.generation import AcceleratedModel
-from accel.models.loading import load
 
 ROWS = [
     {"input_ids": [5, 9, 7, 21, 4], "attention_mask": [1, 1, 1, 1, 1], "labels": [3, 8, 9]},
@@ -18,18 +16,6 @@ ROWS = [
     {"input_ids": [40, 13, 2, 7, 0], "attention_mask": [1, 1, 1, 1, 0], "labels": [90, 5, 6]},
 ]
 UNIQUE = {"max_new_tokens": 9, "no_repeat_ngram_size": 1}
-
-
-@pytest.fixture(scope="module")
-def model(deployable: Path) -> Iterator[AcceleratedModel]:
-    with load(deployable, runtime="cpu") as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def eager(tiny: Path) -> T5ForConditionalGeneration:
-    loaded: T5ForConditionalGeneration = T5ForConditionalGeneration.from_pretrained(tiny)
-    return loaded.eval()
 
 
 def label_share(prediction: EvalPrediction) -> dict[str, float]:
