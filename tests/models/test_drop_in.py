@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from time import sleep
 from typing import Any
 
 import pytest
@@ -184,15 +185,26 @@ def test_threads_on_one_model(model: AcceleratedModel) -> None:
             assert all(map(torch.equal, actual, expected))
 
 
-def test_calls_on_static_caches_take_turns(gpt2: testing.Subject) -> None:
-    """They share one pool of buffers."""
+def test_calls_on_static_caches_take_turns(gpt2: testing.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share one pool of buffers, so no decode step of one call runs during another's."""
     static = gpt2.static
     assert static is not None
     prompts = [gpt2.ids(1, 3 + number, seed=number) for number in range(6)]
     expected = [static.generate(ids, **UNIQUE) for ids in prompts]
+    decode, running, most = static.runtime.decode, [], [0]
+
+    def slow_decode(*inputs: Any) -> Any:
+        running.append(1)
+        most[0] = max(most[0], len(running))
+        sleep(0.005)
+        running.pop()
+        return decode(*inputs)
+
+    monkeypatch.setattr(static.runtime, "decode", slow_decode)
     with ThreadPoolExecutor(3) as pool:
         actual = list(pool.map(lambda ids: static.generate(ids, **UNIQUE), prompts))
     assert all(map(torch.equal, actual, expected))
+    assert most == [1]
 
 
 def test_a_closed_model_says_so(deployable: Path) -> None:
