@@ -1,110 +1,17 @@
-"""Command line: compose the configuration, run the stages, print their results."""
+"""Entry point of the command line. It imports nothing slow, so that Ctrl-C is handled from the beginning."""
 
-import argparse
-import os
-import sys
-from collections.abc import Mapping
-from typing import Any
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
-
-from accel.cli import console
-from accel.cli.messages import USER_ERRORS, explain
-from accel.config import hydra_setup
-from accel.errors import VerificationError
-
-FAILED = 2  # exit code
+from accel.cli.interrupts import one_line_exit
 
 
 def main() -> None:
-    """Run the console script `accel`. Exit with 0, or with 2 after a message that explains the error."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # pass errors on: Hydra's own report fills more than a screen
-    try:
-        hydra_setup.register()
-        sys.argv[1:] = resolved_for_display(sys.argv[1:])
-    except USER_ERRORS as error:
-        console.fail(explain(error))
-        sys.exit(FAILED)
-    failures: list[str] = []
+    """Run the console script `accel`.
 
-    @hydra.main(config_path="pkg://accel.conf", config_name="config", version_base="1.3")
-    def job(composed: DictConfig) -> None:
-        # Handle errors here and not in Hydra: in a sweep, a failed job is a row of the table, and the others go on.
-        settings = HydraConfig.get()
-        console.install(settings.verbose)
-        message, summaries = None, dict[str, Mapping[str, Any]]()
-        try:
-            summaries |= run(composed, list(settings.overrides.task))
-        except USER_ERRORS as error:
-            message = explain(error)
-            failures.append(message)
-            console.fail(message)
-            if isinstance(error, VerificationError):
-                summaries["verify"] = error.summary
-        except Exception as error:  # a bug in accel: in a sweep it is a row too, and Hydra raises it after the last job
-            message = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            if settings.mode is RunMode.MULTIRUN:
-                from accel.cli import sweep_table
-
-                sweep_table.record(settings, list(settings.overrides.task), summaries, message)
-
-    try:
-        job()
-    except USER_ERRORS as error:
-        console.fail(explain(error))
-        sys.exit(FAILED)
-    if failures:
-        sys.exit(FAILED)
-
-
-def resolved_for_display(arguments: list[str]) -> list[str]:
-    """Replace every `auto` in the arguments of `--cfg job`, so that it prints the configuration that would run.
-
-    Args:
-        arguments: `sys.argv` without the program.
-
-    Returns:
-        The arguments to run Hydra with; those of any other command unchanged.
-
-    Raises:
-        AccelError: The configuration can't be used; Hydra's own errors are raised as well.
+    Exit with 0; 2 after a message that explains an error; 130 or 143 after Ctrl-C or SIGTERM.
     """
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--cfg", "-c")
-    parser.add_argument("--multirun", "-m", action="store_true")
-    options, remaining = parser.parse_known_args(arguments)
-    if options.cfg not in ("job", "all") or options.multirun:
-        return arguments
-    from accel.cli.compose import resolved_overrides
+    with one_line_exit():
+        from accel.cli import application
 
-    overrides = [argument for argument in remaining if "=" in argument and not argument.startswith("-")]
-    flags = [argument for argument in remaining if argument not in overrides]
-    return ["--cfg", options.cfg, *flags, *resolved_overrides(overrides)]
-
-
-def run(composed: DictConfig, overrides: list[str]) -> dict[str, Mapping[str, Any]]:
-    """Run the stages of one job and print their results.
-
-    Args:
-        composed: The configuration, as Hydra composed it.
-        overrides: The overrides on the command line.
-
-    Returns:
-        Stage -> summary of its artifact, for the stages that were asked for.
-    """
-    from accel.cli import compose, report
-    from accel.system.quiet import quiet
-
-    quiet()
-    config = compose.settle(composed, overrides)
-    artifacts = compose.execute(config)
-    report.finish(config, artifacts)
-    return {name: artifact.summary for name, artifact in artifacts.items()}
+        application.main()
 
 
 if __name__ == "__main__":

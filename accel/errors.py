@@ -27,6 +27,26 @@ class DeviceMemoryError(AccelError):
     """A device out of memory. Models that were loaded before stay usable."""
 
 
+class StageError(AccelError):
+    """An error that a library raised inside a stage; the original one is its `__cause__`."""
+
+
+def summarize(error: BaseException) -> str:
+    """Return one line that describes an error: file and reason for one of the operating system, else class and message.
+
+    `ValueError` and the like stand for a wrong value, which their message names, so their class is left out.
+    """
+    if isinstance(error, AccelError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = str(error).strip().splitlines()
+    message = lines[0] if lines else ""
+    if message and type(error) is ValueError:
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
 def unknown(kind: str, value: object, choices: Iterable[str]) -> AccelError:
     """Return the error for a name that doesn't exist, with the choices and the most similar one.
 

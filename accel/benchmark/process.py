@@ -1,10 +1,10 @@
 """Worker processes to measure in, so that nothing left over from one measurement changes another."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from os import getpid
 from threading import Thread
@@ -35,8 +35,10 @@ class WorkerProcess:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (remote_code.is_allowed(),))
-        self._pid: Future[int] = self._pool.submit(getpid)
+        allowed = remote_code.is_allowed()
+        with blocked_interrupts():  # the process inherits that: Ctrl-C ends this one, which kills that one
+            self._pool = ProcessPoolExecutor(1, get_context("spawn"), remote_code.set_for_process, (allowed,))
+            self._pid: Future[int] = self._pool.submit(getpid)
 
     @property
     def pid(self) -> int:
@@ -80,7 +82,11 @@ class WorkerProcess:
         ending.join()
 
 
-def _prepare(allow_remote_code: bool) -> None:
-    """Ignore Ctrl-C, which ends the parent process and so this one, and take over the parent's permission for code."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    remote_code.set_for_process(allow_remote_code)
+@contextmanager
+def blocked_interrupts() -> Iterator[None]:
+    """Block SIGINT in this thread, and in processes and threads that it starts; one that arrives is delivered after."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

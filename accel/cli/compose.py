@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from accel import progress
 from accel.adapters import registry
-from accel.cli.validate import check_lengths, check_texts, validate
+from accel.cli.validate import check_generate, check_lengths, check_texts, validate
 from accel.config.hydra_setup import composing
 from accel.config.schema import Config
 from accel.errors import AccelError, unknown
@@ -152,6 +152,7 @@ def _execute(config: Config) -> dict[str, Artifact]:
         raise unknown(
             f"model type for architecture {config.architecture['_target_']}", model_type, architecture.model_types
         )
+    check_generate(config.generate, description)
     stages = select_stages(config.stage, mixed=config.precision.dtype != "float32")
     check_lengths(config, description, stages)
     if "generate" in stages:

@@ -9,7 +9,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf.errors import OmegaConfBaseException
 
 from accel.config.schema import Config
-from accel.errors import AccelError, unknown
+from accel.errors import AccelError, summarize, unknown
 
 USER_ERRORS = (AccelError, HydraException, OmegaConfBaseException, OSError)
 
@@ -33,9 +33,7 @@ def explain(error: Exception) -> str:
         if key is not None and "not in" in str(cause):
             return str(unknown("config key", key[1], _keys_near(key[1])))
         return f"{str(error).splitlines()[0]}\n{str(cause).splitlines()[0]}"
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
-    return str(error)
+    return summarize(error) if isinstance(error, OSError) else str(error)
 
 
 def _quoting_advice(error: OverrideParseException) -> str:

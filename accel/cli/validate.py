@@ -1,12 +1,13 @@
 """Validation of the configuration before any stage runs. Each error names the value found and the values allowed."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from accel.config.generate_options import OWN_OPTIONS, generation_options
+from accel.config import bounds
+from accel.config.generate_options import OWN_OPTIONS, check_types, generation_options
 from accel.config.schema import AuditConfig, Config, RuntimeConfig, VerifyConfig
 from accel.data.corpus import read_lines, read_texts
 from accel.data.texts import References, has_tokenizer
@@ -15,13 +16,12 @@ from accel.evaluation import metrics
 from accel.evaluation.component_runner import max_positions
 from accel.graph.precision.formats import FORMATS
 from accel.models import checkpoints
+from accel.models.option_check import check_options, option_names
 from accel.pipeline.runner import select_stages
-from accel.runtime.providers import check_provider, supports_dtype
+from accel.runtime.providers import check_device, check_provider, operator_names, supports_dtype
 from accel.stages import audit, benchmark, checkpoint, convert, merge, optimize
 
-OPSETS = range(18, 24)  # supported by both the exporter and the graph passes
 MAX_NAME = 128  # characters; file systems take names of 255 bytes
-MAX_VALUE = 1_000_000  # tokens, sequences or repeats; a larger number is a typing error
 
 
 def validate(config: Config) -> None:
@@ -33,28 +33,19 @@ def validate(config: Config) -> None:
     Raises:
         AccelError: On the first value that can't be used.
     """
+    bounds.check(config)
     check_provider(config.runtime.provider)
     _check_name(config.model.name)
+    check_device(config.runtime.device)
     checkpoint.check(config.model)
     optimize.check(config.optimize.passes)
     convert.check(config.convert.decode_passes)
     merge.check(config.merge, config.convert.fuse_attention)
     benchmark.check(config.benchmark, config.runtime)
-    _check_positive(config, "audit", ("batches", "max_batches", "batch_size", "max_length"))
-    _check_positive(config, "verify", ("inputs", "batch_size", "source_length", "max_new_tokens", "num_beams"))
-    _check_positive(config, "benchmark", ("source_length", "new_tokens", "num_beams", "batch_size", "repeats"))
-    _check_positive(config, "profile", ("source_length", "new_tokens", "top"))
     _check_audit(config.audit)
     _check_verify(config.verify)
     _check_precision(config)
-    if config.runtime.threads < 0:
-        raise AccelError(f"runtime.threads={config.runtime.threads}: must be 0 (one per physical core) or more")
     _check_static(config.runtime)
-    if config.export.opset not in OPSETS:
-        raise AccelError(f"export.opset={config.export.opset}: must be from {OPSETS[0]} to {OPSETS[-1]}")
-    if not 0 < config.export.tolerance < 1:
-        raise AccelError(f"export.tolerance={config.export.tolerance}: must be above 0 and below 1")
-    check_generate(config.generate)
 
 
 def _check_name(name: str) -> None:
@@ -69,36 +60,24 @@ def _check_name(name: str) -> None:
 
 def _check_static(runtime: RuntimeConfig) -> None:
     """Raise `AccelError` on options of static caches and CUDA graphs that don't fit together."""
-    if runtime.static and min(runtime.buckets, default=0) < 1:
+    if runtime.static and not runtime.buckets:
         raise AccelError(
-            f"runtime.buckets={runtime.buckets}: runtime.static=true needs at least one bucket, and each must be a "
-            "length of 1 token or more, such as [64,256,1024]"
+            "runtime.buckets=[]: runtime.static=true needs at least one bucket, a length in tokens, such as "
+            "[64,256,1024]"
         )
     if runtime.capture and not runtime.static:
         raise AccelError(
             "runtime.capture=true needs runtime.static=true: a CUDA graph can only be captured over static caches, "
             "whose addresses and shapes don't change"
         )
-    if min(runtime.capture_batch_sizes, default=1) < 1:
-        raise AccelError(
-            f"runtime.capture_batch_sizes={runtime.capture_batch_sizes}: must be numbers of sequences (beams counted) "
-            "of 1 or more, or [] for any number"
-        )
 
 
 def _check_audit(audit_config: AuditConfig) -> None:
     """Raise `AccelError` on a number out of range, or if the audit has no inputs to run on."""
-    if audit_config.overflow_margin < 1:
-        raise AccelError(
-            f"audit.overflow_margin={audit_config.overflow_margin}: must be 1 or more (1: keep in FP32 only what "
-            "exceeds the format's largest number)"
-        )
     if audit_config.max_batches < audit_config.batches:
         raise AccelError(
             f"audit.max_batches={audit_config.max_batches}: must be audit.batches={audit_config.batches} or more"
         )
-    if audit_config.trials < 0:
-        raise AccelError(f"audit.trials={audit_config.trials}: must be 0 (no trials) or more")
     if audit_config.texts is not None:
         read_texts(audit_config.texts, audit_config.column)
     elif not audit_config.random:
@@ -108,14 +87,6 @@ def _check_audit(audit_config: AuditConfig) -> None:
 def _check_verify(verify: VerifyConfig) -> None:
     """Raise `AccelError` on an unknown metric, a number out of range, or texts that can't be read."""
     metrics.check(verify.metrics)
-    agreement = verify.min_token_agreement
-    if agreement is not None and not 0 <= agreement <= 1:
-        raise AccelError(
-            f"verify.min_token_agreement={agreement}: must be from 0 to 1, the share of sequences that must be "
-            "identical to PyTorch's"
-        )
-    if verify.max_metric_loss < 0:
-        raise AccelError(f"verify.max_metric_loss={verify.max_metric_loss}: must be 0 or more, in percentage points")
     if verify.targets is not None and verify.texts is None:
         raise AccelError(
             f"verify.targets={verify.targets} needs verify.texts=FILE: the inputs that the targets belong to"
@@ -134,6 +105,9 @@ def _check_precision(config: Config) -> None:
         raise unknown("precision.dtype", dtype, FORMATS)
     if config.precision.plan not in audit.RULES:
         raise unknown("precision.plan", config.precision.plan, audit.RULES)
+    for operator in config.precision.operators:
+        if operator not in operator_names():
+            raise unknown("operator in precision.operators", operator, operator_names())
     if dtype == "float32" or (dtype in runtime.compute_dtype and supports_dtype(dtype, runtime.device)):
         return
     stages = [name for name in select_stages(config.stage) if name in ("generate", "benchmark", "profile")]
@@ -148,14 +122,6 @@ def _check_precision(config: Config) -> None:
         f"precision.dtype={dtype}: {reason}, which {', '.join(stages) or 'verify'} would run. "
         f"Use a precision of dtype {supported}; or run stage=verify with runtime=cpu, which emulates {dtype}"
     )
-
-
-def _check_positive(config: Config, section: str, keys: Iterable[str]) -> None:
-    """Raise `AccelError` on a number of a section that is not from 1 to `MAX_VALUE`."""
-    for key in keys:
-        value = getattr(getattr(config, section), key)
-        if not 1 <= value <= MAX_VALUE:
-            raise AccelError(f"{section}.{key}={value}: must be from 1 to {MAX_VALUE}")
 
 
 def check_lengths(config: Config, description: PretrainedConfig, stages: Collection[str]) -> None:
@@ -216,30 +182,25 @@ def check_texts(config: Config, stages: Collection[str]) -> None:
         References.read(folder / config.model.references)
 
 
-def check_generate(options: dict[str, Any]) -> None:
+def check_generate(options: dict[str, Any], description: PretrainedConfig) -> None:
     """Check the section `generate`.
 
     Args:
-        options: The section: options of accel's own and those of transformers' `GenerationConfig`.
+        options: The section: options of accel's own and those of transformers' `generate`.
+        description: Hugging Face config of the model.
 
     Raises:
-        AccelError: On an unknown option, a value out of range, options that exclude each other, or an input file that
-            can't be read.
+        AccelError: On an unknown option, a value that can't be used, options that exclude each other, or an input file
+            that can't be read.
     """
-    defaults = GenerationConfig().to_dict()
-    names = {name for name in defaults if not name.startswith("_")} - {"transformers_version"} | OWN_OPTIONS
+    names = option_names(description) | OWN_OPTIONS
     for name in options:
         if name not in names:
             raise unknown("generation option", f"generate.{name}", sorted(f"generate.{key}" for key in names))
-    for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences", "batch_size"):
-        value = options.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_VALUE):
-            raise AccelError(f"generate.{name}={value}: must be a whole number from 1 to {MAX_VALUE}")
+    check_types(options)
     inputs = [f"generate.{name}" for name in ("text", "file", "audio") if options.get(name) is not None]
     if len(inputs) > 1:
         raise AccelError(f"{' and '.join(inputs)} are set, but only one of them may be")
-    if not isinstance(options.get("chat", False), bool):
-        raise AccelError(f"generate.chat={options['chat']}: must be true or false")
     if "output" in options and "file" not in options:
         raise AccelError(
             f"generate.output={options['output']} needs generate.file=FILE, whose outputs it takes, one a line"
@@ -248,10 +209,7 @@ def check_generate(options: dict[str, Any]) -> None:
         read_lines(Path(str(options["file"])))
         _check_output(Path(str(options["file"])), options.get("output"))
     _check_audio(options.get("audio"))
-    try:
-        GenerationConfig(**generation_options(options)).validate()
-    except (ValueError, TypeError) as error:
-        raise AccelError(f"generate: {str(error).splitlines()[0]}") from error
+    check_options(generation_options(options), description)
 
 
 def _check_output(source: Path, output: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from accel.config import bounds
 from accel.config.packages import group_files
 from accel.config.schema import RuntimeConfig
 from accel.errors import AccelError, unknown
@@ -27,7 +28,7 @@ def runtime_preset(name: str, built: Mapping[str, Any] | None = None, **options:
         **options: Fields of `RuntimeConfig` that replace both.
 
     Raises:
-        AccelError: On an unknown name or option, with the choices, or a value of the wrong type.
+        AccelError: On an unknown name or option, with the choices, or a value of the wrong type or out of bounds.
     """
     for option in options:
         if option not in OPTIONS:
@@ -44,6 +45,7 @@ def runtime_preset(name: str, built: Mapping[str, Any] | None = None, **options:
         raise AccelError(
             f"runtime={name}: {name}.yaml doesn't describe a runtime; its keys must be {', '.join(OPTIONS)}"
         )
+    bounds.check(runtime, "runtime")
     return runtime
 
 

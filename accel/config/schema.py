@@ -1,9 +1,11 @@
-"""Types of the configuration: one dataclass per section. The values are in `conf/`."""
+"""Types of the configuration, and bounds of its numbers: one dataclass per section. The values are in `conf/`."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
+
+from accel.config.bounds import number, numbers, seed
 
 STAGES = ("export", "optimize", "audit", "convert", "merge", "verify", "generate", "benchmark", "profile")
 
@@ -27,7 +29,7 @@ class ModelConfig:
     checkpoint: str | None = None
     revision: str | None = None
     weights: str = "pretrained"
-    seed: int = 0
+    seed: int = seed()
     config: dict[str, Any] = field(default_factory=dict)
     references: str | None = None
     trust_remote_code: bool = False
@@ -82,17 +84,17 @@ class RuntimeConfig:
     session: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     device: str = "cpu"
-    threads: int = 0
+    threads: int = number(0, 0, 1024)
     compute_dtype: dict[str, str] = field(default_factory=lambda: {"float32": "float32"})
     merge_strategy: str = "shared"
     fuse_attention: list[str] = field(default_factory=list)
     fuse_transposed_matmul: bool = False
     static: bool = False
-    buckets: list[int] = field(default_factory=list)
+    buckets: list[int] = numbers()
     static_session: dict[str, str] = field(default_factory=dict)
     static_environment: dict[str, str] = field(default_factory=dict)
     capture: bool = False
-    capture_batch_sizes: list[int] = field(default_factory=list)
+    capture_batch_sizes: list[int] = numbers(1, 4096)
 
 
 @dataclass
@@ -105,9 +107,9 @@ class ExportConfig:
         seed: Seed of the inputs that are compared.
     """
 
-    opset: int = 20
-    tolerance: float = 1e-4
-    seed: int = 0
+    opset: int = number(20, 18, 23)  # supported by both the exporter and the graph passes
+    tolerance: float = number(1e-4, 1e-9, 1)
+    seed: int = seed()
 
 
 @dataclass
@@ -139,15 +141,15 @@ class AuditConfig:
     """
 
     random: bool = True
-    batches: int = 8
-    max_batches: int = 64
-    batch_size: int = 2
-    max_length: int = 128
-    seed: int = 0
+    batches: int = number(8)
+    max_batches: int = number(64)
+    batch_size: int = number(2)
+    max_length: int = number(128)
+    seed: int = seed()
     texts: str | None = None
     column: str | None = None
-    overflow_margin: float = 2.0
-    trials: int = 32
+    overflow_margin: float = number(2.0)
+    trials: int = number(32, 0)
 
 
 @dataclass
@@ -214,17 +216,17 @@ class VerifyConfig:
     targets: str | None = None
     targets_column: str | None = None
     metrics: list[str] = field(default_factory=lambda: ["exact_match", "word_error_rate"])
-    min_token_agreement: float | None = None
-    max_metric_loss: float = 1.0
+    min_token_agreement: float | None = number(None, 0, 1)
+    max_metric_loss: float = number(1.0, 0, 100)
     latency: bool = True
-    batch_size: int = 4
-    inputs: int = 8
-    source_length: int = 24
-    max_new_tokens: int = 24
-    num_beams: int = 4
-    references: int = 200
+    batch_size: int = number(4)
+    inputs: int = number(8)
+    source_length: int = number(24)
+    max_new_tokens: int = number(24)
+    num_beams: int = number(4)
+    references: int = number(200, 0)
     unique_tokens: bool | None = None
-    seed: int = 0
+    seed: int = seed()
 
 
 @dataclass
@@ -246,18 +248,18 @@ class BenchmarkConfig:
         seed: Seed of the random inputs.
     """
 
-    source_length: int = 32
-    new_tokens: int = 64
-    num_beams: int = 1
-    batch_size: int = 1
-    repeats: int = 5
-    time_budget_s: float | None = 60.0
-    warmup: int = 1
-    warmup_tokens: int | None = 16
+    source_length: int = number(32)
+    new_tokens: int = number(64)
+    num_beams: int = number(1)
+    batch_size: int = number(1)
+    repeats: int = number(5)
+    time_budget_s: float | None = number(60.0, 0)
+    warmup: int = number(1, 0)
+    warmup_tokens: int | None = number(16)
     backends: list[str] = field(default_factory=list)
     memory: bool = True
     unverified: bool = False
-    seed: int = 0
+    seed: int = seed()
 
 
 @dataclass
@@ -271,10 +273,10 @@ class ProfileConfig:
         seed: Seed of the random input.
     """
 
-    source_length: int = 32
-    new_tokens: int = 32
-    top: int = 10
-    seed: int = 0
+    source_length: int = number(32)
+    new_tokens: int = number(32)
+    top: int = number(10)
+    seed: int = seed()
 
 
 @dataclass

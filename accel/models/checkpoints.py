@@ -41,6 +41,11 @@ def locate(model: ModelConfig, *, weights: bool = True) -> Path:
         if folder.is_dir() and (built_in or folder.parent != BUILT_IN):
             if not (folder / "config.json").is_file():
                 raise AccelError(f"checkpoint {name!r} holds no config.json: not a Hugging Face model folder")
+            if model.revision is not None:
+                raise AccelError(
+                    f"model.revision={model.revision}: {name!r} is a folder, and only repositories on the Hugging Face "
+                    "hub have revisions"
+                )
             return folder.resolve()
     if name.startswith(("/", ".", "~", BUILT_IN_PREFIX)) or name.count("/") > 1:  # can't be a model id on the hub
         raise AccelError(f"checkpoint folder {name!r} doesn't exist")

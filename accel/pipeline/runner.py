@@ -5,7 +5,8 @@ needs none of the artifacts before it: they may have been deleted.
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from accel import progress
 from accel.adapters.types import Architecture
 from accel.config.schema import STAGES, Config
-from accel.errors import AccelError, unknown
+from accel.errors import AccelError, StageError, summarize, unknown
 from accel.pipeline.external import pretrained_artifact
 from accel.pipeline.source import adapter_source, stage_source
 from accel.pipeline.stage import Stage
@@ -70,6 +71,17 @@ def restrict_config(config: Config, sections: Sequence[str]) -> Config:
             value = replace(getattr(restricted, section), **{key: getattr(value, key)})
         restricted = replace(restricted, **{section: value})
     return restricted
+
+
+@contextmanager
+def naming_stage(name: str) -> Iterator[None]:
+    """Turn any other error than accel's own within the context into a `StageError` that names the stage."""
+    try:
+        yield
+    except AccelError:
+        raise
+    except Exception as error:  # of any library
+        raise StageError(f"stage {name} failed: {summarize(error)}\nhydra.verbose=true shows where") from error
 
 
 class Pipeline:
@@ -165,7 +177,7 @@ class Pipeline:
         config = restrict_config(self.config, stage.sections)
 
         def make(folder: Path) -> Mapping[str, Any]:
-            with progress.stage(name):
+            with progress.stage(name), naming_stage(name):
                 return stage.run(config, inputs, self.architecture, folder)
 
         artifact = self.store.build(
@@ -214,6 +226,7 @@ class Pipeline:
         Returns:
             Stage -> artifact, for those of `names` and of the hidden stages that were used.
         """
+        self.store.clear_leftovers()
         needed = self.needed(names)
         for name in names:
             # An artifact that isn't needed is only listed in the report, so its files are not hashed again.

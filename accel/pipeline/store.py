@@ -11,9 +11,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ from accel.system.host_memory import PeakMemory
 logger = logging.getLogger(__name__)
 
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)  # raised by parsing a damaged manifest
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, quota, `ulimit -f`
+TEMPORARY = ".tmp"  # before the process's id in the name of a temporary folder
+MB = 1e6
 FULL = 2**20  # bytes: a disk with less free space counts as full
 
 
@@ -140,6 +143,20 @@ def content_hash(path: Path) -> str:
     return make_key(**{name: record.sha256 for name, record in folder_files(path).items()})
 
 
+def _space_error(error: BaseException | None) -> int | None:
+    """Return the error number of a full disk, quota or file-size limit among `error` and its causes, else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _size(paths: Iterable[Path]) -> int:
+    """Return the sum of the sizes of those of `paths` that are files, in bytes."""
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
 class Store:
     """Artifacts of one model below one root folder."""
 
@@ -249,31 +266,50 @@ class Store:
                 (temporary / MANIFEST).write_text(manifest.dump())
                 temporary.rename(folder)
             except BaseException as error:
-                disk_full = self._is_disk_full(error)  # before the removal frees space
+                no_space = self._space_message(error, stage, temporary, upstream)  # before the removal frees space
                 shutil.rmtree(temporary, ignore_errors=True)
-                if disk_full:
-                    raise AccelError(
-                        f"{os.strerror(errno.ENOSPC)}: can't write {folder.name} to {self.folder}; its partial files "
-                        "were removed. Free some space, or set artifacts=FOLDER to a folder on another disk"
-                    ) from error
+                if no_space is not None:
+                    raise AccelError(no_space) from error
                 raise
             return Artifact(folder, manifest)
 
     def _make_temporary(self, folder: Path) -> Path:
         """Return a new folder to make the artifact `folder` in, after removing what killed runs left of both."""
         shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest is no artifact
-        for stale in self.folder.glob(f"{folder.name}.tmp*"):
+        for stale in self.folder.glob(f"{folder.name}{TEMPORARY}*"):
             shutil.rmtree(stale, ignore_errors=True)
-        temporary = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
+        temporary = folder.with_name(f"{folder.name}{TEMPORARY}{os.getpid()}")
         temporary.mkdir()
         return temporary
 
-    def _is_disk_full(self, error: BaseException) -> bool:
-        """Return whether a full disk or quota caused `error`."""
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        # Libraries report a full disk by exceptions of their own, so the free space decides.
-        return shutil.disk_usage(self.folder).free < FULL
+    def clear_leftovers(self) -> None:
+        """Remove the temporary folders of runs that were killed, of all models and stages.
+
+        A run holds its artifact's lock until its temporary folder is renamed or removed.
+        """
+        for temporary in self.folder.parent.glob(f"*/*{TEMPORARY}*"):
+            lock = FileLock(f"{str(temporary).rpartition(TEMPORARY)[0]}.lock", is_singleton=True)
+            with suppress(Timeout, OSError), lock.acquire(timeout=0):
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    def _space_message(
+        self, error: BaseException, stage: str, temporary: Path, upstream: Mapping[str, str]
+    ) -> str | None:
+        """Return the message for a file that didn't fit: the file, the stage, and the space it needs; else None."""
+        reason = _space_error(error)
+        free = shutil.disk_usage(self.folder).free
+        if reason is None and free >= FULL:  # libraries report a full disk by exceptions of their own
+            return None
+        files = sorted((path for path in temporary.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime)
+        written = _size(files)
+        inputs = _size(path for name, key in upstream.items() for path in self.path(name, key).rglob("*"))
+        name = files[-1].relative_to(temporary) if files else Path()
+        return (
+            f"{os.strerror(reason or errno.ENOSPC)}: stage {stage} can't write {temporary / name}; its partial files "
+            f"were removed. {written / MB:.1f} MB were written and {free / MB:.1f} MB were free; the stage needs about "
+            f"{max(written, inputs) / MB:.1f} MB or more. Free some space, raise the limit on the size of files "
+            "(ulimit -f), or set artifacts=FOLDER to a folder on another disk"
+        )
 
     @contextmanager
     def _locked(self, folder: Path) -> Iterator[None]:

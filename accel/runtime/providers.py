@@ -33,6 +33,13 @@ def available_providers() -> list[str]:
     return providers
 
 
+@cache
+def operator_names() -> frozenset[str]:
+    """Return the names of all operators that ONNX Runtime has a schema of."""
+    schemas = onnxruntime.capi.onnxruntime_pybind11_state.get_all_operator_schema()
+    return frozenset(schema.name for schema in schemas)
+
+
 def fastest() -> str:
     """Return the preset that `runtime=auto` stands for: `cuda` if ONNX Runtime can use a GPU, else `cpu`."""
     return "cuda" if CUDA in available_providers() and torch.cuda.is_available() else "cpu"
@@ -59,6 +66,21 @@ def check_provider(provider: str) -> None:
         _check_cuda()
     elif provider not in available_providers():
         raise unknown("execution provider", provider, available_providers())
+
+
+def check_device(device: str) -> None:
+    """Check that torch can compute on a device.
+
+    Args:
+        device: torch's name of the device.
+
+    Raises:
+        AccelError: There is no such device, or this torch can't use it.
+    """
+    try:
+        torch.ones(1, device=device).tolist()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:  # torch has no class for this
+        raise AccelError(f"runtime.device={device}: torch can't use it: {str(error).splitlines()[0]}") from error
 
 
 def supports_dtype(dtype: str, device: str) -> bool:

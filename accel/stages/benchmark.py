@@ -32,7 +32,6 @@ from accel.benchmark.schedule import time_backends
 from accel.benchmark.timer import BackgroundLoad, Timing
 from accel.config.schema import BenchmarkConfig, Config, RuntimeConfig
 from accel.data.pretrained import load_config
-from accel.errors import AccelError
 from accel.graph import files
 from accel.graph.bandwidth import bytes_read
 from accel.pipeline.stage import Stage
@@ -49,15 +48,9 @@ def check(benchmark: BenchmarkConfig, runtime: RuntimeConfig) -> None:
     """Check the benchmark's settings.
 
     Raises:
-        AccelError: A backend is unknown, named twice or not available on `runtime`, or a number is out of range.
+        AccelError: A backend is unknown, named twice or not available on `runtime`.
     """
     select_backends(benchmark.backends, runtime)
-    if benchmark.warmup < 0:
-        raise AccelError(f"benchmark.warmup={benchmark.warmup}: must be 0 or more")
-    if benchmark.warmup_tokens is not None and benchmark.warmup_tokens < 1:
-        raise AccelError(f"benchmark.warmup_tokens={benchmark.warmup_tokens}: must be 1 or more, or null")
-    if benchmark.time_budget_s is not None and benchmark.time_budget_s < 0:
-        raise AccelError(f"benchmark.time_budget_s={benchmark.time_budget_s}: must be 0 or more seconds, or null")
 
 
 def random_inputs(

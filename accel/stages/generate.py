@@ -130,11 +130,15 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         torch.manual_seed(options.get("seed", 0))
         with open_model(folder, config.runtime) as model:
             tokenizer = texts.load_tokenizer(folder)
+            settings = generation_options(options)
+            if "stop_strings" in settings:
+                settings["tokenizer"] = tokenizer  # transformers needs it to find them
             encoded = batches(folder, model.config, chosen, batch_size, chat)
             number_of_batches = -(-len(chosen) // batch_size)  # rounded up
             for batch in progress.track(encoded, "generating", total=number_of_batches):
                 on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-                ids = model.generate(**on_device, **generation_options(options))
+                generated = model.generate(**on_device, **settings)
+                ids = getattr(generated, "sequences", generated)  # with generate.return_dict_in_generate
                 outputs += texts.decode_new_tokens(model, tokenizer, batch, ids)
     (out / RESULTS).write_text(json.dumps({"inputs": chosen, "outputs": outputs}))
     return {"inputs": len(chosen), "outputs": len(outputs)}

@@ -257,10 +257,12 @@ def test_value_of_another_type(error_message: ErrorMessage, override: str) -> No
     assert_names(error_message(override), key, value)
 
 
-@pytest.mark.parametrize("buckets", ["[]", "[0,64]"])
-def test_invalid_buckets(error_message: ErrorMessage, buckets: str) -> None:
+@pytest.mark.parametrize(
+    ("buckets", "named"), [("[]", "such as [64,256,1024]"), ("[0,64]", "=[0, 64]: each number must be from 1 to")]
+)
+def test_invalid_buckets(error_message: ErrorMessage, buckets: str, named: str) -> None:
     """Static caches need at least one bucket, each of at least one token."""
-    assert_names(error_message("runtime.static=true", f"runtime.buckets={buckets}"), "runtime.buckets", "[64,256,1024]")
+    assert_names(error_message("runtime.static=true", f"runtime.buckets={buckets}"), "runtime.buckets", named)
 
 
 def test_capture_without_a_static_cache(error_message: ErrorMessage) -> None:
@@ -269,7 +271,7 @@ def test_capture_without_a_static_cache(error_message: ErrorMessage) -> None:
 
 
 def test_capture_batch_size_of_zero(error_message: ErrorMessage) -> None:
-    assert_names(error_message("runtime.capture_batch_sizes=[0,4]"), "runtime.capture_batch_sizes=[0, 4]", "[] for any")
+    assert_names(error_message("runtime.capture_batch_sizes=[0,4]"), "runtime.capture_batch_sizes=[0, 4]", "from 1 to")
 
 
 @pytest.mark.parametrize(

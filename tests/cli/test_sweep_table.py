@@ -116,7 +116,7 @@ def test_sweep_without_results(tmp_path: Path) -> None:
 
 def test_unexpected_error_in_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unexpected error ends its own job only: the others run, and all have a row."""
-    from accel import __main__ as application
+    from accel.cli import application
 
     def run(composed: Any, overrides: list[str]) -> dict[str, Any]:
         if composed.benchmark.new_tokens == 8:

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accel.errors import AccelError
+from accel.errors import AccelError, StageError
 from accel.pipeline.store import Artifact, FileRecord, Manifest, Store
 from accel.runtime.layout import MANIFEST
 from accel.system.hashing import file_hash, make_key
@@ -200,6 +202,55 @@ def test_stale_temporaries_are_removed(tmp_path: Path) -> None:
     build(store, write)
     assert not stale.exists()
     assert other.exists()
+
+
+def test_leftovers_of_other_models_and_stages(tmp_path: Path) -> None:
+    """The start of a run clears the temporary folders of killed runs, and none of a run that goes on."""
+    store, other = Store(tmp_path, "model"), Store(tmp_path, "other")
+    stale = other.path("toy", KEY).with_name("toy-000000000000.tmp99999")
+    stale.mkdir(parents=True)
+    (stale / "half").write_text("x")
+    process = SPAWN.Process(target=make_hanging, args=(str(tmp_path),))
+    process.start()
+    while not (tmp_path / "started").exists():
+        assert process.is_alive()
+        time.sleep(0.02)
+    store.clear_leftovers()
+    assert not stale.exists()
+    assert list((tmp_path / "model").glob("*.tmp*"))
+    process.kill()
+    process.join(30)
+    store.clear_leftovers()
+    assert not list((tmp_path / "model").glob("*.tmp*"))
+
+
+def fill_up(root: str) -> None:
+    """Build an artifact of 2 MB where files may have 1 MB; exit with 7 after the expected message."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+
+    def large(folder: Path) -> Mapping[str, Any]:
+        try:
+            with open(folder / "weights.bin", "wb", buffering=0) as file:
+                for _ in range(20):
+                    file.write(b"x" * 100_000)
+        except OSError as error:
+            raise StageError("stage toy failed") from error
+        return {}
+
+    try:
+        build(Store(Path(root), "model"), large)
+    except AccelError as error:
+        expected = ("File too large", "stage toy", "weights.bin", "needs about 1.0 MB", "ulimit -f")
+        sys.exit(7 if all(part in str(error) for part in expected) else str(error))
+
+
+def test_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    """The message of `ulimit -f` names the file, the stage and the space needed."""
+    process = SPAWN.Process(target=fill_up, args=(str(tmp_path),))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 7
+    assert not list((tmp_path / "model").glob("*.tmp*"))
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:

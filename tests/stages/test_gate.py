@@ -87,11 +87,11 @@ def test_failure_names_inputs_and_remedies(build: Build, tiny: Path, artifacts: 
     [
         ("verify.metrics=[blue]", "unknown metric: 'blue'"),
         ("verify.min_token_agreement=2", "verify.min_token_agreement=2.0: must be from 0 to 1"),
-        ("verify.max_metric_loss=-1", "verify.max_metric_loss=-1.0: must be 0 or more"),
+        ("verify.max_metric_loss=-1", "verify.max_metric_loss=-1.0: must be from 0 to 100"),
         ("verify.targets=x.txt", "verify.targets=x.txt needs verify.texts"),
         ("audit.random=false", "audit.random=false needs audit.texts"),
         ("audit.max_batches=4", "audit.max_batches=4: must be audit.batches=8 or more"),
-        ("audit.trials=-1", "audit.trials=-1: must be 0"),
+        ("audit.trials=-1", "audit.trials=-1: must be from 0"),
         (
             "precision.plan=mine",
             "unknown precision.plan: 'mine'. Did you mean minimized? Choices: blanket, minimized, operators, rules",

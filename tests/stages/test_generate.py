@@ -1,8 +1,13 @@
-"""Output file of the stage `generate`."""
+"""Output file and options of the stage `generate`."""
 
+import json
 from pathlib import Path
 
+import pytest
+
 import accel
+from accel.cli.compose import compose, execute
+from accel.errors import StageError
 from accel.stages import generate
 
 
@@ -21,3 +26,33 @@ def test_output_is_written_by_the_stage(artifacts: Path, tmp_path: Path) -> None
     assert first == "B IY1"
     assert second.startswith("S P EH1 K")
     assert list(artifacts.glob(f"t5-g2p/generate-*/{generate.RESULTS}"))
+
+
+def texts_of(artifacts: Path, *overrides: str) -> list[str]:
+    """Return the outputs of the stage on the embedded model."""
+    base = ["runtime=cpu", f"artifacts={artifacts}", "verify.latency=false", "stage=[verify,generate]"]
+    config = compose([*base, *overrides])
+    return json.loads((execute(config)["generate"].folder / generate.RESULTS).read_text())["outputs"]
+
+
+def test_stop_strings(artifacts: Path) -> None:
+    """An output ends with the string."""
+    text, stopped = (texts_of(artifacts, "generate.text=bee", *more) for more in ([], ["generate.stop_strings=[IY1]"]))
+    assert text == ["B IY1"]
+    assert stopped == ["B IY1"]
+    assert texts_of(artifacts, "generate.text=bee", "generate.stop_strings=B")[0].strip() == "B"
+
+
+def test_scores_do_not_change_the_text(artifacts: Path) -> None:
+    """Options that make `generate` return more than ids are accepted."""
+    scores = ["generate.return_dict_in_generate=true", "generate.output_scores=true"]
+    assert texts_of(artifacts, "generate.text=bee", *scores) == ["B IY1"]
+
+
+def test_what_a_library_raises(artifacts: Path) -> None:
+    """An option that transformers refuses late is reported with the stage, and its own error kept as the cause."""
+    with pytest.raises(StageError, match=r"stage generate failed: .*attentions") as caught:
+        texts_of(
+            artifacts, "generate.text=bee", "generate.return_dict_in_generate=true", "generate.output_attentions=true"
+        )
+    assert isinstance(caught.value.__cause__, ValueError)

@@ -1,0 +1,112 @@
+"""Ctrl-C and SIGTERM, to the whole process group as from a terminal: one line, and nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import overrides_for
+
+ROOT = Path(__file__).parents[2]
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+RUN = "import sys; sys.argv = ['accel', *{arguments!r}]; from accel.__main__ import main; main()"
+WORKER = """
+import time
+from accel.cli.interrupts import one_line_exit
+with one_line_exit():
+    from accel.benchmark.process import WorkerProcess
+    with WorkerProcess("one") as one, WorkerProcess("two") as two:
+        print("ready", flush=True)
+        one.call(time.sleep, 60)
+"""
+BUSY = """
+import hashlib
+from accel.cli.interrupts import one_line_exit
+with one_line_exit():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
+def start(code: str) -> subprocess.Popen[str]:
+    """Run code in a new process group."""
+    pipe = subprocess.PIPE
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, env=environment, process_group=0
+    )
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def group(pid: int) -> list[psutil.Process]:
+    """Return the processes of a group that haven't ended."""
+    return [
+        process
+        for process in psutil.process_iter()
+        if process.status() != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == pid
+    ]
+
+
+def assert_one_line(process: subprocess.Popen[str], signum: signal.Signals) -> None:
+    """Assert that the process ends with the signal's exit code and line, without any process of its group left."""
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_CODES[signum], errors
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1] == f"interrupted by {signum.name}"
+    wait_until(lambda: group(process.pid) == [], 10)
+
+
+@pytest.mark.parametrize("signum", EXIT_CODES)
+def test_during_a_stage(tiny: Path, tmp_path: Path, signum: signal.Signals) -> None:
+    """The temporary folder of the artifact is removed."""
+    process = start(RUN.format(arguments=overrides_for(tiny, tmp_path, "stage=export")))
+    wait_until(lambda: any(tmp_path.glob("*/*.tmp*")))
+    os.killpg(process.pid, signum)
+    assert_one_line(process, signum)
+    assert [path for path in tmp_path.glob("*/*") if path.suffix != ".lock"] == []
+
+
+def test_during_imports() -> None:
+    """Ctrl-C is handled before torch is imported."""
+    code = "import accel.__main__; print('ready', flush=True); accel.__main__.main()"
+    process = start(code)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    assert_one_line(process, signal.SIGINT)
+
+
+@pytest.mark.parametrize("signum", EXIT_CODES)
+def test_with_worker_processes(signum: signal.Signals) -> None:
+    """Worker processes end, and print nothing."""
+    process = start(WORKER)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.kill(process.pid, signum) if signum == signal.SIGTERM else os.killpg(process.pid, signum)
+    assert_one_line(process, signum)
+
+
+def test_second_one_ends_at_once() -> None:
+    """Also where the process computes outside Python, which doesn't handle the first one then."""
+    process = start(BUSY)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=5)
+    assert process.returncode == 130
