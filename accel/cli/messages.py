@@ -30,9 +30,12 @@ def explain(error: Exception) -> str:
     if isinstance(error, ConfigCompositionException):
         cause = error.__cause__ or error
         key = re.search(r"Could not override '([^']+)'", str(error))
-        if key is not None and "not in" in str(cause):
+        if key is not None and "not in" in str(cause) and key[1] not in _keys_near(key[1]):
             return str(unknown("config key", key[1], _keys_near(key[1])))
-        return f"{str(error).splitlines()[0]}\n{str(cause).splitlines()[0]}"
+        override = str(error).splitlines()[0].removeprefix("Error merging override ")
+        return f"{override}: {str(cause).splitlines()[0]}"
+    if isinstance(error, OmegaConfBaseException):
+        return f"{error.full_key or 'the configuration'}: {str(error).splitlines()[0]}"
     return summarize(error) if isinstance(error, OSError) else str(error)
 
 

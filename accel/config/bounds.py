@@ -1,8 +1,9 @@
 """Bounds of numbers, declared beside the fields that they belong to, and the check of a section against them."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from accel.errors import AccelError
 
@@ -38,32 +39,56 @@ def seed() -> Any:
 
 
 def check(section: Any, name: str = "") -> None:
-    """Check every number of a section, and of the sections in it.
+    """Check every value of a section, and of the sections in it.
 
     Args:
-        section: Dataclass whose fields were declared with `number`, `numbers` or `seed`.
+        section: Dataclass whose numbers were declared with `number`, `numbers` or `seed`.
         name: Key of the section, for the message; empty for the whole configuration.
 
     Raises:
-        AccelError: A number is out of bounds, or is no number (NaN).
+        AccelError: A number is out of bounds, infinite or NaN, or a list has an element of another type.
     """
+    types = get_type_hints(type(section))
     for item in fields(section):
         key = f"{name}.{item.name}" if name else item.name
         value = getattr(section, item.name)
         if is_dataclass(value):
             check(value, key)
-        bounds = item.metadata.get(BOUNDS)
-        if bounds is None or value is None:
             continue
+        _check_finite(key, value)
+        if isinstance(value, list) and get_origin(types[item.name]) is list:
+            _check_types(key, value, get_args(types[item.name])[0])
+        bounds = item.metadata.get(BOUNDS)
         for element in _elements(value):
-            if not bounds.low <= element <= bounds.high:  # NaN is within no bounds
+            if bounds is not None and not bounds.low <= element <= bounds.high:
                 where = "each number must be" if isinstance(value, list) else "must be"
                 raise AccelError(f"{key}={value}: {where} {bounds}")
 
 
+def _check_finite(key: str, value: Any) -> None:
+    """Raise `AccelError` on an infinite number or NaN in nested lists and dictionaries."""
+    if isinstance(value, dict):
+        for name, element in value.items():
+            _check_finite(f"{key}.{name}", element)
+        return
+    for element in _elements(value):
+        if isinstance(element, float) and not math.isfinite(element):
+            raise AccelError(f"{key}={value}: {element} is no number that can be used")
+
+
+def _check_types(key: str, values: list[Any], expected: type) -> None:
+    """Raise `AccelError` on an element of another type: OmegaConf accepts lists and dictionaries within a list."""
+    for value in values:
+        if not isinstance(value, expected):
+            raise AccelError(f"{key}={values}: each element must be of type {expected.__name__}, and {value!r} is not")
+
+
 def _elements(value: Any) -> Iterator[Any]:
-    """Yield the numbers of a list, or the number itself."""
+    """Yield the values in nested lists and dictionaries, or the value itself; nothing for None."""
+    if isinstance(value, dict):
+        value = list(value.values())
     if isinstance(value, list):
-        yield from value
-    else:
+        for element in value:
+            yield from _elements(element)
+    elif value is not None:
         yield value

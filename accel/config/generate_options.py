@@ -80,6 +80,12 @@ class TransformersOptions:
     num_assistant_tokens: int | None = number(None)
     prefill_chunk_size: int | None = number(None)
     max_cache_len: int | None = number(None)
+    disable_compile: bool | None = None
+    is_assistant: bool | None = None
+    assistant_confidence_threshold: float | None = number(None, 0, 1)
+    assistant_early_exit: int | None = number(None)
+    assistant_lookbehind: int | None = number(None)
+    target_lookbehind: int | None = number(None)
 
 
 OWN_OPTIONS = frozenset(item.name for item in fields(OwnOptions))
@@ -112,7 +118,7 @@ def check_types(options: Mapping[str, Any]) -> None:
             except OmegaConfBaseException as error:
                 raise AccelError(f"generate.{name}={options[name]}: {str(error).splitlines()[0]}") from error
         bounds.check(OmegaConf.to_object(section), "generate")
-    for name in ("text", "audio"):
+    for name in ("text", "audio", "stop_strings"):
         _check_texts(f"generate.{name}", options.get(name))
 
 

@@ -56,15 +56,24 @@ def check_options(options: Mapping[str, Any], config: PretrainedConfig) -> None:
             raise AccelError(
                 f"generate.{smaller}={options[smaller]}: must not exceed generate.{larger}={options[larger]}"
             )
+    error = _try(options, config, vocabulary)
+    if error is not None:
+        alone = [name for name in options if _try({name: options[name]}, config, vocabulary) is not None]
+        culprits = "".join(f".{name}={options[name]}" for name in alone[:1])
+        raise AccelError(f"generate{culprits}: {summarize(error)}") from error
+
+
+def _try(options: Mapping[str, Any], config: PretrainedConfig, vocabulary: int) -> Exception | None:
+    """Return the error that transformers raises on these options, when it validates or applies them."""
     try:
         settings = GenerationConfig(**{**options, "guidance_scale": None})
         settings.validate()
         settings.max_length = settings.max_length or settings.max_new_tokens or 20
         settings._eos_token_tensor = torch.zeros(1, dtype=torch.int64)
         ids = torch.zeros(1, PROMPT_LENGTH, dtype=torch.int64)
+        builder: Any = _Processors(config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            builder: Any = _Processors(config)
             processors = builder._get_logits_processor(
                 settings,
                 input_ids_seq_length=PROMPT_LENGTH,
@@ -75,7 +84,8 @@ def check_options(options: Mapping[str, Any], config: PretrainedConfig) -> None:
             )
             processors(ids, torch.zeros(1, vocabulary))
     except Exception as error:  # of any class, depending on the value
-        raise AccelError(f"generate: {summarize(error)}") from error
+        return error
+    return None
 
 
 def _check_ids(name: str, value: Any, vocabulary: int) -> None:

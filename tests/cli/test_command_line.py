@@ -250,6 +250,37 @@ def test_number_out_of_range(error_message: ErrorMessage, override: str) -> None
     assert value in message or f"{float(value):g}" in message
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("generate.seed=abc", "generate.seed=-1", f"generate.seed={10**23}", "generate.batch_size=null"),
+        *("generate.temperature=nan", "generate.temperature=0", "generate.temperature=abc", "generate.top_k=-1"),
+        *("generate.eos_token_id=abc", "generate.eos_token_id=120", "generate.decoder_start_token_id=-1"),
+        *("generate.forced_bos_token_id=99999", "generate.bad_words_ids=[]", "generate.bad_words_ids=[[99999]]"),
+        *("generate.repetition_penalty=0", "generate.sequence_bias={}", "generate.cache_implementation=quant"),
+        *("generate.text=[]", "generate.text={a:1}", "generate.top_p=2", "generate.max_time=-1"),
+        *("generate.no_repeat_ngram_size=-1", "generate.length_penalty=nan", "generate.pad_token_id=-1"),
+        *("generate.suppress_tokens=[-1]", "generate.suppress_tokens=0", "generate.num_beams=0"),
+        *("runtime.device=cuda", "runtime.device=abc", "runtime.device=meta", "runtime.threads=1000000"),
+        *("runtime.capture_batch_sizes=[1000000]", "export.seed=-1", "audit.overflow_margin=nan"),
+        *("audit.overflow_margin=inf", "precision.operators=[Foo]", "model.revision=nosuch"),
+        *("verify.metrics=[[1]]", "model.config=1", "export.tolerance=null", "runtime.session=null"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runtime.device=cuda is valid there")
+def test_values_that_raised_or_passed(error_message: ErrorMessage, override: str) -> None:
+    """Values that once ended in a traceback, never, or in nonsense: one line that names the key."""
+    message = error_message(override)
+    assert len(message.splitlines()) == 1, message
+    assert_names(message, override.partition("=")[0])
+    assert f"Did you mean {override.partition('=')[0]}?" not in message
+
+
+def test_least_beyond_most(error_message: ErrorMessage) -> None:
+    message = error_message("generate.min_new_tokens=9", "generate.max_new_tokens=3")
+    assert_names(message, "generate.min_new_tokens=9", "generate.max_new_tokens=3")
+
+
 @pytest.mark.parametrize("override", ["benchmark.new_tokens=many", "export.opset=[1]", "audit.overflow_margin=wide"])
 def test_value_of_another_type(error_message: ErrorMessage, override: str) -> None:
     """Hydra's type errors are reported with key and value, in a few lines."""

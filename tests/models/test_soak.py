@@ -13,7 +13,7 @@ import accel
 from accel.models.generation import AcceleratedModel
 from tests.conftest import Build
 
-pytestmark = [pytest.mark.soak, pytest.mark.slow]
+pytestmark = pytest.mark.soak
 
 WARMUP = 200  # calls after which memory must not grow
 CALLS, GPU_CALLS = 3000, 2000
