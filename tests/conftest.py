@@ -24,12 +24,8 @@ torch.set_num_threads(1)  # two workers share the machine
 KEEP = "ACCEL_TEST_FOLDER"  # folder kept after the run, so that the next one reuses its exports
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run tests marked `gpu` one at a time, and skip them where there is no GPU; run `soak` only if `-m` names it."""
-    if "soak" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("soak"):
-                item.add_marker(pytest.mark.skip(reason="takes long: python -m pytest -m soak"))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run tests marked `gpu` one at a time, and skip them where torch or ONNX Runtime has no GPU."""
     missing = not torch.cuda.is_available() or CUDA not in available_providers()
     for item in items:
         if item.get_closest_marker("gpu"):
