@@ -1,12 +1,11 @@
 """Worker processes to measure in, so that nothing left over from one measurement changes another."""
 
-import signal
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from multiprocessing import get_context
-from os import getpid
+from contextlib import suppress
+from multiprocessing import get_context, parent_process
 from threading import Thread
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ import psutil
 
 from accel.errors import AccelError, DeviceMemoryError
 from accel.system import remote_code
+from accel.system.signals import uninterrupted
 
 T = TypeVar("T")
 
@@ -35,10 +35,13 @@ class WorkerProcess:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        allowed = remote_code.is_allowed()
-        with blocked_interrupts():  # the process inherits that: Ctrl-C ends this one, which kills that one
-            self._pool = ProcessPoolExecutor(1, get_context("spawn"), remote_code.set_for_process, (allowed,))
-            self._pid: Future[int] = self._pool.submit(getpid)
+        try:
+            with uninterrupted():
+                self._pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (remote_code.is_allowed(),))
+                self._pid: Future[int] = self._pool.submit(os.getpid)
+        except KeyboardInterrupt:  # raised at the end of that context
+            self._kill()
+            raise
 
     @property
     def pid(self) -> int:
@@ -69,24 +72,30 @@ class WorkerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ending = Thread(target=self._pool.shutdown, daemon=True)
         if error is None:  # the process is idle: let it end by itself, so that it removes its semaphores
+            ending = Thread(target=self._pool.shutdown, daemon=True)
             ending.start()
             ending.join(EXIT_TIMEOUT_S)
             if not ending.is_alive():
                 return
+        self._kill()
+
+    def _kill(self) -> None:
+        """Kill the process, busy or not, and wait for its end."""
         with suppress(BrokenProcessPool, psutil.NoSuchProcess):
             psutil.Process(self.pid).kill()
-        if ending.ident is None:
-            ending.start()
-        ending.join()
+        self._pool.shutdown()
 
 
-@contextmanager
-def blocked_interrupts() -> Iterator[None]:
-    """Block SIGINT in this thread, and in processes and threads that it starts; one that arrives is delivered after."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+def _prepare(allow_remote_code: bool) -> None:
+    """Prepare a worker process: take over the permission for code, and end with the parent, however that ends."""
+    remote_code.set_for_process(allow_remote_code)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the parent process, and end this one: a parent that was killed can't do that."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

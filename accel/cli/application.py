@@ -16,6 +16,7 @@ from accel.cli import console
 from accel.cli.messages import USER_ERRORS, explain
 from accel.config import hydra_setup
 from accel.errors import VerificationError
+from accel.system.signals import interrupter
 
 FAILED = 2  # exit code
 
@@ -100,8 +101,9 @@ def run(composed: DictConfig, overrides: list[str]) -> dict[str, Mapping[str, An
     Returns:
         Stage -> summary of its artifact, for the stages that were asked for.
     """
-    from accel.cli import compose, report
-    from accel.system.quiet import quiet
+    with interrupter.at_once():
+        from accel.cli import compose, report
+        from accel.system.quiet import quiet
 
     quiet()
     config = compose.settle(composed, overrides)

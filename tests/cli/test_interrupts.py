@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,27 @@ with one_line_exit():
     with WorkerProcess("one") as one, WorkerProcess("two") as two:
         print("ready", flush=True)
         one.call(time.sleep, 60)
+"""
+WAITING = """
+import signal, threading, time
+from accel.cli.interrupts import one_line_exit
+def receive():
+    time.sleep(0.3)
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    time.sleep(60)
+with one_line_exit():
+    threading.Thread(target=receive, daemon=True).start()
+    threading.Event().wait()
+"""
+DROPPED = """
+import signal, time
+from accel.cli.interrupts import one_line_exit
+class Slow:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+with one_line_exit():
+    Slow()
+    time.sleep(60)
 """
 BUSY = """
 import hashlib
@@ -52,19 +74,24 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 def group(pid: int) -> list[psutil.Process]:
     """Return the processes of a group that haven't ended."""
-    return [
-        process
-        for process in psutil.process_iter()
-        if process.status() != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == pid
-    ]
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):  # it ended meanwhile
+            if process.status() != psutil.STATUS_ZOMBIE and os.getpgid(process.pid) == pid:
+                found.append(process)
+    return found
 
 
-def assert_one_line(process: subprocess.Popen[str], signum: signal.Signals) -> None:
-    """Assert that the process ends with the signal's exit code and line, without any process of its group left."""
+def assert_one_line(process: subprocess.Popen[str], signum: signal.Signals, lines: int | None = None) -> None:
+    """Assert that the process ends with the signal's exit code and line, without any process of its group left.
+
+    `lines`: of all that it prints to stderr.
+    """
     _, errors = process.communicate(timeout=60)
     assert process.returncode == EXIT_CODES[signum], errors
     assert "Traceback" not in errors
     assert errors.splitlines()[-1] == f"interrupted by {signum.name}"
+    assert lines is None or len(errors.splitlines()) == lines, errors
     wait_until(lambda: group(process.pid) == [], 10)
 
 
@@ -89,14 +116,44 @@ def test_during_imports() -> None:
     assert_one_line(process, signal.SIGINT)
 
 
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
 @pytest.mark.parametrize("signum", EXIT_CODES)
-def test_with_worker_processes(signum: signal.Signals) -> None:
-    """Worker processes end, and print nothing."""
+def test_with_worker_processes(signum: signal.Signals, send: Callable[[int, int], None]) -> None:
+    """Worker processes end, and print nothing, whether the signal reaches them or not."""
     process = start(WORKER)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    os.kill(process.pid, signum) if signum == signal.SIGTERM else os.killpg(process.pid, signum)
+    send(process.pid, signum)
     assert_one_line(process, signum)
+
+
+def test_while_worker_processes_start() -> None:
+    """At any moment: a worker process that began to start ends as well, and prints nothing."""
+    for step in range(8):
+        process = start(WORKER.replace("with WorkerProcess", "print('starting', flush=True)\n    with WorkerProcess"))
+        assert process.stdout is not None
+        assert process.stdout.readline() == "starting\n"
+        time.sleep(0.01 * step)
+        os.kill(process.pid, signal.SIGTERM)
+        assert_one_line(process, signal.SIGTERM, lines=1)
+
+
+def test_worker_processes_end_with_a_killed_parent() -> None:
+    process = start(WORKER)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    wait_until(lambda: group(process.pid) == [], 10)
+
+
+def test_while_waiting_for_a_lock() -> None:
+    """A signal that another thread receives doesn't interrupt the main thread's wait by itself."""
+    assert_one_line(start(WAITING), signal.SIGTERM)
+
+
+def test_where_python_drops_exceptions() -> None:
+    """A signal that arrives in a destructor isn't lost."""
+    assert_one_line(start(DROPPED), signal.SIGTERM, lines=1)
 
 
 def test_second_one_ends_at_once() -> None:
