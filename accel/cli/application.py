@@ -26,6 +26,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # pass errors on: Hydra's own report fills more than a screen
     try:
         hydra_setup.register()
+        hydra_setup.check_choices(_overrides_in(sys.argv[1:]))
         sys.argv[1:] = resolved_for_display(sys.argv[1:])
     except USER_ERRORS as error:
         console.fail(explain(error))
@@ -86,9 +87,14 @@ def resolved_for_display(arguments: list[str]) -> list[str]:
         return arguments
     from accel.cli.compose import resolved_overrides
 
-    overrides = [argument for argument in remaining if "=" in argument and not argument.startswith("-")]
+    overrides = _overrides_in(remaining)
     flags = [argument for argument in remaining if argument not in overrides]
     return ["--cfg", options.cfg, *flags, *resolved_overrides(overrides)]
+
+
+def _overrides_in(arguments: list[str]) -> list[str]:
+    """Return those command-line arguments that are overrides."""
+    return [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
 
 
 def run(composed: DictConfig, overrides: list[str]) -> dict[str, Mapping[str, Any]]:

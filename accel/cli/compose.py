@@ -1,6 +1,7 @@
 """Compose, resolve and validate the configuration, and run its stages; shared by the command line and `accel.build`."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from accel import progress
 from accel.adapters import registry
 from accel.cli.validate import check_generate, check_lengths, check_texts, validate
-from accel.config.hydra_setup import composing
+from accel.config.hydra_setup import check_choices, composing
 from accel.config.schema import Config
 from accel.errors import AccelError, unknown
 from accel.pipeline.runner import Pipeline, select_stages
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 ENCODER_DECODER, DECODER_ONLY = "seq2seq", "causal"  # generic architectures, for model types that no other one lists
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")  # a value taken from another key
 ADVICE = "To add an architecture, often a YAML of two lines, see docs/add-an-architecture.md"
 
 
@@ -40,9 +42,38 @@ def settle(composed: DictConfig, overrides: Sequence[str]) -> Config:
     """
     select_stages(OmegaConf.to_container(composed.stage) if OmegaConf.is_config(composed.stage) else composed.stage)
     resolved = resolve(composed, overrides)
-    config = typed(composed if resolved == list(overrides) else hydra.compose("config", resolved))
-    validate(config)
+    final = composed if resolved == list(overrides) else hydra.compose("config", resolved)
+    config = typed(final)
+    try:
+        validate(config)
+    except AccelError as error:
+        raise AccelError(_with_given_keys(str(error), final, overrides)) from error
     return config
+
+
+def _with_given_keys(message: str, composed: DictConfig, overrides: Sequence[str]) -> str:
+    """Return a message in which keys that refer to an overridden one, such as `${runtime.static}`, are replaced by it.
+
+    Args:
+        message: Message that may name a key.
+        composed: Configuration as Hydra composed it.
+        overrides: Overrides that it was composed from.
+    """
+    given = {_key(override) for override in overrides}
+    for key, value in _leaves(OmegaConf.to_container(composed, resolve=False), ""):
+        source = REFERENCE.fullmatch(str(value))
+        if source is not None and source[1] in given and key not in given:
+            message = re.sub(rf"(?<![\w.]){re.escape(key)}(?![\w.])", source[1], message)
+    return message
+
+
+def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield key and value of all values in nested dictionaries."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def resolve(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
@@ -171,6 +202,7 @@ def compose(overrides: Sequence[str]) -> Config:
         AccelError: If a value can't be used.
     """
     with composing():
+        check_choices(overrides)
         return settle(hydra.compose("config", list(overrides)), overrides)
 
 

@@ -3,7 +3,7 @@
 https://hydra.cc/docs/tutorials/structured_config/schema/ and https://hydra.cc/docs/advanced/search_path/
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,12 +11,14 @@ import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 from accel.config import packages
 from accel.config.schema import Config
+from accel.errors import AccelError
 
 
 class InstalledConfigs(SearchPathPlugin):
@@ -44,6 +46,31 @@ def register() -> None:
     if InstalledConfigs not in Plugins.instance().discover(SearchPathPlugin):
         Plugins.instance().register(InstalledConfigs)
     packages.owners()
+
+
+def check_choices(overrides: Sequence[str]) -> None:
+    """Check that overrides of config groups, such as `runtime=cpu`, name files; Hydra raises errors without a key.
+
+    Args:
+        overrides: Overrides as on the command line.
+
+    Raises:
+        AccelError: A group is given a number, null or the like.
+        OverrideParseException: Hydra can't parse an override.
+    """
+    groups = {name.partition("/")[0] for name in packages.owners()}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group not in groups or override.is_sweep_override() or override.is_delete():
+            continue
+        value = override.value()
+        if not isinstance(value, str | dict) and not (isinstance(value, list) and all(map(_is_name, value))):
+            choices = ", ".join(sorted(packages.group_files(override.key_or_group)))
+            raise AccelError(f"{override.input_line}: must be one of {choices}")
+
+
+def _is_name(value: Any) -> bool:
+    """Return whether a value can name a file of a config group."""
+    return isinstance(value, str)
 
 
 @contextmanager

@@ -48,10 +48,10 @@ with one_line_exit():
     time.sleep(60)
 """
 BUSY = """
-import hashlib
+import hashlib, threading
 from accel.cli.interrupts import one_line_exit
 with one_line_exit():
-    print("ready", flush=True)
+    threading.Timer(0.3, print, ["ready"], {"flush": True}).start()
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 """
 
