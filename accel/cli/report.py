@@ -7,6 +7,7 @@ from typing import Any
 
 from accel.cli import benchmark_table, console, profile_table
 from accel.config.schema import Config
+from accel.errors import AccelError
 from accel.models.loading import verification_of
 from accel.pipeline.runner import RESULTS
 from accel.pipeline.store import Artifact
@@ -22,6 +23,9 @@ def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     Args:
         config: Configuration that the stages ran with.
         artifacts: Stage -> artifact, as `accel.cli.compose.execute` returns them.
+
+    Raises:
+        AccelError: An input of `generate` has no output. Everything is printed before.
     """
     if "optimize" in artifacts:
         _show_passes(artifacts["optimize"].summary)
@@ -42,6 +46,8 @@ def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     if result is not None:
         label = {"verify": "deployable", "merge": "unverified bundle"}[result]
         console.out.print(f"{label}: {artifacts[result].folder}", style="bold", markup=False)
+    if "generate" in artifacts and artifacts["generate"].summary["refused"]:
+        raise AccelError("\n".join(artifacts["generate"].summary["refused"]))
 
 
 def _show_passes(summary: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Validation of the configuration before any stage runs. Each error names the value found and the values allowed."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ def validate(config: Config) -> None:
     _check_static(config.runtime)
 
 
+@contextmanager
+def _naming(key: str, value: object) -> Iterator[None]:
+    """Open a context whose `AccelError` is raised with the key of a file in front."""
+    try:
+        yield
+    except AccelError as error:
+        raise AccelError(f"{key}={value}: {error}") from error
+
+
 def _check_name(name: str) -> None:
     """Raise `AccelError` on a `model.name` that isn't the name of one folder below `artifacts`."""
     separators = {"/", "\\"} & set(name)
@@ -79,7 +89,8 @@ def _check_audit(audit_config: AuditConfig) -> None:
             f"audit.max_batches={audit_config.max_batches}: must be audit.batches={audit_config.batches} or more"
         )
     if audit_config.texts is not None:
-        read_texts(audit_config.texts, audit_config.column)
+        with _naming("audit.texts", audit_config.texts):
+            read_texts(audit_config.texts, audit_config.column)
     elif not audit_config.random:
         raise AccelError("audit.random=false needs audit.texts=FILE: without random ids, the audit has no other inputs")
 
@@ -92,9 +103,11 @@ def _check_verify(verify: VerifyConfig) -> None:
             f"verify.targets={verify.targets} needs verify.texts=FILE: the inputs that the targets belong to"
         )
     if verify.texts is not None:
-        lines = read_texts(verify.texts, verify.column)
+        with _naming("verify.texts", verify.texts):
+            lines = read_texts(verify.texts, verify.column)
         if verify.targets is not None:
-            targets = read_texts(verify.targets, verify.targets_column)
+            with _naming("verify.targets", verify.targets):
+                targets = read_texts(verify.targets, verify.targets_column)
             References.pair(lines, targets, (f"verify.texts={verify.texts}", f"verify.targets={verify.targets}"))
 
 
@@ -179,7 +192,8 @@ def check_texts(config: Config, stages: Collection[str]) -> None:
                 f"tokenizer's files, or leave {key} out"
             )
     if folder is not None and config.model.references is not None:
-        References.read(folder / config.model.references)
+        with _naming("model.references", config.model.references):
+            References.read(folder / config.model.references)
 
 
 def check_generate(options: dict[str, Any], description: PretrainedConfig) -> None:
@@ -206,7 +220,8 @@ def check_generate(options: dict[str, Any], description: PretrainedConfig) -> No
             f"generate.output={options['output']} needs generate.file=FILE, whose outputs it takes, one a line"
         )
     if options.get("file") is not None:
-        read_lines(Path(str(options["file"])))
+        with _naming("generate.file", options["file"]):
+            read_lines(Path(str(options["file"])))
         _check_output(Path(str(options["file"])), options.get("output"))
     _check_audio(options.get("audio"))
     check_options(generation_options(options), description)
@@ -226,4 +241,4 @@ def _check_audio(audio: Any) -> None:
         return
     for path in audio if isinstance(audio, list) else [audio]:
         if not Path(str(path)).is_file():
-            raise AccelError(f"generate.audio: can't read {path}: no such file")
+            raise AccelError(f"generate.audio={audio}: can't read {path}: no such file")

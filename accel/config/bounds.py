@@ -56,7 +56,12 @@ def check(section: Any, name: str = "") -> None:
             check(value, key)
             continue
         _check_finite(key, value)
-        if isinstance(value, list) and get_origin(types[item.name]) is list:
+        container = get_origin(types[item.name])
+        if container in (list, dict) and not isinstance(
+            value, container
+        ):  # OmegaConf passes on what `${...}` stands for
+            raise AccelError(f"{key}={value}: must be a {container.__name__}")
+        if container is list:
             _check_types(key, value, get_args(types[item.name])[0])
         bounds = item.metadata.get(BOUNDS)
         for element in _elements(value):

@@ -1,6 +1,7 @@
 """Speech inputs: sound files, turned into features by a checkpoint's feature extractor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,8 @@ def read(path: Path, rate: int) -> np.ndarray[Any, Any]:
     Raises:
         AccelError: soundfile isn't installed, the file can't be read, is empty, isn't mono or has another rate.
     """
-    try:
-        import soundfile
-    except ImportError as error:
-        raise AccelError("generate.audio needs the package soundfile: pip install 'accel-onnx[audio]'") from error
-    if not path.is_file():
-        raise AccelError(f"can't read {path}: no such file")
-    try:
+    with _reading(path) as soundfile:
         samples, file_rate = soundfile.read(path, dtype="float32")  # [samples] or [samples, channels]
-    except soundfile.SoundFileError as error:
-        raise AccelError(f"can't read {path} as sound: {error}") from error
     channels = 1 if samples.ndim == 1 else samples.shape[1]
     if file_rate != rate or channels != 1:
         plural = "s" if channels > 1 else ""
@@ -61,6 +54,31 @@ def read(path: Path, rate: int) -> np.ndarray[Any, Any]:
     if not len(samples):
         raise AccelError(f"{path} holds no sound: it has 0 samples")
     return np.asarray(samples)
+
+
+def seconds(path: Path) -> float:
+    """Return the length of a sound file, from its header.
+
+    Raises:
+        AccelError: soundfile isn't installed, or the file can't be read.
+    """
+    with _reading(path) as soundfile:
+        return float(soundfile.info(path).duration)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Open a context with the module soundfile, whose errors become an `AccelError` that names the file."""
+    try:
+        import soundfile
+    except ImportError as error:
+        raise AccelError("generate.audio needs the package soundfile: pip install 'accel-onnx[audio]'") from error
+    if not path.is_file():
+        raise AccelError(f"can't read {path}: no such file")
+    try:
+        yield soundfile
+    except soundfile.SoundFileError as error:
+        raise AccelError(f"can't read {path} as sound: {error}") from error
 
 
 def encode(extractor: Any, sounds: Sequence[np.ndarray[Any, Any]]) -> dict[str, Tensor]:

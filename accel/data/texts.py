@@ -199,7 +199,9 @@ def pad(batch: Sequence[Mapping[str, Tensor]], value: int, *, left: bool) -> dic
     return {name: torch.cat([padded(name, item[name]) for item in batch]) for name in batch[0]}
 
 
-def decode_new_tokens(model: Any, tokenizer: Any, batch: Mapping[str, Tensor], ids: Tensor) -> list[str]:
+def decode_new_tokens(
+    model: Any, tokenizer: Any, batch: Mapping[str, Tensor], ids: Tensor, timestamps: bool = False
+) -> list[str]:
     """Decode the texts that a model generated, without the prompt that a decoder-only model continues.
 
     Args:
@@ -207,9 +209,11 @@ def decode_new_tokens(model: Any, tokenizer: Any, batch: Mapping[str, Tensor], i
         tokenizer: Its tokenizer.
         batch: The inputs of `generate`, [batch, source].
         ids: The result of `generate`, [batch, length].
+        timestamps: Keep the timestamps of a speech model's tokens, such as `<|1.50|>`.
     """
+    options = {"decode_with_timestamps": True} if timestamps else {}
     start = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
-    texts: list[str] = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True, **options)
     return texts
 
 

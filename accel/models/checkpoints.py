@@ -1,17 +1,16 @@
 """Checkpoints as local folders, wherever they come from, and the PyTorch models in them."""
 
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from accel.config.schema import ModelConfig
 from accel.data.pretrained import load_config
-from accel.errors import AccelError
+from accel.errors import AccelError, summarize
 from accel.models.model_class import model_class, obstacle
 from accel.system import remote_code
 
@@ -109,7 +108,25 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str 
         model: PreTrainedModel = transformers_class.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code.is_allowed()
         )
-    except (SafetensorError, UnpicklingError) as error:  # torch unpickles tensors only, and refuses everything else
-        raise AccelError(f"the weights in {str(folder)!r} are damaged: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of any class, depending on where a file is damaged
+        damaged = _damaged_weights(folder)
+        if damaged is None:
+            raise
+        raise AccelError(f"can't read the weights in {damaged}: {summarize(error)}. Download the file again") from error
     model.eval()
     return model
+
+
+def _damaged_weights(folder: Path) -> Path | None:
+    """Return the first file of weights in a checkpoint that can't be read by itself, or None."""
+    for pattern in WEIGHTS:
+        for path in sorted(folder.glob(pattern)):
+            try:
+                if path.suffix == ".safetensors":
+                    with safe_open(path, "pt") as file:
+                        file.keys()
+                else:
+                    torch.load(path, map_location="meta", weights_only=True)  # it refuses all but tensors
+            except Exception:  # of any class, depending on the damage
+                return path
+    return None

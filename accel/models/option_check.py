@@ -14,6 +14,7 @@ from accel.models.arguments import vocabulary_sizes
 from accel.models.model_class import model_class
 
 TOKEN_IDS = re.compile(r"_token_id$|_ids$|suppress_tokens$")  # names of options that hold ids, single or nested
+INPUTS = {"attention_mask", "decoder_input_ids", "encoder_outputs"}  # tensors, which no option can hold
 PROMPT_LENGTH = 1  # tokens of the input that the processors are tried on
 
 
@@ -30,7 +31,9 @@ def option_names(config: PretrainedConfig) -> set[str]:
     own_class: Any = model_class(config)
     if own_class is not None:
         own = set(inspect.signature(own_class.generate).parameters)
-        names |= own - set(inspect.signature(GenerationMixin.generate).parameters) - {own_class.main_input_name}
+        names |= (
+            own - set(inspect.signature(GenerationMixin.generate).parameters) - INPUTS - {own_class.main_input_name}
+        )
     return names
 
 

@@ -10,6 +10,7 @@ Writes:
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from accel.errors import AccelError
 from accel.models import checkpoints
 from accel.models.loading import open_model
 from accel.models.model_class import model_class
+from accel.models.option_check import option_names
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 
@@ -87,7 +89,7 @@ def named_inputs(config: Config, folder: Path) -> list[str]:
 def batches(
     folder: Path, hf_config: PretrainedConfig, inputs: list[str], batch_size: int, chat: bool
 ) -> Iterator[dict[str, Tensor]]:
-    """Encode `inputs` in batches for the model's `generate`.
+    """Encode `inputs` in batches for the model's `generate`. A batch holds either short or long sounds.
 
     Args:
         folder: Folder of the deployable, with tokenizer and feature extractor.
@@ -108,27 +110,56 @@ def batches(
             "the model has no tokenizer, so stage=generate can't encode inputs or decode outputs. "
             "stage=benchmark needs no tokenizer"
         )
-    extractor = audio.load_extractor(folder) if takes_speech(hf_config) else None
-    for start in range(0, len(inputs), batch_size):
-        chosen = inputs[start : start + batch_size]
-        if extractor is not None:
+    if not takes_speech(hf_config):
+        for start in range(0, len(inputs), batch_size):
+            yield texts.encode(tokenizer, inputs[start : start + batch_size], chat=chat)
+        return
+    extractor = audio.load_extractor(folder)
+    for _, group in groupby(inputs, lambda path: audio.seconds(Path(path)) > extractor.chunk_length):
+        paths = list(group)
+        for start in range(0, len(paths), batch_size):
+            chosen = paths[start : start + batch_size]
             yield audio.encode(extractor, [audio.read(Path(path), extractor.sampling_rate) for path in chosen])
-        else:
-            yield texts.encode(tokenizer, chosen, chat=chat)
+
+
+def refusals(folder: Path, hf_config: PretrainedConfig, options: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sounds that are too long for the model, with the message for each.
+
+    Args:
+        folder: Folder of the deployable, with the feature extractor.
+        hf_config: The model's Hugging Face config.
+        options: Section `generate`. With `return_timestamps`, the model's own `generate` takes sounds of any length.
+    """
+    if options.get("audio") is None or options.get("return_timestamps"):
+        return {}
+    limit = audio.load_extractor(folder).chunk_length
+    advice = "cut the file into shorter ones"
+    if "return_timestamps" in option_names(hf_config):
+        advice = f"set generate.return_timestamps=true, or {advice}"
+    lengths = {path: audio.seconds(Path(path)) for path in as_list(options["audio"])}
+    return {
+        path: f"generate.audio: no output for {path}, which lasts {length:.1f} s: the model takes {limit} s at once; "
+        f"{advice}"
+        for path, length in lengths.items()
+        if length > limit
+    }
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Write `texts.json`. Return the numbers of inputs and outputs.
+    """Write `texts.json`. Return the numbers of inputs and outputs, and the messages for inputs that have none.
 
     Each input has one output, or `num_return_sequences` of them, in order.
     """
     folder, options = inputs["verify"].folder, config.generate
+    refused: dict[str, str] = {}
     chosen = named_inputs(config, inputs["checkpoint"].folder)
     outputs: list[str] = []
     if chosen:
         batch_size, chat = options.get("batch_size", BATCH_SIZE), bool(options.get("chat"))
         torch.manual_seed(options.get("seed", 0))
         with open_model(folder, config.runtime) as model:
+            refused = refusals(folder, model.config, options)
+            chosen = [name for name in chosen if name not in refused]
             tokenizer = texts.load_tokenizer(folder)
             settings = generation_options(options)
             if "stop_strings" in settings:
@@ -139,9 +170,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
                 on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
                 generated = model.generate(**on_device, **settings)
                 ids = getattr(generated, "sequences", generated)  # with generate.return_dict_in_generate
-                outputs += texts.decode_new_tokens(model, tokenizer, batch, ids)
+                outputs += texts.decode_new_tokens(
+                    model, tokenizer, batch, ids, timestamps=bool(options.get("return_timestamps"))
+                )
     (out / RESULTS).write_text(json.dumps({"inputs": chosen, "outputs": outputs}))
-    return {"inputs": len(chosen), "outputs": len(outputs)}
+    return {"inputs": len(chosen), "outputs": len(outputs), "refused": list(refused.values())}
 
 
 def deliver(config: Config, folder: Path) -> None:

@@ -1,6 +1,8 @@
 """Speech recognition: a tiny Whisper with random weights, a feature extractor and a tokenizer of one letter per id."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForSpeechSeq2Seq, WhisperFeatureExtractor, WhisperTokenizer, pipeline
 
+from accel.cli import report
+from accel.config.schema import Config
 from accel.data import audio
 from accel.errors import AccelError
 from accel.models.loading import load
@@ -21,6 +25,7 @@ from tests.families import FAMILIES
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("speech")]
 RATE = 16_000
+TIMESTAMPS = 100  # the first token that is one
 OPTIONS = {"max_new_tokens": 12, "no_repeat_ngram_size": 1}
 
 
@@ -37,7 +42,10 @@ def checkpoint(shared: Path) -> Path:
             WhisperTokenizer(vocab=special | letters, merges=[], pad_token="<pad>").save_pretrained(folder)
             for number, hertz in enumerate((220, 1000)):
                 soundfile.write(folder / f"{number}.wav", tone(hertz, 0.3 + 0.3 * number), RATE)
-            random_model(FAMILIES["whisper"]).save_pretrained(folder)
+            soundfile.write(folder / "long.wav", tone(500, 2.5), RATE)
+            model = random_model(FAMILIES["whisper"])
+            model.generation_config.no_timestamps_token_id = TIMESTAMPS - 1
+            model.save_pretrained(folder)
     return folder
 
 
@@ -96,10 +104,48 @@ def test_whispers_own_generate(stage_artifacts: dict[str, Artifact], checkpoint:
     eager = AutoModelForSpeechSeq2Seq.from_pretrained(checkpoint).eval()
     with load(stage_artifacts["verify"].folder, runtime="cpu") as model:
         for subject in (eager, model):
-            subject.generation_config.no_timestamps_token_id = 99
             found.append(subject.generate(features, **options, return_segments=True))
     assert torch.equal(found[0]["sequences"], found[1]["sequences"])
     assert len(found[0]["segments"][0]) > 1
+
+
+def run_on(build: Build, checkpoint: Path, names: Sequence[str], *more: str) -> tuple[Config, dict[str, Artifact]]:
+    """Run the stage on sound files of the checkpoint's folder."""
+    sounds = ",".join(str(checkpoint / f"{name}.wav") for name in names)
+    options = [f"generate.{name}={value}" for name, value in OPTIONS.items()]
+    return build(checkpoint, "[verify,generate]", [f"generate.audio=[{sounds}]", *options, *more])
+
+
+def outputs_of(artifacts: dict[str, Artifact]) -> list[str]:
+    return json.loads((artifacts["generate"].folder / "texts.json").read_text())["outputs"]
+
+
+def test_a_sound_that_is_too_long(
+    build: Build, checkpoint: Path, stage_artifacts: dict[str, Artifact], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One message for it; the others have their outputs, in a batch with it or not."""
+    config, artifacts = run_on(build, checkpoint, ["0", "long", "1"])
+    assert outputs_of(artifacts) == outputs_of(stage_artifacts)
+    with pytest.raises(AccelError, match=r"long\.wav, which lasts 2\.5 s: the model takes 1 s at once; set generate"):
+        report.finish(config, artifacts)
+    assert outputs_of(stage_artifacts)[0] in capsys.readouterr().out
+
+
+def test_timestamps(build: Build, checkpoint: Path) -> None:
+    """`generate.return_timestamps` gives PyTorch's tokens, timestamps among them, for sounds of any length."""
+    extractor, tokenizer = (
+        WhisperFeatureExtractor.from_pretrained(checkpoint),
+        WhisperTokenizer.from_pretrained(checkpoint),
+    )
+    eager = AutoModelForSpeechSeq2Seq.from_pretrained(checkpoint).eval()
+    expected = []
+    for name in ("1", "long"):
+        samples = soundfile.read(checkpoint / f"{name}.wav", dtype="float32")[0]
+        ids = eager.generate(**audio.encode(extractor, [samples]), return_timestamps=True, **OPTIONS)
+        expected += tokenizer.batch_decode(ids, skip_special_tokens=True, decode_with_timestamps=True)
+    _, artifacts = run_on(build, checkpoint, ["1", "long"], "generate.return_timestamps=true")
+    assert outputs_of(artifacts) == expected
+    assert all(re.search(r"<\|\d\.\d\d\|>", output) for output in expected)
 
 
 @pytest.mark.parametrize(
