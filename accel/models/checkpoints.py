@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from accel.config.schema import ModelConfig
 from accel.data.pretrained import load_config
-from accel.errors import AccelError, summarize
+from accel.errors import AccelError
 from accel.models.model_class import model_class, obstacle
 from accel.system import remote_code
 
@@ -112,7 +112,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str 
         damaged = _damaged_weights(folder)
         if damaged is None:
             raise
-        raise AccelError(f"can't read the weights in {damaged}: {summarize(error)}. Download the file again") from error
+        raise AccelError(
+            f"{damaged} is damaged, or holds objects other than tensors ({type(error).__name__}): download it again"
+        ) from error
     model.eval()
     return model
 

@@ -16,6 +16,8 @@ Interfaces of transformers that `accel.models` relies on beyond its documented o
   `is_remote_code`, `get_encoder`, `get_experts_implementation`, and the parameters' names of `forward` and of
   `prepare_inputs_for_generation`, which it reads with `inspect.signature`.
 - Methods that it calls on a cache, and that a cache calls on its layers: all those that `cache.StateLayer` overrides.
+- `GenerationMixin._get_logits_processor`, called on an object that has a config only, with
+  `GenerationConfig._eos_token_tensor` set: option_check.py tries options on it before anything is exported.
 - Attributes that accel reads: `GenerationConfig._pad_token_tensor` (decoding/token_selector.py); `eos_token_id`,
   `min_length`, `min_new_tokens` and `prompt_length_to_skip` of logits processors (decoding/processors.py); the auto
   classes' `_model_mapping` and the model classes' `_is_stateful` (model_class.py).

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PretrainedConfig
+from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from accel.errors import AccelError, summarize
 from accel.models.arguments import vocabulary_sizes
@@ -59,6 +60,11 @@ def check_options(options: Mapping[str, Any], config: PretrainedConfig) -> None:
             raise AccelError(
                 f"generate.{smaller}={options[smaller]}: must not exceed generate.{larger}={options[larger]}"
             )
+    if config.is_encoder_decoder and options.get("guidance_scale") not in (None, 1):
+        raise AccelError(
+            f"generate.guidance_scale={options['guidance_scale']}: transformers' guidance runs a model on the ids "
+            "of its decoder alone, which an encoder-decoder can't"
+        )
     error = _try(options, config, vocabulary)
     if error is not None:
         alone = [name for name in options if _try({name: options[name]}, config, vocabulary) is not None]
@@ -71,6 +77,11 @@ def _try(options: Mapping[str, Any], config: PretrainedConfig, vocabulary: int) 
     try:
         settings = GenerationConfig(**{**options, "guidance_scale": None})
         settings.validate()
+        loop = GENERATION_MODES_MAPPING[settings.get_generation_mode()]
+        if "/" in loop:
+            raise ValueError(
+                f"transformers would download the code for this from https://hf.co/{loop}, and accel won't"
+            )
         settings.max_length = settings.max_length or settings.max_new_tokens or 20
         settings._eos_token_tensor = torch.zeros(1, dtype=torch.int64)
         ids = torch.zeros(1, PROMPT_LENGTH, dtype=torch.int64)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 from accel import progress
 from accel.adapters.types import Architecture
@@ -53,8 +54,8 @@ def check(config: Config, hf_config: PretrainedConfig) -> None:
     """Check that the inputs named in `generate` suit the model.
 
     Raises:
-        AccelError: Text is given to a speech model or audio to a text model, or `generate.chat` is set and the
-            tokenizer has no chat template.
+        AccelError: Text is given to a speech model or audio to a text model, or the tokenizer lacks what
+            `generate.chat` or `generate.stop_strings` needs.
     """
     options, name = config.generate, config.model.name
     speech = takes_speech(hf_config)
@@ -62,10 +63,19 @@ def check(config: Config, hf_config: PretrainedConfig) -> None:
     for key in TEXT_OPTIONS if speech else SPEECH_OPTIONS:
         if key in options:
             raise AccelError(f"generate.{key}: {name} takes {expected}")
-    if options.get("chat"):
-        tokenizer = texts.load_tokenizer(checkpoints.locate(config.model, weights=False))
-        if tokenizer is None or tokenizer.chat_template is None:
-            raise AccelError(f"generate.chat=true: the tokenizer of {name} has no chat template")
+    if not (options.get("chat") or options.get("stop_strings")):
+        return
+    tokenizer: Any = texts.load_tokenizer(checkpoints.locate(config.model, weights=False))
+    if options.get("chat") and (tokenizer is None or tokenizer.chat_template is None):
+        raise AccelError(f"generate.chat=true: the tokenizer of {name} has no chat template")
+    if options.get("stop_strings"):
+        try:
+            StopStringCriteria(tokenizer, as_list(options["stop_strings"]))
+        except (ValueError, AttributeError) as error:  # it spells tokens behind a prefix
+            raise AccelError(
+                f"generate.stop_strings={options['stop_strings']}: transformers can't find strings in the output of "
+                f"the tokenizer of {name}. Use generate.eos_token_id or generate.max_new_tokens"
+            ) from error
 
 
 def named_inputs(config: Config, folder: Path) -> list[str]:

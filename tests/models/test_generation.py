@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     GenerationMixin,
+    GPT2Tokenizer,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -145,6 +146,21 @@ def test_scores(model: AcceleratedModel, eager: T5ForConditionalGeneration, opti
         torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, rtol=1e-4, atol=1e-4)
         assert torch.equal(found.beam_indices, expected.beam_indices)
     assert float(found.logits[3].std()) > 0.01
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_stop_strings(model: AcceleratedModel, eager: T5ForConditionalGeneration, beams: int) -> None:
+    """The outputs end where a string of several tokens does."""
+    characters = {chr(33 + id): id for id in range(94)} | {chr(0xA1 + id): 94 + id for id in range(11)}
+    tokenizer = GPT2Tokenizer(vocab=characters | {chr(0xAE + id): 105 + id for id in range(15)}, merges=[])
+    inputs = batch(2) | {"num_beams": beams}
+    free = eager.generate(**inputs, **UNIQUE)[0].tolist()
+    stop = "".join(tokenizer.convert_ids_to_tokens(free[4:6]))
+    options = inputs | {"stop_strings": ["no such string", stop], "tokenizer": tokenizer}
+    found = assert_same_tokens(model, eager, distinct=1, **options)
+    ends = {eager.config.pad_token_id, eager.config.eos_token_id}
+    assert set(found[0, 6:].tolist()) <= ends
+    assert not set(free[6:]) <= ends
 
 
 class OddOnly(LogitsProcessor):

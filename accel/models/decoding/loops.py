@@ -32,6 +32,7 @@ logger = logging.getLogger("accel.decoding")
 PREPARE_INPUTS = "prepare_inputs_for_generation"
 
 SUPPORTED_CRITERIA = {MaxLengthCriteria, EosTokenCriteria}
+TOKENIZERS = ("tokenizer", "assistant_tokenizer")  # transformers leaves them among the model's inputs
 UNSUPPORTED_OPTIONS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "is_assistant")
 
 
@@ -53,6 +54,11 @@ def unsupported_reason(
         if type(criterion) not in SUPPORTED_CRITERIA:
             return type(criterion).__name__
     return None if criteria.max_length is not None else "no maximum length"
+
+
+def without_tokenizers(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's inputs without the tokenizers, which `generate` needs for stop strings only."""
+    return {name: value for name, value in model_kwargs.items() if name not in TOKENIZERS}
 
 
 def run_loop(selector: TokenSelector, logits: Tensor, next_logits: Callable[[Tensor], Tensor]) -> Tensor:
@@ -98,6 +104,7 @@ class DecodingLoops:
         **model_kwargs: Any,
     ) -> Any:
         """Run greedy search or sampling."""
+        model_kwargs = without_tokenizers(model_kwargs)
         supported = streamer is None and not synced_gpus
         if not supported or not self._supports(logits_processor, stopping_criteria, generation_config, model_kwargs):
             parent: Any = super()
@@ -136,6 +143,7 @@ class DecodingLoops:
         **model_kwargs: Any,
     ) -> Any:
         """Run beam search or beam-sample."""
+        model_kwargs = without_tokenizers(model_kwargs)
         if synced_gpus or not self._supports(logits_processor, stopping_criteria, generation_config, model_kwargs):
             parent: Any = super()
             return parent._beam_search(
