@@ -68,8 +68,14 @@ def check_options(options: Mapping[str, Any], config: PretrainedConfig) -> None:
     error = _try(options, config, vocabulary)
     if error is not None:
         alone = [name for name in options if _try({name: options[name]}, config, vocabulary) is not None]
-        culprits = "".join(f".{name}={options[name]}" for name in alone[:1])
-        raise AccelError(f"generate{culprits}: {summarize(error)}") from error
+        blamed = alone[:1] or [name for name in options if _try(_without(options, name), config, vocabulary) is None]
+        culprits = " and ".join(f"generate.{name}={options[name]}" for name in blamed)
+        raise AccelError(f"{culprits or 'generate'}: {summarize(error)}") from error
+
+
+def _without(options: Mapping[str, Any], left_out: str) -> dict[str, Any]:
+    """Return all options but one."""
+    return {name: value for name, value in options.items() if name != left_out}
 
 
 def _try(options: Mapping[str, Any], config: PretrainedConfig, vocabulary: int) -> Exception | None:
