@@ -39,7 +39,7 @@ def locate(model: ModelConfig, *, weights: bool = True) -> Path:
         # a checkpoint that ships with accel needs the prefix: its bare name is a model id on the hub
         if folder.is_dir() and (built_in or folder.parent != BUILT_IN):
             if not (folder / "config.json").is_file():
-                raise AccelError(f"checkpoint {name!r} holds no config.json: not a Hugging Face model folder")
+                raise AccelError(f"model.checkpoint={name} holds no config.json: not a Hugging Face model folder")
             if model.revision is not None:
                 raise AccelError(
                     f"model.revision={model.revision}: {name!r} is a folder, and only repositories on the Hugging Face "
@@ -47,7 +47,7 @@ def locate(model: ModelConfig, *, weights: bool = True) -> Path:
                 )
             return folder.resolve()
     if name.startswith(("/", ".", "~", BUILT_IN_PREFIX)) or name.count("/") > 1:  # can't be a model id on the hub
-        raise AccelError(f"checkpoint folder {name!r} doesn't exist")
+        raise AccelError(f"model.checkpoint={name}: this folder doesn't exist")
     return _download(name, model.revision, weights)
 
 
@@ -63,7 +63,7 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
                     break
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise AccelError(
-            f"can't download checkpoint {name!r} from the Hugging Face hub: {str(error).splitlines()[0]}\n"
+            f"model.checkpoint={name}: can't download it from the Hugging Face hub: {str(error).splitlines()[0]}\n"
             "Without the hub: model.checkpoint=FOLDER uses a local Hugging Face folder; model.weights=random builds\n"
             "the model with random weights from its config (for graph structure and latency, not for text)."
         ) from error

@@ -177,6 +177,7 @@ class Pipeline:
         config = restrict_config(self.config, stage.sections)
 
         def make(folder: Path) -> Mapping[str, Any]:
+            self.built.append(name)
             with progress.stage(name), naming_stage(name):
                 return stage.run(config, inputs, self.architecture, folder)
 
@@ -189,7 +190,9 @@ class Pipeline:
             packages=versions(stage.packages),
         )
         self._artifacts[name] = artifact
-        self.built.append(name)
+        if name not in self.built:
+            progress.note(f"{name:<10} reused, made by another run meanwhile  {artifact.folder}")
+            return artifact
         manifest = artifact.manifest
         progress.note(
             f"{name:<10} made in {manifest.seconds:6.1f} s, peak memory {manifest.peak_memory / 1e6:6.0f} MB "

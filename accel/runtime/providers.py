@@ -65,7 +65,7 @@ def check_provider(provider: str) -> None:
     if provider == CUDA:
         _check_cuda()
     elif provider not in available_providers():
-        raise unknown("execution provider", provider, available_providers())
+        raise unknown("execution provider (runtime.provider)", provider, available_providers())
 
 
 def check_device(device: str) -> None:

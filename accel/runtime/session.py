@@ -20,6 +20,7 @@ from accel.system.process_state import environment
 DATA_DEPENDENT = ("NonZero", "Compress", "Unique", "NonMaxSuppression", "Loop", "Scan", "If")
 OPSET_TOO_NEW = "Current official support for domain"  # how the last part of ONNX Runtime's message begins
 NoKernel = onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented
+InvalidProtobuf = onnxruntime.capi.onnxruntime_pybind11_state.InvalidProtobuf
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def open_session(graph: Path | bytes, settings: SessionSettings, weights: Mappin
     Raises:
         DeviceMemoryError: The weights don't fit into device memory.
         AccelError: The provider's libraries can't be loaded, it has no kernel for an operator in the graph's precision,
-            or ONNX Runtime is older than the graph's operators.
+            ONNX Runtime is older than the graph's operators, or the file is damaged.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -144,10 +145,14 @@ def open_session(graph: Path | bytes, settings: SessionSettings, weights: Mappin
     except NoKernel as error:
         reason = str(error).split(" : ")[-1].splitlines()[0]
         raise AccelError(f"{settings.provider} can't run this graph: {reason}. Try another precision") from error
+    except InvalidProtobuf as error:
+        raise AccelError(
+            f"{source if isinstance(source, str) else 'the graph'} is damaged: it is no ONNX file"
+        ) from error
     except RUNTIME_ERRORS as error:
         if OPSET_TOO_NEW not in str(error):
             raise
-        name = graph.name if isinstance(graph, Path) else "this graph"
+        name = graph.name if isinstance(graph, Path) else "the graph"
         limit = str(error)[str(error).index(OPSET_TOO_NEW) :].splitlines()[0]
         raise AccelError(f"onnxruntime {onnxruntime.__version__} is too old for {name}: {limit}") from error
     if settings.provider not in session.get_providers():  # ONNX Runtime silently falls back to the CPU

@@ -95,7 +95,7 @@ def assert_one_line(process: subprocess.Popen[str], signum: signal.Signals, line
     wait_until(lambda: group(process.pid) == [], 10)
 
 
-@pytest.mark.parametrize("signum", EXIT_CODES)
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_during_a_stage(tiny: Path, tmp_path: Path, signum: signal.Signals) -> None:
     """The temporary folder of the artifact is removed."""
     process = start(RUN.format(arguments=overrides_for(tiny, tmp_path, "stage=export")))

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from transformers import T5Config
 
 from accel.cli.compose import compose
 from accel.cli.validate import check_generate
@@ -45,16 +46,16 @@ def test_output_is_its_own_input(tmp_path: Path, kind: str) -> None:
     else:
         output.hardlink_to(source)
     with pytest.raises(AccelError, match=r"is the same file as generate\.file"):
-        check_generate({"file": str(source), "output": str(output)})
+        check_generate({"file": str(source), "output": str(output)}, T5Config())
 
 
 def test_output_is_another_file(tmp_path: Path) -> None:
     """An output that exists already, or doesn't, is accepted."""
     source, output = tmp_path / "words.txt", tmp_path / "output.txt"
     source.write_text("a line\n")
-    check_generate({"file": str(source), "output": str(output)})
+    check_generate({"file": str(source), "output": str(output)}, T5Config())
     output.write_text("a line\n")
-    check_generate({"file": str(source), "output": str(output)})
+    check_generate({"file": str(source), "output": str(output)}, T5Config())
 
 
 @pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
@@ -66,7 +67,7 @@ def test_no_regular_file(tmp_path: Path, kind: str) -> None:
     elif kind == "folder":
         path.mkdir()
     with pytest.raises(AccelError, match="not a regular file"):
-        check_generate({"file": str(path)})
+        check_generate({"file": str(path)}, T5Config())
 
 
 def test_line_without_an_end(tmp_path: Path) -> None:

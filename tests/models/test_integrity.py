@@ -228,6 +228,13 @@ def test_verdict_does_not_hold(
     assert message in warning(folder, caplog)
 
 
+def test_damaged_graph_that_is_opened_regardless(folder: Path) -> None:
+    """Without a check, ONNX Runtime's error names the file."""
+    (folder / DECODER).write_bytes((folder / DECODER).read_bytes()[:1000])
+    with pytest.raises(AccelError, match=rf"{DECODER} is damaged"):
+        accel.load(folder, "cpu", check=False)
+
+
 def test_files_exchanged_after_the_verification(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Other weights with a manifest of their own give the warning: the result in the folder isn't theirs."""
     content = (folder / DECODER).read_bytes()
