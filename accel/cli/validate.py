@@ -51,7 +51,9 @@ def validate(config: Config) -> None:
 
 @contextmanager
 def _naming(key: str, value: object) -> Iterator[None]:
-    """Open a context whose `AccelError` is raised with the key of a file in front."""
+    """Open a context whose `AccelError` is raised with the key of a file in front. An empty path is refused."""
+    if not str(value):
+        raise AccelError(f"{key}='': must be a path; an empty one stands for the working directory")
     try:
         yield
     except AccelError as error:

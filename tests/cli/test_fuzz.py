@@ -93,9 +93,12 @@ def assert_clear(override: str, checkpoint: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def no_stage() -> Iterator[None]:
-    """Let no stage run."""
+def no_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let no stage run, and let values that stand for a folder name an empty one."""
+    empty = tmp_path_factory.mktemp("empty")
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(empty)
+        patch.setenv("HOME", str(empty))
         patch.setattr(Pipeline, "run", lambda self, stages: {})
         yield
 

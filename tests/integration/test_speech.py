@@ -44,7 +44,9 @@ def checkpoint(shared: Path) -> Path:
                 soundfile.write(folder / f"{number}.wav", tone(hertz, 0.3 + 0.3 * number), RATE)
             soundfile.write(folder / "long.wav", tone(500, 2.5), RATE)
             model = random_model(FAMILIES["whisper"])
-            model.generation_config.no_timestamps_token_id = TIMESTAMPS - 1
+            settings = model.generation_config
+            settings._from_model_config = False  # else loading derives it anew from the config
+            settings.no_timestamps_token_id = TIMESTAMPS - 1
             model.save_pretrained(folder)
     return folder
 
