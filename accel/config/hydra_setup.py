@@ -63,14 +63,15 @@ def check_choices(overrides: Sequence[str]) -> None:
         if override.key_or_group not in groups or override.is_sweep_override() or override.is_delete():
             continue
         value = override.value()
-        if not isinstance(value, str | dict) and not (isinstance(value, list) and all(map(_is_name, value))):
+        names = value if isinstance(value, list) and value else [value]
+        if not isinstance(value, dict) and not all(map(_is_name, names)):
             choices = ", ".join(sorted(packages.group_files(override.key_or_group)))
             raise AccelError(f"{override.input_line}: must be one of {choices}")
 
 
 def _is_name(value: Any) -> bool:
     """Return whether a value can name a file of a config group."""
-    return isinstance(value, str)
+    return isinstance(value, str) and "${" not in value
 
 
 @contextmanager
