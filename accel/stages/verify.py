@@ -5,8 +5,8 @@ Reads:
     16 bits also the statistics of `calibrate` and the plans of `audit`, for the certificate.
 
 Writes:
-    The deployable, if the bundle passes: the bundle's files, `verdict.json` (the verification result), and the
-    certificate as `certificate.json` and `certificate.html`.
+    The deployable, if the bundle passes: the bundle's files, the verification result and the certificate, both
+    named by `accel.runtime.layout`.
 """
 
 import json
@@ -36,7 +36,6 @@ from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact
 from accel.reporting import certificate
 from accel.runtime import layout
-from accel.runtime.layout import MANIFEST
 from accel.stages import audit, calibrate, reference, torch_error
 from accel.stages.checkpoint import reference_files
 from accel.stages.prompts import PROMPTS
@@ -205,7 +204,7 @@ def advice(config: Config) -> str:
 
 def routes_experts(folder: Path) -> bool:
     """Return whether the decoder in `folder` is a mixture of experts, whose router picks by computed scores."""
-    decoder = files.load(folder / layout.DECODER)
+    decoder = files.load(layout.first_variant(folder).decoder)
     return any(node.op_type == "TopK" for node in decoder.graph.all_nodes())
 
 
@@ -220,13 +219,11 @@ def emulate_bundle(bundle: Path, folder: Path, format: Format) -> Path:
     Returns:
         `folder`.
     """
-    for path in bundle.iterdir():
-        if path.suffix != ".onnx":
-            shutil.copyfile(path, folder / path.name)
-    for path in bundle.glob("*.onnx"):
+    shutil.copytree(bundle, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.onnx"))
+    for path in layout.first_variant(bundle).graphs:
         model = files.load(path)
         emulate_half(model, format)
-        files.save_graph(model, folder / path.name)
+        files.save_graph(model, folder / path.relative_to(bundle))
     return folder
 
 
@@ -289,17 +286,17 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             f"verification of the bundle failed ({dtype}, {verification.execution}):\n{failures}\n{advice(config)}"
         )
         raise VerificationError(message, summarize(verification, inputs, None))
-    for path in bundle.iterdir():  # copied: onnx refuses weights in a file with more than one hard link
-        if path.name != MANIFEST:
-            shutil.copyfile(path, out / path.name)
-    (out / layout.VERDICT).write_text(json.dumps(asdict(verification), indent=1))
+    # Copied: onnx refuses weights in a file with more than one hard link.
+    shutil.copytree(bundle, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(layout.MANIFEST))
+    deployable = layout.first_variant(out)
+    deployable.verification.write_text(json.dumps(asdict(verification), indent=1))
     measured = latency.compare_with_torch(out, config, inputs, architecture) if config.verify.latency else None
     explained = {}
     if "audit" in inputs:
         plans = audit.read_plans(inputs["audit"].folder)
         statistics, rows = calibrate.read_statistics(inputs["calibrate"].folder)
         explained = certificate.explain(plans, statistics, rows)
-    certificate.write(out, asdict(verification), measured, explained, config, inputs)
+    certificate.write(deployable, asdict(verification), measured, explained, config, inputs)
     return summarize(verification, inputs, measured)
 
 

@@ -86,7 +86,7 @@ def assert_names(message: str, *parts: str) -> None:
         ("precision.dtype=int8", ("int8", "float16", "float32")),
         ("runtime=gpu", ("gpu", "cuda", "cpu")),
         ("merge.strategy=other", ("other", "shared", "three_branch", "two_branch")),
-        ("merge.flag='two words'", ("two words", "enable_cache")),
+        ("merge.flag='two words'", ("two words", "use_cache_branch")),
         ("+optimize.passes.nothing=false", ("nothing", "fold_constants")),
         ("benchmark.backends=[fastest]", ("fastest", "onnx_merged")),
         ("model.weights=none", ("none", "pretrained", "random")),

@@ -376,7 +376,7 @@ def test_verified_without_its_intermediates(copied: Path, tiny: Path) -> None:
     subject = pipeline(tiny, copied)
     found = subject.run(["verify"])
     assert subject.built == []
-    assert (found["verify"].folder / "decoder_model_merged.onnx").is_file()
+    assert (found["verify"].folder / "onnx/decoder_model_merged.onnx").is_file()
 
 
 def test_real_stages_resume(copied: Path, tiny: Path) -> None:

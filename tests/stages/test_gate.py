@@ -79,7 +79,7 @@ def test_failure_names_inputs_and_remedies(build: Build, tiny: Path, artifacts: 
     assert caught.value.summary["identical"] == identical
     assert caught.value.summary["passed"] is False
     assert set((artifacts / tiny.name).glob("verify-*/manifest.json")) == before
-    assert (results["merge"].folder / "decoder_model_merged.onnx").is_file()
+    assert (results["merge"].folder / "onnx/decoder_model_merged.onnx").is_file()
 
 
 @pytest.mark.parametrize(

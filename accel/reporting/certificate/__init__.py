@@ -13,7 +13,7 @@ from accel.graph.precision.observer import ValueStatistics
 from accel.graph.precision.plan import Plan
 from accel.pipeline.store import Artifact
 from accel.reporting.certificate import page
-from accel.runtime import layout
+from accel.runtime.layout import DeployableFiles
 from accel.system.environment import commit, machine
 from accel.system.hashing import DISTRIBUTION, versions
 
@@ -23,17 +23,17 @@ PACKAGES = (DISTRIBUTION, "torch", "transformers", "onnx", "onnx-ir", "onnxrunti
 
 
 def write(
-    out: Path,
+    files: DeployableFiles,
     verification: Mapping[str, Any],
     speed: Mapping[str, Any] | None,
     explained: Mapping[str, Any],
     config: Config,
     inputs: Mapping[str, Artifact],
 ) -> None:
-    """Write `certificate.json` and `certificate.html`.
+    """Write `certificate.json` and `certificate.html`, with the suffix of the dtype.
 
     Args:
-        out: Folder of the deployable.
+        files: Files of the deployable.
         verification: Verification result, as JSON.
         speed: Result of `accel.benchmark.latency.compare_with_torch`; None if it was not measured.
         explained: Result of `explain`; empty in FP32.
@@ -42,8 +42,8 @@ def write(
     """
     mixed = {name: inputs[stage].summary for name, stage in MIXED.items()} if explained else {}
     certificate = gather(verification, speed, config, inputs) | mixed | dict(explained)
-    (out / layout.CERTIFICATE).write_text(json.dumps(certificate, indent=1, allow_nan=False))
-    (out / layout.CERTIFICATE_PAGE).write_text(page.render(certificate), encoding="utf-8")
+    files.certificate.write_text(json.dumps(certificate, indent=1, allow_nan=False))
+    files.certificate_page.write_text(page.render(certificate), encoding="utf-8")
 
 
 def gather(
