@@ -284,12 +284,14 @@ class Config:
     Attributes:
         stage: `all`, a stage, or a list of stages.
         artifacts: Folder that artifacts are kept in.
+        output: Folder that the deployable is copied to, beside variants of the same model in other dtypes.
         architecture: Adapter of the model family: `_target_` and its options.
         generate: Options of `generate`: see `accel.config.generate_options`.
     """
 
     stage: Any = "all"
     artifacts: str = "artifacts"
+    output: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     architecture: dict[str, Any] = field(default_factory=dict)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

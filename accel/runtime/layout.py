@@ -9,6 +9,7 @@ model in several dtypes lie side by side: the dtype's suffix ends the names of g
     verification.json, verification_fp16.json
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,3 +124,14 @@ def first_variant(folder: Path) -> DeployableFiles:
     if not found:
         raise FileNotFoundError(f"{str(folder)!r} holds no merged decoder in its folder {GRAPHS!r}")
     return found[0]
+
+
+def declare_external_data(folder: Path) -> None:
+    """List in config.json which graphs have an external data file, for Transformers.js, which can't see the folder."""
+    suffix = EXTERNAL_DATA
+    graphs = [path.name.removesuffix(suffix) for path in sorted((folder / GRAPHS).glob(f"*{suffix}"))]
+    if graphs:
+        path = folder / CONFIG
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.setdefault(JS_CONFIG, {})["use_external_data_format"] = dict.fromkeys(graphs, 1)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -133,7 +133,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         if model is not None:
             files.save_beside(model, path, target.decoder)
     copy_checkpoint_files(checkpoint, out)
-    declare_external_data(out)
+    layout.declare_external_data(out)
     return {
         "decode_bytes": decode_bytes,
         "prefill_bytes": prefill_bytes,
@@ -166,17 +166,6 @@ def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(portable.get("extra_special_tokens"), list):
         portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
     return portable
-
-
-def declare_external_data(folder: Path) -> None:
-    """List in config.json which graphs have an external data file, for Transformers.js, which can't see the folder."""
-    suffix = layout.EXTERNAL_DATA
-    graphs = [path.name.removesuffix(suffix) for path in sorted((folder / layout.GRAPHS).glob(f"*{suffix}"))]
-    if graphs:
-        path = folder / layout.CONFIG
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config.setdefault(layout.JS_CONFIG, {})["use_external_data_format"] = dict.fromkeys(graphs, 1)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 STAGE = Stage(

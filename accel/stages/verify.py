@@ -5,7 +5,7 @@ Reads:
     16 bits also the statistics of `calibrate` and the plans of `audit`, for the certificate.
 
 Writes:
-    The deployable, if the bundle passes: the bundle's files, the verification result and the certificate, both
+    The deployable, if the bundle passes: the bundle's files, a model card, the verification result and the certificate,
     named by `accel.runtime.layout`.
 """
 
@@ -34,7 +34,7 @@ from accel.models.generation import AcceleratedModel
 from accel.models.loading import open_model
 from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact
-from accel.reporting import certificate
+from accel.reporting import card, certificate, delivery
 from accel.runtime import layout
 from accel.stages import audit, calibrate, reference, torch_error
 from accel.stages.checkpoint import reference_files
@@ -297,6 +297,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         statistics, rows = calibrate.read_statistics(inputs["calibrate"].folder)
         explained = certificate.explain(plans, statistics, rows)
     certificate.write(deployable, asdict(verification), measured, explained, config, inputs)
+    card.write(out)
     return summarize(verification, inputs, measured)
 
 
@@ -324,6 +325,13 @@ def summarize(
     }
 
 
+def deliver(config: Config, folder: Path) -> None:
+    """Copy the deployable to the folder `output`, if it is given."""
+    if config.output is not None:
+        delivery.deliver(folder, Path(config.output))
+        progress.note(f"deployable copied to {config.output}")
+
+
 def input_stages(config: Config) -> tuple[str, ...]:
     """Return the stages whose artifacts this one reads; `calibrate` and `audit` only in 16 bits."""
     mixed = ("calibrate", "audit") if config.precision.dtype != "float32" else ()
@@ -337,4 +345,5 @@ STAGE = Stage(
     sections=("model", "precision", "runtime", "verify"),
     packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "sacrebleu"),
     files=reference_files,
+    deliver=deliver,
 )

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from accel.runtime.layout import GRAPHS
+from accel.runtime import layout
 from accel.stages import merge
 
 
@@ -29,13 +29,13 @@ def test_the_tokenizer_is_one_that_older_clients_load(tmp_path: Path) -> None:
 
 def test_external_data_is_declared(tmp_path: Path) -> None:
     """By the graphs' file names; a folder without such data keeps its config.json as it is."""
-    (tmp_path / GRAPHS).mkdir()
+    (tmp_path / layout.GRAPHS).mkdir()
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    merge.declare_external_data(tmp_path)
+    layout.declare_external_data(tmp_path)
     assert (tmp_path / "config.json").read_text() == '{"model_type": "t5"}'
-    (tmp_path / GRAPHS / "encoder_model.onnx").touch()
-    (tmp_path / GRAPHS / "decoder_model_merged.onnx_data").touch()
-    merge.declare_external_data(tmp_path)
+    (tmp_path / layout.GRAPHS / "encoder_model.onnx").touch()
+    (tmp_path / layout.GRAPHS / "decoder_model_merged.onnx_data").touch()
+    layout.declare_external_data(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "model_type": "t5",
         "transformers.js_config": {"use_external_data_format": {"decoder_model_merged.onnx": 1}},

@@ -12,6 +12,7 @@ from accel.graph.precision.minimize import DROPPABLE
 from accel.graph.precision.observer import ValueStatistics
 from accel.graph.precision.plan import Plan
 from accel.pipeline.store import Artifact
+from accel.reporting.card import source_of
 from accel.reporting.certificate import page
 from accel.runtime.layout import DeployableFiles
 from accel.system.environment import commit, machine
@@ -61,7 +62,11 @@ def gather(
     return {
         "model": config.model.name,
         "weights": config.model.weights,
-        "checkpoint": {"key": checkpoint.key, "commit": _hub_commit(checkpoint.folder)},
+        "checkpoint": {
+            "key": checkpoint.key,
+            "commit": _hub_commit(checkpoint.folder),
+            **source_of(config.model.checkpoint, checkpoint.folder),
+        },
         "commit": commit(),
         "packages": {name: version for name, version in versions(PACKAGES).items() if version != "absent"},
         "machine": machine(config.runtime.device, config.runtime.threads),
