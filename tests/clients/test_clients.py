@@ -18,7 +18,7 @@ from tests.clients.conftest import Client
 from tests.conftest import Build
 from tests.families import FAMILIES
 
-pytestmark = [pytest.mark.clients, pytest.mark.slow]
+pytestmark = pytest.mark.clients
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{number}" for number in range(4, 120))]
 UNIQUE = {"max_new_tokens": 8, "no_repeat_ngram_size": 1}  # random weights repeat one token
