@@ -347,11 +347,9 @@ class DecoderOnlyModel(AcceleratedModel):
         arguments.check_mask("attention_mask", attention_mask, batch, past + new)
         if position_ids is None and not self.runtime.positions_from_mask:
             position_ids = torch.arange(past, past + new, device=input_ids.device)[None]
-        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        inputs = decoder_inputs(input_ids, attention_mask, keep, position_ids)
+        inputs = decoder_inputs(input_ids, attention_mask, logits_to_keep, position_ids)
         logits, cache = self._run_decoder(inputs, past_key_values, use_cache)
-        if isinstance(logits_to_keep, Tensor):
-            logits = logits[:, logits_to_keep.to(logits.device)]
+        logits = logits[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else logits
         output = CausalLMOutputWithPast(
             loss=None if labels is None else ForCausalLMLoss(logits, labels, logits.shape[-1]),
             logits=logits,

@@ -18,13 +18,16 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
 
 
-def decoder_inputs(ids: Tensor, mask: Tensor, keep: int = 0, position_ids: Tensor | None = None) -> dict[str, Tensor]:
+def decoder_inputs(
+    ids: Tensor, mask: Tensor, keep: int | Tensor = 0, position_ids: Tensor | None = None
+) -> dict[str, Tensor]:
     """Return every input that a decoder may take besides its caches and the encoder's output.
 
     Args:
         ids: New tokens [batch, new].
         mask: Attention mask [batch, past + new] over the cached and the new tokens.
-        keep: Number of last tokens whose logits are computed, 0 for all new ones.
+        keep: Number of last tokens whose logits are computed, 0 for all new ones; indices of any tokens stand
+            for all, for the caller to choose from.
         position_ids: Positions of the new tokens [batch or 1, new]; None for those of `positions(mask)`.
 
     Returns:
@@ -33,6 +36,7 @@ def decoder_inputs(ids: Tensor, mask: Tensor, keep: int = 0, position_ids: Tenso
         the new tokens.
     """
     new = ids.shape[1]
+    keep = 0 if isinstance(keep, Tensor) else keep
     first = max(0, new - keep) if keep else 0
     return {
         "input_ids": ids,
