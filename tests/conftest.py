@@ -55,6 +55,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root.parent if os.environ.get("PYTEST_XDIST_WORKER") else root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(shared: Path) -> None:
+    """Let accel keep hashes below the run's folder, not in the user's own cache."""
+    os.environ["XDG_CACHE_HOME"] = str(shared / "cache")  # set after the import of huggingface_hub, which reads it too
+
+
 @pytest.fixture(scope="session")
 def tiny(shared: Path) -> Path:
     """Checkpoint of a tiny T5 with random weights."""

@@ -259,5 +259,7 @@ def _import_model_code(folder: Path) -> None:
     """Import a model's code, which transformers does on first use, so that it counts as an import."""
     import transformers
 
-    for name in transformers.AutoConfig.from_pretrained(folder).architectures or []:
+    from accel.data.pretrained import load_config
+
+    for name in load_config(folder).architectures or []:
         getattr(transformers, name, None)

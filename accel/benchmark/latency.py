@@ -8,7 +8,6 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
 
 from accel.adapters.types import Architecture, Component
 from accel.benchmark import footprint
@@ -16,6 +15,7 @@ from accel.benchmark.backends import BACKENDS, BASELINE, Sources, deployable_bac
 from accel.benchmark.schedule import time_backends
 from accel.config.schema import BenchmarkConfig, Config
 from accel.data import texts
+from accel.data.pretrained import load_config
 from accel.pipeline.store import Artifact
 
 REPEATS = 5
@@ -38,7 +38,7 @@ def compare_with_torch(
     dtype, verify = config.precision.dtype, config.verify
     if dtype not in config.runtime.compute_dtype:
         return None
-    description = AutoConfig.from_pretrained(inputs["checkpoint"].folder)
+    description = load_config(inputs["checkpoint"].folder)
     sources = Sources(
         checkpoint=str(inputs["checkpoint"].folder),
         deployable=str(deployable),

@@ -7,20 +7,25 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import get_context
 from os import getpid
+from threading import Thread
 from types import TracebackType
 from typing import Any, TypeVar
 
 import psutil
 
 from accel.errors import AccelError, DeviceMemoryError
+from accel.system import remote_code
 
 T = TypeVar("T")
 
+EXIT_TIMEOUT_S = 20.0  # for an idle process, before it is killed
 ADVICE = "A benchmark keeps all its models loaded at the same time: list fewer benchmark.backends"
 
 
 class WorkerProcess:
-    """Context with a process that calls functions on behalf of this one. It is killed at the end, busy or not.
+    """Context with a process that calls functions on behalf of this one, and that has ended when the context has.
+
+    After an error, busy or not, it is killed.
 
     The process starts at once and imports nothing before the first call.
 
@@ -30,7 +35,7 @@ class WorkerProcess:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _ignore_interrupts)
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (remote_code.is_allowed(),))
         self._pid: Future[int] = self._pool.submit(getpid)
 
     @property
@@ -62,11 +67,20 @@ class WorkerProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        ending = Thread(target=self._pool.shutdown, daemon=True)
+        if error is None:  # the process is idle: let it end by itself, so that it removes its semaphores
+            ending.start()
+            ending.join(EXIT_TIMEOUT_S)
+            if not ending.is_alive():
+                return
         with suppress(BrokenProcessPool, psutil.NoSuchProcess):
             psutil.Process(self.pid).kill()
-        self._pool.shutdown()
+        if ending.ident is None:
+            ending.start()
+        ending.join()
 
 
-def _ignore_interrupts() -> None:
-    """Ignore Ctrl-C, which ends the parent process; that kills this one."""
+def _prepare(allow_remote_code: bool) -> None:
+    """Ignore Ctrl-C, which ends the parent process and so this one, and take over the parent's permission for code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    remote_code.set_for_process(allow_remote_code)

@@ -18,6 +18,7 @@ from accel.pipeline.runner import Pipeline, select_stages
 from accel.pipeline.store import Artifact
 from accel.runtime.providers import fastest
 from accel.stages import generate
+from accel.system import remote_code
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -138,6 +139,12 @@ def execute(config: Config) -> dict[str, Artifact]:
     Raises:
         AccelError: If the model, or an input file, is not one that the stages can use.
     """
+    with remote_code.allowing(config.model.trust_remote_code):
+        return _execute(config)
+
+
+def _execute(config: Config) -> dict[str, Artifact]:
+    """Run the stages of `execute`."""
     architecture = registry.build(config.architecture)
     description = _description(config)
     model_type = description.model_type

@@ -20,6 +20,7 @@ from accel.runtime.providers import check_provider, supports_dtype
 from accel.stages import audit, benchmark, checkpoint, convert, merge, optimize
 
 OPSETS = range(18, 24)  # supported by both the exporter and the graph passes
+MAX_NAME = 128  # characters; file systems take names of 255 bytes
 MAX_VALUE = 1_000_000  # tokens, sequences or repeats; a larger number is a typing error
 
 
@@ -33,6 +34,7 @@ def validate(config: Config) -> None:
         AccelError: On the first value that can't be used.
     """
     check_provider(config.runtime.provider)
+    _check_name(config.model.name)
     checkpoint.check(config.model)
     optimize.check(config.optimize.passes)
     convert.check(config.convert.decode_passes)
@@ -53,6 +55,16 @@ def validate(config: Config) -> None:
     if not 0 < config.export.tolerance < 1:
         raise AccelError(f"export.tolerance={config.export.tolerance}: must be above 0 and below 1")
     check_generate(config.generate)
+
+
+def _check_name(name: str) -> None:
+    """Raise `AccelError` on a `model.name` that isn't the name of one folder below `artifacts`."""
+    separators = {"/", "\\"} & set(name)
+    if separators or name in (".", "..") or not name.strip() or not name.isprintable() or len(name) > MAX_NAME:
+        raise AccelError(
+            f"model.name={name!r}: must be the name of a folder below the artifact folder: 1 to {MAX_NAME} printable "
+            "characters, no slash or backslash, and not '.' or '..'"
+        )
 
 
 def _check_static(runtime: RuntimeConfig) -> None:
@@ -234,11 +246,20 @@ def check_generate(options: dict[str, Any]) -> None:
         )
     if options.get("file") is not None:
         read_lines(Path(str(options["file"])))
+        _check_output(Path(str(options["file"])), options.get("output"))
     _check_audio(options.get("audio"))
     try:
         GenerationConfig(**generation_options(options)).validate()
     except (ValueError, TypeError) as error:
         raise AccelError(f"generate: {str(error).splitlines()[0]}") from error
+
+
+def _check_output(source: Path, output: Any) -> None:
+    """Raise `AccelError` if `generate.output` would overwrite `generate.file`, by whatever path or link."""
+    if output is not None and Path(str(output)).exists() and source.samefile(str(output)):
+        raise AccelError(
+            f"generate.output={output} is the same file as generate.file={source}: it would be overwritten"
+        )
 
 
 def _check_audio(audio: Any) -> None:

@@ -20,6 +20,7 @@ class ModelConfig:
         seed: Seed of random weights.
         config: Values of a Hugging Face config that random weights take their dimensions from; empty: the checkpoint's.
         references: File with inputs and accepted outputs, in the checkpoint's folder unless it is an absolute path.
+        trust_remote_code: Run the Python code that the checkpoint brings along, with all rights of this process.
     """
 
     name: str = MISSING
@@ -29,6 +30,7 @@ class ModelConfig:
     seed: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     references: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import AutoFeatureExtractor
 
+from accel.data import pretrained
 from accel.errors import AccelError
 
 EXTRACTOR_FILE = "preprocessor_config.json"
@@ -25,7 +25,7 @@ def load_extractor(folder: Path) -> Any:
             f"{str(folder)!r} holds no {EXTRACTOR_FILE}, which describes how sound is turned into the model's inputs: "
             "copy it from the original checkpoint"
         )
-    return AutoFeatureExtractor.from_pretrained(folder)
+    return pretrained.load_extractor(folder)
 
 
 def read(path: Path, rate: int) -> np.ndarray[Any, Any]:

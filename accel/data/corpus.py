@@ -8,6 +8,7 @@ from typing import Any
 from accel.errors import AccelError, unknown
 
 JSON_LINES = (".jsonl", ".json", ".ndjson")
+MAX_LINE = 2**20  # bytes of one line: more is no text, and would fill the memory
 SAMPLES = Path(__file__).parent / "samples"  # inputs of models for which the user gives none: see its README
 DATASETS_MISSING = "reading a folder of data needs the package datasets: pip install 'accel-onnx[data]'"
 
@@ -34,13 +35,22 @@ def read_lines(path: Path) -> list[str]:
     """Read the lines of a UTF-8 file.
 
     Raises:
-        AccelError: The file is missing, empty or not UTF-8.
+        AccelError: The file is missing, no regular file, empty or not UTF-8, or a line has more than `MAX_LINE` bytes.
     """
+    lines: list[str] = []
+    start = 0  # offset of the line
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        if path.exists() and not path.is_file():  # a device has no end, and a pipe can be read only once
+            raise AccelError(f"can't read {path}: it is a folder, a pipe or a device, not a regular file")
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE:
+                    raise AccelError(f"{path}, line {len(lines) + 1}: longer than {MAX_LINE} bytes")
+                lines.append(line.decode("utf-8").removesuffix("\n").removesuffix("\r"))
+                start += len(line)
     except UnicodeDecodeError as error:
         raise AccelError(
-            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}"
+            f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {start + error.start}"
         ) from error
     except OSError as error:
         raise AccelError(f"can't read {path}: {error.strerror}") from error

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from accel.adapters.types import Architecture
+from accel.data import pretrained
 from accel.data.corpus import SAMPLES, read_lines
 from accel.errors import AccelError
 
@@ -30,8 +31,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of a checkpoint, with a padding token; None if there is no tokenizer."""
     if not has_tokenizer(folder):
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    if not AutoConfig.from_pretrained(folder).is_encoder_decoder:
+    tokenizer = pretrained.load_tokenizer(folder)
+    if not pretrained.load_config(folder).is_encoder_decoder:
         tokenizer.padding_side = "left"  # decoder-only models continue after the last token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # any id will do: the attention mask excludes padding

@@ -67,6 +67,7 @@ class VerificationResult:
         references: Number of references that the metrics were computed on.
         samples: Inputs with the texts that both generated.
         failures: One message for each failed check.
+        files: Name -> SHA-256 of each file of the bundle that passed.
     """
 
     passed: bool = False
@@ -86,6 +87,7 @@ class VerificationResult:
     references: int = 0
     samples: list[dict[str, str]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def compare_outputs(

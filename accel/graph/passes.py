@@ -4,7 +4,7 @@ A pass is an `onnx_ir.passes.InPlacePass` with a name and a description. `accel.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -35,6 +35,26 @@ class GraphPass(InPlacePass):
 
     def prepare(self, models: Sequence[ir.Model]) -> None:
         """Inspect all models that share weights, before the first of them changes."""
+
+    def rewrite_each(self, nodes: Iterable[ir.Node], rewrite: Callable[[ir.Node], None]) -> bool:
+        """Rewrite the subgraph at each node, and log why where that isn't possible.
+
+        Args:
+            nodes: Nodes at which the subgraphs end, or which they are built around.
+            rewrite: Function that changes the graph, or raises `NoMatchError` before it changes anything.
+
+        Returns:
+            Whether any subgraph was rewritten.
+        """
+        modified = False
+        for node in nodes:
+            try:
+                rewrite(node)
+            except NoMatchError as error:
+                self.log_miss(node, error)
+            else:
+                modified = True
+        return modified
 
     def log_miss(self, node: ir.Node, reason: object) -> None:
         """Log at level DEBUG why the subgraph that ends in `node` isn't rewritten."""

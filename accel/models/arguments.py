@@ -1,6 +1,7 @@
 """Checks of what callers pass to `forward` and `generate`: it is honoured, or refused in a message that names it."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,23 +21,33 @@ UNAVAILABLE = {
 }
 
 
-def reject(arguments: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def reject(arguments: Mapping[str, Any], forward: Callable[..., Any]) -> None:
     """Refuse arguments that can't be honoured. None and False ask for nothing and pass.
 
     Args:
         arguments: The arguments that `forward` doesn't handle.
-        known: Names that it handles, for the message.
+        forward: The method; its signature is read for the message only, as this runs at every token.
 
     Raises:
         ValueError: One asks for something that the graphs don't have.
         TypeError: One is unknown.
     """
+    reject_unavailable(arguments)
     for name, value in arguments.items():
-        if value is None or value is False:
-            continue
-        if name in UNAVAILABLE:
+        if value is not None and value is not False:
+            known = [parameter for parameter in inspect.signature(forward).parameters if parameter != "kwargs"]
+            raise TypeError(f"forward() has no argument {name!r}. Arguments: {', '.join(known)}")
+
+
+def reject_unavailable(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of transformers' models that an exported graph has no input or output for, with the reason.
+
+    Raises:
+        ValueError: One of them is neither None nor False.
+    """
+    for name, value in arguments.items():
+        if name in UNAVAILABLE and value is not None and value is not False:
             raise ValueError(f"{name} is not supported: {UNAVAILABLE[name]}")
-        raise TypeError(f"forward() has no argument {name!r}. Arguments: {', '.join(known)}")
 
 
 def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:

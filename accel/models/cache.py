@@ -33,6 +33,7 @@ class StateLayer(DynamicLayer):
         self._own: list[Tensor | None] = [None, None]
         self._is_cross, self._is_leader = is_cross, is_leader
         self.is_initialized = True
+        self.max_length = -1  # of the static layer whose place this one takes; -1: no maximum
         view = state.views()[key]
         self.dtype, self.device = view.dtype, view.device
 
@@ -70,6 +71,10 @@ class StateLayer(DynamicLayer):
             self._own = [views[name].clone() for name in self._names]
             self._state = None
         self._own[index] = tensor
+
+    def get_max_length(self) -> int:
+        """Return how many tokens the layer may hold, -1 for any number."""
+        return self.max_length
 
     def get_seq_length(self) -> int:
         """Return the number of tokens that have keys and values in this layer."""
@@ -129,20 +134,31 @@ def fill(cache: Cache, state: State, is_encoder_decoder: bool) -> None:
     """
     own, cross = _layers(state, is_encoder_decoder)
     if isinstance(cache, EncoderDecoderCache):
-        cache.self_attention_cache.layers[:] = own
-        cache.cross_attention_cache.layers[:] = cross
+        _replace_layers(cache.self_attention_cache, own)
+        _replace_layers(cache.cross_attention_cache, cross)
         cache.is_updated = dict.fromkeys(range(len(cross)), True)
     else:
-        cache.layers[:] = own
+        _replace_layers(cache, own)
+
+
+def _replace_layers(cache: Cache, layers: list[Any]) -> None:
+    """Replace the layers of a cache by `layers`; a static cache stays one that transformers compiles calls for."""
+    compileable = cache.is_compileable
+    max_length = cache.get_max_length() if cache.layers else -1
+    for layer in layers:
+        layer.is_compileable = compileable
+        layer.max_length = max_length
+    cache.layers[:] = layers
 
 
 def state_of(cache: Any) -> State | None:
     """Return the state that all layers of a cache read; None for a cache of tensors, or for no cache."""
-    layers = _self_attention(cache).layers if isinstance(cache, Cache) else []
-    states = {id(layer.state): layer.state for layer in layers if isinstance(layer, StateLayer)}
-    if len(states) != 1 or not all(isinstance(layer, StateLayer) for layer in layers):
+    layers: list[Any] = _self_attention(cache).layers if isinstance(cache, Cache) else []
+    if not layers or not isinstance(layers[0], StateLayer):
         return None
-    return next(iter(states.values()))
+    state = layers[0].state
+    attached = all(isinstance(layer, StateLayer) and layer.state is state for layer in layers)
+    return state if attached else None
 
 
 def tensors_of(cache: Cache) -> list[Tensor]:

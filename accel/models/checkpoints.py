@@ -1,6 +1,7 @@
 """Checkpoints as local folders, wherever they come from, and the PyTorch models in them."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
@@ -9,14 +10,17 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from accel.config.schema import ModelConfig
+from accel.data.pretrained import load_config
 from accel.errors import AccelError
 from accel.models.model_class import model_class, obstacle
+from accel.system import remote_code
 
 BUILT_IN = Path(__file__).parents[1] / "data" / "checkpoints"  # folders of the checkpoints that ship with accel
 BUILT_IN_PREFIX = "accel://"
 # Patterns of files on the hub, in order of preference: pickles are downloaded only where there are no safetensors.
 WEIGHTS = ("*.safetensors", "*.bin")
-CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.tsv")
+CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.tsv", "*.jinja", "README.md")  # the card names the licence
+CODE = "*.py"  # downloaded only where the user trusts it
 
 
 def locate(model: ModelConfig, *, weights: bool = True) -> Path:
@@ -46,7 +50,8 @@ def locate(model: ModelConfig, *, weights: bool = True) -> Path:
 def _download(name: str, revision: str | None, weights: bool) -> Path:
     """Download a checkpoint from the hub and return its folder in the hub's local cache."""
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(CONFIG_AND_TOKENIZER)))
+        patterns = [*CONFIG_AND_TOKENIZER, CODE] if remote_code.is_allowed() else list(CONFIG_AND_TOKENIZER)
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         if weights:
             for pattern in WEIGHTS:
                 snapshot_download(name, revision=revision, allow_patterns=[pattern])
@@ -72,7 +77,8 @@ def model_config(model: ModelConfig) -> PretrainedConfig:
             values = dict(model.config)
             config: PretrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
         else:
-            config = AutoConfig.from_pretrained(locate(model, weights=False))
+            with remote_code.allowing(model.trust_remote_code):
+                config = load_config(locate(model, weights=False))
         return config
     except (ValueError, KeyError) as error:
         raise AccelError(f"checkpoint {model.checkpoint!r}: {str(error).splitlines()[0]}") from error
@@ -90,13 +96,15 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str 
     Raises:
         AccelError: accel can't export a model of this type, or the weights are damaged.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     transformers_class = model_class(config)
     if transformers_class is None:
         raise AccelError(f"{folder / 'config.json'}: {obstacle(config)}")
     try:
-        model: PreTrainedModel = transformers_class.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
-    except SafetensorError as error:
-        raise AccelError(f"the weights in {str(folder)!r} are damaged: {error}") from error
+        model: PreTrainedModel = transformers_class.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code.is_allowed()
+        )
+    except (SafetensorError, UnpicklingError) as error:  # torch unpickles tensors only, and refuses everything else
+        raise AccelError(f"the weights in {str(folder)!r} are damaged: {str(error).splitlines()[0]}") from error
     model.eval()
     return model

@@ -27,21 +27,26 @@ class Encoder:
         self.vocabulary = vocabulary
         self._usage = usage
 
-    def forward(self, *args: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+    def forward(
+        self, *args: Tensor, attention_mask: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
+    ) -> BaseModelOutput | tuple[Any, ...]:
         """Run the encoder.
 
         Args:
             args: The main input, ids [batch, source] or features [batch, ...], unless it is given by name.
             attention_mask: [batch, source], 0 at padding; None for inputs without padding.
-            kwargs: Further inputs by name. All that are no tensors are ignored.
+            return_dict: False returns a tuple.
+            kwargs: Further inputs by name. Arguments of `generate` that are for the decoder are ignored.
 
         Returns:
             The `last_hidden_state`: [batch, source, width].
 
         Raises:
-            ValueError: The main input is missing, or an input has a wrong type, shape or range.
+            ValueError: The main input is missing, an input has a wrong type, shape or range, or something is asked for
+                that an exported graph doesn't have.
             RuntimeError: The model is closed.
         """
+        arguments.reject_unavailable(kwargs)
         inputs: dict[str, Tensor] = {}
         if args:
             inputs[self.main_input_name] = args[0]
@@ -58,6 +63,7 @@ class Encoder:
         # the runtime drops inputs that the graph doesn't have, as the mask of an encoder without one
         with self._usage.call():
             encoded = self.runtime.encode(inputs | {"attention_mask": attention_mask})
-        return BaseModelOutput(last_hidden_state=encoded["last_hidden_state"])
+        output = BaseModelOutput(last_hidden_state=encoded["last_hidden_state"])
+        return output.to_tuple() if return_dict is False else output
 
     __call__ = forward

@@ -51,7 +51,7 @@ def model_over(
     base = EncoderDecoderModel if config.is_encoder_decoder else DecoderOnlyModel
     transformers_class = model_class(config)
     members = {"main_input_name": getattr(transformers_class, "main_input_name", base.main_input_name)}
-    bases: list[type] = [base]
+    bases: list[type] = [base, GenerationMixin]  # named directly, since transformers looks for it among the bases
     generation_mixins = _generation_mixins(transformers_class)
     prepare_inputs = getattr(transformers_class, PREPARE_INPUTS, None)
     if generation_mixins:

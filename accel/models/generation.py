@@ -9,7 +9,8 @@ Interfaces of transformers that `accel.models` relies on beyond its documented o
 - Overridden methods, which `generate` calls with the arguments that the overrides name: `_sample` and `_beam_search`
   (decoding/loops.py), `_prepare_cache_for_generation`, `create_masks_for_generate`, `prepare_inputs_for_generation`.
 - Inherited methods that the overrides call: `_sample`, `_beam_search`, `_prepare_cache_for_generation`, `_prefill`
-  (which runs the prompt and returns the outputs of `forward`), and `_update_model_kwargs_for_generation`.
+  (which runs the prompt and returns the outputs of `forward`), `_update_model_kwargs_for_generation`, and
+  `_valid_auto_compile_criteria`.
 - Attributes and methods that `GenerationMixin` expects of the class it is mixed into: `main_input_name`,
   `base_model_prefix`, `_is_stateful`, `config`, `generation_config`, `device`, `dtype`, `can_generate`,
   `is_remote_code`, `get_encoder`, `get_experts_implementation`, and the parameters' names of `forward` and of
@@ -23,7 +24,6 @@ Interfaces of transformers that `accel.models` relies on beyond its documented o
   without modules, for which `device` and `dtype` are set as plain attributes (see factory.py).
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias, TypeVar
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
@@ -133,26 +133,9 @@ class AcceleratedModel(DecodingLoops, GenerationMixin, InferenceModule):
         """
         return attention_mask
 
-    def can_generate(self) -> bool:
-        """Return True: accel exports models with `generate` only."""
-        return True
-
-    def is_remote_code(self) -> bool:
-        """Return False: the model runs no code from the hub."""
-        return False
-
-    def get_experts_implementation(self) -> Mapping[str, str]:
-        """Return no implementations: experts are part of the graph."""
-        return {}
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the decoder on new tokens; implemented by the subclasses."""
         raise NotImplementedError
-
-    @property
-    def _arguments(self) -> tuple[str, ...]:
-        """Names of the arguments of `forward`."""
-        return tuple(name for name in inspect.signature(self.forward).parameters if name != "kwargs")
 
     def _as_asked(self, output: Output, return_dict: bool | None) -> Output | tuple[Any, ...]:
         """Return the output, or its values as a tuple where the caller or the config asks for that."""
@@ -251,7 +234,7 @@ class EncoderDecoderModel(AcceleratedModel):
             RuntimeError: The model is closed.
         """
         main_input = input_ids if input_ids is not None else kwargs.pop(self.main_input_name, None)
-        arguments.reject(kwargs, (self.main_input_name, *self._arguments))
+        arguments.reject(kwargs, self.forward)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if decoder_input_ids is None:
@@ -335,7 +318,7 @@ class DecoderOnlyModel(AcceleratedModel):
             TypeError: An argument is unknown.
             RuntimeError: The model is closed.
         """
-        arguments.reject(kwargs, self._arguments)
+        arguments.reject(kwargs, self.forward)
         if input_ids is None:
             raise ValueError("input_ids is missing")
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
@@ -344,6 +327,8 @@ class DecoderOnlyModel(AcceleratedModel):
         batch, new = input_ids.shape
         if attention_mask is None:
             attention_mask = input_ids.new_ones(batch, past + new, dtype=torch.int64)
+        if isinstance(past_key_values, StaticCache):  # transformers may pad the mask to the cache's length
+            attention_mask = attention_mask[:, : past + new]
         arguments.check_mask("attention_mask", attention_mask, batch, past + new)
         if position_ids is None and not self.runtime.positions_from_mask:
             position_ids = torch.arange(past, past + new, device=input_ids.device)[None]

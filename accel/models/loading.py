@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from accel.config.packages import group_files
 from accel.config.presets import runtime_preset
 from accel.config.schema import RuntimeConfig
+from accel.data.pretrained import load_config, load_generation_config
 from accel.errors import AccelError, unknown
+from accel.models import integrity
 from accel.models.factory import model_over
 from accel.models.generation import AcceleratedModel
 from accel.runtime import layout
@@ -25,13 +27,12 @@ from accel.runtime.protocol import Runtime
 from accel.runtime.providers import check_provider, fastest
 from accel.runtime.session import SessionSettings
 from accel.runtime.static_cache import open_static
+from accel.system import remote_code
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # "name/model", or "model" of the hub's own
-# Names that options of `load` may never have. They are kept for what a later version checks.
-RESERVED = frozenset({"check", "trust_remote_code"})
 
 
 def open_model(folder: Path, runtime: RuntimeConfig, dtype: str | None = None) -> AcceleratedModel:
@@ -115,9 +116,9 @@ def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runt
 
 def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:
     """Return a model over `runtime`, with the config and the generation config in `folder`."""
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     if (folder / "generation_config.json").is_file():
-        generation_config = GenerationConfig.from_pretrained(folder)
+        generation_config = load_generation_config(folder)
     else:
         generation_config = GenerationConfig.from_model_config(config)
     model = model_over(runtime, config, generation_config)
@@ -147,8 +148,7 @@ def built_config(manifest: Path) -> dict[str, Any]:
 
 def built_runtime(files: layout.DeployableFiles) -> dict[str, Any] | None:
     """Return the runtime config that a deployable was built and verified for, as JSON; None if it records none."""
-    manifests = (files.manifest, files.folder / layout.MANIFEST)  # in an artifact it has no suffix
-    return next((config["runtime"] for config in map(built_config, manifests) if "runtime" in config), None)
+    return built_config(files.manifest).get("runtime")
 
 
 def load(
@@ -156,6 +156,8 @@ def load(
     runtime: str = AUTO,
     *,
     dtype: str | torch.dtype | None = None,
+    check: str | bool = integrity.FAST,
+    trust_remote_code: bool = False,
     revision: str | None = None,
     subfolder: str = "",
     token: str | None = None,
@@ -171,6 +173,10 @@ def load(
         runtime: Preset: name of a YAML file in a config group `runtime`. `auto` is the preset that the deployable was
             built for, if this machine can run it; otherwise `cuda` on a machine with a GPU and `cpu` elsewhere.
         dtype: Variant to open where the folder holds several, such as `"float16"`; by default the widest.
+        check: Compare the folder's files with its manifest first. `fast`: large files are hashed at the first load and
+            after each change only. `full`: all are hashed now. False: nothing is compared.
+        trust_remote_code: Run the Python code in the folder, if its config needs some. It has all rights of this
+            process; without this, such a folder is refused.
         revision: Branch, tag or commit of the repository.
         subfolder: Folder inside `folder` or the repository.
         token: Access token for the hub; by default the one that `hf auth login` stored.
@@ -182,23 +188,23 @@ def load(
         The model. Close it, or use it as a context manager, to free its sessions.
 
     Raises:
-        AccelError: The folder was not made by accel, the repository can't be downloaded or holds no deployable, the
-            preset or an option doesn't exist, an option's value is invalid, or the device can't be used.
+        AccelError: The folder was not made by accel or its files differ from its manifest, the repository can't be
+            downloaded or holds no deployable, the preset or an option doesn't exist, an option's value is invalid, or
+            the device can't be used.
     """
-    for name in RESERVED.intersection(options):
-        raise AccelError(f"accel.load: the option name {name!r} is reserved for a later version")
     local = locate_deployable(str(folder), revision, subfolder, token)
     files = find_variant(local, None if dtype is None else str(dtype).removeprefix("torch."), str(folder))
+    integrity.check_files(files, check)
     built = built_runtime(files)
     preset = _preset_for(built) if runtime == AUTO else runtime
     config = runtime_preset(preset, built, **options)
     check_provider(config.provider)
-    if not files.verification.is_file():
-        logger.warning("%s is unverified: it holds no %s", folder, files.verification.name)
-    model = open_model(local, config, files.dtype)
-    model.reopen = partial(
-        load, folder, runtime, dtype=dtype, revision=revision, subfolder=subfolder, token=token, **options
-    )
+    integrity.warn_if_unverified(files)
+    with remote_code.allowing(trust_remote_code):
+        model = open_model(local, config, files.dtype)
+    source: dict[str, Any] = {"dtype": dtype, "revision": revision, "subfolder": subfolder, "token": token}
+    trust: dict[str, Any] = {"check": check, "trust_remote_code": trust_remote_code}
+    model.reopen = partial(load, folder, runtime, **source, **trust, **options)
     return model
 
 

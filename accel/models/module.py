@@ -7,7 +7,7 @@ would change it raises `ValueError` with the reason.
 import inspect
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -44,6 +44,7 @@ class InferenceModule(nn.Module):
     is_gradient_checkpointing = False
     supports_gradient_checkpointing = False
     is_parallelizable = False
+    accepts_loss_kwargs = False  # `Trainer` would pass `num_items_in_batch`, which only training needs
     _is_stateful = False
 
     def __init__(self, runtime: Runtime[Any], config: PretrainedConfig, generation_config: GenerationConfig) -> None:
@@ -145,8 +146,12 @@ class InferenceModule(nn.Module):
         return self
 
     def get_compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:
-        """Return the model's call as it is: graphs are compiled when a session opens."""
-        return self.__call__
+        """Return the model's call as it is: graphs are compiled when a session opens.
+
+        It is kept as `_compiled_call`, by which transformers tells that calls are compiled.
+        """
+        self._compiled_call = self.__call__
+        return self._compiled_call
 
     def get_input_embeddings(self) -> NoReturn:
         """Raise `ValueError`: the embeddings are part of the graphs."""
@@ -163,6 +168,18 @@ class InferenceModule(nn.Module):
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> NoReturn:
         """Raise `ValueError`: the model can't be trained."""
         self._refuse("gradient_checkpointing_enable()", "the model can't be trained")
+
+    def can_generate(self) -> bool:
+        """Return True: accel exports models with `generate` only."""
+        return True
+
+    def is_remote_code(self) -> bool:
+        """Return False: the model runs no code from the hub."""
+        return False
+
+    def get_experts_implementation(self) -> Mapping[str, str]:
+        """Return no implementations: experts are part of the graph."""
+        return {}
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
         """Do nothing: weights that are tied are stored once in the graphs."""
@@ -218,7 +235,7 @@ class InferenceModule(nn.Module):
         revision: str | None = None,
         commit_message: str = "Upload a model accelerated by accel",
     ) -> Any:
-        """Upload the deployable, its model card included, to the Hugging Face hub.
+        """Upload the deployable to the Hugging Face hub.
 
         Args:
             repo_id: Repository, such as "name/model". It is created if need be.

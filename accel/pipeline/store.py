@@ -43,6 +43,11 @@ class FileRecord:
     size: int
     sha256: str
 
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """Return the record of an existing file."""
+        return cls(path.stat().st_size, file_hash(path))
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -73,8 +78,9 @@ class Manifest:
     files: Mapping[str, FileRecord]
 
     def dump(self) -> str:
-        """Return the manifest as JSON."""
-        return json.dumps(asdict(self), indent=1)
+        """Return the manifest as JSON, with a hash of its list of files."""
+        values = asdict(self)
+        return json.dumps({**values, "files_sha256": make_key(files=values["files"])}, indent=1)
 
     @classmethod
     def parse(cls, text: str) -> "Manifest":
@@ -84,6 +90,8 @@ class Manifest:
             Exception: One of `UNREADABLE`, if `text` isn't a manifest.
         """
         values = json.loads(text)
+        if values.pop("files_sha256") != make_key(files=values["files"]):
+            raise ValueError("the list of files was edited")
         files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
         return cls(**values, files=files)
 
@@ -123,11 +131,8 @@ def folder_files(folder: Path) -> dict[str, FileRecord]:
     """Return the size and hash of every file below `folder` but the manifest, by relative path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     with ThreadPoolExecutor() as pool:  # a model's files may have gigabytes
-        hashes = list(pool.map(file_hash, paths))
-    return {
-        str(path.relative_to(folder)): FileRecord(path.stat().st_size, sha256)
-        for path, sha256 in zip(paths, hashes, strict=True)
-    }
+        records = list(pool.map(FileRecord.of, paths))
+    return {path.relative_to(folder).as_posix(): record for path, record in zip(paths, records, strict=True)}
 
 
 def content_hash(path: Path) -> str:

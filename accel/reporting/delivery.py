@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accel.errors import AccelError
+from accel.models import integrity
+from accel.pipeline.store import FileRecord, Manifest
 from accel.reporting import card
 from accel.runtime import layout
 
@@ -21,28 +24,55 @@ def deliver(source: Path, target: Path) -> None:
         target: Folder; created if need be.
 
     Raises:
-        AccelError: The folder holds another model, or files that aren't a deployable's.
+        AccelError: The folder holds another model, damaged files, or files that aren't a deployable's.
     """
     files = layout.first_variant(source)
-    if target.is_dir() and any(target.iterdir()):
-        _check_same_model(source, target)
-    elif target.exists() and not target.is_dir():
-        raise AccelError(f"output={target} is a file, not a folder")
     placed = layout.DeployableFiles(target, files.dtype, files.has_encoder)
+    if target.exists() and not target.is_dir():
+        raise AccelError(f"output={target} is a file, not a folder")
+    if target.is_dir() and any(target.iterdir()):
+        _check_same_model(source, target, placed)
     for path in card.files_of(placed):
         path.unlink()
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(layout.MANIFEST))
-    shutil.copyfile(source / layout.MANIFEST, placed.manifest)
+    shutil.copyfile(source / layout.MANIFEST, placed.own_manifest)
     layout.declare_external_data(target)
+    for variant in layout.variants(target):
+        _record_config(variant)
     card.write(target)
 
 
-def _check_same_model(source: Path, target: Path) -> None:
-    """Raise `AccelError` unless `target` holds a deployable with the config of `source`."""
-    if not layout.variants(target):
+def _record_config(variant: layout.DeployableFiles) -> None:
+    """Enter config.json, which lists the external data of all variants, in a variant's verification and manifest."""
+    sha256 = FileRecord.of(variant.folder / layout.CONFIG).sha256
+    verification = json.loads(variant.verification.read_text(encoding="utf-8"))
+    verification["files"][layout.CONFIG] = sha256
+    variant.verification.write_text(json.dumps(verification, indent=1))
+    manifest = Manifest.parse(variant.own_manifest.read_text(encoding="utf-8"))
+    changed = {name: FileRecord.of(variant.folder / name) for name in (layout.CONFIG, variant.verification.name)}
+    variant.own_manifest.write_text(replace(manifest, files={**manifest.files, **changed}).dump())
+
+
+def _check_same_model(source: Path, target: Path, placed: layout.DeployableFiles) -> None:
+    """Raise `AccelError` unless `target` holds an undamaged deployable of the same model as `source`.
+
+    Variants share config, tokenizer and processor files, so these have to be equal; `placed` is about to be replaced.
+    """
+    others = layout.variants(target)
+    if not others:
         raise AccelError(f"output={target} is not empty and holds no deployable: name another folder")
     if _config(source) != _config(target):
-        raise AccelError(f"output={target} holds another model (its config.json differs): name another folder")
+        raise AccelError(f"output={target} holds another model (its {layout.CONFIG} differs): name another folder")
+    for variant in others:
+        if variant.dtype == placed.dtype:
+            continue
+        integrity.check_files(variant, integrity.FAST)
+        verified, ours = (integrity.listed_files(each) for each in (variant, layout.first_variant(source)))
+        for name in sorted(verified.keys() & ours.keys() - {layout.CONFIG}):
+            if verified[name] != ours[name]:
+                raise AccelError(
+                    f"output={target} holds the model with another {name}, in {variant.dtype}: name another folder"
+                )
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -90,7 +90,12 @@ class DeployableFiles:
 
     @property
     def manifest(self) -> Path:
-        """Manifest of the artifact that the variant is or was copied from."""
+        """Manifest: list of the files that the variant consists of. In an artifact its name has no suffix."""
+        return self.own_manifest if self.own_manifest.is_file() else self.folder / MANIFEST
+
+    @property
+    def own_manifest(self) -> Path:
+        """Manifest in a folder that several variants share."""
         return self._record(MANIFEST)
 
     def _graph(self, stem: str) -> Path:

@@ -14,6 +14,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from accel.errors import AccelError
 from accel.runtime.providers import onnxruntime
 
 DataRange = tuple[str, int, int]
@@ -39,23 +40,51 @@ class SharedWeights:
 
         Returns:
             Initializer -> OrtValue, which keeps its memory alive.
+
+        Raises:
+            AccelError: A data file is outside the graph's folder, or can't be read.
         """
         model = onnx.load(graph, load_external_data=False)
         values = {}
         for initializer in model.graph.initializer:
             if initializer.data_location == onnx.TensorProto.EXTERNAL:
-                values[initializer.name] = onnxruntime.OrtValue.from_dlpack(self._tensor(graph.parent, initializer))
+                values[initializer.name] = onnxruntime.OrtValue.from_dlpack(self._tensor(graph, initializer))
         return values
 
-    def _tensor(self, folder: Path, initializer: onnx.TensorProto) -> Tensor:
+    def _tensor(self, graph: Path, initializer: onnx.TensorProto) -> Tensor:
         """Return the tensor of an initializer, loaded on first use."""
         entries = {entry.key: entry.value for entry in initializer.external_data}
         file, offset, length = entries["location"], int(entries.get("offset", 0)), int(entries["length"])
         key = (file, offset, length)
         if key not in self._tensors:
             numpy_dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type))
-            mapped = np.memmap(folder / file, np.uint8, "c", offset, (length,))
+            path = data_path(graph, file)
+            try:
+                mapped = np.memmap(path, np.uint8, "c", offset, (length,))
+            except (OSError, ValueError) as error:  # missing, or shorter than offset and length
+                raise AccelError(f"can't read {length} bytes at {offset} of {path}: {error}") from error
             tensor = torch.from_numpy(mapped).to(self.device)
             dtype = torch.bfloat16 if numpy_dtype.name == "bfloat16" else getattr(torch, numpy_dtype.name)
             self._tensors[key] = tensor.view(dtype).view(*initializer.dims)
         return self._tensors[key]
+
+
+def data_path(graph: Path, location: str) -> Path:
+    """Return the path of an external data file, which must be in the graph's folder, as ONNX Runtime demands.
+
+    Links are followed: the file that they lead to must be in the folder as well, or beside the file that `graph` itself
+    is a link to, as in the Hugging Face hub's cache.
+
+    Args:
+        graph: Path of the ONNX file.
+        location: Path that the graph gives, relative to its folder.
+
+    Raises:
+        AccelError: It leads out of the folder.
+    """
+    path = graph.parent / location
+    folders = (graph.parent.resolve(), graph.resolve().parent)
+    inside = not Path(location).is_absolute() and ".." not in Path(location).parts
+    if not inside or not any(path.resolve().is_relative_to(folder) for folder in folders):
+        raise AccelError(f"{graph} reads weights from {location!r}, which is outside its folder: refused")
+    return path

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from transformers import AutoConfig
 
 from accel import progress
 from accel.adapters.types import Architecture, Component
 from accel.config.schema import Config
 from accel.data import texts
+from accel.data.pretrained import load_config
 from accel.errors import unknown
 from accel.evaluation.calibration_data import batches, run_batches
 from accel.evaluation.component_runner import signatures
@@ -119,7 +119,7 @@ def minimize_plans(
         groups[component] = minimize.droppable_groups(load_graph(graphs, component, format), rule_plan)
     if config.audit.trials == 0 or not any(groups.values()):
         return dict(plans)
-    hf_config = AutoConfig.from_pretrained(checkpoint)
+    hf_config = load_config(checkpoint)
     specs = signatures(architecture, hf_config)
     self_caches = {spec.name for spec in specs[Component.DECODE].outputs}
     work = list(islice(batches(config, architecture, hf_config, checkpoint, prompts), TRIAL_BATCHES))
@@ -169,7 +169,7 @@ def unify_decoder_plans(
 ) -> None:
     """Extend the decoders' plans in place, so that each weight and cache has one type in all of their graphs."""
     decoders = [component for component in models if component is not Component.ENCODER]
-    cache = architecture.signature(AutoConfig.from_pretrained(checkpoint), Component.DECODE).cache
+    cache = architecture.signature(load_config(checkpoint), Component.DECODE).cache
     plan.unite(
         {component: plans[component] for component in decoders},
         {component: models[component] for component in decoders},

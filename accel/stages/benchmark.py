@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from accel.adapters.types import Architecture, Component
 from accel.benchmark import footprint
@@ -31,6 +31,7 @@ from accel.benchmark.backends import BACKENDS, BASELINE, CAPTURED, OURS, SEPARAT
 from accel.benchmark.schedule import time_backends
 from accel.benchmark.timer import BackgroundLoad, Timing
 from accel.config.schema import BenchmarkConfig, Config, RuntimeConfig
+from accel.data.pretrained import load_config
 from accel.errors import AccelError
 from accel.graph import files
 from accel.graph.bandwidth import bytes_read
@@ -202,7 +203,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     """Write `measurement.json` and the plots. Return the content of `measurement.json` without the raw timings."""
     benchmark = config.benchmark
     checkpoint = inputs["checkpoint"].folder
-    hf_config = AutoConfig.from_pretrained(checkpoint)
+    hf_config = load_config(checkpoint)
     sources = Sources(
         checkpoint=str(checkpoint),
         deployable=str(inputs[_measured_stage(config)].folder),

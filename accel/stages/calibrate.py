@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from torch import Tensor
-from transformers import AutoConfig
 
 from accel import progress
 from accel.adapters.types import Architecture, Component
 from accel.config.schema import Config, RuntimeConfig
 from accel.data import texts
+from accel.data.pretrained import load_config
 from accel.errors import AccelError
 from accel.evaluation.calibration_data import Batch, Call, batches, run_batches
 from accel.evaluation.component_runner import signatures
@@ -129,7 +129,7 @@ def observe(
         The statistics of every component, the batches they were taken over, and why no more batches were run.
     """
     audit = config.audit
-    hf_config = AutoConfig.from_pretrained(checkpoint)
+    hf_config = load_config(checkpoint)
     specs = signatures(architecture, hf_config)
     supply = batches(config, architecture, hf_config, checkpoint, prompts)
     observed = {component: ObservedGraph(graphs / f"{component}.onnx") for component in specs}

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from transformers import AutoConfig
 
 from accel import progress
 from accel.adapters.types import Architecture, Component
 from accel.config.schema import Config, ConvertConfig
+from accel.data.pretrained import load_config
 from accel.errors import unknown
 from accel.graph import files
 from accel.graph.cleanup.eliminate_noop_cast import EliminateNoopCast
@@ -96,7 +96,7 @@ def _static_decode(
     decode: ir.Model, convert: ConvertConfig, inputs: Mapping[str, Artifact], architecture: Architecture
 ) -> ir.Model | None:
     """Return a decode graph for one new token over caches of fixed length; None, with a warning, if impossible."""
-    model_config = AutoConfig.from_pretrained(inputs["checkpoint"].folder)
+    model_config = load_config(inputs["checkpoint"].folder)
     cache = architecture.signature(model_config, Component.DECODE).cache
     static_decode = decode.clone()
     passes = {"fuse_attention": str(Component.STATIC_DECODE) in convert.fuse_attention} | convert.decode_passes

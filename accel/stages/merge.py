@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from transformers import AutoConfig
 
 from accel.adapters.types import Architecture, Component
 from accel.config.schema import Config, MergeConfig
+from accel.data.pretrained import load_config
 from accel.errors import AccelError, unknown
 from accel.graph import files
 from accel.graph.decode.cross_cache import cross_cache
@@ -28,6 +28,7 @@ from accel.graph.merging.client_inputs import add_default, count_kept_logits, na
 from accel.graph.merging.merge_branches import fork_if, merge_if
 from accel.graph.merging.merge_caches import merge_caches
 from accel.graph.weights import initializers, shared_bytes
+from accel.models.checkpoints import CODE
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime import layout
@@ -109,7 +110,7 @@ def merge(
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Write the unverified bundle. Return the bytes of weights before and after merging, and the node count."""
     source, checkpoint = inputs["convert"].folder, inputs["checkpoint"].folder
-    hf_config = AutoConfig.from_pretrained(checkpoint)
+    hf_config = load_config(checkpoint)
     has_encoder = Component.ENCODER in architecture.components()
     target = layout.DeployableFiles(out, config.precision.dtype, has_encoder)
     target.decoder.parent.mkdir()
@@ -132,7 +133,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     for path, model in static_graphs.items():
         if model is not None:
             files.save_beside(model, path, target.decoder)
-    copy_checkpoint_files(checkpoint, out)
+    copy_checkpoint_files(checkpoint, out, with_code=config.model.trust_remote_code)
     layout.declare_external_data(out)
     return {
         "decode_bytes": decode_bytes,
@@ -143,9 +144,15 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     }
 
 
-def copy_checkpoint_files(checkpoint: Path, out: Path) -> None:
-    """Copy config, tokenizer and processor files; the tokenizer's config as older versions of transformers read it."""
-    for pattern in CHECKPOINT_FILES:
+def copy_checkpoint_files(checkpoint: Path, out: Path, with_code: bool) -> None:
+    """Copy config, tokenizer and processor files; the tokenizer's config as older versions of transformers read it.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        out: Folder to copy into.
+        with_code: Copy the checkpoint's Python files as well.
+    """
+    for pattern in (*CHECKPOINT_FILES, *((CODE,) if with_code else ())):
         for path in checkpoint.glob(pattern):
             if not path.match(WEIGHT_INDEX):
                 shutil.copyfile(path, out / path.name)
@@ -172,6 +179,6 @@ STAGE = Stage(
     name="merge",
     run=run,
     inputs=takes("checkpoint", "export", "convert"),
-    sections=("merge", "convert.decode_passes", "precision.dtype"),
+    sections=("merge", "convert.decode_passes", "model.trust_remote_code", "precision.dtype"),
     packages=("onnx", "onnx-ir"),
 )

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from accel.adapters.types import Architecture
 from accel.benchmark.backends import open_profiled
 from accel.benchmark.timer import fixed_length_options
 from accel.config.schema import Config
+from accel.data.pretrained import load_config
 from accel.models.generation import AcceleratedModel
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
@@ -224,7 +224,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     """Write `profile.json`, `operators.png` and the traces. Return the content of `profile.json`."""
     settings, folder = config.profile, inputs["verify"].folder
     generator = torch.Generator().manual_seed(settings.seed)
-    sample = architecture.sample_inputs(AutoConfig.from_pretrained(folder), 1, settings.source_length, generator)
+    sample = architecture.sample_inputs(load_config(folder), 1, settings.source_length, generator)
     model, sessions = open_profiled(folder, config.runtime, out)
     with model, nvtx_ranges(model), torch.inference_mode():
         tensors = {name: tensor.to(model.device) for name, tensor in sample.items()}

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from accel.adapters.types import Architecture
 from accel.config.schema import Config
 from accel.data import texts
 from accel.data.corpus import sample_lines
+from accel.data.pretrained import load_config
 from accel.data.texts import Prompt
 from accel.evaluation.component_runner import max_positions
 from accel.models.checkpoints import load_model
@@ -40,7 +41,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     """Write `prompts.json`. Return the number of prompts and their kinds."""
     folder = inputs["checkpoint"].folder
     tokenizer = None if config.model.references else texts.load_tokenizer(folder)
-    hf_config = AutoConfig.from_pretrained(folder)
+    hf_config = load_config(folder)
     prompts: list[Prompt] = []
     if tokenizer is not None and getattr(model_class(hf_config), "main_input_name", "") == "input_ids":
         # One third of the model's positions each for the prompt, the sampled tokens, and the tokens generated later.

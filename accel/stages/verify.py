@@ -33,7 +33,7 @@ from accel.graph.precision.formats import FORMATS, Format
 from accel.models.generation import AcceleratedModel
 from accel.models.loading import open_model
 from accel.pipeline.stage import Stage
-from accel.pipeline.store import Artifact
+from accel.pipeline.store import Artifact, folder_files
 from accel.reporting import card, certificate, delivery
 from accel.runtime import layout
 from accel.stages import audit, calibrate, reference, torch_error
@@ -288,6 +288,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         raise VerificationError(message, summarize(verification, inputs, None))
     # Copied: onnx refuses weights in a file with more than one hard link.
     shutil.copytree(bundle, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(layout.MANIFEST))
+    verification.files.update({name: record.sha256 for name, record in folder_files(out).items()})
     deployable = layout.first_variant(out)
     deployable.verification.write_text(json.dumps(asdict(verification), indent=1))
     measured = latency.compare_with_torch(out, config, inputs, architecture) if config.verify.latency else None

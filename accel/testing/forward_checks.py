@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from accel.testing.subject import Subject
 
@@ -44,7 +45,7 @@ def forward_caller_cache(subject: Subject) -> None:
     name = "input_ids"
     if subject.has_encoder:
         hidden = _forward(subject.eager.get_encoder(), **subject.inputs(1)).last_hidden_state
-        inputs, name = {"encoder_outputs": (hidden,)}, "decoder_input_ids"
+        inputs, name = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden)}, "decoder_input_ids"
     ids = subject.ids(1, 6)
     caches, logits = [], []
     for model in (subject.eager, subject.model):

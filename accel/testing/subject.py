@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from accel.adapters import registry
 from accel.adapters.types import Architecture, Component
 from accel.api import UP_TO_VERIFY
 from accel.cli.compose import compose, execute
+from accel.data.pretrained import load_config
 from accel.models.generation import AcceleratedModel
 from accel.models.loading import load
 from accel.models.model_class import model_class
@@ -67,7 +69,7 @@ class Subject:
         model: The FP32 deployable, with dynamic caches.
         architecture: The adapter.
         artifacts: Artifacts of the FP32 stages, by stage.
-        fp16_artifacts: Artifacts of the FP16 stages, by stage.
+        fp16_overrides: Hydra overrides of the FP16 stages.
         static: The FP32 deployable with static caches; None if the model can't be exported with them.
     """
 
@@ -75,8 +77,13 @@ class Subject:
     model: AcceleratedModel
     architecture: Architecture
     artifacts: Mapping[str, Artifact]
-    fp16_artifacts: Mapping[str, Artifact]
+    fp16_overrides: Sequence[str]
     static: AcceleratedModel | None = None
+
+    @cached_property
+    def fp16_artifacts(self) -> Mapping[str, Artifact]:
+        """Artifacts of the FP16 stages, by stage; they run when this is first needed."""
+        return execute(compose(self.fp16_overrides))
 
     @property
     def has_encoder(self) -> bool:
@@ -163,7 +170,7 @@ def prepare(
     artifacts: Path | None = None,
     runtime: str = "cpu",
 ) -> Iterator[Subject]:
-    """Run the stages up to `verify` on a random model, in FP32 and FP16, and open the deployable.
+    """Run the stages up to `verify` on a random model in FP32, and open the deployable.
 
     Args:
         config: Values of a Hugging Face config, `model_type` included.
@@ -185,8 +192,7 @@ def prepare(
     common = [*_overrides(checkpoint, artifacts or folder / "artifacts", runtime), *overrides]
     fp32_config = compose([*common, "precision=fp32"])
     fp32_artifacts = execute(fp32_config)
-    fp16_artifacts = execute(compose([*common, *FP16]))
-    transformers_class = model_class(AutoConfig.from_pretrained(checkpoint))
+    transformers_class = model_class(load_config(checkpoint))
     eager = transformers_class.from_pretrained(checkpoint, attn_implementation="eager").eval()
     deployable = fp32_artifacts["verify"].folder
     with ExitStack() as stack:
@@ -195,4 +201,4 @@ def prepare(
         if layout.first_variant(deployable).static_decode.is_file():
             static = stack.enter_context(load(deployable, runtime, static=True, capture=True, buckets=BUCKETS))
         architecture = registry.build(fp32_config.architecture)
-        yield Subject(eager.to(model.device), model, architecture, fp32_artifacts, fp16_artifacts, static)
+        yield Subject(eager.to(model.device), model, architecture, fp32_artifacts, [*common, *FP16], static)

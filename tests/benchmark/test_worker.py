@@ -1,5 +1,7 @@
 """Worker processes: a model generates the same there as here, and its errors come back."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,3 +75,16 @@ def test_out_of_memory(sources: Sources) -> None:
         with pytest.raises(DeviceMemoryError, match=message):
             process.generate("onnx_merged", fixed_length_options(10**15, 1, use_cache=True))  # petabytes
         assert len(process.generate("onnx_merged", OPTIONS).latencies) == 6
+
+
+def test_an_idle_process_leaves_no_semaphore_behind(tmp_path: Path) -> None:
+    """It ends by itself: killed, it would leave what Python's resource tracker warns of on the user's screen."""
+    script = tmp_path / "measure.py"
+    script.write_text(
+        "from multiprocessing import get_context\n"
+        "from accel.benchmark.process import WorkerProcess\n"
+        "def work():\n    global lock\n    lock = get_context('spawn').RLock()\n    return 7\n"
+        "if __name__ == '__main__':\n    with WorkerProcess('work') as process:\n        print(process.call(work))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("7\n", "")

@@ -61,6 +61,7 @@ def continue_with_torch(checkpoint: Path, line: str) -> str:
     return str(tokenizer.decode(sequences[0, ids.shape[1] :], skip_special_tokens=True))
 
 
+@pytest.mark.slow
 def test_continuations(build: Build, checkpoint: Path) -> None:
     """Texts of different length in one batch get the continuations that they get alone, without the prompt."""
     expected = [continue_with_torch(checkpoint, line) for line in LINES]
@@ -139,6 +140,7 @@ def test_chat_without_a_template(tiny: Path, tmp_path: Path) -> None:
         execute(compose(overrides_for(tiny, tmp_path, "stage=generate", "generate.text=w5", "+generate.chat=true")))
 
 
+@pytest.mark.slow
 def test_benchmark_and_profile(build: Build, checkpoint: Path) -> None:
     """Every backend of the CPU generates, session memory is measured, and the profile names the decoder's operators."""
     small = ["benchmark.new_tokens=4", "benchmark.source_length=5", "benchmark.repeats=1", "profile.new_tokens=3"]

@@ -45,6 +45,7 @@ def test_scaling_changes_nothing_in_fp32() -> None:
             torch.testing.assert_close(other, outputs[0], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("breaking")
 def test_blanket_fp16_fails_and_the_precision_plan_passes(build: Build, breaking: Path) -> None:
     """With the audit's plan verification passes; without it, the outputs of the emulated graph differ and it fails."""
@@ -60,6 +61,7 @@ def test_blanket_fp16_fails_and_the_precision_plan_passes(build: Build, breaking
     assert caught.value.summary["worst_logits"] is None or caught.value.summary["worst_logits"] > 1
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("breaking")
 def test_every_kept_node_has_its_reason(build: Build, breaking: Path) -> None:
     """The plan names rule, value and magnitudes; an overflow is one only if margin x largest exceeds 65504."""
@@ -85,6 +87,7 @@ def test_most_of_an_ordinary_model_is_fp16(build: Build, tiny: Path) -> None:
     assert files.weight_bytes(decoder) <= 1.01 * 2 * decoder_parameters + 2000
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("breaking")
 def test_trials_drop_nodes_that_the_rules_keep(build: Build, shared: Path) -> None:
     """With a residual stream scaled by 1e-3, most norms may lose digits, some may not, and metrics are FP32's.
@@ -110,6 +113,7 @@ def test_trials_drop_nodes_that_the_rules_keep(build: Build, shared: Path) -> No
     assert without_trials["with the fewest casts"] == sizes["by the rule"]
 
 
+@pytest.mark.slow
 def test_bfloat16_passes_by_emulation(build: Build) -> None:
     """On the CPU, which can't run the graph itself, the emulation with 8 significant bits passes."""
     overrides = ("precision=bf16", "model.references=heldout.tsv", "verify.unique_tokens=false")

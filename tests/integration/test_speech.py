@@ -19,7 +19,7 @@ from accel.testing import random_model
 from tests.conftest import Build
 from tests.families import FAMILIES
 
-pytestmark = pytest.mark.xdist_group("speech")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("speech")]
 RATE = 16_000
 OPTIONS = {"max_new_tokens": 12, "no_repeat_ngram_size": 1}
 

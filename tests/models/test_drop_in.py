@@ -2,16 +2,17 @@
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from time import sleep
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import HfApi
-from transformers import T5ForConditionalGeneration
+from transformers import CompileConfig, GenerationMixin, StaticCache, T5ForConditionalGeneration
 
 from accel import testing
 from accel.errors import AccelError
@@ -21,18 +22,6 @@ from accel.models.loading import load
 UNIQUE = {"max_new_tokens": 12, "no_repeat_ngram_size": 1}
 IDS = torch.tensor([[5, 9, 7, 21, 4], [8, 3, 11, 0, 0]])
 MASK = (IDS != 0).long()
-
-
-@pytest.fixture(scope="module")
-def model(deployable: Path) -> Iterator[AcceleratedModel]:
-    with load(deployable, runtime="cpu") as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def eager(tiny: Path) -> T5ForConditionalGeneration:
-    loaded: T5ForConditionalGeneration = T5ForConditionalGeneration.from_pretrained(tiny)
-    return loaded.eval()
 
 
 @pytest.mark.parametrize(
@@ -86,6 +75,9 @@ def test_what_asks_for_the_model_as_it_is_returns_it(model: AcceleratedModel, ca
         (lambda model: model(IDS, MASK, IDS, token_type_ids=IDS), "token_type_ids is not supported"),
         (lambda model: model(IDS, MASK, IDS, output_attentions=True), "output_attentions is not supported"),
         (lambda model: model(IDS, MASK, IDS, decoder_attention_mask=MASK), "decoder_attention_mask has zeros"),
+        (lambda model: model.get_encoder()(IDS, output_hidden_states=True), "output_hidden_states is not supported"),
+        (lambda model: model.get_encoder()(inputs_embeds=torch.zeros(1)), "inputs_embeds is not supported"),
+        (lambda model: model.generate(IDS, output_attentions=True), "output_attentions is not supported"),
         (lambda model: model(IDS, MASK[:, :3], IDS), r"attention_mask has shape \[2, 3\], expected \[2, 5\]"),
         (lambda model: model(IDS, MASK[:, None, None], IDS), r"shape \[2, 1, 1, 5\], expected \[batch, length\]"),
         (lambda model: model(IDS - 6, MASK, IDS), "input_ids contains -6, expected ids from 0 to 119"),
@@ -122,6 +114,8 @@ def test_what_describes_the_model(model: AcceleratedModel, eager: T5ForCondition
     assert (model.dtype, model.device, model.main_input_name) == (eager.dtype, eager.device, "input_ids")
     assert model.name_or_path
     assert model.get_encoder()(IDS, attention_mask=MASK).last_hidden_state.shape == (2, 5, 64)
+    hidden = model.get_encoder()(IDS, attention_mask=MASK, return_dict=False)
+    assert isinstance(hidden, tuple)
     assert model.get_compiled_call()(IDS, MASK, IDS).logits.shape == (2, 5, 120)
 
 
@@ -191,15 +185,26 @@ def test_threads_on_one_model(model: AcceleratedModel) -> None:
             assert all(map(torch.equal, actual, expected))
 
 
-def test_calls_on_static_caches_take_turns(gpt2: testing.Subject) -> None:
-    """They share one pool of buffers."""
+def test_calls_on_static_caches_take_turns(gpt2: testing.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share one pool of buffers, so no decode step of one call runs during another's."""
     static = gpt2.static
     assert static is not None
     prompts = [gpt2.ids(1, 3 + number, seed=number) for number in range(6)]
     expected = [static.generate(ids, **UNIQUE) for ids in prompts]
+    decode, running, most = static.runtime.decode, [], [0]
+
+    def slow_decode(*inputs: Any) -> Any:
+        running.append(1)
+        most[0] = max(most[0], len(running))
+        sleep(0.005)
+        running.pop()
+        return decode(*inputs)
+
+    monkeypatch.setattr(static.runtime, "decode", slow_decode)
     with ThreadPoolExecutor(3) as pool:
         actual = list(pool.map(lambda ids: static.generate(ids, **UNIQUE), prompts))
     assert all(map(torch.equal, actual, expected))
+    assert most == [1]
 
 
 def test_a_closed_model_says_so(deployable: Path) -> None:
@@ -281,3 +286,39 @@ def test_a_repository_on_the_hub(
         assert asked == {"name": "someone/small", "revision": "v1", "token": "secret", "allow_patterns": ["fp32/*"]}
         expected = model.generate(IDS, attention_mask=MASK, **UNIQUE)
         assert torch.equal(opened.generate(IDS, attention_mask=MASK, **UNIQUE), expected)
+
+
+@pytest.mark.parametrize("reset", [True, False], ids=["reset", "continued"])
+def test_a_static_cache_used_twice(gpt2: testing.Subject, reset: bool) -> None:
+    """It stays one that transformers compiles calls for, and is empty after `reset()`."""
+    ids = gpt2.ids(2, 5)
+    logits = []
+    for model in (gpt2.eager, gpt2.model):
+        cache = StaticCache(config=gpt2.eager.config, max_cache_len=16)
+        with torch.inference_mode():
+            first = model(ids, past_key_values=cache, use_cache=True).logits
+            assert cache.is_compileable
+            if reset:
+                cache.reset()
+                assert int(cache.get_seq_length()) == 0
+            logits.append(model(ids[:, :3], past_key_values=cache, use_cache=True).logits)
+        if reset:
+            torch.testing.assert_close(logits[-1], first[:, :3], rtol=2e-3, atol=2e-3)
+        assert int(cache.get_seq_length()) == (3 if reset else 8)
+    torch.testing.assert_close(logits[1], logits[0], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("scores", [True, False], ids=["transformers' loop", "accel's loop"])
+def test_a_compile_config_is_accepted(gpt2: testing.Subject, scores: bool) -> None:
+    """Graphs are compiled when a session opens, so that `generate` gets the model's call as it is."""
+    vars(gpt2.model).pop("_compiled_call", None)
+    compile_config = CompileConfig(fullgraph=True)
+    compile_config._compile_all_devices = True
+    options = {"cache_implementation": "static", "compile_config": compile_config, "output_scores": scores}
+    ids = gpt2.ids(2, 5)
+    expected = gpt2.model.generate(ids, **UNIQUE, return_dict_in_generate=True)
+    actual = gpt2.model.generate(ids, **UNIQUE, **options, return_dict_in_generate=True)
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert isinstance(actual.past_key_values, StaticCache)
+    assert gpt2.model._compiled_call == gpt2.model.__call__
+    assert GenerationMixin in type(gpt2.model).__bases__

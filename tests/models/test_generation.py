@@ -31,12 +31,6 @@ from tests.runtime.fake import FakeRuntime
 UNIQUE = {"max_new_tokens": 20, "no_repeat_ngram_size": 1}  # random weights would repeat one token
 
 
-@pytest.fixture(scope="module")
-def eager(tiny: Path) -> T5ForConditionalGeneration:
-    model: T5ForConditionalGeneration = T5ForConditionalGeneration.from_pretrained(tiny)
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=["onnx", "fake"])
 def model(request: pytest.FixtureRequest, tiny: Path, eager: T5ForConditionalGeneration) -> Iterator[AcceleratedModel]:
     """A model over ONNX Runtime with dynamic caches, and one over `FakeRuntime`."""

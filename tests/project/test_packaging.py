@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DIST_INFO = {"LICENSE", "METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt"}
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
 
@@ -84,11 +85,15 @@ def test_wheel_contents(wheel: Path) -> None:
     files = set(zipfile.ZipFile(wheel).namelist())
     tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "accel", "conf", "architectures")
     prefixes = {"accel/": "accel/", "conf/": "accel/conf/", "architectures/": "accel/architectures/"}
+    expected = set()
     for line in tracked.splitlines():
         start = next(start for start in prefixes if line.startswith(start))
-        assert prefixes[start] + line.removeprefix(start) in files, line
-    assert {"accel/conf/config.yaml", "accel/architectures/seq2seq.py", "accel/py.typed"} <= files
-    assert not [entry for entry in files if entry.startswith(("tests", "scripts", "conf/", "architectures/"))]
+        expected.add(prefixes[start] + line.removeprefix(start))
+    assert {"accel/conf/config.yaml", "accel/architectures/seq2seq.py", "accel/py.typed"} <= expected
+    assert {entry for entry in files if entry.startswith("accel/")} == expected  # no artifacts, no leftovers of a run
+    metadata = {entry for entry in files if not entry.startswith("accel/")}
+    assert {entry.split("/")[0].rpartition(".")[2] for entry in metadata} == {"dist-info"}
+    assert {entry.rpartition("/")[2] for entry in metadata} == DIST_INFO
 
 
 def test_wheel_metadata(wheel: Path) -> None:

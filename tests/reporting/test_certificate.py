@@ -16,12 +16,13 @@ from accel.pipeline.store import Artifact
 from accel.reporting.certificate import page
 from tests.conftest import Build
 
+pytestmark = pytest.mark.xdist_group("certificate")  # the worker that builds the embedded model looks at it
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OFFLINE = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 PHONE = 390  # width in CSS pixels
 
 
-@pytest.fixture(scope="module", params=["fp16", "fp32"])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("fp16", "fp32")])
 def stage_artifacts(request: pytest.FixtureRequest, build: Build) -> dict[str, Artifact]:
     """Artifacts of the embedded model, which has texts and metrics."""
     overrides = [f"precision={request.param}", "model.references=heldout.tsv", "verify.references=50"]

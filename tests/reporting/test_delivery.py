@@ -9,8 +9,10 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
 from accel.errors import AccelError
+from accel.models import integrity
+from accel.pipeline.store import Manifest, folder_files
 from accel.reporting import card, delivery
-from accel.runtime.layout import MANIFEST, DeployableFiles
+from accel.runtime.layout import MANIFEST, DeployableFiles, variants
 from tests.families import FAMILIES
 
 SOURCE = {"id": "someone/small", "license": "mit", "license_name": None, "license_link": None, "pipeline_tag": None}
@@ -33,6 +35,7 @@ def deployable(folder: Path, dtype: str, family: str = "llama", content: bytes =
         "references": 20,
         "identical": {"greedy": 1.0, "beams": 0.875},
         "metrics": {"ours": {"exact_match": 97.5}},
+        "passed": True,
     }
     certificate = {
         "model": "small",
@@ -42,8 +45,28 @@ def deployable(folder: Path, dtype: str, family: str = "llama", content: bytes =
     }
     files.verification.write_text(json.dumps(verification))
     files.certificate.write_text(json.dumps(certificate))
-    (folder / MANIFEST).write_text(json.dumps({"config": {"runtime": {"name": dtype}}}))
+    write_manifest(folder, dtype)
     return folder
+
+
+def write_manifest(folder: Path, dtype: str) -> None:
+    """Write the manifest of an artifact, and the list of files that its verification is of."""
+    path = DeployableFiles(folder, dtype).verification
+    hashes = {name: record.sha256 for name, record in folder_files(folder).items() if name.startswith(("onnx", "conf"))}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": hashes}))
+    manifest = Manifest(
+        stage="verify",
+        key="0",
+        upstream={},
+        config={"runtime": {"name": dtype}},
+        packages={},
+        seconds=1.0,
+        peak_memory=1,
+        added_memory=1,
+        summary={},
+        files=folder_files(folder),
+    )
+    (folder / MANIFEST).write_text(manifest.dump())
 
 
 def content(folder: Path) -> set[str]:
@@ -51,7 +74,7 @@ def content(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_variants_join(tmp_path: Path) -> None:
+def test_variants_join(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Each keeps its graphs and records; config.json lists the external data of both, and the card their figures."""
     target = tmp_path / "out"
     for dtype in ("float16", "float32"):
@@ -67,6 +90,10 @@ def test_variants_join(tmp_path: Path) -> None:
     for suffix, dtype in (("", "float32"), ("_fp16", "float16")):
         manifest = json.loads((target / f"manifest{suffix}.json").read_text())
         assert manifest["config"]["runtime"]["name"] == dtype
+    for variant in variants(target):
+        integrity.check_files(variant, "full")
+        integrity.warn_if_unverified(variant)
+    assert caplog.messages == []
     results = ModelCard.load(target / "README.md").data.eval_results
     assert {result.dataset_config for result in results} == {"float32", "float16"}
 
@@ -96,6 +123,23 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         delivery.deliver(tmp_path / "llama", tmp_path / "notes")
     with pytest.raises(AccelError, match="is a file"):
         delivery.deliver(tmp_path / "llama", tmp_path / "notes" / "a.txt")
+
+
+def test_damaged_variant(tmp_path: Path) -> None:
+    """Nothing joins a variant whose files differ from its manifest, or that has another tokenizer."""
+    target = tmp_path / "out"
+    delivery.deliver(deployable(tmp_path / "first", "float32"), target)
+    (target / "generation_config.json").write_text("{}")
+    with pytest.raises(AccelError, match=r"generation_config\.json is not in manifest"):
+        delivery.deliver(deployable(tmp_path / "second", "float16"), target)
+    (target / "generation_config.json").unlink()
+    for folder, content in ((tmp_path / "third", "{}"), (tmp_path / "fourth", "[]")):
+        deployable(folder, "float16" if content == "[]" else "float32")
+        (folder / "tokenizer.json").write_text(content)
+        write_manifest(folder, "float16" if content == "[]" else "float32")
+    delivery.deliver(tmp_path / "third", target)
+    with pytest.raises(AccelError, match=r"another tokenizer\.json, in float32"):
+        delivery.deliver(tmp_path / "fourth", target)
 
 
 def test_the_front_matter(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_figures(build: Build, tiny: Path) -> None:
         assert (artifact.folder / plot).read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_memory(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each process reports the memory it added; the merged decoder is compared with the decode graph alone."""
     selection = "benchmark.backends=[onnx_merged,onnx_two_files]"
@@ -105,6 +106,7 @@ def test_error_in_a_process_names_the_backend(build: Build, tiny: Path) -> None:
         footprint.measure_all([task], weight_bytes=0)
 
 
+@pytest.mark.slow
 def test_unverified_bundle_only_on_request(build: Build, tiny: Path) -> None:
     """The verified deployable is measured, unless `benchmark.unverified=true`."""
     few = [*QUICK, "benchmark.backends=[onnx_merged]", "benchmark.repeats=1", "benchmark.warmup=0"]

@@ -76,7 +76,7 @@ def case(request: pytest.FixtureRequest, build: Build, shared: Path) -> Case:
     return Case(config, {name: pipeline.artifact(name) for name in verify.input_stages(config)})
 
 
-pytestmark = pytest.mark.xdist_group("faults")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
 
 def test_rounding_is_no_fault(case: Case) -> None:

@@ -50,20 +50,17 @@ class FuseAttention(GraphPass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Fuse those of the main graph."""
-        modified = False
-        for node in list(model.graph):
-            if node.op_type != "Softmax" or node.domain != "":
-                continue
-            try:
-                attention = _match(node)
-                _check_one_precision(attention, node)
-                _fuse(model.graph, attention)
-            except NoMatchError as error:
-                self.log_miss(node, error)
-                continue
-            model.graph.opset_imports.setdefault(CONTRIB, 1)
-            modified = True
+        softmaxes = [node for node in model.graph if node.op_type == "Softmax" and node.domain == ""]
+        modified = self.rewrite_each(softmaxes, lambda node: _rewrite(model.graph, node))
         return remove_unused(model, modified)
+
+
+def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
+    """Replace the attention around a softmax; raise `NoMatchError`, with nothing changed, if there is none."""
+    attention = _match(softmax)
+    _check_one_precision(attention)
+    _fuse(graph, attention)
+    graph.opset_imports.setdefault(CONTRIB, 1)
 
 
 def _match(softmax: ir.Node) -> Attention:
@@ -123,7 +120,7 @@ def _heads_agree(query: ir.Value, key: ir.Value, value: ir.Value) -> bool:
     return len({(shape[1], shape[3]) for shape in shapes if shape is not None}) == 1
 
 
-def _check_one_precision(attention: Attention, softmax: ir.Node) -> None:
+def _check_one_precision(attention: Attention) -> None:
     """Raise `NoMatchError` if parts of the attention differ in their type."""
     values = [attention.query, attention.key, attention.value, attention.bias]
     values += [attention.last.inputs[0], attention.last.outputs[0]]

@@ -34,16 +34,8 @@ class FuseGqa(GraphPass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite every attention of the main graph that repeats keys and values."""
-        modified = False
-        for node in list(model.graph):
-            if node.op_type != "Softmax" or node.domain != "":
-                continue
-            try:
-                _rewrite(model.graph, _match(node))
-            except NoMatchError as error:
-                self.log_miss(node, error)
-                continue
-            modified = True
+        softmaxes = [node for node in model.graph if node.op_type == "Softmax" and node.domain == ""]
+        modified = self.rewrite_each(softmaxes, lambda node: _rewrite(model.graph, _match(node)))
         return remove_unused(model, modified)
 
 

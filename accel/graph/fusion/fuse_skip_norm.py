@@ -47,30 +47,20 @@ class FuseSkipNorm(GraphPass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Fuse those of the main graph."""
-        modified = False
-        for norm in list(model.graph):
-            if norm.op_type not in FUSED or norm.domain != "":
-                continue
-            add = made_by(norm.inputs[0], "Add")
-            if add is None:  # the first norm of a stack has no residual
-                continue
-            try:
-                residual = _match(norm, add)
-            except NoMatchError as error:
-                self.log_miss(norm, error)
-                continue
-            _fuse(model.graph, norm, residual)
+        norms = (node for node in list(model.graph) if node.op_type in FUSED and node.domain == "")
+        residuals = (node for node in norms if made_by(node.inputs[0], "Add") is not None)  # a stack's first has none
+        modified = self.rewrite_each(residuals, lambda norm: _fuse(model.graph, norm, _match(norm)))
+        if modified:
             model.graph.opset_imports.setdefault(CONTRIB, 1)
-            modified = True
         return remove_unused(model, modified)
 
 
-def _match(norm: ir.Node, add: ir.Node) -> Residual:
-    """Match a norm of the sum that `add` computes; raise `NoMatchError` if the kernel can't compute it."""
-    shape = dims(norm.inputs[0])
+def _match(norm: ir.Node) -> Residual:
+    """Match a norm of a sum; raise `NoMatchError` if the kernel can't compute it."""
+    add, shape = made_by(norm.inputs[0], "Add"), dims(norm.inputs[0])
     if shape is None or len(shape) != RANK:
         raise NoMatchError(f"the sum has shape {shape}, expected {RANK} axes")
-    if add.graph is not norm.graph:
+    if add is None or add.graph is not norm.graph:
         raise NoMatchError("the sum is computed in another graph")
     _check_attributes(norm)
     for value in norm.inputs[1:]:

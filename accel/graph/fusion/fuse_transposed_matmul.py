@@ -1,5 +1,7 @@
 """Multiply with the transpose of a tied embedding without storing a transposed copy."""
 
+from functools import partial
+
 import onnx_ir as ir
 from onnx_ir import convenience
 from onnx_ir.passes import PassResult
@@ -27,25 +29,19 @@ class FuseTransposedMatmul(GraphPass):
         """Fuse those of all graphs, subgraphs included."""
         modified = False
         for graph in list(model.graphs()):
-            for node in list(graph):
-                transpose = made_by(node.inputs[1], "Transpose") if node.op_type == "MatMul" else None
-                if transpose is None or node.domain != "":
-                    continue
-                try:
-                    weight = _weight(transpose)
-                except NoMatchError as error:
-                    self.log_miss(node, error)
-                    continue
-                _fuse(graph, node, weight)
-                model.graph.opset_imports.setdefault(CONTRIB, 1)
-                modified = True
+            products = [node for node in graph if node.op_type == "MatMul" and node.domain == ""]
+            transposed = [node for node in products if made_by(node.inputs[1], "Transpose") is not None]
+            modified |= self.rewrite_each(transposed, partial(_fuse, graph))
+        if modified:
+            model.graph.opset_imports.setdefault(CONTRIB, 1)
         return remove_unused(model, modified)
 
 
-def _weight(transpose: ir.Node) -> ir.Value:
-    """Return the weight [rows, columns] that is transposed; raise `NoMatchError` if it is none."""
-    weight = transpose.inputs[0]
-    if weight is None or not weight.is_initializer():
+def _weight(product: ir.Node) -> ir.Value:
+    """Return the weight [rows, columns] whose transpose is the second factor; raise `NoMatchError` if it is none."""
+    transpose = made_by(product.inputs[1], "Transpose")
+    weight = transpose.inputs[0] if transpose is not None else None
+    if transpose is None or weight is None or not weight.is_initializer():
         raise NoMatchError("the transposed factor is not a weight")
     if weight.dtype not in DTYPES:
         raise NoMatchError(f"the weight is {weight.dtype}, for which there is no kernel")
@@ -54,7 +50,7 @@ def _weight(transpose: ir.Node) -> ir.Value:
     return weight
 
 
-def _fuse(graph: ir.Graph | ir.Function, node: ir.Node, weight: ir.Value) -> None:
-    """Replace the product."""
-    fused = ir.node(FUSED, [node.inputs[0], weight], attributes={"transB": 1}, domain=CONTRIB, name=node.name)
+def _fuse(graph: ir.Graph | ir.Function, node: ir.Node) -> None:
+    """Replace the product; raise `NoMatchError` if its second factor is no transposed weight."""
+    fused = ir.node(FUSED, [node.inputs[0], _weight(node)], attributes={"transB": 1}, domain=CONTRIB, name=node.name)
     convenience.replace_nodes_and_values(graph, node, [node], [fused], node.outputs, fused.outputs)

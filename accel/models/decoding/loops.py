@@ -174,6 +174,9 @@ class DecodingLoops:
         """Run the prompt; return its outputs, and a function that runs a decode step: ids [rows, 1] -> logits."""
         mixin: Any = self  # transformers annotates these methods for subclasses of `nn.Module`
         outputs = mixin._prefill(ids, config, model_kwargs, is_first_iteration=True)
+        # This also warns where a compile config has no effect, as transformers' loops do.
+        if config.compile_config is not None and mixin._valid_auto_compile_criteria(model_kwargs, config):
+            mixin.get_compiled_call(config.compile_config)
         model_kwargs = mixin._update_model_kwargs_for_generation(outputs, model_kwargs, self.config.is_encoder_decoder)
         state = _state(outputs)
         inputs_for = self._decode_inputs(model_kwargs, state, (criteria.max_length or 0) - ids.shape[1])

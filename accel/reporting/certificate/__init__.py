@@ -62,6 +62,7 @@ def gather(
     return {
         "model": config.model.name,
         "weights": config.model.weights,
+        "trust_remote_code": config.model.trust_remote_code,
         "checkpoint": {
             "key": checkpoint.key,
             "commit": _hub_commit(checkpoint.folder),
