@@ -185,7 +185,12 @@ def test_second_load_hashes_no_large_file(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(integrity, "ALWAYS_HASHED", 100_000)
     read: list[str] = []
     original = remembered_hashes._hash
-    monkeypatch.setattr(remembered_hashes, "_hash", lambda path: read.append(path.relative_to(folder).as_posix()) or original(path))
+
+    def counted(path: Path) -> str:
+        read.append(path.relative_to(folder).as_posix())
+        return original(path)
+
+    monkeypatch.setattr(remembered_hashes, "_hash", counted)
     integrity.check_files(layout.first_variant(folder), "fast")
     assert DECODER in read
     read.clear()
