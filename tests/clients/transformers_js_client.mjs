@@ -19,11 +19,15 @@ for (const [name, { texts, features, options }] of Object.entries(JSON.parse(rea
   if (features) {
     const shape = [features.length, features[0].length, features[0][0].length];
     inputs = { inputs: new Tensor('float32', Float32Array.from(features.flat(2)), shape) };
+    if (features.length > 1) { // by itself it begins one row only
+      inputs.decoder_input_ids = features.map(() => [config.decoder_start_token_id]);
+    }
   } else {
     const { input_ids, attention_mask } = tokenizer(texts, { padding: true });
     inputs = { input_ids, attention_mask };
   }
-  const tokens = await model.generate({ ...inputs, ...options });
-  results[name] = { inputs: texts ? numbers(inputs.input_ids) : null, tokens: numbers(tokens) };
+  let tokens = numbers(await model.generate({ ...inputs, ...options }));
+  if (features) tokens = tokens.map((row) => row.slice(1)); // PyTorch's Whisper leaves out the start token
+  results[name] = { inputs: texts ? numbers(inputs.input_ids) : null, tokens };
 }
 console.log(JSON.stringify(results));
