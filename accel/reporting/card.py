@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig, PretrainedConfig
 
-from accel.runtime.layout import README, DeployableFiles, variants
+from accel.runtime.layout import README, variants
 
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
 TAGS = ["onnx", "accel", "optimum", "transformers.js"]
@@ -138,10 +138,3 @@ def _result(task: str, kind: str, inputs: int, dtype: str, name: str, value: flo
         metric_name=f"{name.replace('_', ' ')}, {dtype}",
         metric_value=value,
     )
-
-
-def files_of(files: DeployableFiles) -> list[Path]:
-    """Return the files that belong to one variant alone: graphs, external data and records."""
-    graphs = [path for graph in files.graphs for path in graph.parent.glob(f"{graph.name}*")]
-    records = (files.verification, files.certificate, files.certificate_page, files.manifest)
-    return [*graphs, *(path for path in records if path.is_file())]

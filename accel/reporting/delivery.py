@@ -32,7 +32,7 @@ def deliver(source: Path, target: Path) -> None:
         raise AccelError(f"output={target} is a file, not a folder")
     if target.is_dir() and any(target.iterdir()):
         _check_same_model(source, target, placed)
-    for path in card.files_of(placed):
+    for path in _own_files(placed):
         path.unlink()
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(layout.MANIFEST))
     shutil.copyfile(source / layout.MANIFEST, placed.own_manifest)
@@ -51,6 +51,13 @@ def _record_config(variant: layout.DeployableFiles) -> None:
     manifest = Manifest.parse(variant.own_manifest.read_text(encoding="utf-8"))
     changed = {name: FileRecord.of(variant.folder / name) for name in (layout.CONFIG, variant.verification.name)}
     variant.own_manifest.write_text(replace(manifest, files={**manifest.files, **changed}).dump())
+
+
+def _own_files(variant: layout.DeployableFiles) -> list[Path]:
+    """Return the files that belong to one variant alone: graphs, external data and records."""
+    graphs = [path for graph in variant.graphs for path in graph.parent.glob(f"{graph.name}*")]
+    records = (variant.verification, variant.certificate, variant.certificate_page, variant.own_manifest)
+    return [*graphs, *(path for path in records if path.is_file())]
 
 
 def _check_same_model(source: Path, target: Path, placed: layout.DeployableFiles) -> None:

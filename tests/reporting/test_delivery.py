@@ -74,10 +74,11 @@ def content(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_variants_join(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("order", [("float16", "float32"), ("float32", "float16")])
+def test_variants_join(order: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Each keeps its graphs and records; config.json lists the external data of both, and the card their figures."""
     target = tmp_path / "out"
-    for dtype in ("float16", "float32"):
+    for dtype in order:
         delivery.deliver(deployable(tmp_path / dtype, dtype), target)
     expected = {"config.json", "README.md"}
     for suffix in ("", "_fp16"):
