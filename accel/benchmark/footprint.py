@@ -35,6 +35,7 @@ from accel.runtime.layout import FLAG, first_variant
 from accel.runtime.session import SessionSettings, open_session
 from accel.runtime.static_cache import open_static
 from accel.system.host_memory import PeakMemory, release, resident
+from accel.system.quiet import quiet
 
 # Kinds of measurement, and keys of the results.
 PEAK = "peak"
@@ -234,6 +235,7 @@ def peak_memory(task: Task) -> int:
     """Measure the bytes by which loading and one generation raise the peak above what the imports take."""
     from accel.benchmark import backends
 
+    quiet()
     sources, backend = backends.Sources.parse(task.sources), backends.BACKENDS[task.name]
     device = _device(task)
     _import_model_code(Path(sources.checkpoint))

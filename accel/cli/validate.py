@@ -16,6 +16,7 @@ from accel.evaluation.component_runner import max_positions
 from accel.graph.precision.formats import FORMATS
 from accel.models import checkpoints
 from accel.pipeline.runner import select_stages
+from accel.reporting import delivery
 from accel.runtime.providers import check_provider, supports_dtype
 from accel.stages import audit, benchmark, checkpoint, convert, merge, optimize
 
@@ -55,6 +56,12 @@ def validate(config: Config) -> None:
     if not 0 < config.export.tolerance < 1:
         raise AccelError(f"export.tolerance={config.export.tolerance}: must be above 0 and below 1")
     check_generate(config.generate)
+    if config.output is not None:
+        if "verify" not in select_stages(config.stage):
+            raise AccelError(
+                f"output={config.output} takes what the stage verify makes: add it to stage={config.stage}"
+            )
+        delivery.check(Path(config.output))
 
 
 def _check_name(name: str) -> None:

@@ -1,6 +1,7 @@
 """Delivery of a deployable into the folder that the user names, where variants of one model lie side by side."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,21 @@ from accel.models import integrity
 from accel.pipeline.store import FileRecord, Manifest
 from accel.reporting import card
 from accel.runtime import layout
+
+
+def check(target: Path) -> None:
+    """Check that a deployable can be copied to `target`, before one is made.
+
+    Raises:
+        AccelError: It is a file, a folder of other things, or can't be written.
+    """
+    if target.exists() and not target.is_dir():
+        raise AccelError(f"output={target} is a file, not a folder")
+    if target.is_dir() and any(target.iterdir()) and not layout.variants(target):
+        raise AccelError(f"output={target} is not empty and holds no deployable: name another folder")
+    existing = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise AccelError(f"output={target}: {existing} is no folder that you may write to")
 
 
 def deliver(source: Path, target: Path) -> None:
@@ -28,9 +44,8 @@ def deliver(source: Path, target: Path) -> None:
     """
     files = layout.first_variant(source)
     placed = layout.DeployableFiles(target, files.dtype, files.has_encoder)
-    if target.exists() and not target.is_dir():
-        raise AccelError(f"output={target} is a file, not a folder")
-    if target.is_dir() and any(target.iterdir()):
+    check(target)
+    if layout.variants(target):
         _check_same_model(source, target, placed)
     for path in _own_files(placed):
         path.unlink()
@@ -65,12 +80,9 @@ def _check_same_model(source: Path, target: Path, placed: layout.DeployableFiles
 
     Variants share config, tokenizer and processor files, so these have to be equal; `placed` is about to be replaced.
     """
-    others = layout.variants(target)
-    if not others:
-        raise AccelError(f"output={target} is not empty and holds no deployable: name another folder")
     if _config(source) != _config(target):
         raise AccelError(f"output={target} holds another model (its {layout.CONFIG} differs): name another folder")
-    for variant in others:
+    for variant in layout.variants(target):
         if variant.dtype == placed.dtype:
             continue
         integrity.check_files(variant, integrity.FAST)

@@ -55,6 +55,22 @@ def error_message(
     return run
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("notes", "not empty and holds no deployable"),
+        ("notes/a.txt", "is a file"),
+        ("notes/a.txt/model", "is no folder that you may write to"),
+    ],
+)
+def test_output(error_message: ErrorMessage, tmp_path: Path, output: str, message: str) -> None:
+    """The folder for the deployable is checked before one is made, which takes minutes."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    assert message in error_message(f"output={tmp_path / output}")
+    assert "takes what the stage verify makes" in error_message("stage=[export]", f"output={tmp_path / 'new'}")
+
+
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """Return size and modification time of every file below `folder`, without lock files."""
     paths = (path for path in folder.rglob("*") if path.suffix != ".lock")
