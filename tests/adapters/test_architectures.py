@@ -117,7 +117,7 @@ AXES = "{attention_mask: {0: batch_size, 1: new}}"
         (
             "llama",
             "+architecture.axes={input_ids: {0: batch_size, 1: length}}",
-            ("input_ids", "'length'", "batch, kept, new"),
+            ("input_ids", "'length'", "batch_size, kept, new"),
         ),
         ("llama", f"+architecture.axes={AXES}", ("decode: attention_mask", "axis 1", "new, here 3", "[2, 10]")),
         ("llama", "+architecture.axes={logits: {0: batch_size, 3: new}}", ("logits", "axis 3", "[2, 7, 120]")),

@@ -459,13 +459,13 @@ def test_help_is_quick_and_complete() -> None:
 
 def test_configuration_can_be_printed() -> None:
     """`--cfg job` prints YAML of every section with the overrides applied and every `auto` resolved."""
-    done = accel("--cfg", "job", "merge.flag=use_cache_branch", "runtime=cpu")
+    done = accel("--cfg", "job", "merge.flag=with_past", "runtime=cpu")
     assert done.returncode == 0, done.stderr
     printed = yaml.safe_load(done.stdout)
     assert printed["architecture"]["model_types"] == ["t5"]
     assert [printed[group]["name"] for group in ("model", "precision", "runtime")] == ["t5-g2p", "fp32", "cpu"]
     assert printed["runtime"]["session"] == {"session.force_spinning_stop": "1"}
-    assert printed["merge"]["flag"] == "use_cache_branch"
+    assert printed["merge"]["flag"] == "with_past"
     assert {"model", "precision", "runtime", *STAGES} - {"convert"} <= set(printed)
     assert "hydra" not in printed
 
