@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
+from accel.data.pretrained import load_config
 from accel.runtime.layout import README, variants
 
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
@@ -73,7 +74,7 @@ def write(folder: Path) -> None:
     files = [each for each in variants(folder) if each.certificate.is_file()]
     certificates = [json.loads(each.certificate.read_text()) for each in files]
     source, model = certificates[0]["checkpoint"], certificates[0]["model"]
-    default_task = task_of(AutoConfig.from_pretrained(folder))
+    default_task = task_of(load_config(folder))
     task = source.get("pipeline_tag") or default_task
     data = ModelCardData(
         base_model=source["id"],
