@@ -72,14 +72,14 @@ class Causal:
         """Return the tensor specs of `component`."""
         parameters = inspect.signature(model_class(config).forward).parameters
         axes = {
-            "input_ids": {0: "batch", 1: "new"},
-            "attention_mask": {0: "batch", 1: "total"},
-            "position_ids": {0: "batch", 1: "new"},
+            "input_ids": {0: "batch_size", 1: "new"},
+            "attention_mask": {0: "batch_size", 1: "total"},
+            "position_ids": {0: "batch_size", 1: "new"},
             "logits_to_keep": {0: "kept"},
         }
         inputs = [self.specs.of(name, axes[name]) for name in axes if name in parameters]
         logits_length = "kept" if "logits_to_keep" in parameters else "new"
-        logits = self.specs.of("logits", {0: "batch", 1: logits_length}, torch.float32)
+        logits = self.specs.of("logits", {0: "batch_size", 1: logits_length}, torch.float32)
         past, present = self.specs.caches(config, component, PARTS)
         return Signature((*inputs, *past), (logits, *present))
 

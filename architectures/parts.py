@@ -90,7 +90,7 @@ class TensorSpecs:
     @staticmethod
     def _cache_axes(length: str | None) -> dict[int, str]:
         """Return the dynamic axes of a cache whose length axis is named `length`; None if its length is constant."""
-        axes = {BATCH: "batch"}
+        axes = {BATCH: "batch_size"}
         if length is not None:
             axes[LENGTH] = length
         return axes

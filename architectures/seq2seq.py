@@ -74,7 +74,10 @@ class Seq2Seq:
         **options: Arguments of `TensorSpecs`.
     """
 
-    source: ClassVar[Mapping[int, str]] = {0: "batch", 1: "source"}  # dynamic axes of the encoder's inputs and output
+    source: ClassVar[Mapping[int, str]] = {
+        0: "batch_size",
+        1: "source",
+    }  # dynamic axes of the encoder's inputs and output
 
     def __init__(
         self,
@@ -114,7 +117,7 @@ class Seq2Seq:
         if component is Component.ENCODER:
             hidden = self.specs.of("last_hidden_state", self.source, torch.float32)
             return Signature(tuple(self.encoder_inputs()), (hidden,))
-        batch_new = {0: "batch", 1: "new"}
+        batch_new = {0: "batch_size", 1: "new"}
         parts = dict.fromkeys(OWN, "past") | dict.fromkeys(CROSS, self.source.get(1))
         past, present = self.specs.caches(config, component, parts)
         inputs = [self.specs.of("input_ids", batch_new), *self.decoder_context(), *past]

@@ -15,7 +15,7 @@ from .seq2seq import Seq2Seq
 class Speech(Seq2Seq):
     """Adapter of models whose encoder takes `input_features`, [batch, mel bins, frames]."""
 
-    source: ClassVar[Mapping[int, str]] = {0: "batch"}
+    source: ClassVar[Mapping[int, str]] = {0: "batch_size"}
 
     def encoder_inputs(self) -> list[TensorSpec]:
         """Return the spec of the features."""

@@ -259,10 +259,11 @@ def open_profiled(
         The model, and its sessions: `decoder`, and `encoder` if there is one.
     """
     sessions: dict[str, BoundSession] = {}
-    for name, file in (("encoder", layout.ENCODER), ("decoder", layout.DECODER)):
-        if (folder / file).is_file():
+    files = layout.first_variant(folder)
+    for name, path in (("encoder", files.encoder), ("decoder", files.decoder)):
+        if path.is_file():
             settings = SessionSettings.of(runtime, profile=str(traces / name))
-            sessions[name] = open_bound_session(folder / file, settings, runtime.device)
+            sessions[name] = open_bound_session(path, settings, runtime.device)
     decoder = sessions["decoder"]
     metadata = decoder.session.get_modelmeta().custom_metadata_map
     cache, flag = json.loads(metadata[layout.CACHE]), metadata[layout.FLAG]

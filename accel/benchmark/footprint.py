@@ -28,13 +28,14 @@ from accel import progress
 from accel.benchmark.process import WorkerProcess
 from accel.config.schema import RuntimeConfig
 from accel.errors import AccelError
-from accel.runtime import layout
 from accel.runtime.decoder_inputs import decoder_inputs
 from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState
 from accel.runtime.io_binding import BoundSession
+from accel.runtime.layout import FLAG, first_variant
 from accel.runtime.session import SessionSettings, open_session
 from accel.runtime.static_cache import open_static
 from accel.system.host_memory import PeakMemory, release, resident
+from accel.system.quiet import quiet
 
 # Kinds of measurement, and keys of the results.
 PEAK = "peak"
@@ -149,7 +150,7 @@ def session_memory(task: Task) -> dict[str, int]:
     before = used_memory(device)
     runtime, prefill, decode = _open_decoder(task, device)
     rows = task.batch_size * int(task.options["num_beams"])
-    lengths = {"batch": rows, "source": task.source_length, "past": 1}
+    lengths = {"batch_size": rows, "source": task.source_length, "past": 1}
     ids = torch.ones(rows, 1, dtype=torch.int64, device=device)  # [rows, 1]
 
     def added_after(length: int) -> int:
@@ -177,7 +178,7 @@ def _captured_memory(task: Task, device: torch.device) -> int:
     buckets = sorted(config.buckets)[:2]
     before = used_memory(device)
     runtime = open_static(
-        Path(task.sources["deployable"]),
+        first_variant(Path(task.sources["deployable"])),
         SessionSettings.of(config),
         config.device,
         buckets,
@@ -188,7 +189,7 @@ def _captured_memory(task: Task, device: torch.device) -> int:
         with_encoder=False,
     )
     runtime.prepare(task.source_length)
-    lengths = {"batch": rows, "source": task.source_length}
+    lengths = {"batch_size": rows, "source": task.source_length}
     ids = torch.ones(rows, 1, dtype=torch.int64, device=device)  # [rows, 1]
     context = _ones(runtime.dynamic.decoder, runtime.dynamic.constants, lengths)
     _, state = runtime.prefill(decoder_inputs(ids, ids) | context)
@@ -211,9 +212,9 @@ def _open_decoder(task: Task, device: torch.device) -> tuple[DynamicCacheRuntime
         prefill = BoundSession(open_session(graphs / PREFILL_FILE, settings), device)
         decode = BoundSession(open_session(graphs / DECODE_FILE, settings), device)
     else:
-        decode = BoundSession(open_session(Path(task.sources["deployable"]) / layout.DECODER, settings), device)
+        decode = BoundSession(open_session(first_variant(Path(task.sources["deployable"])).decoder, settings), device)
         prefill = decode
-        flag = decode.session.get_modelmeta().custom_metadata_map[layout.FLAG]
+        flag = decode.session.get_modelmeta().custom_metadata_map[FLAG]
     return DynamicCacheRuntime(None, prefill, decode, task.sources["cache"], flag), prefill, decode
 
 
@@ -234,6 +235,7 @@ def peak_memory(task: Task) -> int:
     """Measure the bytes by which loading and one generation raise the peak above what the imports take."""
     from accel.benchmark import backends
 
+    quiet()
     sources, backend = backends.Sources.parse(task.sources), backends.BACKENDS[task.name]
     device = _device(task)
     _import_model_code(Path(sources.checkpoint))

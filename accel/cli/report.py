@@ -35,7 +35,7 @@ def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
         _show_shared_weights(artifacts["merge"].summary)
     if "verify" in artifacts:
         folder = artifacts["verify"].folder
-        _show_verification(verification_of(folder) or {}, folder / layout.CERTIFICATE_PAGE)
+        _show_verification(verification_of(folder) or {}, layout.first_variant(folder).certificate_page)
     if "generate" in artifacts:
         _show_texts(config, json.loads((artifacts["generate"].folder / generate.RESULTS).read_text()))
     if "benchmark" in artifacts:

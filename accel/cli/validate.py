@@ -19,6 +19,7 @@ from accel.graph.precision.formats import FORMATS
 from accel.models import checkpoints
 from accel.models.option_check import check_options, option_names
 from accel.pipeline.runner import select_stages
+from accel.reporting import delivery
 from accel.runtime.providers import check_device, check_provider, operator_names, supports_dtype
 from accel.stages import audit, benchmark, checkpoint, convert, merge, optimize
 
@@ -47,6 +48,14 @@ def validate(config: Config) -> None:
     _check_verify(config.verify)
     _check_precision(config)
     _check_static(config.runtime)
+    if config.output is not None:
+        if not config.output:
+            raise AccelError("output='': must be a path; an empty one stands for the working directory")
+        if "verify" not in select_stages(config.stage):
+            raise AccelError(
+                f"output={config.output} takes what the stage verify makes: add it to stage={config.stage}"
+            )
+        delivery.check(Path(config.output))
 
 
 @contextmanager

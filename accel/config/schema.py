@@ -177,13 +177,15 @@ class MergeConfig:
     """How prefill and decode are merged into one file.
 
     Attributes:
-        flag: Name of the boolean input that chooses the branch.
+        layout: Names and places of the files: `hub`, as Optimum, Transformers.js and the Hugging Face hub know them.
+        flag: Name of the boolean input that chooses the branch; other clients know `use_cache_branch` only.
         strategy: Contents of the ONNX `If`. `shared`: only what differs between prefill and decode. `two_branch`: each
             graph as a whole in a branch. `three_branch`: the same, and a decode graph of one new token in a
             third branch.
     """
 
-    flag: str = "enable_cache"
+    layout: str = "hub"
+    flag: str = "use_cache_branch"
     strategy: str = "${runtime.merge_strategy}"
 
 
@@ -286,12 +288,14 @@ class Config:
     Attributes:
         stage: `all`, a stage, or a list of stages.
         artifacts: Folder that artifacts are kept in.
+        output: Folder that the deployable is copied to, beside variants of the same model in other dtypes.
         architecture: Adapter of the model family: `_target_` and its options.
         generate: Options of `generate`: see `accel.config.generate_options`.
     """
 
     stage: Any = "all"
     artifacts: str = "artifacts"
+    output: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     architecture: dict[str, Any] = field(default_factory=dict)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)

@@ -16,7 +16,7 @@ from accel.evaluation.component_runner import ComponentRunner, Shape, component_
 
 def axis_lengths(component: Component, shape: Shape) -> dict[str, int]:
     """Return every axis name that a tensor spec of `component` may use, with its length at `shape`."""
-    lengths = {"batch": shape.batch, "source": shape.source}
+    lengths = {"batch_size": shape.batch, "source": shape.source}
     if component is Component.PREFILL:
         prefix = max(shape.past, 1)
         lengths |= {"new": prefix, "kept": prefix, "total": prefix}

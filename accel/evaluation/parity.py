@@ -47,7 +47,7 @@ class Drift:
 
 @dataclass
 class VerificationResult:
-    """Result of `verify`, written into the deployable as `verdict.json`.
+    """Result of `verify`, written into the deployable as `verification.json`.
 
     Attributes:
         passed: No check failed.

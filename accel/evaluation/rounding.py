@@ -182,7 +182,7 @@ class Evaluator:
     def _prepare_tensor(self, value: Tensor, axes: Mapping[int, str]) -> Tensor:
         """Prepare one input as `_prepare` does; `axes` maps its dimensions to their names."""
         value = value.to(self.model.device)
-        if axes.get(0) == "batch":
+        if axes.get(0) == "batch_size":
             value = value.repeat_interleave(self.copies, 0)
         if not value.is_floating_point():
             return value

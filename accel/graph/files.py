@@ -13,7 +13,7 @@ INLINE_BELOW = 1024  # bytes of one tensor; smaller ones stay in the graph, wher
 
 def data_name(path: Path) -> str:
     """Return the name of the external data file that belongs to the graph at `path`."""
-    return f"{path.name}.data"
+    return f"{path.name}_data"
 
 
 def load(path: Path) -> ir.Model:
@@ -22,7 +22,7 @@ def load(path: Path) -> ir.Model:
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Write a model to `path`, and its weights to `<path>.data` if they exceed `EXTERNAL_ABOVE`.
+    """Write a model to `path`, and its weights to `<path>_data` if they exceed `EXTERNAL_ABOVE`.
 
     Nodes are sorted topologically, in place. The initializers of a model that is saved with external data are
     unchanged: they don't refer to the new file.

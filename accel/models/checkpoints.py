@@ -18,7 +18,7 @@ BUILT_IN = Path(__file__).parents[1] / "data" / "checkpoints"  # folders of the 
 BUILT_IN_PREFIX = "accel://"
 # Patterns of files on the hub, in order of preference: pickles are downloaded only where there are no safetensors.
 WEIGHTS = ("*.safetensors", "*.bin")
-CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.tsv", "*.jinja")
+CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.tsv", "*.jinja", "README.md")  # the card names the licence
 CODE = "*.py"  # downloaded only where the user trusts it
 
 

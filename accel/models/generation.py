@@ -336,6 +336,7 @@ class DecoderOnlyModel(AcceleratedModel):
             position_ids = torch.arange(past, past + new, device=input_ids.device)[None]
         inputs = decoder_inputs(input_ids, attention_mask, logits_to_keep, position_ids)
         logits, cache = self._run_decoder(inputs, past_key_values, use_cache)
+        logits = logits[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else logits
         output = CausalLMOutputWithPast(
             loss=None if labels is None else ForCausalLMLoss(logits, labels, logits.shape[-1]),
             logits=logits,

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import GenerationConfig
@@ -16,7 +17,7 @@ from accel.config.packages import group_files
 from accel.config.presets import runtime_preset
 from accel.config.schema import RuntimeConfig
 from accel.data.pretrained import load_config, load_generation_config
-from accel.errors import AccelError
+from accel.errors import AccelError, unknown
 from accel.models import integrity
 from accel.models.factory import model_over
 from accel.models.generation import AcceleratedModel
@@ -34,36 +35,73 @@ AUTO = "auto"
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # "name/model", or "model" of the hub's own
 
 
-def open_model(folder: Path, runtime: RuntimeConfig) -> AcceleratedModel:
+def open_model(folder: Path, runtime: RuntimeConfig, dtype: str | None = None) -> AcceleratedModel:
     """Open the model in a folder that accel made, verified or not.
 
     Args:
         folder: A deployable or an unverified bundle.
         runtime: Execution provider, session options and caches to run it with.
+        dtype: Variant to open; None for the only one, or the one of the widest dtype.
 
     Raises:
         AccelError: The folder holds no merged decoder.
     """
-    if not (folder / layout.DECODER).is_file():
-        raise AccelError(f"{str(folder)!r} holds no {layout.DECODER}: not a folder that accel made")
-    return as_model(_open_runtime(folder, runtime), folder)
+    return as_model(_open_runtime(find_variant(folder, dtype), runtime), folder)
 
 
-def _open_runtime(folder: Path, runtime: RuntimeConfig) -> Runtime[Any]:
-    """Open the sessions of `folder`, with static caches if `runtime` asks for them and the folder has their graph."""
+def find_variant(folder: Path, dtype: str | None = None, name: str | None = None) -> layout.DeployableFiles:
+    """Return one variant of a deployable.
+
+    Args:
+        folder: The deployable.
+        dtype: Dtype of the variant; None for the only one, or the one of the widest dtype.
+        name: Name of the folder for messages, such as its id on the hub.
+
+    Raises:
+        AccelError: The folder has no such variant, or wasn't made by accel, or has an old layout.
+    """
+    variants = {files.dtype: files for files in layout.variants(folder)}
+    if not variants:
+        raise AccelError(_why_not_deployable(folder, name or str(folder)))
+    if dtype is None:
+        return next(iter(variants.values()))
+    if dtype not in variants:
+        raise unknown(f"dtype of {str(folder)!r}", dtype, list(variants))
+    return variants[dtype]
+
+
+def _why_not_deployable(folder: Path, name: str) -> str:
+    """Return a message about a folder without a merged decoder."""
+    if (folder / layout.OLD_DECODER).is_file():
+        config = built_config(folder / layout.MANIFEST)
+        names = [f"{group}={config[group]['name']}" for group in ("precision", "runtime") if group in config]
+        return (
+            f"{name!r} has the layout of an earlier version, without a folder {layout.GRAPHS!r}. Build it again with\n"
+            f"python -m accel {' '.join(['model.checkpoint=CHECKPOINT', *names])}"
+        )
+    if (folder / layout.CONFIG).is_file():
+        return (
+            f"{name!r} is a plain checkpoint, not a deployable: it holds no merged decoder. Make one with\n"
+            f"    accel.build(checkpoint={name!r}).folder\nor python -m accel model.checkpoint={name}"
+        )
+    return f"{name!r} holds no merged decoder: not a folder that accel made"
+
+
+def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runtime[Any]:
+    """Open the sessions of a variant, with static caches if `runtime` asks for them and the variant has their graph."""
     settings = SessionSettings.of(runtime)
     if not runtime.static:
-        return open_dynamic(folder, settings, runtime.device)
-    if not (folder / layout.STATIC_DECODE).is_file():
+        return open_dynamic(files, settings, runtime.device)
+    if not files.static_decode.is_file():
         logger.warning(
             "%s: runtime.static=true has no effect, dynamic caches are used: the folder holds no %s. "
             "Build it again with convert.static_decode=true",
-            folder,
-            layout.STATIC_DECODE,
+            files.folder,
+            files.static_decode.name,
         )
-        return open_dynamic(folder, settings, runtime.device)
+        return open_dynamic(files, settings, runtime.device)
     static_runtime = open_static(
-        folder,
+        files,
         settings,
         runtime.device,
         runtime.buckets,
@@ -88,26 +126,36 @@ def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:
     return model
 
 
-def verification_of(folder: Path) -> dict[str, object] | None:
-    """Return the verification result that `verify` wrote into a deployable; None for an unverified bundle."""
-    path = folder / layout.VERDICT
+def verification_of(folder: Path, dtype: str | None = None) -> dict[str, Any] | None:
+    """Return the verification result that `verify` wrote into a deployable; None for an unverified bundle.
+
+    Args:
+        folder: The deployable.
+        dtype: Variant; None for the only one, or the one of the widest dtype.
+    """
+    path = find_variant(folder, dtype).verification
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def built_runtime(folder: Path) -> dict[str, Any] | None:
-    """Return the runtime config that a deployable was built and verified for, as JSON; None if it records none."""
-    path = folder / layout.MANIFEST
+def built_config(manifest: Path) -> dict[str, Any]:
+    """Return the config that a deployable was built and verified with, as JSON; empty if its manifest can't be read."""
     try:
-        runtime: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["config"]["runtime"]
+        config: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return runtime
+        return {}
+    return config
+
+
+def built_runtime(files: layout.DeployableFiles) -> dict[str, Any] | None:
+    """Return the runtime config that a deployable was built and verified for, as JSON; None if it records none."""
+    return built_config(files.manifest).get("runtime")
 
 
 def load(
     folder: str | Path,
     runtime: str = AUTO,
     *,
+    dtype: str | torch.dtype | None = None,
     check: str | bool = integrity.FAST,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -124,6 +172,7 @@ def load(
             Hugging Face hub that holds one.
         runtime: Preset: name of a YAML file in a config group `runtime`. `auto` is the preset that the deployable was
             built for, if this machine can run it; otherwise `cuda` on a machine with a GPU and `cpu` elsewhere.
+        dtype: Variant to open where the folder holds several, such as `"float16"`; by default the widest.
         check: Compare the folder's files with its manifest first. `fast`: large files are hashed at the first load and
             after each change only. `full`: all are hashed now. False: nothing is compared.
         trust_remote_code: Run the Python code in the folder, if its config needs some. It has all rights of this
@@ -144,15 +193,16 @@ def load(
             the device can't be used.
     """
     local = locate_deployable(str(folder), revision, subfolder, token)
-    integrity.check_files(local, check)
-    built = built_runtime(local)
+    files = find_variant(local, None if dtype is None else str(dtype).removeprefix("torch."), str(folder))
+    integrity.check_files(files, check)
+    built = built_runtime(files)
     preset = _preset_for(built) if runtime == AUTO else runtime
     config = runtime_preset(preset, built, **options)
     check_provider(config.provider)
-    integrity.warn_if_unverified(local)
+    integrity.warn_if_unverified(files)
     with remote_code.allowing(trust_remote_code):
-        model = open_model(local, config)
-    source: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "token": token}
+        model = open_model(local, config, files.dtype)
+    source: dict[str, Any] = {"dtype": dtype, "revision": revision, "subfolder": subfolder, "token": token}
     trust: dict[str, Any] = {"check": check, "trust_remote_code": trust_remote_code}
     model.reopen = partial(load, folder, runtime, **source, **trust, **options)
     return model
@@ -168,7 +218,7 @@ def locate_deployable(name: str, revision: str | None = None, subfolder: str = "
         token: Access token for the hub.
 
     Raises:
-        AccelError: It doesn't exist, can't be downloaded, or holds no merged decoder.
+        AccelError: It doesn't exist or can't be downloaded.
     """
     local = Path(name).expanduser()
     if not local.exists():
@@ -183,15 +233,7 @@ def locate_deployable(name: str, revision: str | None = None, subfolder: str = "
                 f"{name!r}{at} is no local folder, and can't be downloaded from the Hugging Face hub: "
                 f"{str(error).splitlines()[0]}"
             ) from error
-    folder = local / subfolder
-    if not (folder / layout.DECODER).is_file():
-        if (folder / "config.json").is_file():
-            raise AccelError(
-                f"{name!r} is a plain checkpoint, not a deployable: it holds no {layout.DECODER}. Make one with\n"
-                f"    accel.build(checkpoint={name!r}).folder\nor python -m accel model.checkpoint={name}"
-            )
-        raise AccelError(f"{str(folder)!r} holds no {layout.DECODER}: not a folder that accel made")
-    return folder
+    return local / subfolder
 
 
 def _preset_for(built: Mapping[str, Any] | None) -> str:

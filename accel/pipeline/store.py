@@ -46,6 +46,11 @@ class FileRecord:
     size: int
     sha256: str
 
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """Return the record of an existing file."""
+        return cls(path.stat().st_size, file_hash(path))
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -129,11 +134,8 @@ def folder_files(folder: Path) -> dict[str, FileRecord]:
     """Return the size and hash of every file below `folder` but the manifest, by relative path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     with ThreadPoolExecutor() as pool:  # a model's files may have gigabytes
-        hashes = list(pool.map(file_hash, paths))
-    return {
-        str(path.relative_to(folder)): FileRecord(path.stat().st_size, sha256)
-        for path, sha256 in zip(paths, hashes, strict=True)
-    }
+        records = list(pool.map(FileRecord.of, paths))
+    return {path.relative_to(folder).as_posix(): record for path, record in zip(paths, records, strict=True)}
 
 
 def content_hash(path: Path) -> str:

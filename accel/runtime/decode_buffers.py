@@ -76,7 +76,7 @@ class DecodeBuffers:
 
     def _shape(self, name: str) -> Shape:
         """Return the shape of an input or output of the decode graph in these buffers."""
-        lengths = {**ONE_TOKEN, "batch": self.batch, BUCKET: self.bucket}
+        lengths = {**ONE_TOKEN, "batch_size": self.batch, BUCKET: self.bucket}
         spec = (self._session.inputs | self._session.outputs)[name]
         return tuple(lengths[dim] if isinstance(dim, str) else dim for dim in spec.shape)
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from accel.runtime.layout import KEPT, NUM_KEPT
+
 
 def positions(mask: Tensor) -> Tensor:
     """Return each token's position among the tokens that aren't padding, as transformers' `generate` counts them.
@@ -24,21 +26,22 @@ def decoder_inputs(
     Args:
         ids: New tokens [batch, new].
         mask: Attention mask [batch, past + new] over the cached and the new tokens.
-        keep: Number of last tokens whose logits are computed, 0 for all new ones; or these tokens' indices [kept].
+        keep: Number of last tokens whose logits are computed, 0 for all new ones; indices of any tokens stand
+            for all, for the caller to choose from.
         position_ids: Positions of the new tokens [batch or 1, new]; None for those of `positions(mask)`.
 
     Returns:
-        `input_ids`, `attention_mask`, `position_ids` [batch, new] and `logits_to_keep`, int64 indices into the new
-        tokens.
+        `input_ids`, `attention_mask`, `position_ids` [batch, new]; and `keep` as a merged decoder takes it,
+        `num_logits_to_keep`, int64 scalar on the host, and as its components do, `logits_to_keep`, int64 indices into
+        the new tokens.
     """
     new = ids.shape[1]
-    if isinstance(keep, Tensor):
-        kept = keep.to(ids.device)
-    else:
-        kept = torch.arange(max(0, new - keep) if keep else 0, new, device=ids.device)
+    keep = 0 if isinstance(keep, Tensor) else keep
+    first = max(0, new - keep) if keep else 0
     return {
         "input_ids": ids,
         "attention_mask": mask,
         "position_ids": positions(mask)[:, -new:] if position_ids is None else position_ids.expand(len(ids), -1),
-        "logits_to_keep": kept,
+        KEPT: torch.arange(first, new, device=ids.device),
+        NUM_KEPT: torch.tensor(keep),
     }

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,7 +126,9 @@ class DynamicCacheRuntime:
         self.self_cache_outputs = {name: output for name, output in cache.items() if PAST in decode.inputs[name].shape}
         self.axes = {name: decode.inputs[name].shape.index(PAST) for name in self.self_cache_outputs}
         self.constants = [
-            name for name, spec in decode.inputs.items() if not CHANGING_AXES & set(spec.shape) and name != flag
+            name
+            for name, spec in decode.inputs.items()
+            if not CHANGING_AXES & set(spec.shape) and name not in (flag, layout.NUM_KEPT)
         ]
         self.flag = flag
         self._true, self._false = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
@@ -208,16 +209,16 @@ class DynamicCacheRuntime:
 
 
 def open_dynamic(
-    folder: Path,
+    files: layout.DeployableFiles,
     settings: SessionSettings,
     device: str = "cpu",
     weights: Mapping[str, Any] | None = None,
     with_encoder: bool = True,
 ) -> DynamicCacheRuntime:
-    """Open the merged decoder, and the encoder if there is one, in the folder of a bundle or deployable.
+    """Open the merged decoder, and the encoder if there is one, of a bundle or deployable.
 
     Args:
-        folder: Folder that holds at least `layout.DECODER`.
+        files: Its files, at least the merged decoder.
         settings: Settings of both sessions.
         device: torch's device.
         weights: Initializer -> value, for weights of the decoder that are in memory already (`SharedWeights`).
@@ -227,12 +228,11 @@ def open_dynamic(
         DeviceMemoryError: The weights don't fit into the device's memory.
     """
     torch_device = torch.device(device)
-    files = (layout.DECODER, layout.ENCODER) if with_encoder else (layout.DECODER,)
-    paths = [folder / file for file in files if (folder / file).is_file()]
+    paths = [files.decoder, files.encoder] if with_encoder and files.encoder.is_file() else [files.decoder]
     if weights is None:
         check_weights_fit(paths, torch_device)
     decoder, *encoder = (
-        BoundSession(open_session(path, settings, weights if path.name == layout.DECODER else None), torch_device)
+        BoundSession(open_session(path, settings, weights if path == files.decoder else None), torch_device)
         for path in paths
     )
     metadata = decoder.session.get_modelmeta().custom_metadata_map

@@ -16,6 +16,7 @@ from accel.runtime.dlpack import (
     tensor_exchange,
     to_handle,
 )
+from accel.runtime.layout import NUM_KEPT
 from accel.runtime.providers import onnxruntime
 from accel.runtime.session import Session
 from accel.runtime.streams import on_shared_stream, run_options
@@ -35,6 +36,7 @@ class BoundSession:
 
     Attributes:
         inputs: Input -> ONNX Runtime's description: `name`, `shape` (int or axis name) and `type`.
+        optional: Inputs that have a default.
         outputs: Output -> the same.
         types: Input or output -> torch dtype and the type's number in onnx.TensorProto.DataType.
     """
@@ -42,7 +44,9 @@ class BoundSession:
     def __init__(self, session: Session, device: torch.device, exchange: "TensorExchange | None" = None) -> None:
         self.session = session
         self.device = device if device.type == "cpu" else torch.device(device.type, device.index or 0)
-        self.inputs = {spec.name: spec for spec in session.get_inputs()}
+        optional = session.get_overridable_initializers()
+        self.optional = {spec.name for spec in optional}
+        self.inputs = {spec.name: spec for spec in (*session.get_inputs(), *optional)}
         self.outputs = {spec.name: spec for spec in session.get_outputs()}
         self.types = {name: TYPES[spec.type] for name, spec in (self.inputs | self.outputs).items()}
         self.output_device = onnxruntime.OrtDevice.make(device.type, device.index or 0)._get_c_device()
@@ -56,8 +60,9 @@ class BoundSession:
     def place(self, name: str, tensor: Tensor) -> Tensor:
         """Return `tensor` contiguous, on the device and in the dtype of input `name`; itself where it is so already."""
         dtype = self.types[name][0]
-        # ONNX Runtime reads the condition of an If on the host: on the device it would cost a copy at every step.
-        device = HOST if dtype is torch.bool else self.device
+        # ONNX Runtime reads the condition of an If, and the bounds of a slice, on the host: on the device they would
+        # cost a copy at every step.
+        device = HOST if dtype is torch.bool or name == NUM_KEPT else self.device
         if tensor.dtype is not dtype or tensor.device != device or tensor.requires_grad:
             tensor = tensor.detach().to(device, dtype)
         return tensor.contiguous()
@@ -92,6 +97,8 @@ class BoundSession:
         with on_shared_stream(self.device), translate_out_of_memory():
             placed: dict[str, Value] = {}
             for name in self.inputs:
+                if name in self.optional and name not in inputs:
+                    continue
                 value = inputs[name]
                 placed[name] = value if isinstance(value, OrtValueHandle) else self.place(name, value)
             return self.tensor_exchange(self, placed, output_names, handles)

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from accel.runtime.device_memory import check_allocation, check_weights_fit, fre
 from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState, open_dynamic
 from accel.runtime.encoder_graphs import CapturedEncoder
 from accel.runtime.io_binding import BoundSession
-from accel.runtime.layout import CROSS_CACHE, DECODER, ENCODER, STATIC_DECODE
+from accel.runtime.layout import DeployableFiles
 from accel.runtime.padding import PAD_TO_MULTIPLE_OF, Padding, Shape, leading_view, shapes
 from accel.runtime.session import SessionSettings, open_capturable, open_session
 from accel.runtime.streams import on_shared_stream
@@ -299,7 +298,7 @@ class StaticCacheRuntime:
             start = time.perf_counter()
             constants = {}
             for name, axes in self._padding.axes.items():
-                dims = [batch if axis == "batch" else axis for axis in axes]
+                dims = [batch if axis == "batch_size" else axis for axis in axes]
                 constants[name] = tuple(source if isinstance(dim, str) else dim for dim in dims)
             with on_shared_stream(self.device):
                 buffers = self.take_buffers(batch, bucket, constants)
@@ -318,7 +317,7 @@ class StaticCacheRuntime:
 
 
 def open_static(
-    folder: Path,
+    files: DeployableFiles,
     settings: SessionSettings,
     device: str,
     buckets: Sequence[int],
@@ -329,12 +328,12 @@ def open_static(
     capture_batch_sizes: Sequence[int] = (),
     with_encoder: bool = True,
 ) -> StaticCacheRuntime:
-    """Open the components in the folder of a bundle or deployable that holds a static decode graph.
+    """Open the components of a bundle or deployable that has a static decode graph.
 
     The merged decoder, the static decode graph and the cross-attention cache graph share their weights in memory.
 
     Args:
-        folder: Folder that holds at least `layout.DECODER` and `layout.STATIC_DECODE`.
+        files: Its files, at least the merged decoder and the static decode graph.
         settings: Settings of all sessions.
         device: torch's device.
         buckets: Lengths that a static cache may have, in tokens.
@@ -348,12 +347,12 @@ def open_static(
         DeviceMemoryError: The weights don't fit into the device's memory.
     """
     torch_device = torch.device(device)
-    check_weights_fit([path for path in (folder / DECODER, folder / ENCODER) if path.is_file()], torch_device)
+    check_weights_fit([path for path in (files.decoder, files.encoder) if path.is_file()], torch_device)
     weights = SharedWeights(torch_device)
-    dynamic = open_dynamic(folder, settings, device, weights.initializers(folder / DECODER), with_encoder=False)
+    dynamic = open_dynamic(files, settings, device, weights.initializers(files.decoder), with_encoder=False)
     open_graph = open_capturable if capture else open_session
-    if with_encoder and (folder / ENCODER).is_file():
-        dynamic.encoder = BoundSession(open_graph(folder / ENCODER, settings), torch_device)
+    if with_encoder and files.encoder.is_file():
+        dynamic.encoder = BoundSession(open_graph(files.encoder, settings), torch_device)
     static_settings = replace(
         settings,
         session={**settings.session, **(session or {})},
@@ -361,7 +360,7 @@ def open_static(
     )
     decode, *cross = (
         BoundSession(open_graph(path, static_settings, weights.initializers(path)), torch_device)
-        for path in (folder / STATIC_DECODE, folder / CROSS_CACHE)
+        for path in (files.static_decode, files.cross_cache)
         if path.is_file()
     )
     return StaticCacheRuntime(dynamic, DecodeGraphs(decode, *cross), buckets, capture_batch_sizes)

@@ -183,7 +183,7 @@ def measure_roofline(sources: Sources, benchmark: BenchmarkConfig) -> dict[str, 
     if device.type != "cuda":
         return None
     lengths = {
-        "batch": benchmark.batch_size * benchmark.num_beams,
+        "batch_size": benchmark.batch_size * benchmark.num_beams,
         "source": benchmark.source_length,
         "past": benchmark.new_tokens // 2,
     }

@@ -4,7 +4,7 @@ Reads:
     The checkpoint: config and weights.
 
 Writes:
-    `<component>.onnx` for each component, in FP32, and `<component>.onnx.data` where the weights are large.
+    `<component>.onnx` for each component, in FP32, and `<component>.onnx_data` where the weights are large.
 """
 
 import inspect

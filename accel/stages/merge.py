@@ -5,9 +5,9 @@ Reads:
     and processor files.
 
 Writes:
-    A Hugging Face model folder: `encoder_model.onnx` if there is an encoder, `decoder_model_merged.onnx`, and the
-    checkpoint's files except its weights. Where `convert` made a static decode graph, that and the graph that computes
-    the cross-attention caches, both over the merged decoder's weights.
+    A Hugging Face model folder as `accel.runtime.layout` describes it: the checkpoint's files except its weights, the
+    encoder if there is one, and the merged decoder. Where `convert` made a static decode graph, that and the graph that
+    computes the cross-attention caches, both over the merged decoder's weights.
 """
 
 import json
@@ -24,6 +24,7 @@ from accel.data.pretrained import load_config
 from accel.errors import AccelError, unknown
 from accel.graph import files
 from accel.graph.decode.cross_cache import cross_cache
+from accel.graph.merging.client_inputs import add_default, count_kept_logits, name_cache_lengths
 from accel.graph.merging.merge_branches import fork_if, merge_if
 from accel.graph.merging.merge_caches import merge_caches
 from accel.graph.weights import initializers, shared_bytes
@@ -34,6 +35,8 @@ from accel.runtime import layout
 from accel.stages import convert
 
 STRATEGIES = ("shared", "two_branch", "three_branch")
+LAYOUTS = ("hub",)
+ENCODER_LENGTH = "encoder_length"  # length axis of the cross-attention caches, where the encoder's output has only one
 # Files copied from the checkpoint: configs, tokenizer and processor, but neither weights nor documentation.
 CHECKPOINT_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 WEIGHT_INDEX = "*.index.json"
@@ -61,10 +64,10 @@ def check(merge: MergeConfig, fuse_attention: Collection[str]) -> None:
             f"convert.fuse_attention=[{','.join(sorted(fused))}] fuses keys and values into one node, but "
             "merge.strategy=shared needs them apart: use merge.strategy=two_branch or three_branch"
         )
+    if merge.layout not in LAYOUTS:
+        raise unknown("merge.layout", merge.layout, LAYOUTS)
     if not merge.flag.isidentifier():
-        raise AccelError(
-            f"merge.flag={merge.flag!r} is not an identifier: use a name such as enable_cache or use_cache_branch"
-        )
+        raise AccelError(f"merge.flag={merge.flag!r} is not an identifier: use a name such as use_cache_branch")
 
 
 def merge(
@@ -84,6 +87,7 @@ def merge(
     Raises:
         AccelError: The graphs can't be merged.
     """
+    counts_logits = [count_kept_logits(model, layout.KEPT, layout.NUM_KEPT) for model in (decode, prefill)]
     try:
         if config.strategy == "shared":
             merged = merge_caches(decode, prefill, config.flag, cache)
@@ -95,6 +99,9 @@ def merge(
             merged = merge_if(decode, prefill, config.flag)
     except ValueError as error:
         raise AccelError(f"merge: {error} (merge.strategy={config.strategy}, merge.flag={config.flag})") from error
+    if all(counts_logits):
+        add_default(merged, layout.NUM_KEPT, 0)
+    name_cache_lengths(merged, cache, ENCODER_LENGTH)
     merged.metadata_props[layout.FLAG] = config.flag
     merged.metadata_props[layout.CACHE] = json.dumps(dict(cache))
     return merged
@@ -104,31 +111,30 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     """Write the unverified bundle. Return the bytes of weights before and after merging, and the node count."""
     source, checkpoint = inputs["convert"].folder, inputs["checkpoint"].folder
     hf_config = load_config(checkpoint)
-    components = architecture.components()
-    if Component.ENCODER in components:
-        files.save(files.load(source / f"{Component.ENCODER}.onnx"), out / layout.ENCODER)
+    has_encoder = Component.ENCODER in architecture.components()
+    target = layout.DeployableFiles(out, config.precision.dtype, has_encoder)
+    target.decoder.parent.mkdir()
+    if has_encoder:
+        files.save(files.load(source / f"{Component.ENCODER}.onnx"), target.encoder)
     decode = files.load(source / f"{Component.DECODE}.onnx")
     prefill = files.load(source / f"{Component.PREFILL}.onnx")
     shared = shared_bytes(initializers(prefill), initializers(decode))
     decode_bytes, prefill_bytes = files.weight_bytes(decode), files.weight_bytes(prefill)
     cache = architecture.signature(hf_config, Component.DECODE).cache
     static_decode = source / f"{Component.STATIC_DECODE}.onnx"
-    static_graphs: dict[str, ir.Model | None] = {}  # they refer to the merged decoder's weights
+    static_graphs: dict[Path, ir.Model | None] = {}  # they refer to the merged decoder's weights
     if static_decode.is_file():
-        static_graphs[layout.STATIC_DECODE] = files.load(static_decode)
-        static_graphs[layout.CROSS_CACHE] = cross_cache(prefill, decode, cache)
+        static_graphs[target.static_decode] = files.load(static_decode)
+        static_graphs[target.cross_cache] = cross_cache(prefill, decode, cache)
     merged = merge(decode, prefill, config.merge, cache, config.convert.decode_passes)
     if inputs["export"].summary["positions_from_mask"]:
         merged.metadata_props[layout.POSITIONS] = layout.POSITIONS_FROM_MASK
-    files.save(merged, out / layout.DECODER)
-    for name, model in static_graphs.items():
+    files.save(merged, target.decoder)
+    for path, model in static_graphs.items():
         if model is not None:
-            files.save_beside(model, out / name, out / layout.DECODER)
-    code = (CODE,) if config.model.trust_remote_code else ()
-    for pattern in (*CHECKPOINT_FILES, *code):
-        for path in checkpoint.glob(pattern):
-            if not path.match(WEIGHT_INDEX):
-                shutil.copyfile(path, out / path.name)
+            files.save_beside(model, path, target.decoder)
+    copy_checkpoint_files(checkpoint, out, with_code=config.model.trust_remote_code)
+    layout.declare_external_data(out)
     return {
         "decode_bytes": decode_bytes,
         "prefill_bytes": prefill_bytes,
@@ -138,10 +144,41 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     }
 
 
+def copy_checkpoint_files(checkpoint: Path, out: Path, with_code: bool) -> None:
+    """Copy config, tokenizer and processor files; the tokenizer's config as older versions of transformers read it.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        out: Folder to copy into.
+        with_code: Copy the checkpoint's Python files as well.
+    """
+    for pattern in (*CHECKPOINT_FILES, *((CODE,) if with_code else ())):
+        for path in checkpoint.glob(pattern):
+            if not path.match(WEIGHT_INDEX):
+                shutil.copyfile(path, out / path.name)
+    path = out / "tokenizer_config.json"
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(portable_tokenizer_config(config), indent=2) + "\n", encoding="utf-8")
+
+
+def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer's config in the terms of transformers 4, which version 5 reads too.
+
+    Version 4 knows no class `TokenizersBackend`, and takes no list as `extra_special_tokens`.
+    """
+    portable = dict(config)
+    if portable.get("tokenizer_class") == "TokenizersBackend":
+        portable["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(portable.get("extra_special_tokens"), list):
+        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
+    return portable
+
+
 STAGE = Stage(
     name="merge",
     run=run,
     inputs=takes("checkpoint", "export", "convert"),
-    sections=("merge", "convert.decode_passes", "model.trust_remote_code"),
+    sections=("merge", "convert.decode_passes", "model.trust_remote_code", "precision.dtype"),
     packages=("onnx", "onnx-ir"),
 )

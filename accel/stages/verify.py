@@ -5,8 +5,8 @@ Reads:
     16 bits also the statistics of `calibrate` and the plans of `audit`, for the certificate.
 
 Writes:
-    The deployable, if the bundle passes: the bundle's files, `verdict.json` (the verification result), and the
-    certificate as `certificate.json` and `certificate.html`.
+    The deployable, if the bundle passes: the bundle's files, a model card, the verification result and the certificate,
+    named by `accel.runtime.layout`.
 """
 
 import json
@@ -33,14 +33,12 @@ from accel.graph.precision.formats import FORMATS, Format
 from accel.models.generation import AcceleratedModel
 from accel.models.loading import open_model
 from accel.pipeline.stage import Stage
-from accel.pipeline.store import Artifact
-from accel.reporting import certificate
+from accel.pipeline.store import Artifact, folder_files
+from accel.reporting import card, certificate, delivery
 from accel.runtime import layout
-from accel.runtime.layout import MANIFEST
 from accel.stages import audit, calibrate, reference, torch_error
 from accel.stages.checkpoint import reference_files
 from accel.stages.prompts import PROMPTS
-from accel.system.hashing import file_hash
 
 GATED = ("greedy", "beams", "padded")  # not sampling, which draws other tokens at the smallest difference
 DEFAULT_MIN_AGREEMENT = 0.5  # of the sequences, in 16 bits, where `verify.min_token_agreement` is null
@@ -206,7 +204,7 @@ def advice(config: Config) -> str:
 
 def routes_experts(folder: Path) -> bool:
     """Return whether the decoder in `folder` is a mixture of experts, whose router picks by computed scores."""
-    decoder = files.load(folder / layout.DECODER)
+    decoder = files.load(layout.first_variant(folder).decoder)
     return any(node.op_type == "TopK" for node in decoder.graph.all_nodes())
 
 
@@ -221,13 +219,11 @@ def emulate_bundle(bundle: Path, folder: Path, format: Format) -> Path:
     Returns:
         `folder`.
     """
-    for path in bundle.iterdir():
-        if path.suffix != ".onnx":
-            shutil.copyfile(path, folder / path.name)
-    for path in bundle.glob("*.onnx"):
+    shutil.copytree(bundle, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.onnx"))
+    for path in layout.first_variant(bundle).graphs:
         model = files.load(path)
         emulate_half(model, format)
-        files.save_graph(model, folder / path.name)
+        files.save_graph(model, folder / path.relative_to(bundle))
     return folder
 
 
@@ -290,18 +286,19 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             f"verification of the bundle failed ({dtype}, {verification.execution}):\n{failures}\n{advice(config)}"
         )
         raise VerificationError(message, summarize(verification, inputs, None))
-    for path in bundle.iterdir():  # copied: onnx refuses weights in a file with more than one hard link
-        if path.name != MANIFEST:
-            shutil.copyfile(path, out / path.name)
-            verification.files[path.name] = file_hash(out / path.name)
-    (out / layout.VERDICT).write_text(json.dumps(asdict(verification), indent=1))
+    # Copied: onnx refuses weights in a file with more than one hard link.
+    shutil.copytree(bundle, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(layout.MANIFEST))
+    verification.files.update({name: record.sha256 for name, record in folder_files(out).items()})
+    deployable = layout.first_variant(out)
+    deployable.verification.write_text(json.dumps(asdict(verification), indent=1))
     measured = latency.compare_with_torch(out, config, inputs, architecture) if config.verify.latency else None
     explained = {}
     if "audit" in inputs:
         plans = audit.read_plans(inputs["audit"].folder)
         statistics, rows = calibrate.read_statistics(inputs["calibrate"].folder)
         explained = certificate.explain(plans, statistics, rows)
-    certificate.write(out, asdict(verification), measured, explained, config, inputs)
+    certificate.write(deployable, asdict(verification), measured, explained, config, inputs)
+    card.write(out)
     return summarize(verification, inputs, measured)
 
 
@@ -329,6 +326,13 @@ def summarize(
     }
 
 
+def deliver(config: Config, folder: Path) -> None:
+    """Copy the deployable to the folder `output`, if it is given."""
+    if config.output is not None:
+        delivery.deliver(folder, Path(config.output))
+        progress.note(f"deployable copied to {config.output}")
+
+
 def input_stages(config: Config) -> tuple[str, ...]:
     """Return the stages whose artifacts this one reads; `calibrate` and `audit` only in 16 bits."""
     mixed = ("calibrate", "audit") if config.precision.dtype != "float32" else ()
@@ -342,4 +346,5 @@ STAGE = Stage(
     sections=("model", "precision", "runtime", "verify"),
     packages=("torch", "transformers", "onnxruntime", "onnxruntime-gpu", "sacrebleu"),
     files=reference_files,
+    deliver=deliver,
 )

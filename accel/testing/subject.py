@@ -198,7 +198,7 @@ def prepare(
     with ExitStack() as stack:
         model = stack.enter_context(load(deployable, runtime=runtime))
         static = None
-        if (deployable / layout.STATIC_DECODE).is_file():
+        if layout.first_variant(deployable).static_decode.is_file():
             static = stack.enter_context(load(deployable, runtime, static=True, capture=True, buckets=BUCKETS))
         architecture = registry.build(fp32_config.architecture)
         yield Subject(eager.to(model.device), model, architecture, fp32_artifacts, [*common, *FP16], static)

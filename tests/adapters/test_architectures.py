@@ -105,7 +105,7 @@ def test_more_positions_than_the_model_has(
     assert not list(tmp_path.iterdir())
 
 
-AXES = "{attention_mask: {0: batch, 1: new}}"
+AXES = "{attention_mask: {0: batch_size, 1: new}}"
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,12 @@ AXES = "{attention_mask: {0: batch, 1: new}}"
         ("llama", "+architecture.past='past.{layer}.{prat}'", ("past.{layer}.{prat}", "{layer}", "{part}")),
         (
             "llama",
-            "+architecture.axes={input_ids: {0: batch, 1: length}}",
-            ("input_ids", "'length'", "batch, kept, new"),
+            "+architecture.axes={input_ids: {0: batch_size, 1: length}}",
+            ("input_ids", "'length'", "batch_size, kept, new"),
         ),
         ("llama", f"+architecture.axes={AXES}", ("decode: attention_mask", "axis 1", "new, here 3", "[2, 10]")),
-        ("llama", "+architecture.axes={logits: {0: batch, 3: new}}", ("logits", "axis 3", "[2, 7, 120]")),
-        ("llama", "+architecture.axes={logits: {0: batch}}", ("logits", "axis 1 has no name", "[3, 4, 120]")),
+        ("llama", "+architecture.axes={logits: {0: batch_size, 3: new}}", ("logits", "axis 3", "[2, 7, 120]")),
+        ("llama", "+architecture.axes={logits: {0: batch_size}}", ("logits", "axis 1 has no name", "[3, 4, 120]")),
         ("llama", f"architecture._target_={SEQ2SEQ}", ("encoder", "LlamaForCausalLM")),
         ("bart", f"architecture._target_={CAUSAL}", ("prefill", "BartForConditionalGeneration")),
         (

@@ -54,7 +54,7 @@ def test_same_tokens_in_another_process(sources: Sources) -> None:
 def test_errors_come_back(sources: Sources) -> None:
     """Errors keep their message, and the process goes on."""
     with ModelWorker(MERGED, replace(sources, deployable="nowhere")) as process:
-        with pytest.raises(AccelError, match="'nowhere' holds no decoder_model_merged"):
+        with pytest.raises(AccelError, match="'nowhere' holds no merged decoder"):
             process.open(INPUTS)
         assert process.process.pid in children()
 

@@ -55,6 +55,22 @@ def error_message(
     return run
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("notes", "not empty and holds no deployable"),
+        ("notes/a.txt", "is a file"),
+        ("notes/a.txt/model", "is no folder that you may write to"),
+    ],
+)
+def test_output(error_message: ErrorMessage, tmp_path: Path, output: str, message: str) -> None:
+    """The folder for the deployable is checked before one is made, which takes minutes."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    assert message in error_message(f"output={tmp_path / output}")
+    assert "takes what the stage verify makes" in error_message("stage=[export]", f"output={tmp_path / 'new'}")
+
+
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """Return size and modification time of every file below `folder`, without lock files."""
     paths = (path for path in folder.rglob("*") if path.suffix != ".lock")
@@ -86,7 +102,7 @@ def assert_names(message: str, *parts: str) -> None:
         ("precision.dtype=int8", ("int8", "float16", "float32")),
         ("runtime=gpu", ("gpu", "cuda", "cpu")),
         ("merge.strategy=other", ("other", "shared", "three_branch", "two_branch")),
-        ("merge.flag='two words'", ("two words", "enable_cache")),
+        ("merge.flag='two words'", ("two words", "use_cache_branch")),
         ("+optimize.passes.nothing=false", ("nothing", "fold_constants")),
         ("benchmark.backends=[fastest]", ("fastest", "onnx_merged")),
         ("model.weights=none", ("none", "pretrained", "random")),
@@ -476,13 +492,13 @@ def test_help_is_quick_and_complete() -> None:
 
 def test_configuration_can_be_printed() -> None:
     """`--cfg job` prints YAML of every section with the overrides applied and every `auto` resolved."""
-    done = accel("--cfg", "job", "merge.flag=use_cache_branch", "runtime=cpu")
+    done = accel("--cfg", "job", "merge.flag=with_past", "runtime=cpu")
     assert done.returncode == 0, done.stderr
     printed = yaml.safe_load(done.stdout)
     assert printed["architecture"]["model_types"] == ["t5"]
     assert [printed[group]["name"] for group in ("model", "precision", "runtime")] == ["t5-g2p", "fp32", "cpu"]
     assert printed["runtime"]["session"] == {"session.force_spinning_stop": "1"}
-    assert printed["merge"]["flag"] == "use_cache_branch"
+    assert printed["merge"]["flag"] == "with_past"
     assert {"model", "precision", "runtime", *STAGES} - {"convert"} <= set(printed)
     assert "hydra" not in printed
 

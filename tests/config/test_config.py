@@ -255,10 +255,10 @@ def test_build_returns_the_deployable(tiny: Path, artifacts: Path, deployable: P
     overrides = overrides_for(tiny, artifacts)[2:]
     built = accel.build(str(tiny), overrides)
     assert built.folder == deployable
-    assert (built.folder / "verdict.json").is_file()
+    assert (built.folder / "verification.json").is_file()
     bundle = accel.build(str(tiny), [*overrides, "stage=[export,merge]"])
     assert bundle.manifest.stage == "merge"
-    assert not (bundle.folder / "verdict.json").exists()
+    assert not (bundle.folder / "verification.json").exists()
     with pytest.raises(AccelError, match="merge"):
         accel.build(str(tiny), [*overrides, "stage=export"])
 

@@ -33,7 +33,7 @@ def test_weights_move_out_above_a_megabyte(tmp_path: Path, width: int, external:
     path = tmp_path / "decoder.onnx"
     files.save(graph, path)
     assert {entry.name for entry in tmp_path.iterdir()} == (
-        {path.name, "decoder.onnx.data"} if external else {path.name}
+        {path.name, "decoder.onnx_data"} if external else {path.name}
     )
     assert (path.stat().st_size < 10_000) == external
     np.testing.assert_array_equal(session(path), expected)
@@ -60,7 +60,7 @@ def test_weights_that_shrank_come_back_inline(tmp_path: Path) -> None:
     other = tmp_path / "elsewhere"
     other.mkdir()
     files.save(graph, other / "small.onnx")
-    os.remove(tmp_path / "large.onnx.data")
+    os.remove(tmp_path / "large.onnx_data")
     expected = run(parse(TEXT, {"w": numbers(600, 8, seed=1), "v": numbers(8, 4)}), INPUTS)["y"]
     assert [entry.name for entry in other.iterdir()] == ["small.onnx"]
     np.testing.assert_array_equal(session(other / "small.onnx"), expected)
@@ -78,7 +78,7 @@ def test_small_part_of_an_external_model_stands_alone(tmp_path: Path) -> None:
     other = tmp_path / "elsewhere"
     other.mkdir()
     files.save(graph, other / "part.onnx")
-    (tmp_path / "large.onnx.data").unlink()
+    (tmp_path / "large.onnx_data").unlink()
     proto = onnx.load(str(other / "part.onnx"))  # raises if it refers to a file that doesn't exist
     stored = {entry.name: onnx.numpy_helper.to_array(entry) for entry in proto.graph.initializer}
     np.testing.assert_array_equal(stored["v"], kept)
@@ -98,7 +98,7 @@ def test_saving_leaves_the_model_usable(tmp_path: Path) -> None:
     """After saving, the same object can be changed and saved again somewhere else."""
     graph = model(500)
     files.save(graph, tmp_path / "first.onnx")
-    os.remove(tmp_path / "first.onnx.data")
+    os.remove(tmp_path / "first.onnx_data")
     files.save(graph, tmp_path / "second.onnx")
     np.testing.assert_array_equal(session(tmp_path / "second.onnx"), run(model(500), INPUTS)["y"])
 

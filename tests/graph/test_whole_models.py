@@ -75,7 +75,7 @@ def random_inputs(model: ir.Model) -> Iterator[Mapping[str, np.ndarray]]:
     """Yield random inputs at every shape, part of the source masked."""
     generator = np.random.default_rng(0)
     for lengths in SHAPES:
-        known = dict(zip(("batch", "source", "past", "new"), lengths, strict=True))
+        known = dict(zip(("batch_size", "source", "past", "new"), lengths, strict=True))
         made: dict[str, np.ndarray] = {}
         for value in model.graph.inputs:
             shape = [dim if isinstance(dim, int) else known[str(dim)] for dim in value.shape or ()]

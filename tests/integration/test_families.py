@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 
 from accel import testing
 from accel.models.decoding.loops import PREPARE_INPUTS
-from accel.runtime.layout import STATIC_DECODE
+from accel.runtime.layout import first_variant
 from tests.families import FAMILIES
 
 
@@ -52,7 +52,7 @@ def test_conformance(check: testing.Check, subject: testing.Subject) -> None:
 @pytest.mark.parametrize("subject", [family("llama")], indirect=True)
 def test_nodes_of_a_static_decode_graph(subject: testing.Subject) -> None:
     """Each rotary embedding is one node, keys and values are not repeated, and one token needs no transposes."""
-    graph = onnx.load(subject.artifacts["verify"].folder / STATIC_DECODE, load_external_data=False).graph
+    graph = onnx.load(first_variant(subject.artifacts["verify"].folder).static_decode, load_external_data=False).graph
     operators, layers = Counter(node.op_type for node in graph.node), subject.eager.config.num_hidden_layers
     assert operators["RotaryEmbedding"] == 2 * layers
     assert operators["TensorScatter"] == 2 * layers

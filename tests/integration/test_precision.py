@@ -11,6 +11,7 @@ from transformers import T5ForConditionalGeneration
 from accel.errors import AccelError, VerificationError
 from accel.graph import files
 from accel.models.loading import load, verification_of
+from accel.runtime.layout import first_variant
 from accel.stages import audit
 from scripts.scaled_t5 import save, scaled_t5
 from tests.conftest import Build
@@ -78,7 +79,7 @@ def test_most_of_an_ordinary_model_is_fp16(build: Build, tiny: Path) -> None:
     shares = build(tiny, "convert", FP16)[1]["convert"].summary
     assert min(share["nodes"] for share in shares.values()) > 0.9
     assert min(share["weight_bytes"] for share in shares.values()) > 0.99
-    decoder = files.load(artifacts["verify"].folder / "decoder_model_merged.onnx")
+    decoder = files.load(first_variant(artifacts["verify"].folder).decoder)
     types = {value.name: value.dtype.name for value in decoder.graph.inputs if value.dtype}
     assert types["past_key_values.0.decoder.key"] == types["past_key_values.1.encoder.value"] == "FLOAT16"
     model = T5ForConditionalGeneration.from_pretrained(tiny)
@@ -120,7 +121,7 @@ def test_bfloat16_passes_by_emulation(build: Build) -> None:
     assert artifacts["verify"].summary["execution"] == "emulated"
     assert min(artifacts["verify"].summary["identical"][name] for name in ("greedy", "beams", "padded")) >= 0.75
     assert 1e-3 < artifacts["verify"].summary["worst_logits"] < 1
-    decoder = files.load(artifacts["verify"].folder / "decoder_model_merged.onnx")
+    decoder = files.load(first_variant(artifacts["verify"].folder).decoder)
     types = {value.dtype.name for value in decoder.graph.inputs if value.dtype}
     assert types == {"INT64", "BOOL", "BFLOAT16"}
     assert min(mix["nodes"] for mix in artifacts["convert"].summary.values()) > 0.9

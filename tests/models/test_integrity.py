@@ -15,13 +15,13 @@ import torch
 import accel
 from accel.errors import AccelError
 from accel.models import integrity
-from accel.models.integrity import check_files
 from accel.runtime import layout
 from accel.system import remembered_hashes
 from accel.system.hashing import make_key
 from accel.system.remembered_hashes import FILE, hash_files
 
-DECODER = layout.DECODER
+DECODER, ENCODER = f"{layout.GRAPHS}/decoder_model_merged.onnx", f"{layout.GRAPHS}/encoder_model.onnx"
+VERIFICATION = "verification.json"
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_undamaged(folder: Path, caplog: pytest.LogCaptureFixture, check: str | 
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize("name", [DECODER, layout.ENCODER, "config.json", layout.VERDICT])
+@pytest.mark.parametrize("name", [DECODER, ENCODER, "config.json", VERIFICATION])
 @pytest.mark.parametrize("always_hashed", [0, integrity.ALWAYS_HASHED])
 def test_flipped_bit(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, always_hashed: int) -> None:
     """One changed bit is refused with the file's name, in a small file and in one whose hash is remembered."""
@@ -101,8 +101,8 @@ def test_truncated(folder: Path, size: int) -> None:
 
 
 def test_missing_file(folder: Path) -> None:
-    (folder / layout.ENCODER).unlink()
-    with pytest.raises(AccelError, match=rf"{layout.ENCODER} is missing"):
+    (folder / ENCODER).unlink()
+    with pytest.raises(AccelError, match=rf"{ENCODER} is missing"):
         accel.load(folder, "cpu")
 
 
@@ -185,26 +185,31 @@ def test_second_load_hashes_no_large_file(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(integrity, "ALWAYS_HASHED", 100_000)
     read: list[str] = []
     original = remembered_hashes._hash
-    monkeypatch.setattr(remembered_hashes, "_hash", lambda path: read.append(path.name) or original(path))
-    check_files(folder, "fast")
+
+    def counted(path: Path) -> str:
+        read.append(path.relative_to(folder).as_posix())
+        return original(path)
+
+    monkeypatch.setattr(remembered_hashes, "_hash", counted)
+    integrity.check_files(layout.first_variant(folder), "fast")
     assert DECODER in read
     read.clear()
-    check_files(folder, "fast")
+    integrity.check_files(layout.first_variant(folder), "fast")
     assert DECODER not in read
     assert "config.json" in read
     flip(folder / DECODER)
     memory = folder.parent / "cache" / "accel" / FILE
     right = json.loads((folder / layout.MANIFEST).read_text())["files"][DECODER]["sha256"]
     memory.write_text(json.dumps({remembered_hashes._state(folder / DECODER): right}))  # as if nothing had changed
-    check_files(folder, "fast")
+    integrity.check_files(layout.first_variant(folder), "fast")
     with pytest.raises(AccelError, match="another SHA-256"):
-        check_files(folder, "full")
+        integrity.check_files(layout.first_variant(folder), "full")
 
 
 def test_verdict_missing(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    edit(folder, lambda files: files.pop(layout.VERDICT))
-    (folder / layout.VERDICT).unlink()
-    assert warning(folder, caplog) == f"{folder} is unverified: it holds no {layout.VERDICT}"
+    edit(folder, lambda files: files.pop(VERIFICATION))
+    (folder / VERIFICATION).unlink()
+    assert warning(folder, caplog) == f"{folder} is unverified: it holds no {VERIFICATION}"
 
 
 @pytest.mark.parametrize(
@@ -221,10 +226,10 @@ def test_verdict_does_not_hold(
     folder: Path, caplog: pytest.LogCaptureFixture, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     """A verification result that failed, or of other files, gives one warning that says so."""
-    verdict = json.loads((folder / layout.VERDICT).read_text())
+    verdict = json.loads((folder / VERIFICATION).read_text())
     change(verdict)
-    (folder / layout.VERDICT).write_text(json.dumps(verdict))
-    relist(folder, layout.VERDICT)
+    (folder / VERIFICATION).write_text(json.dumps(verdict))
+    relist(folder, VERIFICATION)
     assert message in warning(folder, caplog)
 
 

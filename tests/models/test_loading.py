@@ -1,6 +1,7 @@
 """`accel.load` works in any thread and inside any application, and imports nothing that only `build` needs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import torch
 
 import accel
 from accel.errors import AccelError
+from accel.reporting import delivery
 from accel.runtime import layout
 from tests.conftest import Build, overrides_for
 
@@ -101,3 +103,26 @@ def test_folder_without_a_manifest(deployable: Path, tmp_path: Path) -> None:
         if path.name != layout.MANIFEST:
             (tmp_path / path.name).symlink_to(path)
     assert tokens(tmp_path, check=False) == tokens(deployable)
+
+
+def test_a_folder_of_the_old_layout(deployable: Path, tmp_path: Path) -> None:
+    """Is refused with the command that builds it again."""
+    shutil.copytree(deployable, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / layout.GRAPHS).iterdir():
+        path.rename(tmp_path / path.name)
+    with pytest.raises(AccelError, match=r"python -m accel model\.checkpoint=CHECKPOINT precision=fp32 runtime=cpu"):
+        accel.load(tmp_path)
+
+
+def test_variants_side_by_side(deployable: Path, build: Build, tiny: Path, tmp_path: Path) -> None:
+    """The widest dtype is the default, and a dtype that is missing is refused with those that are there."""
+    half = build(tiny, "verify", ["precision=fp16", "verify.min_token_agreement=0"])[1]["verify"].folder
+    with accel.load(half, runtime="cpu") as model:
+        assert model.dtype is torch.float16
+    for folder in (half, deployable):
+        delivery.deliver(folder, tmp_path)
+    for dtype, expected in ((None, torch.float32), ("float16", torch.float16), (torch.float32, torch.float32)):
+        with accel.load(tmp_path, runtime="cpu", dtype=dtype) as model:
+            assert model.dtype is expected
+    with pytest.raises(AccelError, match=r"bfloat16.*float16, float32"):
+        accel.load(tmp_path, runtime="cpu", dtype="bfloat16")

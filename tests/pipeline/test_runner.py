@@ -93,7 +93,7 @@ def test_undeclared_sections_are_reset() -> None:
     """A stage gets its declared sections, and the defaults of all others."""
     config = Config(artifacts="other", generate={"num_beams": 3})
     config.benchmark.source_length = 7
-    config.merge.flag = "use_cache_branch"
+    config.merge.flag = "with_past"
     config.export.seed = 5
     restricted = restrict_config(config, ("merge",))
     assert restricted == Config(merge=config.merge)
@@ -144,7 +144,7 @@ def test_generation_options_change_no_key_before_generate(tiny: Path, override: 
         ("benchmark.new_tokens=99", {"benchmark"}, {"generate", "profile"}),
         ("profile.new_tokens=99", {"profile"}, {"generate", "benchmark"}),
         ("+generate.num_beams=3", {"generate"}, {"benchmark", "profile"}),
-        ("merge.flag=use_cache_branch", set(AFTER_MERGE), {"checkpoint", "reference", "export", "optimize", "convert"}),
+        ("merge.flag=with_past", set(AFTER_MERGE), {"checkpoint", "reference", "export", "optimize", "convert"}),
         ("optimize.passes.simplify=false", {"optimize", *AFTER_MERGE}, {"checkpoint", "reference", "export"}),
         ("export.opset=21", {"export", "optimize", *AFTER_MERGE}, {"checkpoint", "reference"}),
         ("verify.seed=9", {"reference", "verify"}, {"checkpoint", "export", "optimize", "convert", "merge"}),
@@ -376,12 +376,12 @@ def test_verified_without_its_intermediates(copied: Path, tiny: Path) -> None:
     subject = pipeline(tiny, copied)
     found = subject.run(["verify"])
     assert subject.built == []
-    assert (found["verify"].folder / "decoder_model_merged.onnx").is_file()
+    assert (found["verify"].folder / "onnx/decoder_model_merged.onnx").is_file()
 
 
 def test_real_stages_resume(copied: Path, tiny: Path) -> None:
     """Without optimize's and later artifacts, a run makes them from the existing export, with identical bytes."""
-    before = {path.name: path.read_bytes() for path in copied.glob("*/merge-*/*.onnx")}
+    before = {path.name: path.read_bytes() for path in copied.glob("*/merge-*/onnx/*.onnx")}
     assert before
     for name in ("optimize", "audit", "convert", "merge", "verify"):
         for folder in copied.glob(f"*/{name}-*"):
@@ -389,4 +389,4 @@ def test_real_stages_resume(copied: Path, tiny: Path) -> None:
     subject = pipeline(tiny, copied)
     subject.run(["merge"])
     assert subject.built in (["optimize", "convert", "merge"], ["optimize", "audit", "convert", "merge"])
-    assert {path.name: path.read_bytes() for path in copied.glob("*/merge-*/*.onnx")} == before
+    assert {path.name: path.read_bytes() for path in copied.glob("*/merge-*/onnx/*.onnx")} == before

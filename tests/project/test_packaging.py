@@ -115,7 +115,7 @@ def test_help_and_configuration(python: tuple[Path, Path], tmp_path: Path) -> No
     shown = run(executable, "-m", "accel", "--help", folder=tmp_path)
     assert "t5-large" in shown
     assert run(executable.parent / "accel", "--help", folder=tmp_path) == shown
-    assert "flag: enable_cache" in run(executable, "-m", "accel", "--cfg", "job", folder=tmp_path)
+    assert "flag: use_cache_branch" in run(executable, "-m", "accel", "--cfg", "job", folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ from matplotlib.image import imread
 from accel.models.loading import verification_of
 from accel.pipeline.store import Artifact
 from accel.reporting.certificate import page
+from accel.runtime.layout import first_variant
 from tests.conftest import Build
 
 pytestmark = pytest.mark.xdist_group("certificate")  # the worker that builds the embedded model looks at it
@@ -37,7 +38,7 @@ def stage_artifacts(request: pytest.FixtureRequest, build: Build) -> dict[str, A
 def test_content(stage_artifacts: dict[str, Artifact]) -> None:
     """The certificate has result, inputs and packages, latency if measured, and in FP16 the nodes kept in FP32."""
     folder = stage_artifacts["verify"].folder
-    certificate = json.loads((folder / "certificate.json").read_text())
+    certificate = json.loads(first_variant(folder).certificate.read_text())
     assert certificate["verification"] == verification_of(folder)
     assert certificate["compared"] | {"inputs": 8, "kind": "texts", "num_beams": 4} == certificate["compared"]
     assert certificate["packages"]["torch"].startswith("2.")
@@ -83,7 +84,7 @@ class PageParser(HTMLParser):
 
 def test_page_needs_no_other_file(stage_artifacts: dict[str, Artifact]) -> None:
     """The page has no script, style sheet or external image, and its text has the certificate's numbers."""
-    html = (stage_artifacts["verify"].folder / "certificate.html").read_text(encoding="utf-8")
+    html = first_variant(stage_artifacts["verify"].folder).certificate_page.read_text(encoding="utf-8")
     parsed = PageParser()
     parsed.feed(html)
     assert not parsed.tags & {"script", "link", "img", "iframe"}
@@ -101,7 +102,7 @@ def test_page_needs_no_other_file(stage_artifacts: dict[str, Artifact]) -> None:
 
 def test_inputs_and_outputs_are_escaped(stage_artifacts: dict[str, Artifact]) -> None:
     """HTML's special characters in inputs and outputs are escaped."""
-    certificate = json.loads((stage_artifacts["verify"].folder / "certificate.json").read_text())
+    certificate = json.loads(first_variant(stage_artifacts["verify"].folder).certificate.read_text())
     certificate["verification"]["differing"] = [
         {"case": "greedy", "input": "<script>alert(1)</script>", "position": 3, "pytorch": "a & b", "ours": "<b>"}
     ]
@@ -113,7 +114,7 @@ def test_inputs_and_outputs_are_escaped(stage_artifacts: dict[str, Artifact]) ->
 
 def test_nothing_stays_in_fp32(stage_artifacts: dict[str, Artifact]) -> None:
     """A sentence replaces a table without rows."""
-    certificate = json.loads((stage_artifacts["verify"].folder / "certificate.json").read_text())
+    certificate = json.loads(first_variant(stage_artifacts["verify"].folder).certificate.read_text())
     sentence = "No node has to stay in FP32."
     assert sentence not in page.render(certificate)
     assert (sentence in page.render(certificate | {"kept": []})) == ("mix" in certificate)
@@ -129,7 +130,7 @@ def test_shares_are_not_rounded_up_to_100() -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_layout_on_a_phone_and_in_print(stage_artifacts: dict[str, Artifact], tmp_path: Path) -> None:
     """In a browser, nothing is wider than the screen, plots fill the width, letters are large, and it prints to PDF."""
-    shutil.copy(stage_artifacts["verify"].folder / "certificate.html", tmp_path / "page.html")
+    shutil.copy(first_variant(stage_artifacts["verify"].folder).certificate_page, tmp_path / "page.html")
     (tmp_path / "phone.html").write_text(
         f"""<body style="margin:0">
         <iframe id="f" src="page.html" width="{PHONE}" height="1500" style="border:0"></iframe>

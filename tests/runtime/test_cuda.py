@@ -155,7 +155,7 @@ def test_out_of_memory_leaves_the_session_usable(tmp_path: Path, limit: bool) ->
 
 def test_weights_too_large_for_the_gpu(tmp_path: Path) -> None:
     """Weights larger than free memory are refused before anything is loaded."""
-    graph, data = tmp_path / "decoder.onnx", tmp_path / "decoder.onnx.data"
+    graph, data = tmp_path / "decoder.onnx", tmp_path / "decoder.onnx_data"
     graph.write_bytes(b"")
     with data.open("wb") as file:
         file.truncate(torch.cuda.mem_get_info()[1])  # a sparse file, which takes no disk space

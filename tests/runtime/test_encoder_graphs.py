@@ -8,13 +8,13 @@ from torch import Tensor
 
 from accel.runtime.encoder_graphs import MAX_GRAPHS, CapturedEncoder
 from accel.runtime.io_binding import BoundSession
-from accel.runtime.layout import ENCODER
+from accel.runtime.layout import first_variant
 from accel.runtime.session import SessionSettings, open_session
 
 
 @pytest.fixture(scope="module")
 def session(deployable: Path) -> BoundSession:
-    return BoundSession(open_session(deployable / ENCODER, SessionSettings()), torch.device("cpu"))
+    return BoundSession(open_session(first_variant(deployable).encoder, SessionSettings()), torch.device("cpu"))
 
 
 def inputs(rows: int, length: int) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from accel.runtime import static_cache
 from accel.runtime.decode_buffers import DecodeGraphs
 from accel.runtime.dynamic_cache import open_dynamic
 from accel.runtime.io_binding import BoundSession
-from accel.runtime.layout import CROSS_CACHE, DECODER, STATIC_DECODE
+from accel.runtime.layout import first_variant
 from accel.runtime.session import SessionSettings, open_session
 from accel.runtime.static_cache import MAX_SPARE, StaticCacheRuntime
 from accel.runtime.weights import SharedWeights
@@ -146,7 +146,7 @@ def test_one_latency_a_token(model: AcceleratedModel) -> None:
 def test_the_first_token_without_its_graph(folder: Path, tiny: Path, tmp_path: Path) -> None:
     """Without the cross-attention cache graph a generation starts on the merged decoder."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / CROSS_CACHE).unlink()
+    first_variant(tmp_path).cross_cache.unlink()
     with open_model(tmp_path, STATIC) as opened:
         Both(opened, T5ForConditionalGeneration.from_pretrained(tiny).eval(), past=1).assert_same()
 
@@ -208,7 +208,9 @@ def test_spare_buffers_are_freed(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_attention_is_one_node_where_it_is_fused(folder: Path) -> None:
     """Two attention nodes a layer without transposes around them, and one split per packed projection."""
-    found = Counter(node.op_type for node in onnx.load(folder / STATIC_DECODE, load_external_data=False).graph.node)
+    found = Counter(
+        node.op_type for node in onnx.load(first_variant(folder).static_decode, load_external_data=False).graph.node
+    )
     fused = found["MultiHeadAttention"] == 2 * 2
     assert fused is (found["Softmax"] == 0)
     assert found["FusedMatMul"] == (1 if fused else 0)  # with the tied embedding
@@ -220,7 +222,7 @@ def test_attention_is_one_node_where_it_is_fused(folder: Path) -> None:
 def test_a_branch_for_one_token_has_fewer_transposes(build: Build, tiny: Path) -> None:
     """The remaining transposes are the position bias's, the logits' and, in each attention, the keys'."""
     _, made = build(tiny, "merge", ("merge.strategy=three_branch",))
-    merged = ir.load(made["merge"].folder / DECODER)
+    merged = ir.load(first_variant(made["merge"].folder).decoder)
     turns = {graph.name: sum(node.op_type == "Transpose" for node in graph) for graph in merged.graphs()}
     assert turns["one_token"] <= 2 * 2 + 2
     assert turns["tokens"] >= turns["one_token"] + 2 * 4  # of queries and results, in each
@@ -240,15 +242,16 @@ def test_settings_of_the_static_decode_graph(folder: Path, monkeypatch: pytest.M
     own = replace(STATIC, session={"session.inter_op": "1"}, static_session={key: "1"}, static_environment={name: "1"})
     monkeypatch.setenv(name, "0")
     open_model(folder, own).close()
-    assert seen[STATIC_DECODE].session == {"session.inter_op": "1", key: "1"}
-    assert seen[STATIC_DECODE].environment[name] == "1"
-    assert key not in seen[DECODER].session
-    assert name not in seen[DECODER].environment
+    decoder, static_decode = first_variant(folder).decoder.name, first_variant(folder).static_decode.name
+    assert seen[static_decode].session == {"session.inter_op": "1", key: "1"}
+    assert seen[static_decode].environment[name] == "1"
+    assert key not in seen[decoder].session
+    assert name not in seen[decoder].environment
 
 
 def test_a_deployable_without_a_static_decode_graph(deployable: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The deployable runs with dynamic caches and logs it."""
-    assert not (deployable / STATIC_DECODE).exists()
+    assert not first_variant(deployable).static_decode.exists()
     with open_model(deployable, STATIC) as opened:
         found = opened.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3)
     assert found.shape[1] == 4
@@ -258,23 +261,25 @@ def test_a_deployable_without_a_static_decode_graph(deployable: Path, caplog: py
 def test_weights_are_stored_in_the_decoders_file(build: Build) -> None:
     """The static graphs store no copy of weights that are in the decoder's data file."""
     folder = build("accel://t5-g2p", "merge", ("runtime.static=true",))[1]["merge"].folder
-    assert (folder / f"{DECODER}.data").stat().st_size > 1_000_000
-    for name in (STATIC_DECODE, CROSS_CACHE):
-        assert (folder / name).stat().st_size < 300_000
-        assert not (folder / f"{name}.data").exists()
+    files = first_variant(folder)
+    assert files.decoder.with_suffix(".onnx_data").stat().st_size > 1_000_000
+    for path in (files.static_decode, files.cross_cache):
+        assert path.stat().st_size < 300_000
+        assert not path.with_suffix(".onnx_data").exists()
 
 
 def test_both_decoders_read_the_same_weights(build: Build) -> None:
     """A change of the shared memory changes the outputs of both sessions."""
     folder = build("accel://t5-g2p", "merge", ("runtime.static=true",))[1]["merge"].folder
     weights = SharedWeights(torch.device("cpu"))
-    decoder, static_decode = weights.initializers(folder / DECODER), weights.initializers(folder / STATIC_DECODE)
+    files = first_variant(folder)
+    decoder, static_decode = weights.initializers(files.decoder), weights.initializers(files.static_decode)
     assert len(static_decode) > 10
     assert set(static_decode) <= set(decoder)
     assert len({value.data_ptr() for value in (*decoder.values(), *static_decode.values())}) == len(decoder)
     settings = SessionSettings.of(STATIC, fuse=False)
-    session = BoundSession(open_session(folder / STATIC_DECODE, settings, static_decode), torch.device("cpu"))
-    runtime = StaticCacheRuntime(open_dynamic(folder, settings, "cpu", decoder), DecodeGraphs(session), [8])
+    session = BoundSession(open_session(files.static_decode, settings, static_decode), torch.device("cpu"))
+    runtime = StaticCacheRuntime(open_dynamic(files, settings, "cpu", decoder), DecodeGraphs(session), [8])
     ids = torch.tensor([[5, 6, 7]])
     mask = torch.ones_like(ids)
     hidden = runtime.encode({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]

@@ -41,7 +41,7 @@ class Case:
     @property
     def has_encoder(self) -> bool:
         """True for encoder-decoder models."""
-        return (self.inputs["merge"].folder / layout.ENCODER).is_file()
+        return layout.first_variant(self.inputs["merge"].folder).encoder.is_file()
 
     def examine(self, folder: Path | None = None) -> parity.VerificationResult:
         """Return the verification result of the bundle, or of the one in `folder`."""
@@ -53,11 +53,12 @@ class Case:
     def edited(self, folder: Path, change: Callable[[onnx.GraphProto], None]) -> Path:
         """Copy the bundle to `folder`, change its decoder, and return the folder."""
         shutil.copytree(self.inputs["merge"].folder, folder)
-        model = onnx.load(folder / layout.DECODER)
+        decoder = layout.first_variant(folder).decoder
+        model = onnx.load(decoder)
         change(model.graph)
-        for path in folder.glob(f"{layout.DECODER}*"):
+        for path in decoder.parent.glob(f"{decoder.name}*"):
             path.unlink()
-        onnx.save(model, folder / layout.DECODER)
+        onnx.save(model, decoder)
         return folder
 
 

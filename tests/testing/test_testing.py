@@ -76,12 +76,12 @@ def larger_prefill_logits(subject: testing.Subject, patch: pytest.MonkeyPatch) -
 
 
 def misaligned(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
-    """Count `logits_to_keep` from the other end."""
+    """Return the logits of the first tokens in place of the last."""
     prefill = subject.model.runtime.prefill
 
     def changed_prefill(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
-        kept = inputs["logits_to_keep"]
-        return prefill({**inputs, "logits_to_keep": inputs["input_ids"].shape[1] - 1 - kept})
+        logits, state = prefill({**inputs, "num_logits_to_keep": torch.tensor(0)})
+        return logits[:, : len(inputs["logits_to_keep"])], state
 
     patch.setattr(subject.model.runtime, "prefill", changed_prefill)
 

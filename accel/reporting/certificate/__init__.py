@@ -12,8 +12,9 @@ from accel.graph.precision.minimize import DROPPABLE
 from accel.graph.precision.observer import ValueStatistics
 from accel.graph.precision.plan import Plan
 from accel.pipeline.store import Artifact
+from accel.reporting.card import source_of
 from accel.reporting.certificate import page
-from accel.runtime import layout
+from accel.runtime.layout import DeployableFiles
 from accel.system.environment import commit, machine
 from accel.system.hashing import DISTRIBUTION, versions
 
@@ -23,17 +24,17 @@ PACKAGES = (DISTRIBUTION, "torch", "transformers", "onnx", "onnx-ir", "onnxrunti
 
 
 def write(
-    out: Path,
+    files: DeployableFiles,
     verification: Mapping[str, Any],
     speed: Mapping[str, Any] | None,
     explained: Mapping[str, Any],
     config: Config,
     inputs: Mapping[str, Artifact],
 ) -> None:
-    """Write `certificate.json` and `certificate.html`.
+    """Write `certificate.json` and `certificate.html`, with the suffix of the dtype.
 
     Args:
-        out: Folder of the deployable.
+        files: Files of the deployable.
         verification: Verification result, as JSON.
         speed: Result of `accel.benchmark.latency.compare_with_torch`; None if it was not measured.
         explained: Result of `explain`; empty in FP32.
@@ -42,8 +43,8 @@ def write(
     """
     mixed = {name: inputs[stage].summary for name, stage in MIXED.items()} if explained else {}
     certificate = gather(verification, speed, config, inputs) | mixed | dict(explained)
-    (out / layout.CERTIFICATE).write_text(json.dumps(certificate, indent=1, allow_nan=False))
-    (out / layout.CERTIFICATE_PAGE).write_text(page.render(certificate), encoding="utf-8")
+    files.certificate.write_text(json.dumps(certificate, indent=1, allow_nan=False))
+    files.certificate_page.write_text(page.render(certificate), encoding="utf-8")
 
 
 def gather(
@@ -62,7 +63,11 @@ def gather(
         "model": config.model.name,
         "weights": config.model.weights,
         "trust_remote_code": config.model.trust_remote_code,
-        "checkpoint": {"key": checkpoint.key, "commit": _hub_commit(checkpoint.folder)},
+        "checkpoint": {
+            "key": checkpoint.key,
+            "commit": _hub_commit(checkpoint.folder),
+            **source_of(config.model.checkpoint, checkpoint.folder),
+        },
         "commit": commit(),
         "packages": {name: version for name, version in versions(PACKAGES).items() if version != "absent"},
         "machine": machine(config.runtime.device, config.runtime.threads),

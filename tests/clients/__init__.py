@@ -1,0 +1,1 @@
+"""Other programs that load a deployable's folder: Optimum and Transformers.js."""
