@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from accel.runtime.cuda_graph import CudaGraphCallable
+from accel.runtime.cuda_graph import CudaGraphCallable, free_dropped_graphs
 from accel.runtime.device_memory import translate_out_of_memory
 from accel.runtime.io_binding import BoundSession, FixedCall
 from accel.runtime.padding import Padding, Shape, copy_padded, leading_view, shapes
@@ -111,6 +111,7 @@ class CapturedEncoder:
         if key not in self.graphs:
             self.graphs[key] = EncoderGraph(self.session, inputs, outputs)
         self.graphs.move_to_end(key)
-        while len(self.graphs) > MAX_GRAPHS:
+        if len(self.graphs) > MAX_GRAPHS:
             self.graphs.popitem(last=False)
+            free_dropped_graphs(self.session.device)
         return self.graphs[key]

@@ -16,6 +16,7 @@ from torch import Tensor
 from accel import progress
 from accel.errors import AccelError
 from accel.runtime.decode_buffers import DecodeBuffers, DecodeGraphs
+from accel.runtime.cuda_graph import free_dropped_graphs
 from accel.runtime.device_memory import check_allocation, check_weights_fit, free_device_memory
 from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState, open_dynamic
 from accel.runtime.encoder_graphs import CapturedEncoder
@@ -285,7 +286,10 @@ class StaticCacheRuntime:
         """Keep buffers for a later generation of the same shape; drop the ones released first if there are too many."""
         constant_shapes = tuple((name, tuple(tensor.shape)) for name, tensor in buffers.constants.items())
         key = (buffers.batch, buffers.bucket, constant_shapes)
+        is_full = len(self.spare_buffers) == self._max_spare
         self.spare_buffers = [*self.spare_buffers, (key, buffers)][-self._max_spare :]
+        if is_full:
+            free_dropped_graphs(self.device)
 
     def prepare(self, source: int = PAD_TO_MULTIPLE_OF) -> None:
         """Capture the decode graph for each of `capture_batch_sizes` in every bucket.
