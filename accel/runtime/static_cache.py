@@ -15,8 +15,8 @@ from torch import Tensor
 
 from accel import progress
 from accel.errors import AccelError
-from accel.runtime.decode_buffers import DecodeBuffers, DecodeGraphs
 from accel.runtime.cuda_graph import free_dropped_graphs
+from accel.runtime.decode_buffers import DecodeBuffers, DecodeGraphs
 from accel.runtime.device_memory import check_allocation, check_weights_fit, free_device_memory
 from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState, open_dynamic
 from accel.runtime.encoder_graphs import CapturedEncoder
