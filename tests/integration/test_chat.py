@@ -121,7 +121,7 @@ def test_second_turn_uses_the_first_turns_caches(build: Build, checkpoint: Path)
     ("option", "named"),
     [
         ("generate.audio={file}", ("generate.audio", "generate.text")),
-        ("+generate.chat=perhaps", ("generate.chat", "true or false")),
+        ("+generate.chat=perhaps", ("generate.chat=perhaps", "bool")),
         ("generate.audio=nowhere.wav", ("nowhere.wav", "no such file")),
     ],
 )
