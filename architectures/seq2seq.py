@@ -74,10 +74,8 @@ class Seq2Seq:
         **options: Arguments of `TensorSpecs`.
     """
 
-    source: ClassVar[Mapping[int, str]] = {
-        0: "batch_size",
-        1: "source",
-    }  # dynamic axes of the encoder's inputs and output
+    # Dynamic axes of the encoder's inputs and output.
+    source: ClassVar[Mapping[int, str]] = {0: "batch_size", 1: "source"}
 
     def __init__(
         self,

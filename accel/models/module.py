@@ -235,7 +235,7 @@ class InferenceModule(nn.Module):
         revision: str | None = None,
         commit_message: str = "Upload a model accelerated by accel",
     ) -> Any:
-        """Upload the deployable to the Hugging Face hub.
+        """Upload the deployable, its model card included, to the Hugging Face hub.
 
         Args:
             repo_id: Repository, such as "name/model". It is created if need be.
