@@ -68,6 +68,7 @@ class RuntimeConfig:
             dtype that is missing here.
         merge_strategy: Default of `MergeConfig.strategy` on this runtime.
         fuse_attention: Default of `ConvertConfig.fuse_attention` on this runtime.
+        fuse_causal_attention: Default of `ConvertConfig.fuse_causal_attention` on this runtime.
         fuse_transposed_matmul: Default of `ConvertConfig.fuse_transposed_matmul` on this runtime.
         static: Decode over static caches: of fixed length, written in place.
         buckets: Lengths of static caches, in decoder tokens. A full cache is copied into the next longer one.
@@ -88,6 +89,7 @@ class RuntimeConfig:
     compute_dtype: dict[str, str] = field(default_factory=lambda: {"float32": "float32"})
     merge_strategy: str = "shared"
     fuse_attention: list[str] = field(default_factory=list)
+    fuse_causal_attention: bool = False
     fuse_transposed_matmul: bool = False
     static: bool = False
     buckets: list[int] = numbers()
@@ -159,6 +161,7 @@ class ConvertConfig:
     Attributes:
         fuse_attention: Components whose attention becomes `com.microsoft.MultiHeadAttention`, where all of it has one
             precision.
+        fuse_causal_attention: In FP32, self-attention over dynamic caches becomes `com.microsoft.GroupQueryAttention`.
         fuse_transposed_matmul: Multiply with a tied embedding by `FusedMatMul(transB=1)`, without a transposed
             copy of it.
         static_decode: Make a static_decode graph too: one new token, over caches of fixed length.
@@ -167,6 +170,7 @@ class ConvertConfig:
     """
 
     fuse_attention: list[str] = "${runtime.fuse_attention}"  # type: ignore[assignment]
+    fuse_causal_attention: bool = "${runtime.fuse_causal_attention}"  # type: ignore[assignment]
     fuse_transposed_matmul: bool = "${runtime.fuse_transposed_matmul}"  # type: ignore[assignment]
     static_decode: bool = "${runtime.static}"  # type: ignore[assignment]
     decode_passes: dict[str, bool] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from accel.graph.cleanup.eliminate_noop_cast import EliminateNoopCast
 from accel.graph.decode.one_token import OneToken
 from accel.graph.decode.static_cache import Names, NotStaticError, StaticCache
 from accel.graph.fusion.fuse_attention import FuseAttention
+from accel.graph.fusion.fuse_causal_attention import FuseCausalAttention
 from accel.graph.fusion.fuse_transposed_matmul import FuseTransposedMatmul
 from accel.graph.precision.convert import convert_half, half_share
 from accel.graph.precision.formats import FORMATS
@@ -65,7 +66,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     source = inputs["optimize"].folder
     half = config.precision.dtype != "float32"
     convert = config.convert
-    if not half and not (convert.fuse_attention or convert.fuse_transposed_matmul or convert.static_decode):
+    fusions = (convert.fuse_attention, convert.fuse_causal_attention, convert.fuse_transposed_matmul)
+    if not half and not any(fusions) and not convert.static_decode:
         for path in source.glob("*.onnx*"):
             shutil.copyfile(path, out / path.name)
         return {}
@@ -76,13 +78,15 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         model = files.load(source / f"{component}.onnx")
         if half:
             convert_half(model, plans[component], FORMATS[config.precision.dtype])
-            EliminateNoopCast()(model)
             shares[str(component)] = half_share(model)
+        EliminateNoopCast()(model)  # in FP32 as well: models cast to the dtype of their weights
         if convert.fuse_transposed_matmul:
             FuseTransposedMatmul()(model)
         static_decode = None
         if component is Component.DECODE and convert.static_decode:
             static_decode = _static_decode(model, convert, inputs, architecture)
+        if component is Component.DECODE and convert.fuse_causal_attention and not half:
+            FuseCausalAttention()(model)
         if component in attention_fused:
             FuseAttention()(model)
             progress.note(f"{component}: {files.node_count(model)} nodes with attention fused")

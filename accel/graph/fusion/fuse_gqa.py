@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import PassResult
 
 from accel.graph.build import add_node
+from accel.graph.fusion.attention import unrepeated
 from accel.graph.passes import GraphPass, NoMatchError, remove_unused
 from accel.graph.shapes import KEYS, Dims, dims, integers, made_by, permutation, scalar, used_once
 
@@ -49,7 +50,7 @@ def _match(softmax: ir.Node) -> GroupedAttention:
     transpose = made_by(scores.inputs[1], "Transpose")
     if transpose is None or permutation(transpose) != KEYS:
         raise NoMatchError("the keys are not transposed for the product")
-    keys, values = _unrepeated(transpose.inputs[0], "keys"), _unrepeated(mixed.inputs[1], "values")
+    keys, values = unrepeated(transpose.inputs[0], "keys"), unrepeated(mixed.inputs[1], "values")
     query = dims(scores.inputs[0])
     if query is None or len(query) != 4 or query[2] != 1:
         raise NoMatchError(f"the queries have shape {query}, expected [batch, heads, 1, width]")
@@ -99,25 +100,6 @@ def _same_for_all_heads(value: ir.Value | None) -> bool:
     """Return whether a value [..., H, S, T] broadcasts over heads and queries."""
     shape = dims(value)
     return shape is not None and (len(shape) < 3 or all(dim == 1 for dim in shape[-3:-1]))
-
-
-def _unrepeated(value: ir.Value | None, what: str) -> ir.Value:
-    """Return the [B, G, T, D] of which `value` [B, H, T, D] repeats each head; else raise `NoMatchError`."""
-    reshape = made_by(value, "Reshape")
-    expand = made_by(reshape.inputs[0], "Expand") if reshape is not None else None
-    unsqueeze = made_by(expand.inputs[0], "Unsqueeze") if expand is not None else None
-    source = unsqueeze.inputs[0] if unsqueeze is not None else None
-    shape, repeated = dims(source), dims(value)
-    if unsqueeze is None or source is None or shape is None or repeated is None:
-        raise NoMatchError(f"the {what} are not repeated by Unsqueeze, Expand and Reshape")
-    if len(shape) != 4 or len(repeated) != 4 or scalar(unsqueeze.inputs[1]) != 2:
-        raise NoMatchError(f"{what} of shape {shape} are repeated into {repeated}, expected 4 axes")
-    groups, heads = shape[1], repeated[1]
-    if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
-        raise NoMatchError(f"{heads} heads are not a multiple of {groups} groups")
-    if (shape[0], *shape[2:]) != (repeated[0], *repeated[2:]):
-        raise NoMatchError(f"{what} of shape {shape} are repeated into {repeated}")
-    return source
 
 
 def _rewrite(graph: ir.Graph, attention: GroupedAttention) -> None:

@@ -1,0 +1,170 @@
+"""What attention looks like in an exported graph: products, a softmax, and heads cut from projections."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from accel.graph.passes import NoMatchError
+from accel.graph.shapes import HEADS, KEYS, Dims, dims, integers, made_by, permutation, scalar, used_once
+
+
+@dataclass
+class Attention:
+    """softmax(scale * query keyᵀ + bias) value, and the node whose output is the heads side by side, [B, S, H * K]."""
+
+    query: ir.Value  # [B, H, S, K]
+    key: ir.Value  # [B, H, T, K]
+    value: ir.Value  # [B, H, T, K]
+    bias: ir.Value | None  # [B or 1, H or 1, S or 1, T]
+    scale: float
+    last: ir.Node
+
+
+@dataclass
+class Scores:
+    """scale * product + bias."""
+
+    product: ir.Node
+    bias: ir.Value | None
+    scale: float
+
+
+def match(softmax: ir.Node) -> Attention:
+    """Match the attention around a softmax; raise `NoMatchError` if there is none that the kernel computes."""
+    shape = dims(softmax.outputs[0])
+    if shape is None or len(shape) != 4 or softmax.attributes.get_int("axis", -1) not in (-1, 3):
+        raise NoMatchError(f"the softmax has shape {shape}, expected 4 axes and axis=-1")
+    weighted = _only_reader(softmax.outputs[0], "MatMul")
+    transpose = _only_reader(weighted.outputs[0], "Transpose")
+    last = _only_reader(transpose.outputs[0], "Reshape")
+    joined = dims(last.outputs[0])
+    if weighted.inputs[0] is not softmax.outputs[0]:
+        raise NoMatchError("the probabilities are the second factor")
+    if permutation(transpose) != HEADS or joined is None or len(joined) != 3 or not isinstance(joined[2], int):
+        raise NoMatchError(f"heads are joined by axes {permutation(transpose)} into shape {joined}")
+    value = weighted.inputs[1]
+    for scores in _scores(softmax.inputs[0], shape):
+        transposed_key = made_by(scores.product.inputs[1], "Transpose")
+        if transposed_key is None or permutation(transposed_key) != KEYS:
+            continue
+        query, key = scores.product.inputs[0], transposed_key.inputs[0]
+        if query is not None and key is not None and value is not None and _heads_agree(query, key, value):
+            return Attention(query, key, value, scores.bias, scores.scale, last)
+    raise NoMatchError("its input is not a scaled product of queries and keys of equal heads, plus a bias")
+
+
+def _scores(value: ir.Value | None, shape: Dims) -> Iterator[Scores]:
+    """Yield the readings of `value` as scores of `shape`: with either addend as the bias, or without one."""
+    add = made_by(value, "Add")
+    readings = [(value, None)] if add is None else [tuple(add.inputs), tuple(reversed(add.inputs))]
+    for scores, bias in readings:
+        if bias is not None and not _is_bias(dims(bias), shape):
+            continue
+        scale = 1.0
+        scaled = made_by(scores, "Mul", "Div")
+        factor = scalar(scaled.inputs[1]) if scaled is not None else None
+        if scaled is not None and factor:
+            scores = scaled.inputs[0]
+            scale = factor if scaled.op_type == "Mul" else 1 / factor
+        product = made_by(scores, "MatMul")
+        if product is not None and used_once(product.outputs[0]) and dims(scores) == shape:
+            yield Scores(product, bias, scale)
+
+
+def _is_bias(bias: Dims | None, shape: Dims) -> bool:
+    """Return whether a bias has one number for each key, be it the same for several sequences, heads or queries."""
+    if bias is None or len(bias) != 4 or bias[3] != shape[3]:
+        return False
+    return all(length in (1, scores) for length, scores in zip(bias[:3], shape[:3], strict=True))
+
+
+def _heads_agree(query: ir.Value, key: ir.Value, value: ir.Value) -> bool:
+    """Return whether all three, [B, H, S or T, K], have as many heads of one width."""
+    shapes = [dims(each) for each in (query, key, value)]
+    if any(shape is None or len(shape) != 4 for shape in shapes):
+        return False
+    return len({(shape[1], shape[3]) for shape in shapes if shape is not None}) == 1
+
+
+def check_one_precision(attention: Attention) -> None:
+    """Raise `NoMatchError` if parts of the attention differ in their type."""
+    values = [attention.query, attention.key, attention.value, attention.bias]
+    values += [attention.last.inputs[0], attention.last.outputs[0]]
+    dtypes = {value.dtype for value in values if value is not None}
+    if len(dtypes) != 1:
+        raise NoMatchError(f"its values have several types: {', '.join(sorted(map(str, dtypes)))}")
+
+
+def unrepeated(value: ir.Value | None, what: str) -> ir.Value:
+    """Return the [B, G, T, D] of which `value` [B, H, T, D] repeats each head; else raise `NoMatchError`."""
+    reshape = made_by(value, "Reshape")
+    expand = made_by(reshape.inputs[0], "Expand") if reshape is not None else None
+    unsqueeze = made_by(expand.inputs[0], "Unsqueeze") if expand is not None else None
+    source = unsqueeze.inputs[0] if unsqueeze is not None else None
+    shape, repeated = dims(source), dims(value)
+    if unsqueeze is None or source is None or shape is None or repeated is None:
+        raise NoMatchError(f"the {what} are not repeated by Unsqueeze, Expand and Reshape")
+    if len(shape) != 4 or len(repeated) != 4 or scalar(unsqueeze.inputs[1]) != 2:
+        raise NoMatchError(f"{what} of shape {shape} are repeated into {repeated}, expected 4 axes")
+    groups, heads = shape[1], repeated[1]
+    if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
+        raise NoMatchError(f"{heads} heads are not a multiple of {groups} groups")
+    if (shape[0], *shape[2:]) != (repeated[0], *repeated[2:]):
+        raise NoMatchError(f"{what} of shape {shape} are repeated into {repeated}")
+    return source
+
+
+def joined_heads(graph: ir.Graph, value: ir.Value) -> ir.Value | None:
+    """Return the [B, S, H * K] that `value` [B, H, S, K] was cut from; None if from none."""
+    split = made_by(value, "Split")
+    if split is None or split.attributes.get_int("axis", 0) != 1:
+        return _before_cut(value)
+    whole = _before_cut(split.inputs[0])
+    return _part(graph, split, whole, value) if whole is not None else None
+
+
+def _before_cut(value: ir.Value | None) -> ir.Value | None:
+    """Return the [B, S, H * K] of which a `Reshape` and a `Transpose` make `value` [B, H, S, K]."""
+    transpose = made_by(value, "Transpose")
+    if transpose is None or permutation(transpose) != HEADS:
+        return None
+    reshape = made_by(transpose.inputs[0], "Reshape")
+    if reshape is None:
+        return None
+    source, cut = dims(reshape.inputs[0]), dims(reshape.outputs[0])  # [B, S, H * K], [B, S, H, K]
+    if source is None or cut is None or len(source) != 3 or source[:2] != cut[:2]:
+        return None
+    return reshape.inputs[0]
+
+
+def _part(graph: ir.Graph, split: ir.Node, whole: ir.Value, value: ir.Value) -> ir.Value:
+    """Return the part of `whole` that `value` is cut from, by a `Split` of the last axis that all parts share."""
+    position = split.outputs.index(value)
+    known = next((node for node in whole.consumers() if node.op_type == "Split"), None)
+    if known is not None:
+        return known.outputs[position]
+    lead = whole.shape[:2] if whole.shape is not None else (None, None)
+    widths, parts = [], []
+    for output in split.outputs:
+        shape = dims(output) or (0, 0, 0, 0)
+        widths.append(int(shape[1]) * int(shape[3]))
+        parts.append(ir.Value(name=f"{output.name}.flat", type=whole.type, shape=ir.Shape([*lead, widths[-1]])))
+    node = ir.node(
+        "Split",
+        [whole, integers(graph, "split", widths)],
+        attributes={"axis": -1},
+        outputs=parts,
+        name=f"{whole.name}.parts",
+    )
+    graph.insert_before(split, node)
+    return parts[position]
+
+
+def _only_reader(value: ir.Value, op_type: str) -> ir.Node:
+    """Return the one node that reads `value`; raise `NoMatchError` unless it is an `op_type`."""
+    readers = [f"{node.op_type}" for node in value.consumers()]
+    node = next(iter(value.consumers())) if used_once(value) else None
+    if node is None or node.op_type != op_type or node.domain != "":
+        raise NoMatchError(f"{value.name} is read by {', '.join(readers) or 'no node'}, expected one {op_type}")
+    return node
