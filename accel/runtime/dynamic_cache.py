@@ -101,6 +101,8 @@ class DynamicCacheRuntime:
         cache: Cache input -> the output that becomes it at the next decode step.
         flag: Boolean input of a merged decoder that selects the branch with past; None for separate graphs.
         positions_from_mask: See `protocol.Runtime`.
+        single_row_chunks: The graph takes several new tokens behind cached ones for one sequence only: a limit
+            of ONNX Runtime's `GroupQueryAttention`, so `decode` runs it for each.
 
     Attributes:
         self_cache_outputs: Those items of `cache` that are self-attention caches.
@@ -116,12 +118,14 @@ class DynamicCacheRuntime:
         cache: Mapping[str, str],
         flag: str | None = None,
         positions_from_mask: bool = False,
+        single_row_chunks: bool = False,
     ) -> None:
         self.encoder, self._prefill, self._decode = encoder, prefill, decode
         self.device = decode.device
         self.dtype = decode.dtype("logits")
         self.exclusive = False
         self.positions_from_mask = positions_from_mask
+        self.single_row_chunks = single_row_chunks
         self.cache = dict(cache)
         self.self_cache_outputs = {name: output for name, output in cache.items() if PAST in decode.inputs[name].shape}
         self.axes = {name: decode.inputs[name].shape.index(PAST) for name in self.self_cache_outputs}
@@ -183,6 +187,8 @@ class DynamicCacheRuntime:
         Returns:
             Logits [batch, new, vocabulary].
         """
+        if self.single_row_chunks and state.batch > 1 and inputs["input_ids"].shape[1] > 1:
+            return self._decode_rows(inputs, state)
         if state.bound_constants is None:
             state.bound_constants = {
                 name: self._decode.bind(name, tensor)
@@ -196,6 +202,20 @@ class DynamicCacheRuntime:
         logits, *caches = self._decode.run(decode_inputs, output_names, handles=len(self.self_cache_outputs))
         state.self_cache_values = dict(zip(self.self_cache_outputs, caches, strict=True))
         return logits if isinstance(logits, Tensor) else logits.tensor()
+
+    def _decode_rows(self, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
+        """Run the decoder over one sequence after the other; arguments and result as of `decode`."""
+        batch_axis = self._decode.inputs["input_ids"].shape[0]
+        batched = {name for name, spec in self._decode.inputs.items() if batch_axis in spec.shape[:1]}
+        logits, rows = [], []
+        for i in range(state.batch):
+            row = DynamicCacheState(state.self_caches, state.constants, state.axes, state.cross_caches)
+            row.select(torch.tensor([i]))
+            of_row = {name: tensor[i : i + 1] if name in batched else tensor for name, tensor in inputs.items()}
+            logits.append(self.decode(of_row, row))
+            rows.append(row.self_caches)
+        state.self_caches = {name: torch.cat([row[name] for row in rows]) for name in self.self_cache_outputs}
+        return torch.cat(logits)
 
     @property
     def decoder(self) -> BoundSession:
@@ -244,4 +264,5 @@ def open_dynamic(
         cache,
         flag,
         positions_from_mask=metadata.get(layout.POSITIONS) == layout.POSITIONS_FROM_MASK,
+        single_row_chunks=layout.SINGLE_ROW_CHUNKS in metadata,
     )

@@ -25,6 +25,7 @@ MANIFEST = "manifest.json"
 FLAG = "accel.flag"  # metadata key: name of the merged decoder's boolean input that selects the branch
 POSITIONS = "accel.positions"  # metadata key: POSITIONS_FROM_MASK, or anything else for every token
 POSITIONS_FROM_MASK = "mask"
+SINGLE_ROW_CHUNKS = "accel.single_row_chunks"  # metadata key: see `DynamicCacheRuntime`; present or absent
 CACHE = "accel.cache"  # metadata key: JSON, cache input -> the output that becomes it at the next decode step
 
 KEPT = "logits_to_keep"  # input of components, int64 [kept]: indices of the tokens whose logits are computed

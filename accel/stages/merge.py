@@ -129,6 +129,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     merged = merge(decode, prefill, config.merge, cache, config.convert.decode_passes)
     if inputs["export"].summary["positions_from_mask"]:
         merged.metadata_props[layout.POSITIONS] = layout.POSITIONS_FROM_MASK
+    if any(node.op_type == "GroupQueryAttention" for node in merged.graph.all_nodes()):
+        merged.metadata_props[layout.SINGLE_ROW_CHUNKS] = "true"
     files.save(merged, target.decoder)
     for path, model in static_graphs.items():
         if model is not None:

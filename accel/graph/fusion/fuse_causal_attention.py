@@ -34,7 +34,8 @@ class FuseCausalAttention(GraphPass):
     """Replace each self-attention over a dynamic cache by one `GroupQueryAttention` node, which extends the cache.
 
     The operator hides later tokens from each query by itself. The mask stays its bias, because it also hides padding
-    and tokens outside a sliding window. An attention whose mask is the same for all queries may look ahead, and is kept.
+    and tokens outside a sliding window. An attention whose mask is the same for all queries may look ahead: it is kept.
+    For several new tokens behind cached ones, the operator takes one sequence at a time.
     """
 
     name = "fuse_causal_attention"
