@@ -20,6 +20,7 @@ from accel.graph.passes import GraphPass, NoMatchError, remove_unused
 from accel.graph.shapes import HEADS, dims, integers, made_by
 
 ONE = "one_int32"  # initializer
+WIDTH_MULTIPLE = 8  # of a head's width, which the kernel checks
 
 
 class Cache(NamedTuple):
@@ -57,6 +58,8 @@ def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
         raise NoMatchError("it has no mask, so it may look ahead")
     if query[2] == 1 or bias[2] != query[2]:
         raise NoMatchError(f"the mask {bias} is the same for all queries {query}, so it may look ahead")
+    if not isinstance(query[3], int) or query[3] % WIDTH_MULTIPLE:
+        raise NoMatchError(f"the kernel takes no heads of width {query[3]}: it must be a multiple of {WIDTH_MULTIPLE}")
     keys, values = _cache(attention.key, "keys"), _cache(attention.value, "values")
     groups = (dims(keys.new) or (0, 0))[1]
     before = attention.last
