@@ -1,6 +1,7 @@
 """ONNX Runtime with dynamic KV caches: every decode step returns longer caches, which are inputs of the next one."""
 
 import json
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from accel.runtime.device_memory import check_weights_fit
 from accel.runtime.dlpack import OrtValueHandle, Value
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.session import SessionSettings, open_session
+
+logger = logging.getLogger(__name__)
 
 PAST = "past"  # token axis of the self-attention caches
 CHANGING_AXES = {"new", "kept", "total", PAST}  # axes whose length changes from call to call
@@ -257,6 +260,11 @@ def open_dynamic(
     )
     metadata = decoder.session.get_modelmeta().custom_metadata_map
     cache, flag = json.loads(metadata[layout.CACHE]), metadata[layout.FLAG]
+    if layout.SINGLE_ROW_CHUNKS in metadata and torch_device.type != "cpu":
+        logger.warning(
+            f"{files.folder} was built for the CPU, and its attention runs there: on {device} every step copies the "
+            "caches. Build it again with runtime=cuda"
+        )
     return DynamicCacheRuntime(
         encoder[0] if encoder else None,
         decoder,

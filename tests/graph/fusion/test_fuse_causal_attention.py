@@ -96,9 +96,7 @@ def test_groups_share_keys_and_values(window: int | None) -> None:
 
 def test_every_head_with_its_own_keys() -> None:
     """Plain multi-head attention is the case of one query a group."""
-    body = (
-        BODY.replace("(keys)", "(key)").replace("(shares, values)", "(shares, value)")
-    )
+    body = BODY.replace("(keys)", "(key)").replace("(shares, values)", "(shares, value)")
     for line in body.splitlines():
         if "_apart" in line or "_each" in line:
             body = body.replace(line + "\n", "")
