@@ -87,7 +87,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             static_decode = _static_decode(model, convert, inputs, architecture)
         if component is Component.DECODE and convert.fuse_causal_attention and not half:
             FuseCausalAttention()(model)
-        if component in attention_fused:
+        if component in attention_fused - {Component.DECODE}:  # `merge` fuses it, behind the branch for one token
             FuseAttention()(model)
             progress.note(f"{component}: {files.node_count(model)} nodes with attention fused")
         files.save(model, out / f"{component}.onnx")

@@ -24,6 +24,7 @@ from accel.data.pretrained import load_config
 from accel.errors import AccelError, unknown
 from accel.graph import files
 from accel.graph.decode.cross_cache import cross_cache
+from accel.graph.fusion.fuse_attention import FuseAttention
 from accel.graph.merging.client_inputs import add_default, count_kept_logits, name_cache_lengths
 from accel.graph.merging.merge_branches import fork_if, merge_if
 from accel.graph.merging.merge_caches import merge_caches
@@ -71,7 +72,12 @@ def check(merge: MergeConfig, fuse_attention: Collection[str]) -> None:
 
 
 def merge(
-    decode: ir.Model, prefill: ir.Model, config: MergeConfig, cache: Mapping[str, str], passes: Mapping[str, bool]
+    decode: ir.Model,
+    prefill: ir.Model,
+    config: MergeConfig,
+    cache: Mapping[str, str],
+    passes: Mapping[str, bool],
+    fuse_attention: bool = False,
 ) -> ir.Model:
     """Merge both graphs by `config.strategy`.
 
@@ -83,6 +89,7 @@ def merge(
         config: Section `merge`.
         cache: Cache input of `decode` -> the output whose value it takes at the next decode step.
         passes: Pass -> whether it runs, over the one-token branch of `three_branch`.
+        fuse_attention: Fuse the attention of the decode graph, except in the one-token branch.
 
     Raises:
         AccelError: The graphs can't be merged.
@@ -92,9 +99,12 @@ def merge(
         if config.strategy == "shared":
             merged = merge_caches(decode, prefill, config.flag, cache)
         else:
-            if config.strategy == "three_branch":
-                single = decode.clone()
+            single = decode.clone() if config.strategy == "three_branch" else None
+            if single is not None:
                 convert.specialize_for_one_token(single, {**passes, "fuse_attention": False})
+            if fuse_attention:
+                FuseAttention()(decode)
+            if single is not None:
                 decode = fork_if(single, decode, convert.NAMES.new)
             merged = merge_if(decode, prefill, config.flag)
     except ValueError as error:
@@ -126,7 +136,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     if static_decode.is_file():
         static_graphs[target.static_decode] = files.load(static_decode)
         static_graphs[target.cross_cache] = cross_cache(prefill, decode, cache)
-    merged = merge(decode, prefill, config.merge, cache, config.convert.decode_passes)
+    fuse_decode = str(Component.DECODE) in config.convert.fuse_attention
+    merged = merge(decode, prefill, config.merge, cache, config.convert.decode_passes, fuse_decode)
     if inputs["export"].summary["positions_from_mask"]:
         merged.metadata_props[layout.POSITIONS] = layout.POSITIONS_FROM_MASK
     if any(node.op_type == "GroupQueryAttention" for node in merged.graph.all_nodes()):
@@ -181,6 +192,6 @@ STAGE = Stage(
     name="merge",
     run=run,
     inputs=takes("checkpoint", "export", "convert"),
-    sections=("merge", "convert.decode_passes", "model.trust_remote_code", "precision.dtype"),
+    sections=("merge", "convert.decode_passes", "convert.fuse_attention", "model.trust_remote_code", "precision.dtype"),
     packages=("onnx", "onnx-ir"),
 )
