@@ -162,6 +162,7 @@ class ConvertConfig:
         fuse_attention: Components whose attention becomes `com.microsoft.MultiHeadAttention`, where all of it has one
             precision.
         fuse_causal_attention: In FP32, self-attention over dynamic caches becomes `com.microsoft.GroupQueryAttention`.
+        fuse_rotary: Rotary position embeddings become `com.microsoft.RotaryEmbedding`.
         fuse_transposed_matmul: Multiply with a tied embedding by `FusedMatMul(transB=1)`, without a transposed
             copy of it.
         static_decode: Make a static_decode graph too: one new token, over caches of fixed length.
@@ -171,6 +172,7 @@ class ConvertConfig:
 
     fuse_attention: list[str] = "${runtime.fuse_attention}"  # type: ignore[assignment]
     fuse_causal_attention: bool = "${runtime.fuse_causal_attention}"  # type: ignore[assignment]
+    fuse_rotary: bool = True
     fuse_transposed_matmul: bool = "${runtime.fuse_transposed_matmul}"  # type: ignore[assignment]
     static_decode: bool = "${runtime.static}"  # type: ignore[assignment]
     decode_passes: dict[str, bool] = field(default_factory=dict)

@@ -16,7 +16,6 @@ from accel.graph.decode.split_to_slice import SplitToSlice
 from accel.graph.fusion.fuse_attention import FuseAttention
 from accel.graph.fusion.fuse_gqa import FuseGqa
 from accel.graph.fusion.fuse_norms import FuseNorms
-from accel.graph.fusion.fuse_rotary import FuseRotary
 from accel.graph.fusion.fuse_skip_norm import FuseSkipNorm
 from accel.graph.fusion.hoist_additions import HoistAdditions
 from accel.graph.fusion.pack_qkv import PackQkv
@@ -45,5 +44,5 @@ OPTIMIZE = by_name(  # `optimize.passes`: over every exported graph
     ]
 )
 DECODE = by_name(  # `convert.decode_passes`: over decode graphs for exactly one new token
-    [FuseRotary, FuseGqa, FuseAttention, TransposeToReshape, SplitToSlice]
+    [FuseGqa, FuseAttention, TransposeToReshape, SplitToSlice]
 )

@@ -5,7 +5,6 @@ component, and `static_decode.onnx` where the decode graph allows caches of fixe
 """
 
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from accel.graph.decode.one_token import OneToken
 from accel.graph.decode.static_cache import Names, NotStaticError, StaticCache
 from accel.graph.fusion.fuse_attention import FuseAttention
 from accel.graph.fusion.fuse_causal_attention import FuseCausalAttention
+from accel.graph.fusion.fuse_rotary import FuseRotary
 from accel.graph.fusion.fuse_transposed_matmul import FuseTransposedMatmul
+from accel.graph.fusion.skip_causal_mask import SkipCausalMask
 from accel.graph.precision.convert import convert_half, half_share
 from accel.graph.precision.formats import FORMATS
 from accel.graph.registry import DECODE
@@ -66,11 +67,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     source = inputs["optimize"].folder
     half = config.precision.dtype != "float32"
     convert = config.convert
-    fusions = (convert.fuse_attention, convert.fuse_causal_attention, convert.fuse_transposed_matmul)
-    if not half and not any(fusions) and not convert.static_decode:
-        for path in source.glob("*.onnx*"):
-            shutil.copyfile(path, out / path.name)
-        return {}
     attention_fused = {Component(name) for name in convert.fuse_attention}
     plans = audit.read_plans(inputs["audit"].folder) if half else {}
     shares = {}
@@ -82,6 +78,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         EliminateNoopCast()(model)  # in FP32 as well: models cast to the dtype of their weights
         if convert.fuse_transposed_matmul:
             FuseTransposedMatmul()(model)
+        if convert.fuse_rotary:
+            FuseRotary()(model)
         static_decode = None
         if component is Component.DECODE and convert.static_decode:
             static_decode = _static_decode(model, convert, inputs, architecture)
@@ -89,6 +87,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             FuseCausalAttention()(model)
         if component in attention_fused - {Component.DECODE}:  # `merge` fuses it, behind the branch for one token
             FuseAttention()(model)
+            if component is Component.PREFILL and Component.ENCODER not in architecture.components():
+                SkipCausalMask()(model)  # the decoder's prompt beside an encoder is one token
             progress.note(f"{component}: {files.node_count(model)} nodes with attention fused")
         files.save(model, out / f"{component}.onnx")
         if static_decode is not None:

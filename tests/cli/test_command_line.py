@@ -325,7 +325,7 @@ def test_capture_batch_size_of_zero(error_message: ErrorMessage) -> None:
     ("override", "named"),
     [
         ("convert.fuse_attention=[encoders]", ("'encoders'", "encoder, prefill", "static_decode")),
-        ("+convert.decode_passes.fuse_rotation=false", ("'fuse_rotation'", "fuse_rotary")),
+        ("+convert.decode_passes.fuse_rotation=false", ("'fuse_rotation'", "fuse_gqa")),
         ("convert.fuse_attention=[decode]", ("convert.fuse_attention=[decode]", "merge.strategy=two_branch")),
     ],
 )

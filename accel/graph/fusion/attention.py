@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
+from onnx_ir import convenience
 
+from accel.graph.build import add_node
 from accel.graph.passes import NoMatchError
 from accel.graph.shapes import HEADS, KEYS, Dims, dims, integers, made_by, permutation, scalar, used_once
 
@@ -115,17 +117,47 @@ def unrepeated(value: ir.Value | None, what: str) -> ir.Value:
     return source
 
 
-def joined_heads(graph: ir.Graph, value: ir.Value) -> ir.Value | None:
-    """Return the [B, S, H * K] that `value` [B, H, S, K] was cut from; None if from none."""
-    split = made_by(value, "Split")
-    if split is None or split.attributes.get_int("axis", 0) != 1:
-        return _before_cut(value)
-    whole = _before_cut(split.inputs[0])
-    return _part(graph, split, whole, value) if whole is not None else None
+def split_rows(graph: ir.Graph) -> bool:
+    """Replace each `Split` of heads by one of the rows that they are cut from, and cut its parts into heads.
+
+    The heads of queries, keys and values that one product computes are then cut from values [B, S, H * K] of their own,
+    which the operators for attention and rotary embeddings read.
+
+    Returns:
+        Whether any was replaced.
+    """
+    modified = False
+    for split in [node for node in graph if node.op_type == "Split" and node.domain == ""]:
+        rows = joined_heads(split.inputs[0]) if split.attributes.get_int("axis", 0) == 1 else None
+        shapes = [dims(output) for output in split.outputs]
+        if rows is None or any(shape is None or not isinstance(shape[1], int) for shape in shapes):
+            continue
+        widths = [int(shape[1]) * int(shape[3]) for shape in shapes if shape is not None]
+        lead = rows.shape[:2] if rows.shape is not None else (None, None)
+        parts = [ir.Value(type=rows.type, shape=ir.Shape([*lead, width])) for width in widths]
+        sizes = integers(graph, "split", widths)
+        graph.insert_before(split, ir.node("Split", [rows, sizes], attributes={"axis": -1}, outputs=parts))
+        for part, output in zip(parts, split.outputs, strict=True):
+            cut = cut_heads(graph, part, output, before=split)
+            cut.name = output.name
+            convenience.replace_all_uses_with(output, cut, replace_graph_outputs=True)
+        graph.remove(split, safe=True)
+        modified = True
+    return modified
 
 
-def _before_cut(value: ir.Value | None) -> ir.Value | None:
-    """Return the [B, S, H * K] of which a `Reshape` and a `Transpose` make `value` [B, H, S, K]."""
+def cut_heads(graph: ir.Graph, rows: ir.Value, heads: ir.Value, before: ir.Node) -> ir.Value:
+    """Insert a `Reshape` and a `Transpose` that cut `rows` [B, S, H * K] into the shape of `heads`, [B, H, S, K]."""
+    batch, count, length, width = dims(heads) or (0, 0, 0, 0)
+    target, shape = integers(graph, "shape", [0, 0, int(count), int(width)]), ir.Shape([batch, length, count, width])
+    cut = add_node(graph, "Reshape", [rows, target], dtype=rows.dtype, shape=shape, before=before)
+    return add_node(
+        graph, "Transpose", [cut], attributes={"perm": HEADS}, dtype=rows.dtype, shape=heads.shape, before=before
+    )
+
+
+def joined_heads(value: ir.Value | None) -> ir.Value | None:
+    """Return the [B, S, H * K] that `value` [B, H, S, K] was cut from; None if from none. See `split_rows`."""
     transpose = made_by(value, "Transpose")
     if transpose is None or permutation(transpose) != HEADS:
         return None
@@ -136,29 +168,6 @@ def _before_cut(value: ir.Value | None) -> ir.Value | None:
     if source is None or cut is None or len(source) != 3 or source[:2] != cut[:2]:
         return None
     return reshape.inputs[0]
-
-
-def _part(graph: ir.Graph, split: ir.Node, whole: ir.Value, value: ir.Value) -> ir.Value:
-    """Return the part of `whole` that `value` is cut from, by a `Split` of the last axis that all parts share."""
-    position = split.outputs.index(value)
-    known = next((node for node in whole.consumers() if node.op_type == "Split"), None)
-    if known is not None:
-        return known.outputs[position]
-    lead = whole.shape[:2] if whole.shape is not None else (None, None)
-    widths, parts = [], []
-    for output in split.outputs:
-        shape = dims(output) or (0, 0, 0, 0)
-        widths.append(int(shape[1]) * int(shape[3]))
-        parts.append(ir.Value(name=f"{output.name}.flat", type=whole.type, shape=ir.Shape([*lead, widths[-1]])))
-    node = ir.node(
-        "Split",
-        [whole, integers(graph, "split", widths)],
-        attributes={"axis": -1},
-        outputs=parts,
-        name=f"{whole.name}.parts",
-    )
-    graph.insert_before(split, node)
-    return parts[position]
 
 
 def _only_reader(value: ir.Value, op_type: str) -> ir.Node:

@@ -13,7 +13,7 @@ from onnx_ir import convenience
 from onnx_ir.passes import PassResult
 
 from accel.graph.build import CONTRIB, add_node
-from accel.graph.fusion.attention import Attention, check_one_precision, joined_heads, match
+from accel.graph.fusion.attention import Attention, check_one_precision, joined_heads, match, split_rows
 from accel.graph.passes import GraphPass, NoMatchError, remove_unused
 from accel.graph.shapes import dims, integers, made_by
 
@@ -29,8 +29,9 @@ class FuseAttention(GraphPass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Fuse those of the main graph."""
+        modified = split_rows(model.graph)
         softmaxes = [node for node in model.graph if node.op_type == "Softmax" and node.domain == ""]
-        modified = self.rewrite_each(softmaxes, lambda node: _rewrite(model.graph, node))
+        modified |= self.rewrite_each(softmaxes, lambda node: _rewrite(model.graph, node))
         return remove_unused(model, modified)
 
 
@@ -44,7 +45,7 @@ def _rewrite(graph: ir.Graph, softmax: ir.Node) -> None:
 
 def _fuse(graph: ir.Graph, attention: Attention) -> None:
     """Replace the attention; raise `NoMatchError`, with nothing changed, unless its queries are cut from one value."""
-    query, shape = joined_heads(graph, attention.query), dims(attention.query)
+    query, shape = joined_heads(attention.query), dims(attention.query)
     if query is None or shape is None:
         raise NoMatchError("the queries are not heads of one projection")
     bias = _expanded_over_queries(graph, attention.last, attention.bias, query)
@@ -96,7 +97,7 @@ def _dynamic_caches(graph: ir.Graph, attention: Attention) -> Sequence[ir.Value]
         if concat is None or len(concat.inputs) != 2 or concat.attributes.get_int("axis", 0) not in (-2, 2):
             return None
         before, appended = concat.inputs
-        rows = joined_heads(graph, appended) if appended is not None else None
+        rows = joined_heads(appended) if appended is not None else None
         if before is None or rows is None:
             return None
         new.append(rows)

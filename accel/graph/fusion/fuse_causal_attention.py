@@ -15,7 +15,7 @@ from onnx_ir import convenience
 from onnx_ir.passes import PassResult
 
 from accel.graph.build import CONTRIB, add_cast, add_initializer, add_node
-from accel.graph.fusion.attention import Attention, check_one_precision, joined_heads, match, unrepeated
+from accel.graph.fusion.attention import Attention, check_one_precision, joined_heads, match, split_rows, unrepeated
 from accel.graph.passes import GraphPass, NoMatchError, remove_unused
 from accel.graph.shapes import HEADS, dims, integers, made_by
 
@@ -44,8 +44,9 @@ class FuseCausalAttention(GraphPass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Fuse those of the main graph."""
+        modified = split_rows(model.graph)
         softmaxes = [node for node in model.graph if node.op_type == "Softmax" and node.domain == ""]
-        modified = self.rewrite_each(softmaxes, lambda node: _rewrite(model.graph, node))
+        modified |= self.rewrite_each(softmaxes, lambda node: _rewrite(model.graph, node))
         return remove_unused(model, modified)
 
 
@@ -95,7 +96,7 @@ def _cache(value: ir.Value, what: str) -> Cache:
 
 def _rows(graph: ir.Graph, value: ir.Value, before: ir.Node) -> ir.Value:
     """Return `value` [B, H, S, K] as [B, S, H * K]: what it was cut from, if it was cut without further change."""
-    joined, shape = joined_heads(graph, value), dims(value)
+    joined, shape = joined_heads(value), dims(value)
     if joined is not None or shape is None:
         return joined or value
     batch, heads, length, width = shape

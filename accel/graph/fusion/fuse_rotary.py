@@ -5,6 +5,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.
 Rotary position embeddings: https://arxiv.org/abs/2104.09864
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -13,22 +14,27 @@ from onnx_ir import convenience
 from onnx_ir.passes import PassResult
 
 from accel.graph.build import CONTRIB, add_node
+from accel.graph.fusion.attention import cut_heads, joined_heads, split_rows
 from accel.graph.passes import GraphPass, NoMatchError, remove_unused
 from accel.graph.shapes import dims, integer, integers, made_by, scalar
 
-Angles = tuple[ir.Value, ir.Value]  # cosines and sines, each [B or 1, 1, 1, D] with equal halves
+Angles = tuple[ir.Value, ir.Value]  # cosines and sines, each [B or 1, 1, S, D] with equal halves
 
 
 @dataclass
 class Rotation:
     """x * cos + rotate_half(x) * sin, where rotate_half(x) is x's second half, negated, and then its first."""
 
-    x: ir.Value  # [B, H, 1, D]
+    x: ir.Value  # [B, H, S, D]
     angles: Angles
 
 
 class FuseRotary(GraphPass):
-    """Replace each rotation by one node, in a graph of one token; its tables are half the angles, cut once."""
+    """Replace each rotation by one node; its tables are half the angles, cut once.
+
+    Where heads are cut from a projection's rows [B, S, H * D], the rows are rotated before the cut, so that an
+    attention that is fused later can read them.
+    """
 
     name = "fuse_rotary"
     description = "Fuse each rotary position embedding into one node"
@@ -36,6 +42,7 @@ class FuseRotary(GraphPass):
     def call(self, model: ir.Model) -> PassResult:
         """Fuse those of the main graph."""
         graph = model.graph
+        modified = split_rows(graph)
         tables: dict[Angles, list[ir.Value]] = {}
         for node in list(graph):
             if node.op_type != "Add" or node.domain != "":
@@ -49,10 +56,20 @@ class FuseRotary(GraphPass):
                 continue
             if rotation.angles not in tables:
                 tables[rotation.angles] = _add_tables(graph, node, rotation.angles)
-            fused = ir.node("RotaryEmbedding", [rotation.x, *tables[rotation.angles]], domain=CONTRIB)
-            convenience.replace_nodes_and_values(graph, node, [node], [fused], node.outputs, fused.outputs)
+            _rewrite(graph, node, rotation.x, tables[rotation.angles])
             graph.opset_imports.setdefault(CONTRIB, 1)
-        return remove_unused(model, modified=bool(tables))
+        return remove_unused(model, modified or bool(tables))
+
+
+def _rewrite(graph: ir.Graph, add: ir.Node, x: ir.Value, tables: Sequence[ir.Value]) -> None:
+    """Replace the rotation of `x` that ends in `add`."""
+    rows, old = joined_heads(x), add.outputs[0]
+    shape = x.shape if rows is None else rows.shape
+    rotated = add_node(
+        graph, "RotaryEmbedding", [rows or x, *tables], domain=CONTRIB, dtype=x.dtype, shape=shape, before=add
+    )
+    heads = rotated if rows is None else cut_heads(graph, rotated, x, before=add)
+    convenience.replace_nodes_and_values(graph, add, [add], [], [old], [heads])
 
 
 def _match(add: ir.Node) -> Rotation | None:
@@ -106,12 +123,12 @@ def _is_slice(value: ir.Value | None, x: ir.Value, start: int, end: int) -> bool
 
 
 def _check_angles(x: ir.Value, angles: ir.Value) -> None:
-    """Raise `NoMatchError` unless `angles` are one token's, of the width and type of `x`, and of equal halves."""
+    """Raise `NoMatchError` unless `angles` turn all heads of `x` alike, and have its width and type and equal halves."""
     shape, wanted = dims(angles), dims(x)
     if shape is None or wanted is None or len(shape) != 4 or len(wanted) != 4:
         raise NoMatchError(f"angles of shape {shape} for queries of shape {wanted}, expected 4 axes")
-    if wanted[2] != 1 or shape[1:3] != (1, 1) or shape[0] not in (1, wanted[0]) or shape[3] != wanted[3]:
-        raise NoMatchError(f"angles of shape {shape} don't turn one token of shape {wanted} alike in all heads")
+    if shape[0] not in (1, wanted[0]) or shape[1:] != (1, *wanted[2:]):
+        raise NoMatchError(f"angles of shape {shape} don't turn the heads of {wanted} alike")
     if angles.dtype != x.dtype:
         raise NoMatchError(f"angles are {angles.dtype}, what they turn is {x.dtype}")
     if not _has_equal_halves(angles):
@@ -132,20 +149,29 @@ def _has_equal_halves(angles: ir.Value) -> bool:
 
 
 def _add_tables(graph: ir.Graph, before: ir.Node, angles: Angles) -> list[ir.Value]:
-    """Return position ids, [B, 1] or [1], and the tables that they select from: cosines and sines, [B or 1, D / 2]."""
+    """Return position ids, [B, S] or [1], and the tables that they select from.
+
+    The tables are cosines and sines, [B * S or S, D / 2]. Position ids of shape [1] hold the first token's position.
+    """
     shape = dims(angles[0]) or (1, 1, 1, 2)
     width, int64 = int(shape[3]), ir.DataType.INT64
     start, end, axis = (integers(graph, "lengths", [number]) for number in (0, width // 2, 1))
     tables = []
     for each in angles:
         target = integers(graph, "shape", [-1, width])
-        rows = add_node(graph, "Reshape", [each, target], dtype=each.dtype, before=before)  # [B or 1, D]
+        rows = add_node(graph, "Reshape", [each, target], dtype=each.dtype, before=before)  # [B * S or S, D]
         tables.append(add_node(graph, "Slice", [rows, start, end, axis], dtype=each.dtype, before=before))
     if shape[0] == 1:
         return [integers(graph, "lengths", [0]), *tables]
     zero, one = integer(graph, 0), integer(graph, 1)
     lengths = add_node(graph, "Shape", [angles[0]], dtype=int64, before=before)
-    batch = add_node(graph, "Gather", [lengths, zero], attributes={"axis": 0}, dtype=int64, before=before)
-    rows = add_node(graph, "Range", [zero, batch, one], dtype=int64, before=before)
+    count = add_node(graph, "Gather", [lengths, zero], attributes={"axis": 0}, dtype=int64, before=before)
     target = integers(graph, "shape", [-1, 1])
-    return [add_node(graph, "Reshape", [rows, target], dtype=int64, before=before), *tables]  # [B, 1]
+    if shape[2] != 1:
+        axis = integer(graph, 2)
+        length = add_node(graph, "Gather", [lengths, axis], attributes={"axis": 0}, dtype=int64, before=before)
+        count = add_node(graph, "Mul", [count, length], dtype=int64, before=before)
+        axes = integers(graph, "axes", [0, 2])
+        target = add_node(graph, "Gather", [lengths, axes], attributes={"axis": 0}, dtype=int64, before=before)
+    rows = add_node(graph, "Range", [zero, count, one], dtype=int64, before=before)
+    return [add_node(graph, "Reshape", [rows, target], dtype=int64, before=before), *tables]  # [B, S]
