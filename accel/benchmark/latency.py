@@ -1,6 +1,5 @@
 """Latency and peak memory of a deployable beside PyTorch's, for the certificate."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +11,7 @@ from torch import Tensor
 from accel.adapters.types import Architecture, Component
 from accel.benchmark import footprint
 from accel.benchmark.backends import BACKENDS, BASELINE, Sources, deployable_backend
+from accel.benchmark.figures import spread, token_times
 from accel.benchmark.schedule import time_backends
 from accel.config.schema import BenchmarkConfig, Config
 from accel.data import texts
@@ -33,7 +33,8 @@ def compare_with_torch(
         architecture: The checkpoint's adapter.
 
     Returns:
-        Seconds and bytes of peak memory of both backends, as JSON; None where the runtime can't run the precision.
+        Seconds, time to first token, time per output token and bytes of peak memory of both backends, as JSON; None
+        where the runtime can't run the precision.
     """
     dtype, verify = config.precision.dtype, config.verify
     if dtype not in config.runtime.compute_dtype:
@@ -53,13 +54,15 @@ def compare_with_torch(
     benchmark = BenchmarkConfig(
         source_length=verify.source_length, new_tokens=verify.max_new_tokens, repeats=REPEATS, warmup_tokens=None
     )
-    timings = time_backends(names, sources, model_inputs, benchmark).timings
+    measured = time_backends(names, sources, model_inputs, benchmark)
     peaks = _peak_memory(names, sources, model_inputs, benchmark)
     figures: dict[str, dict[str, Any]] = {}
     for name in names:
-        totals = [timing.total for timing in timings[name]]
-        seconds = {"median": statistics.median(totals), "min": min(totals), "max": max(totals)}
-        figures[name] = {"seconds": seconds, "peak_memory": peaks[name]}
+        figures[name] = {
+            "seconds": spread([timing.total for timing in measured.timings[name]]),
+            **token_times(measured.timings[name], measured.first_tokens[name], benchmark.new_tokens),
+            "peak_memory": peaks[name],
+        }
     return {
         "source_length": verify.source_length,
         "new_tokens": verify.max_new_tokens,

@@ -22,10 +22,12 @@ class ScheduleResult:
 
     Attributes:
         timings: Backend -> one timing per repeat.
+        first_tokens: The same for generations of one token.
         fp32: Modules that PyTorch's FP16 model keeps in FP32: see `backends.kept_in_fp32`.
     """
 
     timings: dict[str, list[Timing]]
+    first_tokens: dict[str, list[Timing]]
     fp32: dict[str, int]
 
 
@@ -58,16 +60,18 @@ def time_backends(
             return timing
 
         fp32 = workers[TORCH].kept_in_fp32() if TORCH in workers else {}
-        return ScheduleResult(run_interleaved(names, benchmark, generate), fp32)
+        timings = run_interleaved(names, benchmark, generate)
+        return ScheduleResult(timings[benchmark.new_tokens], timings[1], fp32)
 
 
 def run_interleaved(
     names: Sequence[str], benchmark: BenchmarkConfig, generate: Callable[[str, int], Timing]
-) -> dict[str, list[Timing]]:
+) -> dict[int, dict[str, list[Timing]]]:
     """Let backends generate in turn, so that a slow minute of the machine affects all of them.
 
-    A backend whose measured generations together took more than `benchmark.time_budget_s` gets no further one; each
-    gets at least one. Warm-ups are not measured.
+    In each repeat, a backend generates all new tokens, then one. Once its measured generations of one of these lengths
+    together took more than `benchmark.time_budget_s`, it gets no further one of this length; each gets at least one.
+    Warm-ups are not measured.
 
     Args:
         names: The backends.
@@ -75,22 +79,24 @@ def run_interleaved(
         generate: Takes a backend's name and a number of new tokens, and times one generation.
 
     Returns:
-        Backend -> one timing per repeat.
+        Number of new tokens, `benchmark.new_tokens` or 1 -> backend -> one timing per repeat.
     """
-    timings: dict[str, list[Timing]] = {name: [] for name in names}
+    lengths = sorted({benchmark.new_tokens, 1}, reverse=True)  # the longest first: its warm-up compiles and captures
+    timings: dict[int, dict[str, list[Timing]]] = {length: {name: [] for name in names} for length in lengths}
     rounds = benchmark.warmup + benchmark.repeats
-    schedule = [(number, name) for number in range(rounds) for name in names]
-    for number, name in progress.track(schedule, "generating"):
+    schedule = [(number, name, length) for number in range(rounds) for name in names for length in lengths]
+    for number, name, length in progress.track(schedule, "generating"):
         if number < benchmark.warmup:
-            generate(name, warmup_tokens(name, benchmark))
+            generate(name, min(length, warmup_tokens(name, benchmark)))
             continue
-        spent = sum(timing.total for timing in timings[name])
+        repeats = timings[length][name]
+        spent = sum(timing.total for timing in repeats)
         if benchmark.time_budget_s is not None and spent > benchmark.time_budget_s:
             continue
-        timing = generate(name, benchmark.new_tokens)
-        timings[name].append(timing)
+        timing = generate(name, length)
+        repeats.append(timing)
         if timing.total > REPORT_ABOVE:
-            progress.note(f"{name}: {timing.total:.1f} s")
+            progress.note(f"{name}, new tokens {length}: {timing.total:.1f} s")
     return timings
 
 

@@ -15,14 +15,15 @@ COLUMNS = (
     "backend",
     "runs",
     "total s",
-    "model s",
-    "ms a token",
-    "last/first",
-    "x torch_cache",
-    "x two_files",
-    "x roofline",
-)
-RATIOS = ("last_over_first", "vs_torch_cache", "vs_two_files", "over_roofline")
+    "TTFT ms",
+    "TPOT ms",
+    "x\ntorch_cache",
+    "x\ntwo_files",
+    "x\nroofline",
+)  # at most 120 characters wide with the longest name of a backend
+TOKEN_TIMES = ("time_to_first_token_ms", "time_per_output_token_ms")  # missing from results of old versions
+RATIOS = ("vs_torch_cache", "vs_two_files", "over_roofline")
+LEGEND = "TTFT: time to first token. TPOT: time per output token after the first. Medians [fastest-slowest]."
 MEMORY_COLUMNS = ("memory", "peak MB", "session MB", "at the end MB")
 ABSENT = "-"
 BUSY = 0.1  # share of the processor taken by other programs, above which the times are unreliable
@@ -39,14 +40,8 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
         if name not in summary["backends"]:
             continue
         values = summary["backends"][name]
-        total = values["total"]
-        row = [
-            _label(name, values),
-            str(values["repeats"]),
-            f"{_seconds(total['median'])} [{_seconds(total['min'])}-{_seconds(total['max'])}]",
-            _seconds(values["inside"]["median"]),
-            f"{values['ms_per_token']:.2f}",
-        ]
+        row = [_label(name, values), str(values["repeats"]), _seconds(values["total"]["median"])]
+        row += [_spread(values.get(key)) for key in TOKEN_TIMES]
         row += [_ratio(values.get(key)) for key in RATIOS]
         table_rows.append(row)
     return table_rows
@@ -83,6 +78,20 @@ def _seconds(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
+def milliseconds(value: float) -> str:
+    """Format milliseconds with about three digits."""
+    if value < 10:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _spread(value: Mapping[str, float] | None) -> str:
+    """Format median, minimum and maximum of milliseconds; `ABSENT` if there are none."""
+    if value is None:
+        return ABSENT
+    return f"{milliseconds(value['median'])} [{milliseconds(value['min'])}-{milliseconds(value['max'])}]"
+
+
 def _ratio(value: float | None) -> str:
     """Format a ratio; `ABSENT` if it was not measured."""
     return ABSENT if value is None else f"{value:.2f}x"
@@ -100,6 +109,7 @@ def show(summary: Mapping[str, Any]) -> None:
         summary: Summary of the stage `benchmark`.
     """
     console.table(f"Benchmark: {describe(summary)}", COLUMNS, rows(summary))
+    console.out.print(LEGEND, markup=False)
     if summary["memory"]:
         console.table("", MEMORY_COLUMNS, memory_rows(summary))
     ratios = summary["session_ratios"]
@@ -111,9 +121,9 @@ def show(summary: Mapping[str, Any]) -> None:
     roofline = summary["roofline"]
     if roofline is not None:
         console.out.print(
-            f"x roofline: time per token relative to {roofline['seconds'] * 1000:.3f} ms, the time it takes to read "
-            f"{roofline['bytes'] / 1e6:.0f} MB of weights and caches at {roofline['bandwidth'] / 1e12:.2f} TB/s, the "
-            "bandwidth of a copy on the device measured in this run"
+            f"x roofline: total time per token relative to {roofline['seconds'] * 1000:.3f} ms, the time it takes to "
+            f"read {roofline['bytes'] / 1e6:.0f} MB of weights and caches at {roofline['bandwidth'] / 1e12:.2f} TB/s, "
+            "the bandwidth of a copy on the device measured in this run"
         )
     if summary["torch_fp32"]:
         modules = ", ".join(f"{count} x {name}" for name, count in summary["torch_fp32"].items())

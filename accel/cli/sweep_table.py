@@ -11,15 +11,21 @@ from filelock import FileLock
 
 from accel.benchmark import footprint
 from accel.benchmark.backends import BACKENDS, BASELINE, OURS, SEPARATE
+from accel.cli.benchmark_table import ABSENT, TOKEN_TIMES, milliseconds
 
 TABLE, RECORD = "table.md", "table.json"
-TOTALS, PER_TOKEN, SPEED_UP = "sweep.png", "per_token.png", "speed_up.png"
-PLOTS = (TOTALS, PER_TOKEN, SPEED_UP)
+TOTALS, FIRST_TOKEN, PER_TOKEN, SPEED_UP = "sweep.png", "first_token.png", "per_token.png", "speed_up.png"
+PLOTS = (TOTALS, FIRST_TOKEN, PER_TOKEN, SPEED_UP)
+Y_AXES = {
+    TOTALS: "total (s)",
+    FIRST_TOKEN: "time to first token (ms)",
+    PER_TOKEN: "time per output token (ms)",
+}
 LENGTH = "benchmark.new_tokens"
-ABSENT = "-"
 ERROR_WIDTH = 160  # characters of an error in the table; the record keeps all of it
 RATIOS = ("x torch_cache", "x two_files", "last/first", "session ratio")
 SECONDS = " (s)"  # end of the columns of seconds, after the backend's name
+TIMES = "Seconds are medians, followed by [time to first token, time per output token after it] in ms."
 
 
 def record(
@@ -128,7 +134,11 @@ def _cell(job: Mapping[str, Any], column: str) -> str:
         return shorten(str(job["error"] or ""), ERROR_WIDTH, placeholder=" ...")
     backend = column.removesuffix(SECONDS)
     if column.endswith(SECONDS) and backend in BACKENDS:
-        return _median_seconds(backend, job["backends"][backend]) if backend in job["backends"] else ABSENT
+        values = job["backends"].get(backend)
+        if values is None:
+            return ABSENT
+        uncompiled = BACKENDS[backend].compiled and not values["compiled"]  # transformers compiles no beam search
+        return f"{_times(values['total'], values)}{' (not compiled)' if uncompiled else ''}"
     return str(job["overrides"].get(column, ABSENT))
 
 
@@ -161,15 +171,21 @@ def _verification_cells(job: Mapping[str, Any]) -> dict[str, str]:
     speed = verify["speed"]
     if speed is not None:
         figures = next(figures for name, figures in speed["backends"].items() if name != BASELINE)
-        cells["seconds"] = f"{figures['seconds']['median']:.3f}"
+        cells["seconds"] = _times(figures["seconds"], figures)
         cells["x PyTorch"] = f"{speed['ratio']:.2f}"
     return cells
 
 
-def _median_seconds(name: str, values: Mapping[str, Any]) -> str:
-    """Format a backend's median seconds, with a remark where it should be compiled and isn't."""
-    uncompiled = BACKENDS[name].compiled and not values["compiled"]  # transformers compiles no beam search
-    return f"{values['total']['median']:.3f}{' (not compiled)' if uncompiled else ''}"
+def _token_times(figures: Mapping[str, Any]) -> list[float | None]:
+    """Return a backend's median time to first token and time per output token, in ms; None where not measured."""
+    return [figures[key]["median"] if figures.get(key) else None for key in TOKEN_TIMES]
+
+
+def _times(total: Mapping[str, float], figures: Mapping[str, Any]) -> str:
+    """Format a backend's median seconds and, if they were measured, its `_token_times`."""
+    times = _token_times(figures)
+    cells = ", ".join(ABSENT if time is None else milliseconds(time) for time in times)
+    return f"{total['median']:.3f}" + (f" [{cells}]" if any(times) else "")
 
 
 def markdown(jobs: Sequence[Mapping[str, Any]]) -> str:
@@ -191,10 +207,12 @@ def markdown(jobs: Sequence[Mapping[str, Any]]) -> str:
             "Metrics: in brackets those of PyTorch in FP32. `as PyTorch`: share of sequences identical to PyTorch's. "
             "`logits off by`: largest absolute error of the logits along the sequences that PyTorch generated.",
         ]
+    if any(job["backends"] or (job["verify"] and job["verify"]["speed"]) for job in jobs):
+        lines += ["", TIMES]
     if any(job["backends"] for job in jobs):
         lines += [
             "",
-            f"Seconds are medians. `x` columns: time of {BASELINE} or {SEPARATE} over that of {OURS}, in the same job. "
+            f"`x` columns: time of {BASELINE} or {SEPARATE} over that of {OURS}, in the same job. "
             f"last/first: latency of the last tenth of the tokens over that of the first tenth, {OURS}. "
             "session ratio: session memory of the merged decoder over that of the decode graph alone.",
         ]
@@ -207,7 +225,7 @@ def label(jobs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _plot(jobs: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Plot seconds and milliseconds per token over new tokens, and the speed-up as a heat map.
+    """Plot seconds, time to first token and time per output token over new tokens, and the speed-up as a heat map.
 
     There is one panel per combination of the other varying overrides.
     """
@@ -221,14 +239,16 @@ def _plot(jobs: Sequence[Mapping[str, Any]], folder: Path) -> None:
         for name in BACKENDS:
             if name in job["backends"]:
                 values = job["backends"][name]
-                figures = {"total (s)": values["total"]["median"], "ms a token": values["ms_per_token"]}
+                figures = dict(zip(Y_AXES.values(), [values["total"]["median"], *_token_times(values)], strict=True))
                 points.append({**coordinates, **figures, "backend": name})
         ratio = job["backends"].get(OURS, {}).get("vs_torch_cache")
         if ratio is not None:
             cells.append({**coordinates, "ratio": ratio})
     title = label(jobs)
-    for file, y in ((TOTALS, "total (s)"), (PER_TOKEN, "ms a token")):
-        plots.sweep(points, "new tokens", y, "backend", "jobs", title, folder / file)
+    for file, y in Y_AXES.items():
+        measured = [point for point in points if point[y] is not None]
+        if measured:
+            plots.sweep(measured, "new tokens", y, "backend", "jobs", title, folder / file)
     if cells:
         plots.grid(
             cells, "new tokens", "jobs", "ratio", f"time of {BASELINE} / time of {OURS}\n{title}", folder / SPEED_UP

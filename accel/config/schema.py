@@ -246,8 +246,9 @@ class BenchmarkConfig:
         new_tokens: New tokens per sequence.
         num_beams: Beams; 1: greedy search.
         batch_size: Sequences per batch.
-        repeats: Timed generations per backend.
-        time_budget_s: Seconds per backend after which no further repeat begins (one always runs); None: no limit.
+        repeats: Timed generations per backend, of all new tokens and of one.
+        time_budget_s: Seconds per backend after which no further repeat begins (one always runs), for generations of
+            all new tokens and of one; None: no limit.
         warmup: Generations before the timed ones.
         warmup_tokens: New tokens of a warm-up generation; None: as many as `new_tokens`.
         backends: Backends to measure; empty: all that fit the runtime.

@@ -1,6 +1,7 @@
 """Benchmark the deployable against other backends: latency, memory and bandwidth utilisation at one setting.
 
 All backends generate the same number of tokens from the same inputs, in worker processes and an interleaved schedule.
+Generations of one token, in the same schedule, give the time to first token.
 
 Reads:
     The checkpoint; the graphs of `convert`; the deployable of `verify`, or the bundle of `merge` where
@@ -28,7 +29,8 @@ from transformers import PretrainedConfig
 from accel.adapters.types import Architecture, Component
 from accel.benchmark import footprint
 from accel.benchmark.backends import BACKENDS, BASELINE, CAPTURED, OURS, SEPARATE, Sources, select_backends
-from accel.benchmark.schedule import time_backends
+from accel.benchmark.figures import spread, token_times
+from accel.benchmark.schedule import ScheduleResult, time_backends
 from accel.benchmark.timer import BackgroundLoad, Timing
 from accel.config.schema import BenchmarkConfig, Config, RuntimeConfig
 from accel.data.pretrained import load_config
@@ -111,30 +113,26 @@ def measure_memory(
     return memory
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, minimum and maximum."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def summarize(timings: Mapping[str, Sequence[Timing]], new_tokens: int) -> dict[str, dict[str, Any]]:
+def summarize(measured: ScheduleResult, new_tokens: int) -> dict[str, dict[str, Any]]:
     """Compute the figures of every backend.
 
     Args:
-        timings: Backend -> its timings, one a repeat.
+        measured: The timings of all backends.
         new_tokens: Tokens generated in each repeat.
 
     Returns:
-        Backend -> figures: seconds in total and inside the model's calls, ms a token, and ratios of median totals to
-        other backends of this run, where more than 1 is faster than the other.
+        Backend -> figures: seconds in total and inside the model's calls, time to first token and time per output token
+        in ms (`figures.token_times`), and ratios of median totals to other backends of this run, where more than 1 is
+        faster than the other.
     """
     figures: dict[str, dict[str, Any]] = {}
+    timings = measured.timings
     positions = latencies(timings)
     for name, repeats in timings.items():
-        total = spread([timing.total for timing in repeats])
         figures[name] = {
-            "total": total,
+            "total": spread([timing.total for timing in repeats]),
             "inside": spread([timing.inside for timing in repeats]),
-            "ms_per_token": 1000 * total["median"] / new_tokens,
+            **token_times(repeats, measured.first_tokens[name], new_tokens),
             "last_over_first": last_over_first(positions[name]),
             "repeats": len(repeats),
             "compiled": all(timing.compiled for timing in repeats),
@@ -210,9 +208,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     with BackgroundLoad() as background:
         measured = time_backends(names, sources, model_inputs, benchmark)
     facts = machine(config.runtime.device, config.runtime.threads) | {"background_load": background.share}
-    timings = measured.timings
     memory = measure_memory(names, sources, model_inputs, benchmark) if benchmark.memory else {}
-    backends = summarize(timings, benchmark.new_tokens)
+    backends = summarize(measured, benchmark.new_tokens)
     roofline = measure_roofline(sources, benchmark)
     if roofline is not None:
         for name, values in backends.items():
@@ -230,10 +227,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         "memory": memory,
         "session_ratios": _session_ratios(memory),
     }
-    positions = latencies(timings)
+    positions = latencies(measured.timings)
     _plot(positions, summary, out)
-    raw = {name: [asdict(timing) for timing in repeats] for name, repeats in timings.items()}
-    (out / MEASUREMENT).write_text(json.dumps(summary | {"latencies": positions, "repeats": raw}))
+    raw = asdict(measured)
+    details = {"latencies": positions, "repeats": raw["timings"], "first_token_repeats": raw["first_tokens"]}
+    (out / MEASUREMENT).write_text(json.dumps(summary | details))
     return summary
 
 

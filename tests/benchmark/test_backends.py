@@ -58,28 +58,46 @@ def test_captured_is_compared_with_a_dynamic_cache(monkeypatch: pytest.MonkeyPat
 
 
 def test_time_budget() -> None:
-    """A backend past its time budget gets no more repeats, each gets at least one, and warm-ups don't count."""
+    """A backend past its time budget gets no more repeats, each gets at least one, and warm-ups don't count.
+
+    Generations of one token have a budget of their own: with a slow backend too, their median is one of several.
+    """
     seconds = {"torch_no_cache": 50.0, "torch_cache": 20.0, "onnx_merged": 1.0}
+    first = {"torch_no_cache": 25.0, "torch_cache": 2.0, "onnx_merged": 0.5}
     generated: list[tuple[str, int]] = []
 
     def generate(name: str, new_tokens: int) -> Timing:
         generated.append((name, new_tokens))
-        return Timing(total=seconds[name])
+        return Timing(total=(first if new_tokens == 1 else seconds)[name])
 
     point = BenchmarkConfig(new_tokens=200, repeats=5, warmup=2, warmup_tokens=16, time_budget_s=45.0)
     found = run_interleaved(list(seconds), point, generate)
-    assert {name: len(timings) for name, timings in found.items()} == {
-        "torch_no_cache": 1,
-        "torch_cache": 3,
-        "onnx_merged": 5,
+    assert {length: [len(timings[name]) for name in seconds] for length, timings in found.items()} == {
+        200: [1, 3, 5],
+        1: [2, 5, 5],
     }
-    assert generated[:6] == [(name, 16) for name in seconds] * 2
-    assert {tokens for _, tokens in generated[6:]} == {200}
-    assert [name for name, _ in generated[6:9]] == list(seconds)  # interleaved
+    assert all(timing.total == first[name] for name, timings in found[1].items() for timing in timings)
+    assert generated[:12] == [(name, length) for name in seconds for length in (16, 1)] * 2
+    assert generated[12:18] == [(name, length) for name in seconds for length in (200, 1)]  # interleaved
+    assert {length for _, length in generated[18:]} == {200, 1}
     generated.clear()
     found = run_interleaved(list(seconds), BenchmarkConfig(repeats=5, time_budget_s=None), generate)
-    assert {len(timings) for timings in found.values()} == {5}
-    assert len(run_interleaved(["torch_no_cache"], BenchmarkConfig(time_budget_s=0.0), generate)["torch_no_cache"]) == 1
+    assert {len(timings) for by_name in found.values() for timings in by_name.values()} == {5}
+    found = run_interleaved(["torch_no_cache"], BenchmarkConfig(time_budget_s=0.0), generate)
+    assert {length: len(timings["torch_no_cache"]) for length, timings in found.items()} == {64: 1, 1: 1}
+
+
+def test_one_new_token_is_measured_once() -> None:
+    """Where one token is all that is asked for, its generations aren't repeated for the time to first token."""
+    generated: list[int] = []
+
+    def generate(name: str, new_tokens: int) -> Timing:
+        generated.append(new_tokens)
+        return Timing(total=1.0)
+
+    found = run_interleaved(["torch_cache"], BenchmarkConfig(new_tokens=1, repeats=3, warmup=2), generate)
+    assert generated == [1] * 5
+    assert {length: len(timings["torch_cache"]) for length, timings in found.items()} == {1: 3}
 
 
 def test_warm_up_of_compiled_backends_has_full_length() -> None:

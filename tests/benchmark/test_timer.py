@@ -45,7 +45,10 @@ def test_timer_restores_the_model(build: Build, tiny: Path, name: str) -> None:
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_timer_and_compiled_calls(tiny: Path, beams: int) -> None:
-    """Transformers compiles under the timer as without it: once, and with the same tokens."""
+    """Transformers compiles under the timer as without it: once, and with the same tokens.
+
+    A generation of one token in between compiles nothing, and nothing is compiled again after it.
+    """
     graphs = []
 
     def backend(module: torch.fx.GraphModule, _: Any) -> Any:
@@ -64,12 +67,16 @@ def test_timer_and_compiled_calls(tiny: Path, beams: int) -> None:
         with BACKENDS[COMPILED].context():
             first = time_generation(model, inputs, options)
             compiled_graphs = len(graphs)
+            single = time_generation(model, inputs, options | fixed_length_options(1, beams, use_cache=True))
             second = time_generation(model, inputs, options)
         assert first.compiled is second.compiled is (beams == 1) is BACKENDS[COMPILED].needs_full_warmup(beams)
         assert (compiled_graphs > 0) is (beams == 1)
         assert len(graphs) == compiled_graphs
         assert first.tokens == second.tokens == plain.tolist()
         assert len(second.latencies) == 6
+        assert len(single.latencies) == 1
+        if beams == 1:
+            assert single.tokens == [ids[:2] for ids in plain.tolist()]  # the decoder's start token and one new
     torch.compiler.reset()
 
 

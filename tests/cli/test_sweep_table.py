@@ -20,7 +20,8 @@ def _settings(folder: Path, number: int) -> Any:
 def _summary(new_tokens: int, seconds: float) -> dict[str, Any]:
     def figures(factor: float) -> dict[str, Any]:
         total = factor * seconds
-        values = {"total": {"median": total}, "ms_per_token": 1000 * total / new_tokens, "vs_torch_cache": 2.5 / factor}
+        times = {"time_to_first_token_ms": {"median": 100 * total}, "time_per_output_token_ms": {"median": 4.567}}
+        values = {"total": {"median": total}, **times, "vs_torch_cache": 2.5 / factor}
         return values | {"vs_two_files": None, "last_over_first": 1.04, "compiled": False, "repeats": 3}
 
     return {
@@ -63,9 +64,9 @@ def test_table_after_every_job(tmp_path: Path) -> None:
     assert drawn[2][:9] == [
         "8",
         "1",
-        "0.312",
-        "0.250 (not compiled)",
-        "0.125",
+        "0.312 [31.2, 4.57]",
+        "0.250 [25.0, 4.57] (not compiled)",
+        "0.125 [12.5, 4.57]",
         "2.50",
         "-",
         "1.04",
@@ -74,9 +75,9 @@ def test_table_after_every_job(tmp_path: Path) -> None:
     assert drawn[3][:9] == [
         "16",
         "1",
-        "0.625",
-        "0.500 (not compiled)",
-        "0.250",
+        "0.625 [62.5, 4.57]",
+        "0.500 [50.0, 4.57] (not compiled)",
+        "0.250 [25.0, 4.57]",
         "2.50",
         "-",
         "1.04",
@@ -99,6 +100,25 @@ def test_table_after_every_job(tmp_path: Path) -> None:
     for plot in sweep_table.PLOTS:
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.tmp"))
+    assert sweep_table.TIMES in lines
+
+
+def test_jobs_without_token_times(tmp_path: Path) -> None:
+    """One new token has no time per output token, and jobs that an older version recorded have neither time."""
+    one, old = _summary(1, 0.125), _summary(8, 0.25)
+    for values in one["backends"].values():
+        values["time_per_output_token_ms"] = None
+    for values in old["backends"].values():
+        del values["time_to_first_token_ms"], values["time_per_output_token_ms"]
+        values["ms_per_token"] = 31.25
+    table = sweep_table.record(_settings(tmp_path, 0), ["benchmark.new_tokens=8"], {"benchmark": old}, None)
+    assert {path.name for path in tmp_path.glob("*.png")} == {sweep_table.TOTALS, sweep_table.SPEED_UP}
+    sweep_table.record(_settings(tmp_path, 1), ["benchmark.new_tokens=1"], {"benchmark": one}, None)
+    drawn = [line.strip("| ").split(" | ") for line in table.read_text().splitlines() if line.startswith("|")]
+    assert [row[:2] for row in drawn[2:]] == [["8", "0.625"], ["1", "0.312 [31.2, -]"]]
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        *(sweep_table.TOTALS, sweep_table.FIRST_TOKEN, sweep_table.SPEED_UP)
+    }
 
 
 def test_sweep_without_results(tmp_path: Path) -> None:

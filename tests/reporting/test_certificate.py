@@ -54,6 +54,11 @@ def test_content(stage_artifacts: dict[str, Artifact]) -> None:
             speed["backends"]["torch_cache"]["seconds"]["median"]
             / speed["backends"]["onnx_merged"]["seconds"]["median"]
         )
+        for figures in speed["backends"].values():
+            first, later = figures["time_to_first_token_ms"]["median"], figures["time_per_output_token_ms"]["median"]
+            total = 1000 * figures["seconds"]["median"]
+            assert first > 0
+            assert first + (speed["new_tokens"] - 1) * later == pytest.approx(total)
         assert min(figures["peak_memory"] for figures in speed["backends"].values()) > 10**6
         assert "kept" not in certificate
     else:
@@ -118,6 +123,22 @@ def test_nothing_stays_in_fp32(stage_artifacts: dict[str, Artifact]) -> None:
     sentence = "No node has to stay in FP32."
     assert sentence not in page.render(certificate)
     assert (sentence in page.render(certificate | {"kept": []})) == ("mix" in certificate)
+
+
+def test_speed(stage_artifacts: dict[str, Artifact]) -> None:
+    """The page shows each backend's times with their spread, and a dash for those that an old certificate lacks."""
+    certificate = json.loads(first_variant(stage_artifacts["verify"].folder).certificate.read_text())
+    figures = {"seconds": {"median": 0.25, "min": 0.2, "max": 1.5}, "peak_memory": 2e6}
+    times = {
+        "time_to_first_token_ms": {"median": 12.345, "min": 11, "max": 1300},
+        "time_per_output_token_ms": {"median": 0.5, "min": 0.4, "max": 0.625},
+    }
+    speed = {"ratio": 2.0, "new_tokens": 8, "source_length": 16, "repeats": 5}
+    speed["compute_dtype"] = certificate["verification"]["precision"]
+    for shown, cells in ((times, ["12.35 [11.00 to 1300.00]", "0.50 [0.40 to 0.62]"]), ({}, ["-", "-"])):
+        html = page.render(certificate | {"speed": speed | {"backends": {"onnx_merged": figures | shown}}})
+        row = re.findall(r'<td class="n">([^<]*)</td>', html[html.index("this model (onnx_merged)") :])[:4]
+        assert row == ["0.250 [0.200 to 1.500]", *cells, "2.0 MB"]
 
 
 def test_shares_are_not_rounded_up_to_100() -> None:

@@ -13,8 +13,9 @@ from transformers import AutoConfig
 from accel.adapters import registry
 from accel.benchmark import footprint
 from accel.benchmark.backends import BACKENDS, Sources, select_backends, torch_model
+from accel.benchmark.schedule import ScheduleResult
 from accel.benchmark.timer import Timing
-from accel.cli import benchmark_table
+from accel.cli import benchmark_table, console
 from accel.cli.compose import compose, execute
 from accel.config.schema import BenchmarkConfig, RuntimeConfig
 from accel.errors import AccelError
@@ -48,7 +49,13 @@ def test_figures(build: Build, tiny: Path) -> None:
         assert values["repeats"] == 3
         assert values["last_over_first"] == benchmark.last_over_first(measured["latencies"][name])
         assert not values["compiled"]
-        assert values["ms_per_token"] == pytest.approx(1000 * totals[name] / 6)
+        first, later = values["time_to_first_token_ms"], values["time_per_output_token_ms"]
+        assert 0 < first["min"] <= first["median"] <= first["max"]
+        assert later["min"] <= later["median"] <= later["max"]
+        assert first["median"] + 5 * later["median"] == pytest.approx(1000 * totals[name])
+        singles = measured["first_token_repeats"][name]
+        assert statistics.median(1000 * single["total"] for single in singles) == pytest.approx(first["median"])
+        assert [(len(single["latencies"]), len(single["tokens"][0])) for single in singles] == [(1, 2)] * 3
         assert values["vs_torch_cache"] == pytest.approx(totals["torch_cache"] / totals[name])
         assert values["vs_two_files"] == pytest.approx(totals["onnx_two_files"] / totals[name])
         repeats = measured["repeats"][name]
@@ -140,24 +147,59 @@ def test_last_over_first() -> None:
     assert benchmark.last_over_first([9.0, 2.0]) is None
 
 
-def test_remarks() -> None:
-    """A row has a remark if its tokens differ, and if a backend that should compile didn't."""
+def test_rows() -> None:
+    """A row has a remark if its tokens differ, and if one that should compile didn't; a dash for missing figures.
+
+    There is no time per output token with one new token, and neither of the two times in results of older versions.
+    """
     point = {"new_tokens": 4, "num_beams": 4, "source_length": 4, "batch_size": 1}
     timings = {
         "torch_cache": [Timing(2.0, 1.0, [0.5] * 4, [[1, 2]])],
         COMPILED: [Timing(1.0, 0.5, [0.25] * 4, [[1, 3]])],
         "onnx_merged": [Timing(0.5, 0.4, [0.1] * 4, [[1, 2]])] * 2,
     }
-    figures = benchmark.summarize(timings, 4)
+    firsts = {
+        "torch_cache": [Timing(0.5), Timing(0.2), Timing(1.25)],
+        COMPILED: [Timing(0.04)],
+        "onnx_merged": [Timing(0.0125)],
+    }
+    measured = ScheduleResult(timings, firsts, {})
+    figures = benchmark.summarize(measured, 4)
     drawn = benchmark_table.rows({"point": point, "backends": figures, "memory": {}})
-    assert [row[:2] for row in drawn] == [
-        ["torch_cache", "1"],
-        [f"{COMPILED} (other tokens, not compiled)", "1"],
-        ["onnx_merged", "2"],
+    assert drawn == [
+        ["torch_cache", "1", "2.00", "500 [200-1250]", "500 [500-500]", "1.00x", "-", "-"],
+        [
+            *(f"{COMPILED} (other tokens, not compiled)", "1", "1.00"),
+            *("40.0 [40.0-40.0]", "320 [320-320]", "2.00x", "-", "-"),
+        ],
+        ["onnx_merged", "2", "0.500", "12.5 [12.5-12.5]", "162 [162-162]", "4.00x", "-", "-"],
     ]
-    assert [row[5] for row in drawn] == ["1.00x"] * 3
+    one_token = benchmark.summarize(ScheduleResult(firsts | {"onnx_merged": [Timing(0.0049)]}, firsts, {}), 1)
+    drawn = benchmark_table.rows({"point": point | {"new_tokens": 1}, "backends": one_token, "memory": {}})
+    assert [row[2:5] for row in drawn][::2] == [
+        ["0.500", "500 [200-1250]", "-"],
+        ["0.005", "12.5 [12.5-12.5]", "-"],
+    ]
+    old = {"backends": {"torch_cache": dict(figures["torch_cache"])}, "memory": {}}
+    for key in benchmark_table.TOKEN_TIMES:
+        del old["backends"]["torch_cache"][key]
+    assert benchmark_table.rows(old) == [["torch_cache", "1", "2.00", "-", "-", "1.00x", "-", "-"]]
     timings[COMPILED][0].compiled = True
-    assert benchmark.summarize(timings, 4)[COMPILED]["compiled"]
+    assert benchmark.summarize(measured, 4)[COMPILED]["compiled"]
+
+
+def test_width(capsys: pytest.CaptureFixture[str]) -> None:
+    """With every backend, no name or figure is wrapped where the console is 120 columns wide."""
+    figure = {"median": 1234.0, "min": 1111.0, "max": 2345.0}
+    figures = {name: {"repeats": 5, "total": figure, "same_tokens": True, "compiled": True} for name in BACKENDS}
+    for values in figures.values():
+        values |= dict.fromkeys(benchmark_table.TOKEN_TIMES, figure) | dict.fromkeys(benchmark_table.RATIOS, 123.45)
+    console.table("", benchmark_table.COLUMNS, benchmark_table.rows({"backends": figures}))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= console.FILE_WIDTH
+    for name in BACKENDS:
+        line = next(line for line in lines if f"│ {name} " in line)
+        assert line.count("1234 [1111-2345]") == 2
 
 
 def test_command() -> None:

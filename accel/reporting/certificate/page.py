@@ -27,7 +27,7 @@ def render(certificate: Mapping[str, Any]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters |= {"number": number, "share": share, "megabytes": megabytes}
+    environment.filters |= {"number": number, "share": share, "megabytes": megabytes, "spread": spread}
     verification = certificate["verification"]
     # The logits come first, because they decide the tokens; then the largest errors.
     outputs = sorted(verification["outputs"].items(), key=lambda item: ("logits" not in item[0], -item[1]["error"]))
@@ -57,6 +57,14 @@ def share(value: float) -> str:
 def megabytes(value: float) -> str:
     """Format bytes as megabytes."""
     return f"{value / 1e6:,.1f} MB"
+
+
+def spread(values: Mapping[str, float] | None, digits: int = 2) -> str:
+    """Format median, minimum and maximum with `digits` decimals; a dash if there are none, as in old certificates."""
+    if values is None:
+        return "-"
+    median, low, high = (f"{values[key]:.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} [{low} to {high}]"
 
 
 def _first_differences(verification: Mapping[str, Any]) -> dict[str, list[int]]:
