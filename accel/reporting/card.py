@@ -114,7 +114,7 @@ def _relation(source: Mapping[str, Any]) -> str | None:
 def _named(source: Mapping[str, Any], model: str) -> str:
     """Return the checkpoint, and the adapter merged into it, as Markdown."""
     name = f"[{source['id']}](https://huggingface.co/{source['id']})" if source["id"] else f"`{model}`"
-    return f"{name} with the PEFT adapter `{source['adapter']}` merged into it" if source.get("adapter") else name
+    return f"{name}, with the PEFT adapter `{source['adapter']}` merged in," if source.get("adapter") else name
 
 
 def task_of(config: PretrainedConfig) -> str:

@@ -20,7 +20,17 @@ from accel.system.hashing import DISTRIBUTION, versions
 
 # Key of the certificate -> stage whose summary it holds, in mixed precision.
 MIXED = {"mix": "convert", "plan": "audit", "audited": "calibrate"}
-PACKAGES = (DISTRIBUTION, "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "sacrebleu")
+PACKAGES = (
+    DISTRIBUTION,
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "peft",
+    "sacrebleu",
+)
 
 
 def write(
