@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from accel import progress
 from accel.adapters.types import Architecture
@@ -31,7 +31,7 @@ from accel.pipeline.external import pretrained_artifact
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 
-GENERATION_CONFIG, WEIGHT_INDEX = "generation_config.json", "*.index.json"
+WEIGHT_INDEX = "*.index.json"
 SAMPLE = 8  # tokens on which the merged model is compared with the one that has an adapter
 
 
@@ -57,8 +57,6 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         model = peft_adapter.merge(model, adapter, _sample_inputs(architecture, hf_config, config.model.seed))
         summary["adapter"] = Path(adapter).expanduser().resolve().name
     if base is not None:
-        if (base / GENERATION_CONFIG).is_file():
-            model.generation_config = GenerationConfig()  # the file is copied: old ones have values that can't be saved
         summary["commit"] = hub_commit(base)
     model.save_pretrained(out)
     if base is not None:

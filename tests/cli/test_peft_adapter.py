@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from tests.cli.test_command_line import ErrorMessage, accel, assert_names, error_message, listing
+from accel.cli.compose import compose
+from tests.cli.test_command_line import ErrorMessage, assert_names, error_message
 from tests.conftest import overrides_for
 from tests.families import FAMILIES, LLAMA
 from tests.lora import save_adapter
@@ -134,13 +136,11 @@ def test_nothing_of_a_pickle_is_read(
     assert_names(error_message(f"model.peft_adapter={adapter}"), "is a pickle")
 
 
-def test_peft_is_missing(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+def test_peft_is_missing(
+    error_message: ErrorMessage, tiny: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The message says what to install; without an adapter, nothing needs it."""
-    prelude = "import sys; sys.modules['peft'] = None"
-    overrides = overrides_for(tiny, tmp_path / "artifacts", "stage=export", f"model.peft_adapter={adapter}")
-    before = listing(tmp_path)
-    done = accel(*overrides, prelude=prelude)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.strip() == f"model.peft_adapter={adapter} needs peft: pip install 'accel-onnx[lora]'"
-    assert listing(tmp_path) == before
-    assert accel(*overrides[:-1], "--cfg", "job", prelude=prelude).returncode == 0
+    monkeypatch.setitem(sys.modules, "peft", None)  # so its import fails
+    message = error_message(f"model.peft_adapter={adapter}")
+    assert message == f"model.peft_adapter={adapter} needs peft: pip install 'accel-onnx[lora]'"
+    assert compose(overrides_for(tiny, Path("unused"))).model.peft_adapter is None

@@ -178,7 +178,7 @@ def test_the_key_is_of_the_contents(tiny: Path, tmp_path: Path, lora: Path) -> N
 
 
 def test_other_files_of_the_checkpoint_are_kept(tiny: Path, tmp_path: Path, lora: Path) -> None:
-    """Tokenizer, card, references and generation config, even one with values that transformers refuses to save."""
+    """Tokenizer, card, references and generation config as they are; neither code nor the index of other weights."""
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     generation = json.loads((base / "generation_config.json").read_text()) | {"do_sample": False, "temperature": 0.5}
     contents = {
