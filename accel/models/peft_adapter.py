@@ -193,7 +193,11 @@ def _naming(name: str) -> Iterator[None]:
             yield
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if len(lines) > 1 and lines[0].startswith("Error(s) in loading"):  # torch's heading over a list of errors
+            lines = lines[1:]
+        reason = lines[0].rstrip(".") if lines else type(error).__name__
+        trained_for = base_model(name)
+        advice = f". It was trained for {trained_for}" if trained_for else ""
         raise AccelError(
-            f"model.peft_adapter={name} doesn't fit the model, or can't be merged into it: "
-            f"{' '.join(lines[:2]) or type(error).__name__}. It was trained for {base_model(name)!r}"
+            f"model.peft_adapter={name} doesn't fit the model, or can't be merged into it: {reason}{advice}"
         ) from error
