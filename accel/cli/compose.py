@@ -15,6 +15,7 @@ from accel.cli.validate import check_generate, check_lengths, check_texts, valid
 from accel.config.hydra_setup import check_choices, composing
 from accel.config.schema import Config
 from accel.errors import AccelError, unknown
+from accel.models import peft_adapter
 from accel.pipeline.runner import Pipeline, select_stages
 from accel.pipeline.store import Artifact
 from accel.runtime.providers import fastest
@@ -183,6 +184,8 @@ def _execute(config: Config) -> dict[str, Artifact]:
         raise unknown(
             f"model type for architecture {config.architecture['_target_']}", model_type, architecture.model_types
         )
+    if config.model.peft_adapter is not None:
+        peft_adapter.check_fits(config.model.peft_adapter, description)
     check_generate(config.generate, description)
     stages = select_stages(config.stage, mixed=config.precision.dtype != "float32")
     check_lengths(config, description, stages)

@@ -21,6 +21,7 @@ class ModelConfig:
         weights: `pretrained` or `random`: weights initialized from `seed`.
         seed: Seed of random weights.
         config: Values of a Hugging Face config that random weights take their dimensions from; empty: the checkpoint's.
+        peft_adapter: Folder of a PEFT adapter, which is merged into the weights before export.
         references: File with inputs and accepted outputs, in the checkpoint's folder unless it is an absolute path.
         trust_remote_code: Run the Python code that the checkpoint brings along, with all rights of this process.
     """
@@ -31,6 +32,7 @@ class ModelConfig:
     weights: str = "pretrained"
     seed: int = seed()
     config: dict[str, Any] = field(default_factory=dict)
+    peft_adapter: str | None = None
     references: str | None = None
     trust_remote_code: bool = False
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from accel.config.schema import ModelConfig
 from accel.data.pretrained import load_config
 from accel.errors import AccelError
+from accel.models import peft_adapter
 from accel.models.model_class import model_class, obstacle
 from accel.system import remote_code
 
@@ -31,13 +32,14 @@ def locate(model: ModelConfig, *, weights: bool = True) -> Path:
         weights: Download the weights too. Otherwise the hub is only asked for configuration and tokenizer files.
 
     Raises:
-        AccelError: The folder doesn't exist or has no config.json, or the download failed.
+        AccelError: The folder doesn't exist, has no config.json or holds a PEFT adapter, or the download failed.
     """
     name = str(model.checkpoint)
     built_in = name.startswith(BUILT_IN_PREFIX)
     for folder in (Path(name).expanduser(), BUILT_IN / name.removeprefix(BUILT_IN_PREFIX)):
         # a checkpoint that ships with accel needs the prefix: its bare name is a model id on the hub
         if folder.is_dir() and (built_in or folder.parent != BUILT_IN):
+            _refuse_adapter(name, folder)
             if not (folder / "config.json").is_file():
                 raise AccelError(f"model.checkpoint={name} holds no config.json: not a Hugging Face model folder")
             if model.revision is not None:
@@ -67,7 +69,22 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
             "Without the hub: model.checkpoint=FOLDER uses a local Hugging Face folder; model.weights=random builds\n"
             "the model with random weights from its config (for graph structure and latency, not for text)."
         ) from error
+    _refuse_adapter(name, folder)
     return folder
+
+
+def _refuse_adapter(name: str, folder: Path) -> None:
+    """Raise `AccelError` if a checkpoint is a PEFT adapter: transformers would load the model that it names."""
+    if (folder / peft_adapter.CONFIG).is_file():
+        raise AccelError(
+            f"model.checkpoint={name} holds a PEFT adapter ({peft_adapter.CONFIG}): give its folder as "
+            "model.peft_adapter=FOLDER, and the model that it was trained for as model.checkpoint"
+        )
+
+
+def hub_commit(folder: Path) -> str | None:
+    """Return the commit of a checkpoint from the Hugging Face hub, whose cache names the folder by it; else None."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def model_config(model: ModelConfig) -> PretrainedConfig:
@@ -88,13 +105,15 @@ def model_config(model: ModelConfig) -> PretrainedConfig:
         raise AccelError(f"checkpoint {model.checkpoint!r}: {str(error).splitlines()[0]}") from error
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, attention: str | None = "eager") -> PreTrainedModel:
+def load_model(
+    folder: Path, dtype: torch.dtype | str = torch.float32, attention: str | None = "eager"
+) -> PreTrainedModel:
     """Load the PyTorch model in `folder` on the CPU, in evaluation mode.
 
     Args:
         folder: Hugging Face model folder.
-        dtype: Type of the weights. In FP16, transformers keeps in FP32 the modules that the model's class names in
-            `_keep_in_fp32_modules`.
+        dtype: Type of the weights; "auto" for the one they are stored in. In FP16, transformers keeps in FP32 the
+            modules that the model's class names in `_keep_in_fp32_modules`.
         attention: transformers' `attn_implementation`; None for transformers' default.
 
     Raises:

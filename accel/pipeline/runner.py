@@ -135,10 +135,10 @@ class Pipeline:
     def _section_values(self, stage: Stage) -> dict[str, Any]:
         """Return the values of the sections that a stage declares, without those that only locate the checkpoint.
 
-        The checkpoint's content is in the key already, through the key of its artifact.
+        The checkpoint's content, and that of an adapter in it, is in the key already, through its artifact's key.
         """
         values = asdict(self.config)
-        for key in ("name", "checkpoint", "revision"):
+        for key in ("name", "checkpoint", "revision", "peft_adapter"):
             del values["model"][key]
         sections = {}
         for name in stage.sections:
@@ -149,8 +149,9 @@ class Pipeline:
         return sections
 
     def _is_external(self, name: str) -> bool:
-        """Return whether the artifact of stage `name` is a pretrained checkpoint, outside the store."""
-        return name == "checkpoint" and self.config.model.weights == "pretrained"
+        """Return whether the artifact of stage `name` is a pretrained checkpoint as it is, outside the store."""
+        model = self.config.model
+        return name == "checkpoint" and model.weights == "pretrained" and model.peft_adapter is None
 
     def _checkpoint(self) -> Artifact:
         """Return the pretrained checkpoint; its files are hashed at the first call."""

@@ -78,7 +78,7 @@ def write(folder: Path) -> None:
     task = source.get("pipeline_tag") or default_task
     data = ModelCardData(
         base_model=source["id"],
-        base_model_relation="quantized" if source["id"] else None,
+        base_model_relation=_relation(source),
         pipeline_tag=task,
         library_name="transformers.js",
         license=source["license"],
@@ -92,7 +92,7 @@ def write(folder: Path) -> None:
     optimum, js = CLASSES[default_task]
     body = BODY.format(
         title=model,
-        source=f"[{source['id']}](https://huggingface.co/{source['id']})" if source["id"] else f"`{model}`",
+        source=_named(source, model),
         columns=" | ".join(columns),
         lines="|".join("---" for _ in columns),
         rows="\n".join(_row(certificate["verification"], columns) for certificate in certificates),
@@ -102,6 +102,19 @@ def write(folder: Path) -> None:
         js_dtype="fp16" if files[0].dtype == "float16" else "fp32",
     )
     (folder / README).write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
+
+
+def _relation(source: Mapping[str, Any]) -> str | None:
+    """Return what the model is to the checkpoint on the hub, in the hub's terms; None where it isn't from the hub."""
+    if not source["id"]:
+        return None
+    return "finetune" if source.get("adapter") else "quantized"
+
+
+def _named(source: Mapping[str, Any], model: str) -> str:
+    """Return the checkpoint, and the adapter merged into it, as Markdown."""
+    name = f"[{source['id']}](https://huggingface.co/{source['id']})" if source["id"] else f"`{model}`"
+    return f"{name}, with the PEFT adapter `{source['adapter']}` merged in," if source.get("adapter") else name
 
 
 def task_of(config: PretrainedConfig) -> str:

@@ -78,7 +78,8 @@ def _own_files(variant: layout.DeployableFiles) -> list[Path]:
 def _check_same_model(source: Path, target: Path, placed: layout.DeployableFiles) -> None:
     """Raise `AccelError` unless `target` holds an undamaged deployable of the same model as `source`.
 
-    Variants share config, tokenizer and processor files, so these have to be equal; `placed` is about to be replaced.
+    Variants share config, tokenizer and processor files, so these have to be equal, and they have to be made from the
+    same weights, with the same adapter merged into them; `placed` is about to be replaced.
     """
     if _config(source) != _config(target):
         raise AccelError(f"output={target} holds another model (its {layout.CONFIG} differs): name another folder")
@@ -86,12 +87,23 @@ def _check_same_model(source: Path, target: Path, placed: layout.DeployableFiles
         if variant.dtype == placed.dtype:
             continue
         integrity.check_files(variant, integrity.FAST)
+        if _checkpoint_key(variant) != _checkpoint_key(layout.first_variant(source)):
+            raise AccelError(
+                f"output={target} holds a model with other weights (of another checkpoint, or with another "
+                f"model.peft_adapter), in {variant.dtype}: name another folder"
+            )
         verified, ours = (integrity.listed_files(each) for each in (variant, layout.first_variant(source)))
         for name in sorted(verified.keys() & ours.keys() - {layout.CONFIG}):
             if verified[name] != ours[name]:
                 raise AccelError(
                     f"output={target} holds the model with another {name}, in {variant.dtype}: name another folder"
                 )
+
+
+def _checkpoint_key(variant: layout.DeployableFiles) -> str | None:
+    """Return the key of the checkpoint that a variant was made from, by its certificate."""
+    key: str | None = json.loads(variant.certificate.read_text(encoding="utf-8"))["checkpoint"].get("key")
+    return key
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -172,6 +172,28 @@ def test_the_task(tmp_path: Path, family: str, task: str, optimum: str) -> None:
     assert optimum in loaded.text
 
 
+def test_a_merged_adapter(tmp_path: Path) -> None:
+    """The card names it, and a model with other weights than its checkpoint on the hub is no quantized copy of that."""
+    for adapter, relation in ((None, "quantized"), ("rhymes", "finetune")):
+        folder = deployable(tmp_path / relation, "float32", adapter=adapter)
+        card.write(folder)
+        loaded = ModelCard.load(folder / "README.md")
+        assert loaded.data.base_model == "someone/small"
+        assert loaded.data.base_model_relation == relation
+        assert ("with the PEFT adapter `rhymes` merged in" in loaded.text) is (adapter is not None)
+
+
+def test_other_weights_are_another_model(tmp_path: Path) -> None:
+    """A variant with an adapter doesn't join one without, whose files beside the graphs are the same."""
+    target = tmp_path / "out"
+    delivery.deliver(deployable(tmp_path / "plain", "float32", key="a"), target)
+    before = content(target)
+    with pytest.raises(AccelError, match=r"other weights .* model\.peft_adapter"):
+        delivery.deliver(deployable(tmp_path / "adapted", "float16", key="b", adapter="rhymes"), target)
+    assert content(target) == before
+    delivery.deliver(deployable(tmp_path / "half", "float16", key="a"), target)
+
+
 def test_the_source(tmp_path: Path) -> None:
     """Licence and task are those of the checkpoint's own card; a folder is no id."""
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\npipeline_tag: translation\n---\nText")

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from accel.adapters.types import Component
@@ -11,6 +10,7 @@ from accel.config.schema import Config
 from accel.graph.precision.minimize import DROPPABLE
 from accel.graph.precision.observer import ValueStatistics
 from accel.graph.precision.plan import Plan
+from accel.models.checkpoints import hub_commit
 from accel.pipeline.store import Artifact
 from accel.reporting.card import source_of
 from accel.reporting.certificate import page
@@ -20,7 +20,17 @@ from accel.system.hashing import DISTRIBUTION, versions
 
 # Key of the certificate -> stage whose summary it holds, in mixed precision.
 MIXED = {"mix": "convert", "plan": "audit", "audited": "calibrate"}
-PACKAGES = (DISTRIBUTION, "torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "sacrebleu")
+PACKAGES = (
+    DISTRIBUTION,
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "peft",
+    "sacrebleu",
+)
 
 
 def write(
@@ -65,7 +75,8 @@ def gather(
         "trust_remote_code": config.model.trust_remote_code,
         "checkpoint": {
             "key": checkpoint.key,
-            "commit": _hub_commit(checkpoint.folder),
+            "commit": checkpoint.summary.get("commit") or hub_commit(checkpoint.folder),
+            "adapter": checkpoint.summary.get("adapter"),
             **source_of(config.model.checkpoint, checkpoint.folder),
         },
         "commit": commit(),
@@ -83,11 +94,6 @@ def gather(
         "verification": dict(verification),
         "speed": speed,
     }
-
-
-def _hub_commit(folder: Path) -> str | None:
-    """Return the commit of a checkpoint from the Hugging Face hub, whose cache names the folder by it; else None."""
-    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def explain(
