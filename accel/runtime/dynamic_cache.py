@@ -176,7 +176,7 @@ class DynamicCacheRuntime:
     def _empty_caches(self, batch: int) -> Mapping[str, Value]:
         """Return caches of length 0, which a merged decoder takes for a prefill. They take no device memory.
 
-        Those of the last batch size are kept: making them took a third of the time before a prompt's first kernel.
+        Those of the last batch size are kept, since making two a layer delays a prompt's first kernel.
         """
         if self._empty[0] != batch:
             empty = {}

@@ -123,7 +123,7 @@ def _is_slice(value: ir.Value | None, x: ir.Value, start: int, end: int) -> bool
 
 
 def _check_angles(x: ir.Value, angles: ir.Value) -> None:
-    """Raise `NoMatchError` unless `angles` turn all heads of `x` alike, and have its width and type and equal halves."""
+    """Raise `NoMatchError` unless `angles` turn all heads of `x` alike, have its width and type, and equal halves."""
     shape, wanted = dims(angles), dims(x)
     if shape is None or wanted is None or len(shape) != 4 or len(wanted) != 4:
         raise NoMatchError(f"angles of shape {shape} for queries of shape {wanted}, expected 4 axes")
