@@ -28,6 +28,7 @@ from accel import progress
 from accel.benchmark.process import WorkerProcess
 from accel.config.schema import RuntimeConfig
 from accel.errors import AccelError
+from accel.runtime.buckets import Buckets
 from accel.runtime.decoder_inputs import decoder_inputs
 from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState
 from accel.runtime.io_binding import BoundSession
@@ -175,7 +176,7 @@ def _captured_memory(task: Task, device: torch.device) -> int:
     """Return the bytes of prefill's session and of decode steps captured for the two smallest buckets, less caches."""
     config = RuntimeConfig(**task.sources["runtime"])
     rows = task.batch_size * int(task.options["num_beams"])
-    buckets = sorted(config.buckets)[:2]
+    buckets = Buckets(sorted(config.buckets)[:2])
     before = used_memory(device)
     runtime = open_static(
         first_variant(Path(task.sources["deployable"])),
@@ -196,7 +197,7 @@ def _captured_memory(task: Task, device: torch.device) -> int:
     del context  # only the sessions are measured
     for _ in range(DECODE_STEPS):
         runtime.decode(decoder_inputs(ids, ids.expand(rows, state.length + 1)), state)
-    caches = sum(runtime.cache_bytes(rows, bucket) for bucket in buckets)
+    caches = sum(runtime.cache_bytes(rows, bucket) for bucket in buckets.lengths)
     return max(0, used_memory(device) - before - caches)
 
 

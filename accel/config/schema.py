@@ -73,12 +73,15 @@ class RuntimeConfig:
         fuse_causal_attention: Default of `ConvertConfig.fuse_causal_attention` on this runtime.
         fuse_transposed_matmul: Default of `ConvertConfig.fuse_transposed_matmul` on this runtime.
         static: Decode over static caches: of fixed length, written in place.
-        buckets: Lengths of static caches, in decoder tokens. A full cache is copied into the next longer one.
+        buckets: Lengths of static caches, in decoder tokens. A full cache is copied into the next longer one. Longer
+            ones follow by themselves, up to the model's number of positions and as memory allows; caches that grow with
+            every token take their place beyond that.
         static_session: Session entries of the static decode graph, in place of those of `session`.
         static_environment: Environment variables for that session, in place of those of `environment`.
         capture: Capture the static decode graph as a CUDA graph and replay it.
         capture_batch_sizes: Numbers of sequences, beams counted, to capture when a model is opened; others are then
             rejected. Empty: capture each number when it first occurs.
+        prefill_chunk: Tokens of a prompt that are computed at once, which bounds the memory of long prompts; 0: all.
     """
 
     name: str = MISSING
@@ -99,6 +102,7 @@ class RuntimeConfig:
     static_environment: dict[str, str] = field(default_factory=dict)
     capture: bool = False
     capture_batch_sizes: list[int] = numbers(1, 4096)
+    prefill_chunk: int = number(4096, 0)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from accel.config.packages import group_files
 from accel.config.presets import runtime_preset
@@ -22,6 +22,7 @@ from accel.models import integrity
 from accel.models.factory import model_over
 from accel.models.generation import AcceleratedModel
 from accel.runtime import layout
+from accel.runtime.buckets import Buckets
 from accel.runtime.dynamic_cache import open_dynamic
 from accel.runtime.protocol import Runtime
 from accel.runtime.providers import check_provider, fastest
@@ -32,6 +33,9 @@ from accel.system import remote_code
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
+# Names that configs give to the number of decoder positions, the decoder's own first.
+POSITIONS = ("max_target_positions", "max_position_embeddings", "n_positions")
+ROPE_BY_LENGTH = ("dynamic", "longrope")  # https://huggingface.co/docs/transformers/internal/rope_utils
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # "name/model", or "model" of the hub's own
 
 
@@ -87,11 +91,27 @@ def _why_not_deployable(folder: Path, name: str) -> str:
     return f"{name!r} holds no merged decoder: not a folder that accel made"
 
 
+def _positions(config: PretrainedConfig) -> int | None:
+    """Return the number of decoder positions that a model was made for; None if its config names none."""
+    for name in POSITIONS:
+        if isinstance(positions := getattr(config, name, None), int):
+            return positions
+    return None
+
+
+def _angles_depend_on_length(config: PretrainedConfig) -> bool:
+    """Return whether rotary embeddings depend on the length of the whole input, so that it must not be cut."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [each for each in parameters.values() if isinstance(each, dict)]
+    return any(each.get("rope_type") in ROPE_BY_LENGTH for each in (parameters, *by_layer_type))
+
+
 def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runtime[Any]:
     """Open the sessions of a variant, with static caches if `runtime` asks for them and the variant has their graph."""
-    settings = SessionSettings.of(runtime)
+    settings, config = SessionSettings.of(runtime), load_config(files.folder)
+    chunk = 0 if _angles_depend_on_length(config) else runtime.prefill_chunk
     if not runtime.static:
-        return open_dynamic(files, settings, runtime.device)
+        return open_dynamic(files, settings, runtime.device, prefill_chunk=chunk)
     if not files.static_decode.is_file():
         logger.warning(
             "%s: runtime.static=true has no effect, dynamic caches are used: the folder holds no %s. "
@@ -99,16 +119,17 @@ def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runt
             files.folder,
             files.static_decode.name,
         )
-        return open_dynamic(files, settings, runtime.device)
+        return open_dynamic(files, settings, runtime.device, prefill_chunk=chunk)
     static_runtime = open_static(
         files,
         settings,
         runtime.device,
-        runtime.buckets,
+        Buckets(runtime.buckets, _positions(config)),
         session=runtime.static_session,
         environment=runtime.static_environment,
         capture=runtime.capture,
         capture_batch_sizes=runtime.capture_batch_sizes,
+        prefill_chunk=chunk,
     )
     static_runtime.prepare()
     return static_runtime

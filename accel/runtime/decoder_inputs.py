@@ -36,12 +36,15 @@ def decoder_inputs(
         the new tokens.
     """
     new = ids.shape[1]
-    keep = 0 if isinstance(keep, Tensor) else keep
-    first = max(0, new - keep) if keep else 0
     return {
         "input_ids": ids,
         "attention_mask": mask,
         "position_ids": positions(mask)[:, -new:] if position_ids is None else position_ids.expand(len(ids), -1),
-        KEPT: torch.arange(first, new, device=ids.device),
-        NUM_KEPT: torch.tensor(keep),
+        **kept_logits_inputs(new, 0 if isinstance(keep, Tensor) else keep, ids.device),
     }
+
+
+def kept_logits_inputs(new: int, keep: int, device: torch.device) -> dict[str, Tensor]:
+    """Return the inputs that choose the last `keep` of `new` tokens, 0 for all, as `decoder_inputs` describes them."""
+    first = max(0, new - keep) if keep else 0
+    return {KEPT: torch.arange(first, new, device=device), NUM_KEPT: torch.tensor(keep)}

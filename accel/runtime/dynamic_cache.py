@@ -4,12 +4,14 @@ import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from accel.runtime import layout
+from accel.runtime.decoder_inputs import kept_logits_inputs
 from accel.runtime.device_memory import check_weights_fit
 from accel.runtime.dlpack import OrtValueHandle, Value
 from accel.runtime.io_binding import BoundSession
@@ -17,8 +19,9 @@ from accel.runtime.session import SessionSettings, open_session
 
 logger = logging.getLogger(__name__)
 
+NEW, TOTAL = "new", "total"  # axes of the new tokens, and of the cached and the new ones
 PAST = "past"  # token axis of the self-attention caches
-CHANGING_AXES = {"new", "kept", "total", PAST}  # axes whose length changes from call to call
+CHANGING_AXES = {NEW, "kept", TOTAL, PAST}  # axes whose length changes from call to call
 
 
 @dataclass
@@ -89,6 +92,13 @@ class DynamicCacheState:
         }
         self.bound_constants = None
 
+    def copy(self) -> "DynamicCacheState":
+        """Return an independent state with the same tokens. Tensors are shared: no method changes them in place."""
+        return DynamicCacheState(self.self_cache_values, dict(self.constants), self.axes, self.cross_caches)
+
+    def __deepcopy__(self, memo: object) -> "DynamicCacheState":
+        return self.copy()
+
     def views(self) -> Mapping[str, Tensor]:
         """Return all caches by input name, self-attention caches first."""
         return self.self_caches | {name: self.constants[name] for name in self.cross_caches}
@@ -106,6 +116,7 @@ class DynamicCacheRuntime:
         positions_from_mask: See `protocol.Runtime`.
         single_row_chunks: The graph takes several new tokens behind cached ones for one sequence only: a limit
             of ONNX Runtime's `GroupQueryAttention`, so `decode` runs it for each.
+        prefill_chunk: Tokens of a prompt to compute at once; 0 for all.
 
     Attributes:
         self_cache_outputs: Those items of `cache` that are self-attention caches.
@@ -122,13 +133,14 @@ class DynamicCacheRuntime:
         flag: str | None = None,
         positions_from_mask: bool = False,
         single_row_chunks: bool = False,
+        prefill_chunk: int = 0,
     ) -> None:
         self.encoder, self._prefill, self._decode = encoder, prefill, decode
         self.device = decode.device
         self.dtype = decode.dtype("logits")
         self.exclusive = False
         self.positions_from_mask = positions_from_mask
-        self.single_row_chunks = single_row_chunks
+        self.single_row_chunks, self.prefill_chunk = single_row_chunks, prefill_chunk
         self.cache = dict(cache)
         self.self_cache_outputs = {name: output for name, output in cache.items() if PAST in decode.inputs[name].shape}
         self.axes = {name: decode.inputs[name].shape.index(PAST) for name in self.self_cache_outputs}
@@ -149,6 +161,44 @@ class DynamicCacheRuntime:
         return dict(zip(names, self.encoder(inputs, names), strict=True))
 
     def prefill(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, DynamicCacheState]:
+        """Run the decoder without past, over a long prompt in chunks. Return the logits and the caches."""
+        if self.prefill_chunk and inputs["input_ids"].shape[1] > self.prefill_chunk:
+            return self._prefill_in_chunks(inputs)
+        return self._prefill_at_once(inputs)
+
+    def _prefill_in_chunks(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, DynamicCacheState]:
+        """Run the decoder over chunks of the prompt, the tokens whose logits are kept in one of them."""
+        length, keep = inputs["input_ids"].shape[1], int(inputs.get(layout.NUM_KEPT, 0))
+        starts = [start for start in range(0, length, self.prefill_chunk) if start <= length - max(keep, 1)]
+        kept_logits: list[Tensor] = []
+        state: DynamicCacheState | None = None
+        for start, end in pairwise([*starts, length]):
+            chunk_keep = 1 if keep and end < length else keep
+            chunk = self._chunk(inputs, start, end) | kept_logits_inputs(end - start, chunk_keep, self.device)
+            if state is None:
+                logits, state = self._prefill_at_once(chunk)
+            else:
+                logits = self.decode(chunk, state)
+            if not keep or end == length:
+                kept_logits.append(logits)
+        if state is None:
+            raise ValueError("the prompt is empty")
+        return torch.cat(kept_logits, dim=1), state
+
+    def _chunk(self, inputs: Mapping[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
+        """Return the inputs for the tokens from `start` to `end` of a prompt."""
+        chunk = {}
+        for name, tensor in inputs.items():
+            axes = self._decode.inputs[name].shape if name in self._decode.inputs else []
+            for axis, symbol in enumerate(axes):
+                if symbol == NEW:
+                    tensor = tensor.narrow(axis, start, end - start)
+                elif symbol == TOTAL:
+                    tensor = tensor.narrow(axis, 0, end)
+            chunk[name] = tensor
+        return chunk
+
+    def _prefill_at_once(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, DynamicCacheState]:
         """Run the decoder without past. Return the logits [batch, new, vocabulary] and the caches."""
         prefill_inputs: dict[str, Value] = dict(inputs)
         if self.flag:
@@ -245,6 +295,7 @@ def open_dynamic(
     device: str = "cpu",
     weights: Mapping[str, Any] | None = None,
     with_encoder: bool = True,
+    prefill_chunk: int = 0,
 ) -> DynamicCacheRuntime:
     """Open the merged decoder, and the encoder if there is one, of a bundle or deployable.
 
@@ -254,6 +305,7 @@ def open_dynamic(
         device: torch's device.
         weights: Initializer -> value, for weights of the decoder that are in memory already (`SharedWeights`).
         with_encoder: Open the encoder.
+        prefill_chunk: Tokens of a prompt to compute at once; 0 for all.
 
     Raises:
         DeviceMemoryError: The weights don't fit into the device's memory.
@@ -281,4 +333,5 @@ def open_dynamic(
         flag,
         positions_from_mask=metadata.get(layout.POSITIONS) == layout.POSITIONS_FROM_MASK,
         single_row_chunks=layout.SINGLE_ROW_CHUNKS in metadata,
+        prefill_chunk=prefill_chunk,
     )

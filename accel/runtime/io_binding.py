@@ -147,14 +147,17 @@ class FixedCall:
         self._run(self.bound.options)
 
     def warm_up(self) -> None:
-        """Run the session if it never ran, and let it free the memory that only tuning in the first run needs.
+        """Run the session, so that the next run allocates what a capture, which can't allocate, will need.
 
-        Memory must not be freed after a later run: a captured graph reads and writes memory that the session's
-        allocator counts as unused.
+        From a first run with inputs of these shapes, ONNX Runtime plans one block of memory for all further ones, which
+        the second run allocates. The session's very first run frees the memory that only tuning needs. Memory must not
+        be freed after a later run: a captured graph reads and writes memory that the session's allocator counts as
+        unused.
         """
         if not self.bound.session.warm:
             self.bound.session.warm = True
             self._run(run_options(self.bound.device, shrink=True))
+        self._run(self.bound.options)
 
     def _run(self, options: Any) -> None:
         """Run the session with these run options."""

@@ -36,6 +36,10 @@ class State(Protocol):
         """Continue with the sequences `index` of any input; index: int [new batch]."""
         ...
 
+    def copy(self) -> "State":
+        """Return an independent state with the same tokens."""
+        ...
+
     def views(self) -> Mapping[str, Tensor]:
         """Return all caches as tensors, for the model's own code to read.
 

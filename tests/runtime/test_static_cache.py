@@ -20,6 +20,7 @@ from accel.models.generation import AcceleratedModel
 from accel.models.loading import open_model
 from accel.runtime import dynamic_cache as onnx_runtime
 from accel.runtime import static_cache
+from accel.runtime.buckets import Buckets
 from accel.runtime.decode_buffers import DecodeGraphs
 from accel.runtime.dynamic_cache import open_dynamic
 from accel.runtime.io_binding import BoundSession
@@ -65,7 +66,7 @@ def decode(both: Both, new: int = 1) -> None:
 
 def test_caches_after_twenty_decode_steps(both: Both) -> None:
     """Across buckets, with one padded source: the logits of every decode step and the final caches equal PyTorch's."""
-    seen = [both.state.buffers.bucket]
+    seen = []
     for _ in range(20):
         decode(both)
         seen.append(both.state.buffers.bucket)
@@ -76,13 +77,14 @@ def test_caches_after_twenty_decode_steps(both: Both) -> None:
 
 def test_written_in_place(both: Both) -> None:
     """Within a bucket caches keep their address, and a decode step changes only one position."""
+    decode(both)
     held = both.state.buffers.self_caches["past_key_values.1.decoder.value"]
-    held[:, :, PAST] = 0  # as left by an earlier generation
+    held[:, :, PAST + 1] = 0  # as left by an earlier generation
     before, address = held.clone(), held.data_ptr()
     decode(both)
     assert both.state.buffers.self_caches["past_key_values.1.decoder.value"].data_ptr() == address
     changed = (held != before).any(dim=(0, 1, 3))
-    assert changed.nonzero().flatten().tolist() == [PAST]
+    assert changed.nonzero().flatten().tolist() == [PAST + 1]
 
 
 def test_logits_are_not_overwritten(both: Both) -> None:
@@ -100,6 +102,7 @@ def test_several_tokens_and_crop(both: Both) -> None:
     both.state.crop(PAST + 1)
     both.cache.crop(-3)
     both.assert_same()
+    decode(both)
     assert both.state.buffers.bucket == 12
 
 
@@ -110,21 +113,22 @@ def test_beams(both: Both) -> None:
 
 def test_buffers_are_cleared(both: Both, model: AcceleratedModel) -> None:
     """Decode buffers are reused, and values of the earlier generation, even NaN, have no effect."""
+    decode(both)
     buffers = both.state.buffers
     for cache in buffers.self_caches.values():
         cache.fill_(torch.nan)
     del both.state
     again = Both(model, both.eager)
+    decode(again)
     assert again.state.buffers is buffers
     again.assert_same()
 
 
 def test_the_first_token_is_a_decode_step(both: Both, model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token doesn't run on the merged decoder, and all caches equal PyTorch's in reused buffers."""
-    buffers = both.state.buffers
+    buffers = Both(model, both.eager, past=1).state.buffers
     for tensor in (*buffers.self_caches.values(), *buffers.constants.values()):
         tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
-    del both.state
     monkeypatch.setattr(model.runtime.dynamic, "prefill", pytest.fail)
     first = Both(model, both.eager, past=1)
     assert first.state.buffers is buffers
@@ -159,13 +163,41 @@ def test_two_generations_at_once(both: Both, model: AcceleratedModel, tiny: Path
     both.assert_same()
 
 
-def test_longer_than_the_largest_bucket(both: Both) -> None:
-    """The message has the length and advice; the state is unchanged."""
-    for _ in range(32 - PAST):
-        decode(both)
-    with pytest.raises(AccelError, match=r"33 tokens don't fit.*runtime.buckets=\[8, 12, 32\].*runtime.static=false"):
-        decode(both)
+@pytest.mark.parametrize("limit", [None, 33, 32])
+def test_longer_than_the_largest_bucket(both: Both, model: AcceleratedModel, limit: int | None) -> None:
+    """Longer buckets follow up to the model's number of positions, and then caches that grow."""
+    model.runtime.buckets.limit = limit
+    try:
+        seen = []
+        for _ in range(40 - PAST):
+            decode(both)
+            seen.append(both.state.buffers.bucket if both.state.buffers else 0)
+    finally:
+        model.runtime.buckets.limit = None
     both.assert_same_caches()
+    expected = {None: [8, 12, 32, 48], 33: [8, 12, 32, 33, 0], 32: [8, 12, 32, 0]}
+    assert list(dict.fromkeys(seen)) == expected[limit]
+    both.expand_then_reorder()
+
+
+def test_a_copy_continues_on_its_own(both: Both) -> None:
+    """Neither state sees the other's tokens, be the caches static or dynamic."""
+    for static in (False, True):
+        if static:
+            decode(both)
+        assert (both.state.buffers is not None) is static
+        copy, length = both.state.copy(), both.state.length
+        for _ in range(4):
+            both.model.runtime.decode({"input_ids": torch.full((BATCH, 1), 9)}, copy)
+        assert (copy.length, both.state.length) == (length + 4, length)
+        both.assert_same_caches()
+
+
+def test_bucket_lengths() -> None:
+    """Those given, then powers of 2 and the means between them, none longer than the model's number of positions."""
+    buckets = Buckets([64, 100], limit=1500)
+    needed = (1, 64, 65, 101, 129, 193, 1025, 1500, 1501)
+    assert [buckets.smallest(tokens) for tokens in needed] == [64, 64, 100, 128, 192, 256, 1500, 1500, None]
 
 
 def test_batch_sizes_that_are_not_captured(folder: Path) -> None:
@@ -201,9 +233,24 @@ def test_spare_buffers_are_freed(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     with open_model(folder, replace(STATIC, buckets=[8, 16])) as opened:
         ids = torch.arange(3, 7)[None]
         opened.generate(ids, max_new_tokens=2)
-        monkeypatch.setattr("accel.runtime.static_cache.free_device_memory", lambda device: 0)
+        free = iter([0, 1e9])
+        monkeypatch.setattr("accel.runtime.static_cache.free_device_memory", lambda device: next(free))
         opened.generate(ids.repeat(2, 1), max_new_tokens=2)
         assert [buffers.batch for _, buffers in opened.runtime.spare_buffers] == [2]
+
+
+def test_no_memory_for_a_static_cache(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same tokens come from caches that grow, and a warning gives the size."""
+    ids = torch.arange(3, 7)[None]
+    with open_model(folder, replace(STATIC, buckets=[64])) as opened:
+        expected = opened.generate(ids, max_new_tokens=9, num_beams=2)
+        opened.runtime.spare_buffers.clear()
+        monkeypatch.setattr("accel.runtime.static_cache.free_device_memory", lambda device: 0)
+        assert torch.equal(opened.generate(ids, max_new_tokens=9, num_beams=2), expected)
+        assert not opened.runtime.spare_buffers
+    assert "a static cache for 2 sequences of 64 tokens needs" in caplog.text
 
 
 def test_attention_is_one_node_where_it_is_fused(folder: Path) -> None:
@@ -279,7 +326,7 @@ def test_both_decoders_read_the_same_weights(build: Build) -> None:
     assert len({value.data_ptr() for value in (*decoder.values(), *static_decode.values())}) == len(decoder)
     settings = SessionSettings.of(STATIC, fuse=False)
     session = BoundSession(open_session(files.static_decode, settings, static_decode), torch.device("cpu"))
-    runtime = StaticCacheRuntime(open_dynamic(files, settings, "cpu", decoder), DecodeGraphs(session), [8])
+    runtime = StaticCacheRuntime(open_dynamic(files, settings, "cpu", decoder), DecodeGraphs(session), Buckets([8]))
     ids = torch.tensor([[5, 6, 7]])
     mask = torch.ones_like(ids)
     hidden = runtime.encode({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]

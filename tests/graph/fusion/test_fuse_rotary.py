@@ -37,20 +37,20 @@ def left(batch: str, tokens: str = "1", second: str = "angle", sliced: str = "se
     body = (ANGLES + TURN).replace("SECOND", second).replace("SLICED", sliced).replace("OTHER", other)
     inputs = f"float[batch, 2, {tokens}, 6] x, float[{batch}, {tokens}, 1] places"
     model = parse(f"g ({inputs}) => (float[batch, 2, {tokens}, 6] y) {{ {body} }}", WEIGHTS)
-    inputs = [
-        {"x": numbers(rows, 2, 1, 6), "places": 7.0 + np.arange(rows if batch == "batch" else 1, dtype=np.float32)}
-        for rows in (1, 3)
-    ]
-    for one in inputs:
-        one["places"] = one["places"].reshape(-1, 1, 1)
+    inputs = []
+    for rows in (1, 3):
+        new = 1 if tokens == "1" else 4
+        places = 7.0 + np.arange((rows if batch == "batch" else 1) * new, dtype=np.float32)
+        inputs.append({"x": numbers(rows, 2, new, 6), "places": places.reshape(-1, new, 1)})
     (found,) = rewritten(FuseRotary(), [model], inputs)
     return found
 
 
+@pytest.mark.parametrize("tokens", ["1", "new"], ids=["one token", "several tokens"])
 @pytest.mark.parametrize("batch", ["batch", "1"], ids=["places of each", "places of all"])
-def test_a_rotation(batch: str) -> None:
+def test_a_rotation(batch: str, tokens: str) -> None:
     """Every sequence at a place of its own, or all at one: the same numbers from one node."""
-    found = left(batch)
+    found = left(batch, tokens)
     assert found.count("RotaryEmbedding") == 1
     assert not {"Neg", "Add"} & set(found)
 
@@ -58,13 +58,12 @@ def test_a_rotation(batch: str) -> None:
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        ({"tokens": "new"}, "don't turn one token"),
         ({"second": "twice"}, "the halves of the angles may differ"),
         ({"sliced": "first_half"}, ""),
     ],
-    ids=["several tokens", "halves of other angles", "turned the other way"],
+    ids=["halves of other angles", "turned the other way"],
 )
-def test_what_is_no_rotation_of_one_token(
+def test_what_is_no_rotation(
     other: dict[str, str], reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Stays, and the log says why where it is a rotation."""
@@ -74,3 +73,28 @@ def test_what_is_no_rotation_of_one_token(
     assert "RotaryEmbedding" not in found
     assert {"Neg", "Add"} <= set(found)
     assert reason in caplog.text
+
+
+def test_rows_are_rotated_before_they_are_cut_into_heads() -> None:
+    """Queries and keys of one product: the rows of each are rotated, and no split of heads is left."""
+    heads = """
+        cut = Reshape (rows, shape)
+        turned = Transpose <perm: ints = [0, 2, 1, 3]> (cut)
+        x, z = Split <axis: int = 1> (turned, sizes)
+    """
+    body = heads + (ANGLES + TURN).replace("SECOND", "angle").replace("SLICED", "second_half").replace(
+        "OTHER", "first_half"
+    )
+    weights = WEIGHTS | {"shape": np.array([0, 0, 3, 6]), "sizes": np.array([2, 1])}
+    signature = "float[batch, new, 18] rows, float[batch, new, 1] places"
+    model = parse(f"g ({signature}) => (float[batch, 2, new, 6] y, float[batch, 1, new, 6] z) {{ {body} }}", weights)
+    inputs = [
+        {"rows": numbers(rows, new, 18), "places": np.arange(rows * new, dtype=np.float32).reshape(rows, new, 1)}
+        for rows, new in ((1, 5), (3, 2), (2, 1))
+    ]
+    rewritten(FuseRotary(), [model], inputs)
+    node = next(node for node in model.graph if node.op_type == "RotaryEmbedding")
+    split = next(node for node in model.graph if node.op_type == "Split")
+    assert node.inputs[0] is split.outputs[0]
+    assert split.inputs[0] is not None
+    assert split.inputs[0].name == "rows"
