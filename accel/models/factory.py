@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
+from accel.models.decoder_only import DecoderOnlyModel
 from accel.models.decoding.loops import PREPARE_INPUTS
-from accel.models.generation import AcceleratedModel, DecoderOnlyModel, EncoderDecoderModel
+from accel.models.encoder_decoder import EncoderDecoderModel
+from accel.models.generation import AcceleratedModel
 from accel.models.model_class import model_class
 from accel.runtime.protocol import Runtime
 

@@ -179,6 +179,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             for batch in progress.track(encoded, "generating", total=number_of_batches):
                 on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
                 generated = model.generate(**on_device, **settings)
+                if model.acceptance is not None:
+                    progress.note(f"assisted decoding: {model.acceptance}")
                 ids = getattr(generated, "sequences", generated)  # with generate.return_dict_in_generate
                 outputs += texts.decode_new_tokens(
                     model, tokenizer, batch, ids, timestamps=bool(options.get("return_timestamps"))

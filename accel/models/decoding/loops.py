@@ -21,6 +21,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from accel.models.cache import state_of
+from accel.models.decoding.acceptance import Acceptance, count_acceptance
 from accel.models.decoding.beam_search import BeamSearch
 from accel.models.decoding.processors import PURE
 from accel.models.decoding.sampling import Sampler
@@ -90,6 +91,8 @@ class DecodingLoops:
 
     config: PretrainedConfig
     runtime: Runtime[Any]
+    acceptance: Acceptance | None = None
+    """Counts of the last generation with an assistant or prompt lookup."""
     supported_model_kwargs: frozenset[str] = frozenset()
     """Names in the `model_kwargs` of `generate` that the loops here support. Others are passed on to transformers."""
 
@@ -159,6 +162,13 @@ class DecodingLoops:
 
         return run_loop(selector, outputs.logits, reorder_and_decode)
 
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Return transformers' generator of candidates for assisted decoding, whose candidates are counted."""
+        parent: Any = super()
+        generator = parent._get_candidate_generator(*args, **kwargs)
+        self.acceptance = count_acceptance(generator)
+        return generator
+
     def _supports(
         self,
         processors: LogitsProcessorList,
@@ -181,7 +191,14 @@ class DecodingLoops:
     ) -> tuple[Any, Callable[[Tensor], Tensor]]:
         """Run the prompt; return its outputs, and a function that runs a decode step: ids [rows, 1] -> logits."""
         mixin: Any = self  # transformers annotates these methods for subclasses of `nn.Module`
-        outputs = mixin._prefill(ids, config, model_kwargs, is_first_iteration=True)
+        copies = self._copies_of_prompts(ids, config, model_kwargs)
+        if copies == 1:
+            outputs = mixin._prefill(ids, config, model_kwargs, is_first_iteration=True)
+        else:
+            distinct = {name: _every(value, copies, len(ids)) for name, value in model_kwargs.items()}
+            outputs = mixin._prefill(ids[::copies], config, distinct, is_first_iteration=True)
+            outputs.logits = outputs.logits.repeat_interleave(copies, dim=0)
+            _state(outputs).expand(copies)
         # This also warns where a compile config has no effect, as transformers' loops do.
         if config.compile_config is not None and mixin._valid_auto_compile_criteria(model_kwargs, config):
             mixin.get_compiled_call(config.compile_config)
@@ -189,6 +206,16 @@ class DecodingLoops:
         state = _state(outputs)
         inputs_for = self._decode_inputs(model_kwargs, state, (criteria.max_length or 0) - ids.shape[1])
         return outputs, lambda new_ids: self.runtime.decode(inputs_for(new_ids), state)
+
+    def _copies_of_prompts(self, ids: Tensor, config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> int:
+        """Return how many adjacent rows are copies of one prompt, for beams or samples, where it is computed once.
+
+        Not beside an encoder, since there a prompt is one token, and not where `generate` was given caches.
+        """
+        options = (model_kwargs.get("past_key_values"), config.prefill_chunk_size)
+        if self.config.is_encoder_decoder or ids.shape[1] == 1 or any(option is not None for option in options):
+            return 1
+        return max(config.num_beams or 1, config.num_return_sequences or 1)
 
     def _decode_inputs(
         self, model_kwargs: Mapping[str, Any], state: State, max_new_tokens: int
@@ -204,6 +231,11 @@ class DecodingLoops:
             A function from ids [rows, 1] to the inputs of `Runtime.decode`. To be called once per decode step.
         """
         raise NotImplementedError
+
+
+def _every(value: Any, step: int, rows: int) -> Any:
+    """Return each `step`-th row of a tensor of `rows` rows, and any other value as it is."""
+    return value[::step] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
 
 
 def _state(outputs: Any) -> State:
