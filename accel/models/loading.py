@@ -99,7 +99,7 @@ def _positions(config: PretrainedConfig) -> int | None:
     return None
 
 
-def _angles_depend_on_length(config: PretrainedConfig) -> bool:
+def angles_depend_on_length(config: PretrainedConfig) -> bool:
     """Return whether rotary embeddings depend on the length of the whole input, so that it must not be cut."""
     parameters = getattr(config, "rope_parameters", None) or {}
     by_layer_type = [each for each in parameters.values() if isinstance(each, dict)]
@@ -109,7 +109,7 @@ def _angles_depend_on_length(config: PretrainedConfig) -> bool:
 def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runtime[Any]:
     """Open the sessions of a variant, with static caches if `runtime` asks for them and the variant has their graph."""
     settings, config = SessionSettings.of(runtime), load_config(files.folder)
-    chunk = 0 if _angles_depend_on_length(config) else runtime.prefill_chunk
+    chunk = 0 if angles_depend_on_length(config) else runtime.prefill_chunk
     if not runtime.static:
         return open_dynamic(files, settings, runtime.device, prefill_chunk=chunk)
     if not files.static_decode.is_file():
