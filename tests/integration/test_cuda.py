@@ -250,9 +250,12 @@ def test_captured_steps_give_the_same_tokens(
     assert any(entry.run.captured for entry in runtime.captured_encoder.graphs.values())
 
 
-def test_bucket_that_does_not_fit_into_device_memory(captured: AcceleratedModel) -> None:
-    """The error gives sizes and the remedy, and the model remains usable."""
+def test_bucket_that_does_not_fit_into_device_memory(
+    captured: AcceleratedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A warning gives the size, and the model remains usable."""
     captured.generate(**inputs(), max_new_tokens=5)
-    with pytest.raises(DeviceMemoryError, match=r"for 50000000 sequences of 64 tokens needs \d+ MB.*runtime.buckets"):
-        captured.runtime.take_buffers(50_000_000, 64, {})
+    runtime: Any = captured.runtime
+    assert runtime.take_buffers(50_000_000, 64, {}) is None
+    assert "a static cache for 50000000 sequences of 64 tokens needs" in caplog.text
     captured.generate(**inputs(), max_new_tokens=5)
