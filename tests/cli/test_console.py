@@ -1,6 +1,5 @@
 """Progress on standard error: plain lines where it is a file."""
 
-from collections.abc import Iterator
 from io import StringIO
 
 import pytest
@@ -10,11 +9,11 @@ from accel.cli import console
 
 
 @pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> Iterator[StringIO]:
+def written(monkeypatch: pytest.MonkeyPatch) -> StringIO:
     """What is written to standard error, which is a file."""
     stream = StringIO()
     monkeypatch.setattr(console, "err", Console(file=stream, soft_wrap=True, width=console.FILE_WIDTH))
-    yield stream
+    return stream
 
 
 def test_items_in_a_file(written: StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
