@@ -16,6 +16,7 @@ from accel.config.hydra_setup import check_choices, composing
 from accel.config.schema import Config
 from accel.errors import AccelError, unknown
 from accel.models import peft_adapter
+from accel.pipeline import estimate
 from accel.pipeline.runner import Pipeline, select_stages
 from accel.pipeline.store import Artifact
 from accel.runtime.providers import fastest
@@ -192,7 +193,9 @@ def _execute(config: Config) -> dict[str, Artifact]:
     if "generate" in stages:
         generate.check(config, description)
     check_texts(config, stages)
-    return Pipeline(config, architecture).run(stages)
+    pipeline = Pipeline(config, architecture)
+    estimate.announce(config, description, pipeline.pending(stages))
+    return pipeline.run(stages)
 
 
 def compose(overrides: Sequence[str]) -> Config:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from accel import progress
 T = TypeVar("T")
 
 FILE_WIDTH = 120  # columns, where the output is not a terminal
+LINE_INTERVAL = 5.0  # seconds: outside a terminal, items that begin sooner after the last line get none
 STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "red"}
 
 
@@ -48,10 +50,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 
 class Terminal:
-    """Progress listener: a spinner and a bar on a terminal, one line per stage elsewhere."""
+    """Progress listener: a spinner and a bar on a terminal; elsewhere plain lines, at most one in `LINE_INTERVAL`."""
 
     def __init__(self) -> None:
         self._running: list[tuple[Progress, str]] = []  # the stages in progress, innermost last
+        self._started = self._last_line = 0.0  # when the innermost stage and the last line began, `time.monotonic`
 
     def note(self, message: str) -> None:
         """Print one line."""
@@ -62,6 +65,7 @@ class Terminal:
         """Show that stage `name` is running, for the duration of the context."""
         if not err.is_terminal:
             self.note(f"{name} …")
+            self._started, self._last_line = time.monotonic(), 0.0
         columns = (
             SpinnerColumn(),
             TextColumn("[bold]{task.fields[stage]:<10}"),
@@ -78,10 +82,10 @@ class Terminal:
                 self._running.pop()
 
     def track(self, items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
-        """Yield `items` and advance a bar under the innermost running stage.
+        """Yield `items` and advance a bar under the innermost running stage; without a terminal, print lines.
 
         Args:
-            items: The items to process.
+            items: The items to process; a text, or a tuple that begins with one, names its item in a line.
             description: Label of the bar.
             total: Number of items; by default that of `items`, if it is a sequence.
         """
@@ -93,11 +97,22 @@ class Terminal:
             total = len(items)
         task = display.add_task(description, total=total, stage=name)
         try:
-            for item in items:
+            for number, item in enumerate(items, 1):
+                if not err.is_terminal:
+                    self._line(name, description, item, f"{number} of {total}" if total is not None else f"{number}")
                 yield item
                 display.advance(task)
         finally:
             display.remove_task(task)
+
+    def _line(self, stage: str, description: str, item: Any, count: str) -> None:
+        """Print which item of a stage begins, unless another line was printed a moment ago."""
+        now = time.monotonic()
+        first = item[0] if isinstance(item, tuple) and item else item
+        label = f" {first}" if isinstance(first, str) else ""
+        if now - self._last_line >= LINE_INTERVAL:
+            self._last_line = now
+            self.note(f"{stage:<10} {description}{label}, {count}, after {now - self._started:.0f} s")
 
 
 class LogHandler(logging.Handler):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from accel import progress
 from accel.adapters.types import Architecture, Component
 from accel.data import texts
 from accel.evaluation.component_runner import Shape, component_inputs, max_positions
@@ -156,7 +157,7 @@ def write_calls(
         Number of calls.
     """
     descriptions: list[dict[str, str]] = []
-    for description, inputs_of in requested:
+    for description, inputs_of in progress.track(requested, "components in float64", len(SHAPES) + 1):
         for component, inputs in inputs_of.items():
             tensors = {f"inputs.{name}": value for name, value in inputs.items()}
             tensors |= {f"expected.{name}": value for name, value in evaluate(component, inputs).items()}

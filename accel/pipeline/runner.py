@@ -216,6 +216,17 @@ class Pipeline:
                 needed.append(name)
         return needed[::-1]
 
+    def pending(self, names: Sequence[str]) -> set[str]:
+        """Return the stages that `run` will run for the requested stages `names`, those they depend on included."""
+        pending: set[str] = set()
+        unvisited = self.needed(names)
+        while unvisited:
+            name = unvisited.pop()
+            if name not in pending and self.find(name) is None:
+                pending.add(name)
+                unvisited += self.stage(name).inputs(self.config)
+        return pending
+
     def _upstream(self, name: str) -> set[str]:
         """Return all stages that stage `name` depends on, directly or not."""
         stages: set[str] = set()

@@ -4,7 +4,8 @@ Reads:
     The checkpoint: config and weights.
 
 Writes:
-    `<component>.onnx` for each component, in FP32, and `<component>.onnx_data` where the weights are large.
+    `<component>.onnx` for each component, in FP32, and `<component>.onnx_data` where the weights are large. Prefill of
+    a decoder-only model is derived from the decode graph, not traced, and refers to that graph's weights.
 """
 
 import inspect
@@ -37,6 +38,8 @@ from accel.evaluation.io_check import check_specs
 from accel.evaluation.rounding import SAMPLES, Evaluator, allowed_errors, root_mean_square
 from accel.graph import files
 from accel.graph.cleanup.widen_bfloat16 import WidenBfloat16
+from accel.graph.decode.without_past import without_past
+from accel.graph.passes import NoMatchError
 from accel.models.checkpoints import load_model
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
@@ -44,9 +47,12 @@ from accel.runtime.decoder_inputs import positions
 from accel.runtime.providers import RUNTIME_ERRORS
 from accel.runtime.session import HostSession, SessionSettings
 
+logger = logging.getLogger(__name__)
+
 # Every dimension of the example is at least 2, because the exporter freezes an axis of length 1, and no two are equal.
 # The source is longer than two blocks of 16 tokens, into which some encoders cut it.
 EXAMPLE = Shape(batch=2, source=37, past=7, new=3)
+SETTINGS = SessionSettings(session={"session.disable_prepacking": "1"})  # weights stay in their file
 SHAPES = (Shape(1, 1, 1, 1), Shape(1, 9, 0, 1), Shape(3, 6, 4, 2), Shape(2, 300, 2, 1), Shape(1, 11, 300, 1))
 
 
@@ -169,11 +175,10 @@ def compare(
             (see `accel.evaluation.rounding`). The message names component, output and shape.
     """
     calls = run_torch(architecture, model, seed)
-    settings = SessionSettings(session={"session.disable_prepacking": "1"})  # weights stay in their file
     worst: dict[str, float] = {}
     for component, torch_calls in progress.track(list(calls.items()), "comparing with PyTorch"):
         worst[str(component)] = 0.0
-        session = HostSession(folder / f"{component}.onnx", settings)
+        session = HostSession(folder / f"{component}.onnx", SETTINGS)
         for call in torch_calls:
             try:
                 outputs = session(call.inputs)
@@ -267,33 +272,91 @@ def _describe_cause(error: BaseException) -> str:
     return f"{reason}\ndocs/when-yaml-is-not-enough.md shows how a wrapper avoids code that can't be traced"
 
 
+def prefill_follows(architecture: Architecture, model: PreTrainedModel) -> bool:
+    """Return whether one module computes prefill and decode, which differ in nothing but the past caches."""
+    specs = signatures(architecture, model.config)
+    prefill, decode = specs[Component.PREFILL], specs[Component.DECODE]
+    same_module = type(architecture.wrap(model, Component.PREFILL)) is type(architecture.wrap(model, Component.DECODE))
+    same_inputs = prefill.inputs == tuple(spec for spec in decode.inputs if not spec.cached)
+    return same_module and same_inputs and prefill.outputs == decode.outputs
+
+
+class Tracer:
+    """Export of single components of a model into one folder.
+
+    Attributes:
+        nodes: Component -> number of nodes of the graphs written so far.
+    """
+
+    def __init__(self, config: Config, architecture: Architecture, model: PreTrainedModel, out: Path) -> None:
+        self.config, self.architecture, self.model, self.out = config, architecture, model, out
+        self.nodes: dict[str, int] = {}
+        self._specs = signatures(architecture, model.config)
+        generator = torch.Generator().manual_seed(config.export.seed)
+        shape = EXAMPLE.within(max_positions(model.config))
+        self._caller_inputs = component_inputs(architecture, model.config, shape, generator)
+        self._runner = ComponentRunner(self._specs, torch_run(architecture, model))
+
+    def trace(self, component: Component) -> None:
+        """Trace a component in PyTorch and write its graph."""
+        wrapper, inputs = self.architecture.wrap(self.model, component), self._example(component)
+        try:
+            graph = export_component(wrapper, self._specs[component], inputs, self.config.export.opset)
+        except torch.onnx.OnnxExporterError as error:
+            model_class = type(self.model).__name__
+            raise AccelError(
+                f"export of {component}: torch can't trace {model_class}: {_describe_cause(error)}"
+            ) from error
+        name_weights(graph, wrapper, self.model)
+        files.save(graph, self.out / f"{component}.onnx")
+        self.nodes[str(component)] = files.node_count(graph)
+
+    def derive_prefill(self) -> bool:
+        """Write prefill's graph, over the weights of the decode graph's file; return False if it can't be derived."""
+        caches = self._specs[Component.DECODE].cache
+        try:
+            graph = without_past(files.load(self.out / f"{Component.DECODE}.onnx"), caches, "past")
+        except NoMatchError as reason:
+            logger.info(f"prefill is traced: it can't be derived from decode: {reason}")
+            return False
+        path = self.out / f"{Component.PREFILL}.onnx"
+        files.save_graph(graph, path)
+        inputs = self._example(Component.PREFILL)
+        call = TorchCall(inputs, self._runner.run(Component.PREFILL, inputs), EXAMPLE)
+        try:
+            differences = _differences(Component.PREFILL, HostSession(path, SETTINGS)(inputs), call)
+        except RUNTIME_ERRORS as error:
+            logger.info(f"prefill is traced: its graph, derived from decode's, doesn't run: {error}")
+            return False
+        except AccelError as error:
+            logger.info(f"prefill is traced: its graph, derived from decode's, differs: {error}")
+            return False
+        if not max(differences.values()) <= self.config.export.tolerance:
+            logger.info("prefill is traced: decoding with an empty past gives other values")
+            return False
+        self.nodes[str(Component.PREFILL)] = files.node_count(graph)
+        return True
+
+    def _example(self, component: Component) -> dict[str, Tensor]:
+        """Return the inputs to trace a component with."""
+        return example(self._runner, component, self._caller_inputs)
+
+
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Write the graph of every component. Return node counts and the largest differences from PyTorch."""
     model = load_model(inputs["checkpoint"].folder)
     limit = max_positions(model.config)
-    shape, other_shape = EXAMPLE.within(limit), SHAPES[2].within(limit)
-    check_specs(architecture, model, (shape, other_shape), config.export.seed)
-    generator = torch.Generator().manual_seed(config.export.seed)
-    specs = signatures(architecture, model.config)
-    caller_inputs = component_inputs(architecture, model.config, shape, generator)
-    runner = ComponentRunner(specs, torch_run(architecture, model))
-    nodes: dict[str, int] = {}
-    for component, signature in progress.track(list(specs.items()), "tracing"):
-        wrapper = architecture.wrap(model, component)
-        try:
-            graph = export_component(wrapper, signature, example(runner, component, caller_inputs), config.export.opset)
-        except torch.onnx.OnnxExporterError as error:
-            model_class = type(model).__name__
-            raise AccelError(
-                f"export of {component}: torch can't trace {model_class}: {_describe_cause(error)}"
-            ) from error
-        name_weights(graph, wrapper, model)
-        files.save(graph, out / f"{component}.onnx")
-        nodes[str(component)] = files.node_count(graph)
-        del graph
+    check_specs(architecture, model, (EXAMPLE.within(limit), SHAPES[2].within(limit)), config.export.seed)
+    tracer = Tracer(config, architecture, model, out)
+    derive = prefill_follows(architecture, model)
+    traced = [part for part in architecture.components() if part is not Component.PREFILL or not derive]
+    for component in progress.track(traced, "tracing"):
+        tracer.trace(component)
+    if derive and not tracer.derive_prefill():
+        tracer.trace(Component.PREFILL)
     worst = compare(architecture, model, out, config.export.tolerance, config.export.seed)
     return {
-        "nodes": nodes,
+        "nodes": {str(component): tracer.nodes[component] for component in architecture.components()},
         "worst_relative_difference": worst,
         "positions_from_mask": counts_positions_from_mask(model),
     }

@@ -97,7 +97,7 @@ def decode_case(
     """
     batch_size = config.batch_size if name == "padded" else 1
     generated: list[list[int]] = []
-    for start in range(0, len(inputs), batch_size):
+    for start in progress.track(range(0, len(inputs), batch_size), name):
         torch.manual_seed(config.seed + start)
         generated += generate_ids(model, inputs[start : start + batch_size], options)
     return generated
@@ -188,13 +188,14 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     prompts = texts.read_prompts(inputs["prompts"].folder / PROMPTS)
     model_inputs, lines = verification_inputs(config, folder, architecture, model.config, prompts)
     tokens = {}
-    for name, options in progress.track(list(cases(config).items()), "PyTorch, FP32"):
+    for name, options in progress.track(list(cases(config).items()), "PyTorch in FP32"):
         tokens[name] = decode_case(model, name, options, model_inputs, settings)
     greedy = tokens["greedy"]
     evaluate = Evaluator(model, signatures(architecture, model.config), torch_run(architecture, model), torch.float64)
     component_calls = calls(architecture, model.config, model_inputs, greedy, settings.seed)
     count = write_calls(evaluate, component_calls, out)
-    for number, (single_input, ids) in enumerate(zip(model_inputs[:PATHS], greedy[:PATHS], strict=True)):
+    paths = list(zip(model_inputs[:PATHS], greedy[:PATHS], strict=True))
+    for number, (single_input, ids) in enumerate(progress.track(paths, "generations in float64")):
         path_ids = torch.tensor([ids])  # [1, tokens]
         logits = path_logits(evaluate, single_input, path_ids)  # [1, tokens, vocabulary]
         path = {"ids": path_ids, "logits": logits}

@@ -57,6 +57,15 @@ def changed(tiny: Path, *overrides: str) -> set[str]:
 # choice of stages
 
 
+def test_nothing_runs_for_an_audit_in_fp32(tiny: Path, tmp_path: Path) -> None:
+    """`stage=all` neither audits nor calibrates in FP32; naming the stage does both."""
+    subject = pipeline(tiny, tmp_path, "precision=fp32")
+    everything = subject.pending(select_stages("all", mixed=False))
+    assert {"export", "reference", "verify"} <= everything
+    assert not everything & {"calibrate", "audit"}
+    assert subject.pending(["audit"]) >= {"calibrate", "audit"}
+
+
 def test_chosen_stages_are_ordered() -> None:
     """`all`, one name or a list in any order gives stages in the order of the pipeline."""
     assert select_stages("all") == list(STAGES)

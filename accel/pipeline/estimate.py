@@ -1,0 +1,120 @@
+"""Rough estimate of the time, memory and disk that a build takes, made before it begins."""
+
+import logging
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from accel import progress
+from accel.config.schema import Config
+from accel.models.model_class import model_class
+
+logger = logging.getLogger(__name__)
+
+ANNOUNCED = 30.0  # seconds: shorter builds are not announced
+GB = 1e9
+# Fitted to SmolLM2-135M and T5-small dimensions on two CPU cores, see docs/benchmarks/pipeline.md.
+SECONDS_PER_MODULE = {"export": 0.17, "optimize": 0.03}  # per innermost module, whose operations are traced, and graph
+SECONDS_PER_MILLION = {  # per million parameters, for what reads all weights again and again
+    "prompts": 0.05,
+    "export": 0.05,
+    "calibrate": 0.6,
+    "audit": 0.4,
+    "convert": 0.02,
+    "merge": 0.03,
+    "reference": 0.3,
+    "torch_error": 0.04,
+    "verify": 0.2,
+    "benchmark": 0.5,
+}
+BASE_MEMORY = 0.8e9  # bytes that Python, torch and a traced graph take, whatever the model
+WEIGHTS_IN_MEMORY = 5.0  # FP32 copies of the weights at the peak
+# Copies of the weights that each stage leaves on disk; of those after `convert`, half as large in 16 bits.
+COPIES = {"checkpoint": 1, "export": 1, "optimize": 2, "convert": 2, "merge": 1, "verify": 1}
+CONVERTED = ("convert", "merge", "verify")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Size of a model.
+
+    Attributes:
+        parameters: Number of parameters; shared ones count once.
+        modules: Number of innermost modules.
+        graphs: Number of times that the decoder is traced.
+    """
+
+    parameters: int
+    modules: int
+    graphs: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "Size | None":
+        """Return the size of the model with this Hugging Face config, without making its weights; None if unknown."""
+        try:
+            with torch.device("meta"):
+                model = model_class(config)(config)
+        except Exception as error:  # of any class: a model's own code may need real tensors
+            logger.info(f"no estimate: {error}")
+            return None
+        modules = sum(not any(module.children()) for module in model.modules())
+        return cls(sum(each.numel() for each in model.parameters()), modules, 2 if config.is_encoder_decoder else 1)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a build takes: seconds on two CPU cores, bytes of memory at its peak, and bytes of disk."""
+
+    seconds: float
+    memory: float
+    disk: float
+
+    @classmethod
+    def of(cls, size: Size, stages: Collection[str], half: bool) -> "Estimate":
+        """Return the estimate for the stages that will run; `half`: in 16 bits."""
+        seconds = 0.0
+        for stage in stages:
+            seconds += size.parameters / 1e6 * SECONDS_PER_MILLION.get(stage, 0.0)
+            seconds += size.modules * size.graphs * SECONDS_PER_MODULE.get(stage, 0.0)
+        weights = 4.0 * size.parameters  # bytes in FP32
+        disk = 0.0
+        for stage in stages:
+            copies = COPIES.get(stage, 0) * (size.graphs if stage == "export" else 1)
+            disk += copies * weights * (0.5 if half and stage in CONVERTED else 1.0)
+        return cls(seconds, BASE_MEMORY + WEIGHTS_IN_MEMORY * weights, disk)
+
+    def __str__(self) -> str:
+        minutes = f"{self.seconds / 60:.0f} min" if self.seconds >= 90 else f"{self.seconds:.0f} s"
+        return (
+            f"roughly {minutes} on two CPU cores, {self.memory / GB:.1f} GB of memory at the peak and "
+            f"{self.disk / GB:.1f} GB of disk"
+        )
+
+
+def announce(config: Config, description: PretrainedConfig, stages: Collection[str]) -> None:
+    """Report what a long build will take, and warn if the disk has less space.
+
+    Args:
+        config: The configuration.
+        description: The model's Hugging Face config.
+        stages: Names of the stages that will run, hidden ones included.
+    """
+    size = Size.of(description) if stages else None
+    if size is None:
+        return
+    estimate = Estimate.of(size, stages, half=config.precision.dtype != "float32")
+    if estimate.seconds >= ANNOUNCED:
+        progress.note(f"{size.parameters / 1e6:.0f} million parameters: {estimate}")
+    folder = Path(config.artifacts).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < estimate.disk:
+        logger.warning(
+            f"artifacts={config.artifacts}: the build takes about {estimate.disk / GB:.1f} GB of disk, but only "
+            f"{free / GB:.1f} GB are free. Free some space, or set artifacts=FOLDER to a folder on another disk"
+        )

@@ -1,0 +1,55 @@
+"""Estimate of time, memory and disk, and the warning before a build that doesn't fit on the disk."""
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoConfig
+
+from accel.cli.compose import compose
+from accel.pipeline.estimate import BASE_MEMORY, WEIGHTS_IN_MEMORY, Estimate, Size, announce
+from tests.conftest import overrides_for
+
+LLAMA = Size(parameters=1_000_000_000, modules=200, graphs=1)
+BUILD = ("export", "optimize", "convert", "merge", "verify")
+
+
+def test_size_counts_shared_weights_once() -> None:
+    """A tied embedding counts once; only an encoder-decoder is traced twice."""
+    sizes = {"vocab_size": 100, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    size = Size.of(AutoConfig.for_model("gpt2", **sizes))
+    assert size is not None
+    layer = 8 * 24 + 24 + 8 * 8 + 8 + 8 * 32 + 32 + 32 * 8 + 8 + 4 * 8
+    assert size.parameters == 100 * 8 + 16 * 8 + layer + 2 * 8
+    assert size.graphs == 1
+
+
+def test_numbers() -> None:
+    """Seven copies in FP32 of the weights stay on disk, five in 16 bits; a stage that doesn't run takes nothing."""
+    full, half = (Estimate.of(LLAMA, BUILD, half=half) for half in (False, True))
+    assert full.disk == 7 * 4e9
+    assert half.disk == 5 * 4e9
+    assert full.memory == BASE_MEMORY + WEIGHTS_IN_MEMORY * 4e9
+    assert Estimate.of(replace(LLAMA, graphs=2), BUILD, half=False).disk == 8 * 4e9
+    assert Estimate.of(LLAMA, ["verify"], half=False).disk == 4e9
+    assert Estimate.of(LLAMA, [*BUILD, "calibrate", "audit"], half=True).seconds > half.seconds
+    assert "28.0 GB of disk" in str(full)
+
+
+@pytest.mark.parametrize("free", [1e3, 1e15])
+def test_warning_where_the_disk_is_too_small(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free: float
+) -> None:
+    """Only if less is free than the stages that will run leave; nothing is said where none will run."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    config = compose(overrides_for(tiny, tmp_path / "missing"))
+    description = AutoConfig.from_pretrained(tiny)
+    with caplog.at_level(logging.WARNING, "accel"):
+        announce(config, description, BUILD)
+    assert ("of disk, but only 0.0 GB are free" in caplog.text) == (free == 1e3)
+    caplog.clear()
+    announce(config, description, ())
+    assert not caplog.text
