@@ -11,11 +11,13 @@ from transformers import PretrainedConfig
 
 from accel import progress
 from accel.config.schema import Config
+from accel.errors import AccelError
 from accel.models.model_class import model_class
 
 logger = logging.getLogger(__name__)
 
 ANNOUNCED = 30.0  # seconds: shorter builds are not announced
+REFUSED = 0.5  # share of the estimated disk space; with less, the build can't end
 GB = 1e9
 # Fitted to SmolLM2-135M and T5-small dimensions on two CPU cores, see docs/benchmarks/pipeline.md.
 SECONDS_PER_MODULE = {"export": 0.17, "optimize": 0.03}  # per innermost module, whose operations are traced, and graph
@@ -96,12 +98,15 @@ class Estimate:
 
 
 def announce(config: Config, description: PretrainedConfig, stages: Collection[str]) -> None:
-    """Report what a long build will take, and warn if the disk has less space.
+    """Report what a long build will take, and warn if the disk may have too little space.
 
     Args:
         config: The configuration.
         description: The model's Hugging Face config.
         stages: Names of the stages that will run, hidden ones included.
+
+    Raises:
+        AccelError: Less than `REFUSED` of the estimate is free.
     """
     size = Size.of(description) if stages else None
     if size is None:
@@ -113,8 +118,11 @@ def announce(config: Config, description: PretrainedConfig, stages: Collection[s
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
+    message = (
+        f"artifacts={config.artifacts}: the build takes about {estimate.disk / GB:.1f} GB of disk, but only "
+        f"{free / GB:.1f} GB are free. Free some space, or set artifacts=FOLDER to a folder on another disk"
+    )
+    if free < REFUSED * estimate.disk:
+        raise AccelError(message)
     if free < estimate.disk:
-        logger.warning(
-            f"artifacts={config.artifacts}: the build takes about {estimate.disk / GB:.1f} GB of disk, but only "
-            f"{free / GB:.1f} GB are free. Free some space, or set artifacts=FOLDER to a folder on another disk"
-        )
+        logger.warning(message)

@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoConfig
 
 from accel.cli.compose import compose
-from accel.pipeline.estimate import BASE_MEMORY, WEIGHTS_IN_MEMORY, Estimate, Size, announce
+from accel.errors import AccelError
+from accel.pipeline.estimate import BASE_MEMORY, REFUSED, WEIGHTS_IN_MEMORY, Estimate, Size, announce
 from tests.conftest import overrides_for
 
 LLAMA = Size(parameters=1_000_000_000, modules=200, graphs=1)
@@ -39,17 +40,24 @@ def test_numbers() -> None:
     assert "28.0 GB of disk" in str(full)
 
 
-@pytest.mark.parametrize("free", [1e3, 1e15])
-def test_warning_where_the_disk_is_too_small(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free: float
+@pytest.mark.parametrize("share", [0.4, 0.9, 1.1])
+def test_disk_that_is_too_small(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, share: float
 ) -> None:
-    """Only if less is free than the stages that will run leave; nothing is said where none will run."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    """A build is refused with less than half of the space, and begins with a warning below all of it."""
     config = compose(overrides_for(tiny, tmp_path / "missing"))
     description = AutoConfig.from_pretrained(tiny)
+    size = Size.of(description)
+    assert size is not None
+    needed = Estimate.of(size, BUILD, half=False).disk
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=share * needed))
     with caplog.at_level(logging.WARNING, "accel"):
-        announce(config, description, BUILD)
-    assert ("of disk, but only 0.0 GB are free" in caplog.text) == (free == 1e3)
-    caplog.clear()
-    announce(config, description, ())
-    assert not caplog.text
+        if share < REFUSED:
+            with pytest.raises(AccelError, match="of disk, but only"):
+                announce(config, description, BUILD)
+        else:
+            announce(config, description, BUILD)
+        assert ("of disk, but only" in caplog.text) == (share == 0.9)
+        caplog.clear()
+        announce(config, description, ())  # nothing will run
+        assert not caplog.text
