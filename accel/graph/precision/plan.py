@@ -10,6 +10,9 @@ All other nodes are lowered to a 16-bit format, FP16 or bfloat16. The rules comp
   and outputs matter.
 - Float arithmetic between integers (positions) and an integer or boolean result stays in FP32: rounding would change
   the result.
+- Angles, which sines and cosines read, stay in FP32 with the arithmetic that computes them: a position of 2,000 times a
+  frequency is rounded to a multiple of 1 in FP16, which is an error of half a radian. Calibration on short inputs would
+  not show it.
 - Values that are not finite in FP32 either (a logarithm of zero that a later `Where` discards) stay in FP32.
 """
 
@@ -28,6 +31,7 @@ from accel.graph.precision.observer import ValueStatistics
 
 ANY_TYPE = frozenset({"Cast", "Shape", "Size"})  # operators that read FP32 and 16-bit values alike, without a cast
 ROOTS = frozenset({"Sqrt", "Reciprocal", "Log"})  # steep near zero: a small error of the operand becomes a large one
+TRIGONOMETRIC = ("Sin", "Cos")
 SUMS = frozenset({"Add", "ReduceMean", "ReduceSum", "Sqrt", "Mean", "Sum"})  # operators of a norm up to its root
 WEIGHT_ELEMENTS = 16  # an initializer with more elements than this counts as a weight, not as a constant
 
@@ -35,6 +39,7 @@ WEIGHT_ELEMENTS = 16  # an initializer with more elements than this counts as a 
 OVERFLOW, UNDERFLOW, NOT_FINITE = "overflow", "underflow", "infinity in FP32 as well"
 # Rules that hold for any numbers.
 INTEGER = "rounding that would change an integer"
+ANGLE = "rounding that would turn an angle"
 NO_OPERATOR, SUBGRAPH = "no such operator in 16 bits", "a subgraph"
 CASTS = "fewer casts"  # added by `minimize_casts`
 
@@ -141,13 +146,13 @@ def make_plan(
             overflows[value.name or ""] = reason
             plan.weights[value.name or ""] = reason
     underflows = _underflows(graph, statistics, overflow_margin, format)
-    positions = _position_arithmetic(graph)
+    exact = _angle_arithmetic(graph) | _position_arithmetic(graph)
     for node in graph:
         if not has_float(node) or (node.op_type in ANY_TYPE and node.outputs[0].dtype != FLOAT):
             continue
         # Rules that hold for any numbers come first: a node that one of them keeps is never dropped by trials.
         reason = (
-            positions.get(node_key(node))
+            exact.get(node_key(node))
             or _unsupported(node, model.opset_imports, format)
             or _first_overflow(node, overflows)
             or underflows.get(node_key(node))
@@ -291,6 +296,23 @@ def _position_arithmetic(graph: ir.Graph) -> dict[str, Reason]:
         if producer is not None and name not in reasons:
             reasons[name] = Reason(INTEGER, name)
             frontier += [operand for operand in producer.inputs if operand is not None and operand in from_integers]
+    return reasons
+
+
+def _angle_arithmetic(graph: ir.Graph) -> dict[str, Reason]:
+    """Return the nodes that compute sines and cosines, and the float nodes before them, by `node_key`.
+
+    Transformers computes the angles of rotary position embeddings in FP32, whatever the model's dtype.
+    """
+    reasons: dict[str, Reason] = {}
+    frontier = [node for node in graph if node.op_type in TRIGONOMETRIC]
+    while frontier:
+        node = frontier.pop()
+        if node_key(node) in reasons or node.outputs[0].dtype != FLOAT:
+            continue
+        reasons[node_key(node)] = Reason(ANGLE, node_key(node))
+        producers = (value.producer() for value in node.inputs if value is not None)
+        frontier += [producer for producer in producers if producer is not None]
     return reasons
 
 

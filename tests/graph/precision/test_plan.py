@@ -169,6 +169,32 @@ def test_arithmetic_on_positions_stays() -> None:
     np.testing.assert_array_equal(found, (np.log(distance.astype(np.float32)) * 8).astype(np.int64))
 
 
+@pytest.mark.parametrize("function", ["Cos", "Sin"])
+def test_angles_stay(function: str) -> None:
+    """A rotary embedding's angles at position 2,000: in FP16 they would be off by up to half a radian."""
+    model = typed(f"""
+    <ir_version: 10, opset_import: ["" : 20]>
+    g (int64[n, 1] position, float[n, 4] x) => (float[n, 4] y) <float[1, 4] frequencies = {{0.93, 0.61, 0.1, 0.01}}> {{
+        real = Cast <to: int = 1> (position)
+        angle = Mul (real, frequencies)
+        turn = {function} (angle)
+        y = Mul (x, turn)
+    }}""")
+    plan = make_plan(model, {}, overflow_margin=2.0)
+    assert plan.nodes.keys() == {"real", "angle", "turn"}
+    assert {reason.rule for reason in plan.nodes.values()} == {"rounding that would turn an angle"}
+    position, x = np.array([[3], [517], [2003]]), np.ones((3, 4), np.float32)
+    expected = run(model, position=position, x=x)[0]
+    errors = []
+    for kept in (plan, Plan()):
+        half = model.clone()
+        convert_half(half, kept)
+        emulate_half(half)
+        given = x if half.graph.inputs[1].dtype == FLOAT else x.astype(np.float16)
+        errors.append(np.abs(run(half, position=position, x=given)[0] - expected).max())
+    assert errors[0] < 1e-3 < 0.1 < errors[1]
+
+
 def test_a_weight_kept_in_one_graph_is_kept_in_both() -> None:
     """Otherwise the same matrix would be stored twice, in FP32 and in FP16."""
     body = """
