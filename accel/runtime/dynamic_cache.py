@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from accel.runtime import layout
+from accel.runtime.cache_buffers import CacheBuffers
 from accel.runtime.decoder_inputs import kept_logits_inputs
 from accel.runtime.device_memory import check_weights_fit
 from accel.runtime.dlpack import OrtValueHandle, Value
@@ -36,6 +37,7 @@ class DynamicCacheState:
         cross_caches: Names in `constants` that are cross-attention caches.
         bound_constants: `constants` as the decoder's session takes them, made by the first decode step; None before it
             and after a change of `constants`.
+        buffers: The self-attention caches where decode steps extend them in place; `self_cache_values` is empty then.
     """
 
     self_cache_values: Mapping[str, Value]
@@ -43,10 +45,13 @@ class DynamicCacheState:
     axes: Mapping[str, int]
     cross_caches: Collection[str] = ()
     bound_constants: Mapping[str, Value] | None = None
+    buffers: CacheBuffers | None = None
 
     @property
     def self_caches(self) -> dict[str, Tensor]:
         """Self-attention caches as tensors, [batch, heads, length, head_size]."""
+        if self.buffers is not None:
+            return self.buffers.read()
         return {
             name: value.tensor() if isinstance(value, OrtValueHandle) else value
             for name, value in self.self_cache_values.items()
@@ -54,28 +59,38 @@ class DynamicCacheState:
 
     @self_caches.setter
     def self_caches(self, tensors: Mapping[str, Tensor]) -> None:
-        self.self_cache_values = tensors
+        self.self_cache_values, self.buffers = tensors, None
 
     @property
     def length(self) -> int:
         """Number of decoder tokens in the caches."""
+        if self.buffers is not None:
+            return self.buffers.length
         name, value = next(iter(self.self_cache_values.items()))
         return value.shape[self.axes[name]]
 
     @property
     def batch(self) -> int:
         """Number of sequences, beams counted."""
+        if self.buffers is not None:
+            return self.buffers.batch
         return next(iter(self.self_cache_values.values())).shape[0]
 
     def reorder(self, index: Tensor) -> None:
         """Continue every sequence i from sequence `index[i]`, a beam of the same input."""
         # Constants need no reordering: the beams of one input share its encoder output.
+        if self.buffers is not None and len(index) == self.buffers.batch:
+            self.buffers.reorder(index)
+            return
         self_caches = self.self_caches
         index = index.to(next(iter(self_caches.values())).device)
         self.self_caches = {name: tensor.index_select(0, index) for name, tensor in self_caches.items()}
 
     def crop(self, length: int) -> None:
         """Drop all but the first `length` decoder tokens."""
+        if self.buffers is not None:
+            self.buffers.length = length
+            return
         self.self_caches = {
             name: tensor.narrow(self.axes[name], 0, length).contiguous() for name, tensor in self.self_caches.items()
         }
@@ -93,7 +108,10 @@ class DynamicCacheState:
         self.bound_constants = None
 
     def copy(self) -> "DynamicCacheState":
-        """Return an independent state with the same tokens. Tensors are shared: no method changes them in place."""
+        """Return an independent state with the same tokens. It shares all tensors that are never changed in place."""
+        if self.buffers is not None:
+            caches = {name: tensor.clone() for name, tensor in self.buffers.read().items()}
+            return DynamicCacheState(caches, dict(self.constants), self.axes, self.cross_caches)
         return DynamicCacheState(self.self_cache_values, dict(self.constants), self.axes, self.cross_caches)
 
     def __deepcopy__(self, memo: object) -> "DynamicCacheState":
@@ -117,6 +135,7 @@ class DynamicCacheRuntime:
         single_row_chunks: The graph takes several new tokens behind cached ones for one sequence only: a limit
             of ONNX Runtime's `GroupQueryAttention`, so `decode` runs it for each.
         prefill_chunk: Tokens of a prompt to compute at once; 0 for all.
+        in_place: Decode steps extend self-attention caches in place: see `CacheBuffers`.
 
     Attributes:
         self_cache_outputs: Those items of `cache` that are self-attention caches.
@@ -134,13 +153,14 @@ class DynamicCacheRuntime:
         positions_from_mask: bool = False,
         single_row_chunks: bool = False,
         prefill_chunk: int = 0,
+        in_place: bool = False,
     ) -> None:
         self.encoder, self._prefill, self._decode = encoder, prefill, decode
         self.device = decode.device
         self.dtype = decode.dtype("logits")
         self.exclusive = False
         self.positions_from_mask = positions_from_mask
-        self.single_row_chunks, self.prefill_chunk = single_row_chunks, prefill_chunk
+        self.single_row_chunks, self.prefill_chunk, self.in_place = single_row_chunks, prefill_chunk, in_place
         self.cache = dict(cache)
         self.self_cache_outputs = {name: output for name, output in cache.items() if PAST in decode.inputs[name].shape}
         self.axes = {name: decode.inputs[name].shape.index(PAST) for name in self.self_cache_outputs}
@@ -250,6 +270,8 @@ class DynamicCacheRuntime:
         """
         if self.single_row_chunks and state.batch > 1 and inputs["input_ids"].shape[1] > 1:
             return self._decode_rows(inputs, state)
+        if self.in_place:
+            return self._decode_in_place(inputs, state)
         if state.bound_constants is None:
             state.bound_constants = {
                 name: self._decode.bind(name, tensor)
@@ -263,6 +285,15 @@ class DynamicCacheRuntime:
         logits, *caches = self._decode.run(decode_inputs, output_names, handles=len(self.self_cache_outputs))
         state.self_cache_values = dict(zip(self.self_cache_outputs, caches, strict=True))
         return logits if isinstance(logits, Tensor) else logits.tensor()
+
+    def _decode_in_place(self, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
+        """Run `decode` over caches with spare room, which are made or enlarged where there is too little."""
+        new = inputs["input_ids"].shape[1]
+        if state.buffers is None or state.length + new > state.buffers.capacity:
+            buffers = CacheBuffers(self._decode, state.self_caches, self.self_cache_outputs, self.axes, new)
+            state.self_cache_values, state.buffers = {}, buffers
+        flag = {self.flag: self._true} if self.flag else {}
+        return state.buffers.decode({**inputs, **state.constants, **flag})
 
     def _decode_rows(self, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
         """Run the decoder over one sequence after the other; arguments and result as of `decode`."""
@@ -334,4 +365,5 @@ def open_dynamic(
         positions_from_mask=metadata.get(layout.POSITIONS) == layout.POSITIONS_FROM_MASK,
         single_row_chunks=layout.SINGLE_ROW_CHUNKS in metadata,
         prefill_chunk=prefill_chunk,
+        in_place=layout.IN_PLACE in metadata and torch_device.type == "cpu",
     )

@@ -103,6 +103,17 @@ class BoundSession:
                 placed[name] = value if isinstance(value, OrtValueHandle) else self.place(name, value)
             return self.tensor_exchange(self, placed, output_names, handles)
 
+    def binding_arguments(self, name: str, tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
+        """Return what binds a tensor by its address: device type and index, type number, shape, address.
+
+        Raises:
+            ValueError: The tensor has another dtype than the input or output, or isn't contiguous.
+        """
+        dtype, type_number = self.types[name]
+        if tensor.dtype is not dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name}: {tensor.dtype}, where a contiguous {dtype} is to be bound")
+        return tensor.device.type, tensor.device.index or 0, type_number, tuple(tensor.shape), tensor.data_ptr()
+
     def bind(self, name: str, tensor: Tensor) -> Value:
         """Convert `tensor` once to what input `name` takes, for use in many runs."""
         placed = self.place(name, tensor)
@@ -131,16 +142,9 @@ class FixedCall:
         self.tensors = [*inputs.values(), *outputs.values()]  # bound by address, so they must be kept alive
         self.binding = bound.session.io_binding()
         for name in bound.inputs:
-            self.binding.bind_input(name, *self._binding_arguments(name, inputs[name]))
+            self.binding.bind_input(name, *bound.binding_arguments(name, inputs[name]))
         for name, tensor in outputs.items():
-            self.binding.bind_output(name, *self._binding_arguments(name, tensor))
-
-    def _binding_arguments(self, name: str, tensor: Tensor) -> tuple[str, int, int, tuple[int, ...], int]:
-        """Return device type, device index, type number, shape and address of a tensor."""
-        dtype, type_number = self.bound.types[name]
-        if tensor.dtype is not dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name}: {tensor.dtype}, where a contiguous {dtype} is to be bound")
-        return tensor.device.type, tensor.device.index or 0, type_number, tuple(tensor.shape), tensor.data_ptr()
+            self.binding.bind_output(name, *bound.binding_arguments(name, tensor))
 
     def __call__(self) -> None:
         """Run the session."""

@@ -26,6 +26,7 @@ FLAG = "accel.flag"  # metadata key: name of the merged decoder's boolean input 
 POSITIONS = "accel.positions"  # metadata key: POSITIONS_FROM_MASK, or anything else for every token
 POSITIONS_FROM_MASK = "mask"
 SINGLE_ROW_CHUNKS = "accel.single_row_chunks"  # metadata key: see `DynamicCacheRuntime`; present or absent
+IN_PLACE = "accel.in_place"  # caches may be longer than their content; present ones may share the past ones' memory
 CACHE = "accel.cache"  # metadata key: JSON, cache input -> the output that becomes it at the next decode step
 
 KEPT = "logits_to_keep"  # input of components, int64 [kept]: indices of the tokens whose logits are computed

@@ -19,6 +19,7 @@ from accel.errors import unknown
 from accel.graph import files
 from accel.graph.cleanup.eliminate_noop_cast import EliminateNoopCast
 from accel.graph.decode.one_token import OneToken
+from accel.graph.decode.spare_room import SpareRoom
 from accel.graph.decode.static_cache import Names, NotStaticError, StaticCache
 from accel.graph.fusion.fuse_attention import FuseAttention
 from accel.graph.fusion.fuse_causal_attention import FuseCausalAttention
@@ -85,6 +86,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             static_decode = _static_decode(model, convert, inputs, architecture)
         if component is Component.DECODE and convert.fuse_causal_attention and not half:
             FuseCausalAttention()(model)
+            SpareRoom("past", "attention_mask", "input_ids")(model)
         if component in attention_fused - {Component.DECODE}:  # `merge` fuses it, behind the branch for one token
             FuseAttention()(model)
             if component is Component.PREFILL and Component.ENCODER not in architecture.components():

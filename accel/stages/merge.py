@@ -24,6 +24,7 @@ from accel.data.pretrained import load_config
 from accel.errors import AccelError, unknown
 from accel.graph import files
 from accel.graph.decode.cross_cache import cross_cache
+from accel.graph.decode.spare_room import has_spare_room
 from accel.graph.fusion.fuse_attention import FuseAttention
 from accel.graph.merging.client_inputs import add_default, count_kept_logits, name_cache_lengths
 from accel.graph.merging.merge_branches import fork_if, merge_if
@@ -142,6 +143,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         merged.metadata_props[layout.POSITIONS] = layout.POSITIONS_FROM_MASK
     if any(node.op_type == "GroupQueryAttention" for node in merged.graph.all_nodes()):
         merged.metadata_props[layout.SINGLE_ROW_CHUNKS] = "true"
+    if has_spare_room(merged.graph, cache):
+        merged.metadata_props[layout.IN_PLACE] = "true"
     files.save(merged, target.decoder)
     for path, model in static_graphs.items():
         if model is not None:
