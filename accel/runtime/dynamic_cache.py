@@ -81,10 +81,8 @@ class DynamicCacheState:
         # Constants need no reordering: the beams of one input share its encoder output.
         if self.buffers is not None and len(index) == self.buffers.batch:
             self.buffers.reorder(index)
-            return
-        self_caches = self.self_caches
-        index = index.to(next(iter(self_caches.values())).device)
-        self.self_caches = {name: tensor.index_select(0, index) for name, tensor in self_caches.items()}
+        else:
+            self._select_caches(index)
 
     def crop(self, length: int) -> None:
         """Drop all but the first `length` decoder tokens."""
@@ -101,11 +99,17 @@ class DynamicCacheState:
 
     def select(self, index: Tensor) -> None:
         """Continue with the sequences `index` [new batch] of any input."""
-        self.reorder(index)
+        self._select_caches(index)
         self.constants = {
             name: tensor.index_select(0, index.to(tensor.device)) for name, tensor in self.constants.items()
         }
         self.bound_constants = None
+
+    def _select_caches(self, index: Tensor) -> None:
+        """Replace the self-attention caches by those of the sequences `index` [new batch]."""
+        caches = self.self_caches
+        index = index.to(next(iter(caches.values())).device)
+        self.self_caches = {name: tensor.index_select(0, index) for name, tensor in caches.items()}
 
     def copy(self) -> "DynamicCacheState":
         """Return an independent state with the same tokens. It shares all tensors that are never changed in place."""

@@ -81,11 +81,11 @@ def test_buckets_of_the_build_are_the_default(build: Build, tiny: Path) -> None:
     """`load` uses the buckets that the deployable was built with, unless an option replaces them."""
     folder = build(tiny, "verify", ["runtime.buckets=[24,48]", "runtime.static=true"])[1]["verify"].folder
     with accel.load(folder, runtime="cpu") as model:
-        assert model.runtime.buckets == [24, 48]
+        assert model.runtime.buckets.lengths == [24, 48]
     with accel.load(folder) as model:
-        assert model.runtime.buckets == [24, 48]
+        assert model.runtime.buckets.lengths == [24, 48]
     with accel.load(folder, runtime="cpu", buckets=[32]) as model:
-        assert model.runtime.buckets == [32]
+        assert model.runtime.buckets.lengths == [32]
 
 
 def test_unknown_option(deployable: Path) -> None:

@@ -52,6 +52,23 @@ def without_static(name: str) -> Break:
     return lambda subject, patch: patch.setattr(owner, name, lambda self, *arguments: None)
 
 
+def displaced_copies(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """Copy caches with every token one position too late."""
+    copy = DynamicCacheState.copy
+
+    def displaced_copy(state: DynamicCacheState) -> DynamicCacheState:
+        copied = copy(state)
+        copied.self_caches = {name: cache.roll(1, copied.axes[name]) for name, cache in copied.self_caches.items()}
+        return copied
+
+    patch.setattr(DynamicCacheState, "copy", displaced_copy)
+
+
+def computed_for_each_beam(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
+    """Compute the copies of a prompt one by one."""
+    patch.setattr(type(subject.model), "_copies_of_prompts", lambda self, *arguments: 1)
+
+
 def displaced(subject: testing.Subject, patch: pytest.MonkeyPatch) -> None:
     """Write new cache entries one position too early."""
     write_inputs = DecodeBuffers.write_inputs
@@ -135,6 +152,9 @@ def without_streamer(subject: testing.Subject, patch: pytest.MonkeyPatch) -> Non
         (checks.forward_logits, changed(shifted_positions)),
         (checks.forward_kept_logits, misaligned),
         (checks.forward_caller_cache, changed(shifted_positions)),
+        (checks.prompt_cache, displaced_copies),
+        (checks.prompt_computed_once, computed_for_each_beam),
+        (checks.prompt_in_chunks, changed(shifted_positions)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
