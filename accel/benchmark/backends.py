@@ -1,6 +1,5 @@
 """Backends that a benchmark compares: each is a loaded model and a way to call its `generate`."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ from accel.models.checkpoints import load_model
 from accel.models.generation import AcceleratedModel, Generates
 from accel.models.loading import as_model, open_model
 from accel.runtime import layout
-from accel.runtime.dynamic_cache import DynamicCacheRuntime
+from accel.runtime.dynamic_cache import DynamicCacheRuntime, runtime_over
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.session import SessionSettings, open_session
 from accel.system import host_memory
@@ -264,7 +263,4 @@ def open_profiled(
         if path.is_file():
             settings = SessionSettings.of(runtime, profile=str(traces / name))
             sessions[name] = open_bound_session(path, settings, runtime.device)
-    decoder = sessions["decoder"]
-    metadata = decoder.session.get_modelmeta().custom_metadata_map
-    cache, flag = json.loads(metadata[layout.CACHE]), metadata[layout.FLAG]
-    return as_model(DynamicCacheRuntime(sessions.get("encoder"), decoder, decoder, cache, flag), folder), sessions
+    return as_model(runtime_over(sessions["decoder"], sessions.get("encoder")), folder), sessions

@@ -353,21 +353,33 @@ def open_dynamic(
         BoundSession(open_session(path, settings, weights if path == files.decoder else None), torch_device)
         for path in paths
     )
-    metadata = decoder.session.get_modelmeta().custom_metadata_map
-    cache, flag = json.loads(metadata[layout.CACHE]), metadata[layout.FLAG]
-    if layout.SINGLE_ROW_CHUNKS in metadata and torch_device.type != "cpu":
+    if layout.SINGLE_ROW_CHUNKS in decoder.session.get_modelmeta().custom_metadata_map and torch_device.type != "cpu":
         logger.warning(
             f"{files.folder} was built for the CPU, and its attention runs there: on {device} every step copies the "
             "caches. Build it again with runtime=cuda"
         )
+    return runtime_over(decoder, encoder[0] if encoder else None, prefill_chunk)
+
+
+def runtime_over(
+    decoder: BoundSession, encoder: BoundSession | None = None, prefill_chunk: int = 0
+) -> DynamicCacheRuntime:
+    """Return the runtime over a merged decoder, with what the file's metadata says of it.
+
+    Args:
+        decoder: Session of the merged decoder.
+        encoder: Session of the encoder; None for a decoder-only model.
+        prefill_chunk: Tokens of a prompt to compute at once; 0 for all.
+    """
+    metadata = decoder.session.get_modelmeta().custom_metadata_map
     return DynamicCacheRuntime(
-        encoder[0] if encoder else None,
+        encoder,
         decoder,
         decoder,
-        cache,
-        flag,
+        json.loads(metadata[layout.CACHE]),
+        metadata[layout.FLAG],
         positions_from_mask=metadata.get(layout.POSITIONS) == layout.POSITIONS_FROM_MASK,
         single_row_chunks=layout.SINGLE_ROW_CHUNKS in metadata,
         prefill_chunk=prefill_chunk,
-        in_place=layout.IN_PLACE in metadata and torch_device.type == "cpu",
+        in_place=layout.IN_PLACE in metadata and decoder.device.type == "cpu",
     )
