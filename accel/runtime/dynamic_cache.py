@@ -252,7 +252,8 @@ class DynamicCacheRuntime:
 
         Those of the last batch size are kept, since making two a layer delays a prompt's first kernel.
         """
-        if self._empty[0] != batch:
+        kept_batch, empty = self._empty  # read once: another thread may replace it
+        if kept_batch != batch:
             empty = {}
             for name in self.cache:
                 _, *dims = self._decode.inputs[name].shape
@@ -260,7 +261,7 @@ class DynamicCacheRuntime:
                 tensor = torch.empty(shape, dtype=self._decode.dtype(name), device=self.device)
                 empty[name] = self._decode.bind(name, tensor)
             self._empty = (batch, empty)
-        return self._empty[1]
+        return empty
 
     def decode(self, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
         """Run the decoder over new tokens and the caches in `state`, which are replaced by the longer ones.

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -176,13 +177,17 @@ def test_pushed_to_the_hub(model: AcceleratedModel, monkeypatch: pytest.MonkeyPa
 
 
 def test_threads_on_one_model(model: AcceleratedModel) -> None:
-    """Each call has its own tokens, whatever runs beside it."""
-    prompts = [IDS[:, : 2 + number % 4] for number in range(8)]
+    """Each call has its own tokens, whatever runs beside it, and at whatever instruction it is interrupted."""
+    prompts = [torch.randint(2, 60, (1 + number % 3, 2 + number % 4)) for number in range(24)]
     expected = [model.generate(ids, **UNIQUE) for ids in prompts]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(3):
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
             actual = list(pool.map(lambda ids: model.generate(ids, **UNIQUE), prompts))
-            assert all(map(torch.equal, actual, expected))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(map(torch.equal, actual, expected))
 
 
 def test_calls_on_static_caches_take_turns(gpt2: testing.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
