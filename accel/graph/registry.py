@@ -8,6 +8,7 @@ from accel.graph.cleanup.fold_constants import FoldConstants, MergeDuplicates, S
 from accel.graph.cleanup.fold_transposes import FoldTransposes
 from accel.graph.cleanup.infer_shapes import InferShapes
 from accel.graph.cleanup.precompute_position_bias import PrecomputePositionBias
+from accel.graph.cleanup.select_tokens_early import SelectTokensEarly
 from accel.graph.cleanup.shift_ranges import ShiftRanges
 from accel.graph.cleanup.static_reshapes import StaticReshapes
 from accel.graph.cleanup.unstack_expert_weights import UnstackExpertWeights
@@ -41,6 +42,7 @@ OPTIMIZE = by_name(  # `optimize.passes`: over every exported graph
         FuseSkipNorm,
         PackQkv,
         HoistAdditions,
+        SelectTokensEarly,
     ]
 )
 DECODE = by_name(  # `convert.decode_passes`: over decode graphs for exactly one new token

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from accel.runtime import layout
 from accel.runtime.cache_buffers import CacheBuffers
-from accel.runtime.decoder_inputs import kept_logits_inputs
+from accel.runtime.chunked_prefill import NEW, TOTAL, prefill_in_chunks
 from accel.runtime.device_memory import check_weights_fit
 from accel.runtime.dlpack import OrtValueHandle, Value
 from accel.runtime.io_binding import BoundSession
@@ -20,7 +19,6 @@ from accel.runtime.session import SessionSettings, open_session
 
 logger = logging.getLogger(__name__)
 
-NEW, TOTAL = "new", "total"  # axes of the new tokens, and of the cached and the new ones
 PAST = "past"  # token axis of the self-attention caches
 CHANGING_AXES = {NEW, "kept", TOTAL, PAST}  # axes whose length changes from call to call
 
@@ -145,6 +143,7 @@ class DynamicCacheRuntime:
         self_cache_outputs: Those items of `cache` that are self-attention caches.
         axes: Self-attention cache input -> its token axis.
         constants: Names of the decoder inputs that stay the same for a whole generation, with cross-attention caches.
+        batched: Names of the decoder inputs whose first axis is the batch.
     """
 
     def __init__(
@@ -173,6 +172,8 @@ class DynamicCacheRuntime:
             for name, spec in decode.inputs.items()
             if not CHANGING_AXES & set(spec.shape) and name not in (flag, layout.NUM_KEPT)
         ]
+        batch_axis = decode.inputs["input_ids"].shape[0]
+        self.batched = {name for name, spec in decode.inputs.items() if batch_axis in spec.shape[:1]}
         self.flag = flag
         self._empty: tuple[int, Mapping[str, Value]] = (0, {})
         self._true, self._false = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
@@ -187,57 +188,25 @@ class DynamicCacheRuntime:
     def prefill(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, DynamicCacheState]:
         """Run the decoder without past, over a long prompt in chunks. Return the logits and the caches."""
         if self.prefill_chunk and inputs["input_ids"].shape[1] > self.prefill_chunk:
-            return self._prefill_in_chunks(inputs)
-        return self._prefill_at_once(inputs)
+            return prefill_in_chunks(self, inputs)
+        return self.prefill_at_once(inputs)
 
-    def _prefill_in_chunks(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, DynamicCacheState]:
-        """Run the decoder over chunks of the prompt, the tokens whose logits are kept in one of them."""
-        length, keep = inputs["input_ids"].shape[1], int(inputs.get(layout.NUM_KEPT, 0))
-        starts = [start for start in range(0, length, self.prefill_chunk) if start <= length - max(keep, 1)]
-        kept_logits: list[Tensor] = []
-        state: DynamicCacheState | None = None
-        for start, end in pairwise([*starts, length]):
-            chunk_keep = 1 if keep and end < length else keep
-            chunk = self._chunk(inputs, start, end) | kept_logits_inputs(end - start, chunk_keep, self.device)
-            if state is None:
-                logits, state = self._prefill_at_once(chunk)
-            else:
-                logits = self.decode(chunk, state)
-            if not keep or end == length:
-                kept_logits.append(logits)
-        if state is None:
-            raise ValueError("the prompt is empty")
-        return torch.cat(kept_logits, dim=1), state
-
-    def _chunk(self, inputs: Mapping[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
-        """Return the inputs for the tokens from `start` to `end` of a prompt."""
-        chunk = {}
-        for name, tensor in inputs.items():
-            axes = self._decode.inputs[name].shape if name in self._decode.inputs else []
-            for axis, symbol in enumerate(axes):
-                if symbol == NEW:
-                    tensor = tensor.narrow(axis, start, end - start)
-                elif symbol == TOTAL:
-                    tensor = tensor.narrow(axis, 0, end)
-            chunk[name] = tensor
-        return chunk
-
-    def _prefill_at_once(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, DynamicCacheState]:
-        """Run the decoder without past. Return the logits [batch, new, vocabulary] and the caches."""
+    def prefill_at_once(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, DynamicCacheState]:
+        """Run the decoder without past over whole prompts. Return logits [batch, new, vocabulary] and the caches."""
         prefill_inputs: dict[str, Value] = dict(inputs)
         if self.flag:
             prefill_inputs |= {self.flag: self._false, **self._empty_caches(inputs["input_ids"].shape[0])}
         values = self._prefill.run(prefill_inputs, ["logits", *self.cache.values()])
         logits, *caches = (value if isinstance(value, Tensor) else value.tensor() for value in values)
-        return logits, self._state(dict(zip(self.cache, caches, strict=True)), inputs)
+        return logits, self.state_over(dict(zip(self.cache, caches, strict=True)), inputs)
 
     def resume(self, caches: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> DynamicCacheState:
         """Return a state over existing caches, given in the order of `State.views`."""
         names = [*self.self_cache_outputs, *(name for name in self.cache if name not in self.self_cache_outputs)]
         placed = {name: self._decode.place(name, tensor) for name, tensor in zip(names, caches, strict=True)}
-        return self._state(placed, inputs)
+        return self.state_over(placed, inputs)
 
-    def _state(self, caches: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> DynamicCacheState:
+    def state_over(self, caches: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> DynamicCacheState:
         """Return a state over `caches` by input name, with the constants found in `inputs`."""
         self_caches = {name: tensor for name, tensor in caches.items() if name in self.self_cache_outputs}
         cross_caches = {name: tensor for name, tensor in caches.items() if name not in self.self_cache_outputs}
@@ -291,24 +260,26 @@ class DynamicCacheRuntime:
         state.self_cache_values = dict(zip(self.self_cache_outputs, caches, strict=True))
         return logits if isinstance(logits, Tensor) else logits.tensor()
 
-    def _decode_in_place(self, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
-        """Run `decode` over caches with spare room, which are made or enlarged where there is too little."""
-        new = inputs["input_ids"].shape[1]
+    def make_room(self, state: DynamicCacheState, new: int) -> CacheBuffers:
+        """Return the buffers of `state`, made or enlarged where they have no room for `new` more tokens."""
         if state.buffers is None or state.length + new > state.buffers.capacity:
             buffers = CacheBuffers(self._decode, state.self_caches, self.self_cache_outputs, self.axes, new)
             state.self_cache_values, state.buffers = {}, buffers
+        return state.buffers
+
+    def _decode_in_place(self, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
+        """Run `decode` over caches with spare room."""
+        buffers = self.make_room(state, inputs["input_ids"].shape[1])
         flag = {self.flag: self._true} if self.flag else {}
-        return state.buffers.decode({**inputs, **state.constants, **flag})
+        return buffers.decode({**inputs, **state.constants, **flag})
 
     def _decode_rows(self, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
         """Run the decoder over one sequence after the other; arguments and result as of `decode`."""
-        batch_axis = self._decode.inputs["input_ids"].shape[0]
-        batched = {name for name, spec in self._decode.inputs.items() if batch_axis in spec.shape[:1]}
         logits, rows = [], []
         for i in range(state.batch):
             row = DynamicCacheState(state.self_caches, state.constants, state.axes, state.cross_caches)
             row.select(torch.tensor([i]))
-            of_row = {name: tensor[i : i + 1] if name in batched else tensor for name, tensor in inputs.items()}
+            of_row = {name: tensor[i : i + 1] if name in self.batched else tensor for name, tensor in inputs.items()}
             logits.append(self.decode(of_row, row))
             rows.append(row.self_caches)
         state.self_caches = {name: torch.cat([row[name] for row in rows]) for name in self.self_cache_outputs}

@@ -1,10 +1,8 @@
-"""Fuse causal self-attention over dynamic caches, so that the scores of a long prompt are never stored.
+"""Fuse causal self-attention over dynamic caches into one node, which can extend the caches in place.
 
-The fused node is ONNX Runtime's `GroupQueryAttention`. Its CPU kernel works on blocks of scores, as FlashAttention does
-(https://arxiv.org/abs/2205.14135), skips those of later tokens, and reads keys and values once for all query heads that
-share them:
+The fused node is ONNX Runtime's `GroupQueryAttention`, whose CPU kernel reads keys and values once for all query heads
+that share them:
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.GroupQueryAttention
-https://github.com/microsoft/onnxruntime/pull/28962
 """
 
 from typing import NamedTuple

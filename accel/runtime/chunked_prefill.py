@@ -1,0 +1,76 @@
+"""Prefill of a long prompt in chunks, so that its attention scores and masks take memory for one chunk at a time.
+
+On a CPU it is also faster: no chunk computes scores of the chunks after it.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from accel.runtime.decoder_inputs import kept_logits_inputs
+from accel.runtime.layout import NUM_KEPT
+
+if TYPE_CHECKING:
+    from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState
+
+NEW, TOTAL = "new", "total"  # axes of the new tokens, and of the cached and the new ones
+
+
+def prefill_in_chunks(
+    runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor]
+) -> tuple[Tensor, "DynamicCacheState"]:
+    """Run the decoder over prompts of more than `runtime.prefill_chunk` tokens; as `DynamicCacheRuntime.prefill`.
+
+    Where the graph takes several tokens behind cached ones for one sequence only, one prompt follows the other.
+    """
+    batch = inputs["input_ids"].shape[0]
+    if not runtime.single_row_chunks or batch == 1:
+        return _prefill(runtime, inputs)
+    logits, rows = zip(*(_prefill(runtime, _row(runtime, inputs, row)) for row in range(batch)), strict=True)
+    views = [state.views() for state in rows]
+    caches = {name: torch.cat([row[name] for row in views]) for name in views[0]}
+    return torch.cat(logits), runtime.state_over(caches, inputs)
+
+
+def _prefill(runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor]) -> tuple[Tensor, "DynamicCacheState"]:
+    """Run the decoder over one chunk after the other, the tokens whose logits are kept in one of them."""
+    length, keep = inputs["input_ids"].shape[1], int(inputs.get(NUM_KEPT, 0))
+    starts = [start for start in range(0, length, runtime.prefill_chunk) if start <= length - max(keep, 1)]
+    kept_logits: list[Tensor] = []
+    state: DynamicCacheState | None = None
+    for start, end in pairwise([*starts, length]):
+        chunk_keep = 1 if keep and end < length else keep
+        chunk = _chunk(runtime, inputs, start, end) | kept_logits_inputs(end - start, chunk_keep, runtime.device)
+        if state is None:
+            logits, state = runtime.prefill_at_once(chunk)
+            if runtime.in_place:
+                runtime.make_room(state, length - end)
+        else:
+            logits = runtime.decode(chunk, state)
+        if not keep or end == length:
+            kept_logits.append(logits)
+    if state is None:
+        raise ValueError("the prompt is empty")
+    return torch.cat(kept_logits, dim=1), state
+
+
+def _chunk(runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
+    """Return the inputs for the tokens from `start` to `end` of a prompt."""
+    chunk = {}
+    for name, tensor in inputs.items():
+        axes = runtime.decoder.inputs[name].shape if name in runtime.decoder.inputs else []
+        for axis, symbol in enumerate(axes):
+            if symbol == NEW:
+                tensor = tensor.narrow(axis, start, end - start)
+            elif symbol == TOTAL:
+                tensor = tensor.narrow(axis, 0, end)
+        chunk[name] = tensor
+    return chunk
+
+
+def _row(runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+    """Return the inputs of one sequence of a batch."""
+    return {name: tensor[row : row + 1] if name in runtime.batched else tensor for name, tensor in inputs.items()}
