@@ -5,14 +5,14 @@ Reads:
 
 Writes:
     `<component>.onnx` for each component, in FP32, and `<component>.onnx_data` where the weights are large. Prefill of
-    a decoder-only model is derived from the decode graph, not traced, and refers to that graph's weights.
+    a decoder-only model is derived from the decode graph, not traced, and refers to that graph's weights. Where layers
+    differ in nothing but weights, only the first are traced: see `accel.stages.layer_tracing`.
 """
 
 import inspect
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from accel import progress
 from accel.adapters.types import Architecture, Component, Signature
 from accel.config.schema import Config
 from accel.errors import AccelError
-from accel.evaluation.compare import token_errors
 from accel.evaluation.component_runner import (
     ComponentRunner,
     Shape,
@@ -34,8 +33,8 @@ from accel.evaluation.component_runner import (
     signatures,
     torch_run,
 )
+from accel.evaluation.graph_comparison import SETTINGS, SHAPES, TorchCall, compare, differences_of
 from accel.evaluation.io_check import check_specs
-from accel.evaluation.rounding import SAMPLES, Evaluator, allowed_errors, root_mean_square
 from accel.graph import files
 from accel.graph.cleanup.widen_bfloat16 import WidenBfloat16
 from accel.graph.decode.without_past import without_past
@@ -45,15 +44,14 @@ from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime.decoder_inputs import positions
 from accel.runtime.providers import RUNTIME_ERRORS
-from accel.runtime.session import HostSession, SessionSettings
+from accel.runtime.session import HostSession
+from accel.stages.layer_tracing import caches_by_layer, complete, find_stack, first_layers, without_layers
 
 logger = logging.getLogger(__name__)
 
 # Every dimension of the example is at least 2, because the exporter freezes an axis of length 1, and no two are equal.
 # The source is longer than two blocks of 16 tokens, into which some encoders cut it.
 EXAMPLE = Shape(batch=2, source=37, past=7, new=3)
-SETTINGS = SessionSettings(session={"session.disable_prepacking": "1"})  # weights stay in their file
-SHAPES = (Shape(1, 1, 1, 1), Shape(1, 9, 0, 1), Shape(3, 6, 4, 2), Shape(2, 300, 2, 1), Shape(1, 11, 300, 1))
 
 
 def example(
@@ -127,118 +125,6 @@ def name_weights(graph: ir.Model, wrapper: nn.Module, model: PreTrainedModel) ->
             value.name = model_names[id(tensor)]
 
 
-@dataclass(frozen=True)
-class TorchCall:
-    """One call of a component in PyTorch."""
-
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
-    shape: Shape
-
-
-def run_torch(architecture: Architecture, model: PreTrainedModel, seed: int) -> dict[Component, list[TorchCall]]:
-    """Run every component at each of `SHAPES` in PyTorch, on random ids and the outputs of the components before it."""
-    generator = torch.Generator().manual_seed(seed)
-    specs = signatures(architecture, model.config)
-    runner = ComponentRunner(specs, torch_run(architecture, model))
-    calls: dict[Component, list[TorchCall]] = {component: [] for component in specs}
-    shapes = [shape.within(max_positions(model.config)) for shape in SHAPES]
-    for shape in progress.track(shapes, "PyTorch"):
-        caller_inputs = component_inputs(architecture, model.config, shape, generator)
-        for component in specs:
-            if component is Component.DECODE and shape.past == 0:
-                runner.forget_past()
-            inputs = runner.inputs(component, caller_inputs[component])
-            calls[component].append(TorchCall(inputs, runner(component, caller_inputs[component]), shape))
-    return calls
-
-
-def compare(
-    architecture: Architecture, model: PreTrainedModel, folder: Path, tolerance: float, seed: int
-) -> dict[str, float]:
-    """Compare the exported graphs with PyTorch at `SHAPES`.
-
-    PyTorch runs first, so that each graph is opened only once.
-
-    Args:
-        architecture: The adapter of the model.
-        model: The PyTorch model, in FP32.
-        folder: Folder with `<component>.onnx` for each component.
-        tolerance: Largest difference allowed, relative to the largest magnitude of the output.
-        seed: Seed of the random ids.
-
-    Returns:
-        The largest relative difference of each component's outputs.
-
-    Raises:
-        AccelError: An output differs by more than `tolerance`, and by more than PyTorch's own rounding error explains
-            (see `accel.evaluation.rounding`). The message names component, output and shape.
-    """
-    calls = run_torch(architecture, model, seed)
-    worst: dict[str, float] = {}
-    for component, torch_calls in progress.track(list(calls.items()), "comparing with PyTorch"):
-        worst[str(component)] = 0.0
-        session = HostSession(folder / f"{component}.onnx", SETTINGS)
-        for call in torch_calls:
-            try:
-                outputs = session(call.inputs)
-            except RUNTIME_ERRORS as error:
-                reason = str(error).splitlines()[0]
-                raise AccelError(
-                    f"export of {component}: ONNX Runtime can't run it ({call.shape}): {reason}"
-                ) from error
-            differences = _differences(component, outputs, call)
-            worst[str(component)] = max(worst[str(component)], *differences.values())
-            beyond = [name for name, difference in differences.items() if not difference <= tolerance]  # NaN counts
-            if beyond:
-                _check_rounding(architecture, model, component, outputs, call, beyond, tolerance)
-    return worst
-
-
-def _differences(component: Component, outputs: Mapping[str, Tensor], call: TorchCall) -> dict[str, float]:
-    """Return the largest difference of each output relative to its largest magnitude; raise if shapes differ."""
-    differences = {}
-    for name, expected in call.outputs.items():
-        if expected.shape != outputs[name].shape:
-            raise AccelError(
-                f"export of {component}: {name} has shape {tuple(outputs[name].shape)}, PyTorch gives "
-                f"{tuple(expected.shape)} ({call.shape})"
-            )
-        errors = token_errors(outputs[name], expected)  # [rows, tokens]
-        if errors.numel():
-            differences[name] = float(errors.max() / expected.abs().max().clamp_min(1e-6))
-        else:
-            differences[name] = 0.0
-    return differences
-
-
-def _check_rounding(
-    architecture: Architecture,
-    model: PreTrainedModel,
-    component: Component,
-    outputs: Mapping[str, Tensor],
-    call: TorchCall,
-    names: Sequence[str],
-    tolerance: float,
-) -> None:
-    """Raise `AccelError` unless PyTorch's own error against float64 explains the error of each token of `names`."""
-    specs, run_component = signatures(architecture, model.config), torch_run(architecture, model)
-    exact = Evaluator(model, specs, run_component, torch.float64).evaluate_isolated(component, call.inputs)
-    rounded = Evaluator(model, specs, run_component, torch.float32).evaluate_isolated(component, call.inputs)
-    for name in names:
-        scale = float(exact[name].abs().max().clamp_min(1e-6))
-        torch_errors = root_mean_square(rounded[name], exact[name], SAMPLES)  # [rows, tokens]
-        errors = token_errors(outputs[name], exact[name]) / scale  # [rows, tokens]
-        used = errors / allowed_errors(torch_errors, scale, tolerance, errors)  # [rows, tokens]
-        row, token = divmod(int(used.argmax()), used.shape[1])
-        if not used.max() <= 1:
-            raise AccelError(
-                f"export of {component}: {name} is off by {errors[row, token]:.2e} of its largest value, more than "
-                f"export.tolerance={tolerance:.0e}; PyTorch's own float32 is off by "
-                f"{torch_errors[row, token] / scale:.2e} there ({call.shape}: row {row + 1}, token {token + 1})"
-            )
-
-
 def counts_positions_from_mask(model: PreTrainedModel) -> bool:
     """Return whether a decoder-only model, called without positions, counts only the tokens that the mask shows.
 
@@ -286,22 +172,36 @@ class Tracer:
 
     Attributes:
         nodes: Component -> number of nodes of the graphs written so far.
+        shortens: Trace only the first layers where the others are like them; see `accel.stages.layer_tracing`.
+        shortened: Components of which not all layers were traced.
     """
 
     def __init__(self, config: Config, architecture: Architecture, model: PreTrainedModel, out: Path) -> None:
         self.config, self.architecture, self.model, self.out = config, architecture, model, out
         self.nodes: dict[str, int] = {}
+        self.shortens, self.shortened = True, set[Component]()
         self._specs = signatures(architecture, model.config)
         generator = torch.Generator().manual_seed(config.export.seed)
         shape = EXAMPLE.within(max_positions(model.config))
         self._caller_inputs = component_inputs(architecture, model.config, shape, generator)
         self._runner = ComponentRunner(self._specs, torch_run(architecture, model))
 
+    def trace_all(self) -> None:
+        """Write the graph of every component."""
+        derive = prefill_follows(self.architecture, self.model)
+        traced = [part for part in self.architecture.components() if part is not Component.PREFILL or not derive]
+        for component in progress.track(traced, "tracing"):
+            self.trace(component)
+        if derive and not self.derive_prefill():
+            self.trace(Component.PREFILL)
+
     def trace(self, component: Component) -> None:
         """Trace a component in PyTorch and write its graph."""
         wrapper, inputs = self.architecture.wrap(self.model, component), self._example(component)
+        graph = self._trace_first_layers(component, wrapper, inputs) if self.shortens else None
         try:
-            graph = export_component(wrapper, self._specs[component], inputs, self.config.export.opset)
+            if graph is None:
+                graph = export_component(wrapper, self._specs[component], inputs, self.config.export.opset)
         except torch.onnx.OnnxExporterError as error:
             model_class = type(self.model).__name__
             raise AccelError(
@@ -310,6 +210,28 @@ class Tracer:
         name_weights(graph, wrapper, self.model)
         files.save(graph, self.out / f"{component}.onnx")
         self.nodes[str(component)] = files.node_count(graph)
+
+    def _trace_first_layers(
+        self, component: Component, wrapper: nn.Module, inputs: Mapping[str, Tensor]
+    ) -> ir.Model | None:
+        """Return the graph of a component of which only the first layers are traced; None where that isn't possible."""
+        stack = find_stack(wrapper, self.model.config, inputs)
+        if stack is None:
+            return None
+        signature = self._specs[component]
+        outputs = {} if component is Component.ENCODER else self._specs[Component.DECODE].cache
+        try:
+            caches = caches_by_layer(signature, outputs, stack.total)
+            shorter = without_layers(signature, caches[stack.traced :])
+            example_inputs = {spec.name: inputs[spec.name] for spec in shorter.inputs}
+            with first_layers(wrapper, stack):
+                graph = export_component(wrapper, shorter, example_inputs, self.config.export.opset)
+            complete(graph, wrapper, stack, caches)
+        except (NoMatchError, ValueError, torch.onnx.OnnxExporterError) as reason:
+            logger.info(f"all layers of {component} are traced: {reason}")
+            return None
+        self.shortened.add(component)
+        return graph
 
     def derive_prefill(self) -> bool:
         """Write prefill's graph, over the weights of the decode graph's file; return False if it can't be derived."""
@@ -324,7 +246,7 @@ class Tracer:
         inputs = self._example(Component.PREFILL)
         call = TorchCall(inputs, self._runner.run(Component.PREFILL, inputs), EXAMPLE)
         try:
-            differences = _differences(Component.PREFILL, HostSession(path, SETTINGS)(inputs), call)
+            differences = differences_of(Component.PREFILL, HostSession(path, SETTINGS)(inputs), call)
         except RUNTIME_ERRORS as error:
             logger.info(f"prefill is traced: its graph, derived from decode's, doesn't run: {error}")
             return False
@@ -348,13 +270,16 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     limit = max_positions(model.config)
     check_specs(architecture, model, (EXAMPLE.within(limit), SHAPES[2].within(limit)), config.export.seed)
     tracer = Tracer(config, architecture, model, out)
-    derive = prefill_follows(architecture, model)
-    traced = [part for part in architecture.components() if part is not Component.PREFILL or not derive]
-    for component in progress.track(traced, "tracing"):
-        tracer.trace(component)
-    if derive and not tracer.derive_prefill():
-        tracer.trace(Component.PREFILL)
-    worst = compare(architecture, model, out, config.export.tolerance, config.export.seed)
+    tracer.trace_all()
+    try:
+        worst = compare(architecture, model, out, config.export.tolerance, config.export.seed)
+    except AccelError as error:
+        if not tracer.shortened:
+            raise
+        logger.info(f"all layers are traced: with the first ones alone, {error}")
+        tracer.shortens = False
+        tracer.trace_all()
+        worst = compare(architecture, model, out, config.export.tolerance, config.export.seed)
     return {
         "nodes": {str(component): tracer.nodes[component] for component in architecture.components()},
         "worst_relative_difference": worst,

@@ -7,9 +7,9 @@ import pytest
 
 from accel.adapters import registry
 from accel.errors import AccelError
+from accel.evaluation.graph_comparison import compare
 from accel.graph import files
 from accel.models.checkpoints import load_model
-from accel.stages import export
 from tests.conftest import Build
 
 COMPONENTS = ("encoder", "prefill", "decode")
@@ -29,9 +29,9 @@ def test_every_component_is_compared(build: Build, tiny: Path, tmp_path: Path, d
         files.save(graph, tmp_path / f"{component}.onnx")
     architecture, model = registry.build(config.architecture), load_model(tiny)
     if damaged is None:
-        worst = export.compare(architecture, model, tmp_path, 1e-4, seed=1)
+        worst = compare(architecture, model, tmp_path, 1e-4, seed=1)
         assert set(worst) == set(COMPONENTS)
         assert all(0 < difference < 1e-4 for difference in worst.values())
     else:
         with pytest.raises(AccelError, match=f"export of {damaged}: .* is off by .*past"):
-            export.compare(architecture, model, tmp_path, 1e-4, seed=1)
+            compare(architecture, model, tmp_path, 1e-4, seed=1)
