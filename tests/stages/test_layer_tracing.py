@@ -45,6 +45,7 @@ def test_completed_graphs_compute_what_torch_does(
     assert len(list(artifacts["export"].folder.glob("*.onnx"))) == 2 + (family == "t5")
 
 
+@pytest.mark.slow
 def test_names_and_order(tmp_path: Any, build: Build) -> None:
     """Inputs, outputs and weights are those of a trace of all layers, and so are the operators."""
     testing.random_model(deep(FAMILIES["qwen2"], 5)).save_pretrained(tmp_path)
