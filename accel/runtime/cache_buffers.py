@@ -23,7 +23,8 @@ class CacheBuffers:
 
     Args:
         session: Session of the decoder.
-        caches: Cache input -> its content, [batch, heads, length, head_size].
+        caches: Cache input -> its content, [batch, heads, length, head_size]. Emptied, so that each is freed as soon as
+            it is copied.
         outputs: Cache input -> the output that extends it.
         axes: Cache input -> its token axis.
         new: Number of tokens of the next decode step.
@@ -32,7 +33,7 @@ class CacheBuffers:
     def __init__(
         self,
         session: BoundSession,
-        caches: Mapping[str, Tensor],
+        caches: dict[str, Tensor],
         outputs: Mapping[str, str],
         axes: Mapping[str, int],
         new: int,
@@ -43,7 +44,9 @@ class CacheBuffers:
         self.capacity = self.length + max(new + SPARE_TOKENS, self.length // SPARE_SHARE)
         self._buffers: dict[str, Tensor] = {}
         self._binding = session.session.io_binding()
-        for name, tensor in caches.items():
+        del first
+        for name in list(caches):
+            tensor = caches.pop(name)
             shape = list(tensor.shape)
             shape[axes[name]] = self.capacity
             self._buffers[name] = buffer = torch.empty(shape, dtype=tensor.dtype)

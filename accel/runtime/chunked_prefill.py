@@ -29,9 +29,14 @@ def prefill_in_chunks(
     batch = inputs["input_ids"].shape[0]
     if not runtime.single_row_chunks or batch == 1:
         return _prefill(runtime, inputs)
-    logits, rows = zip(*(_prefill(runtime, _row(runtime, inputs, row)) for row in range(batch)), strict=True)
-    views = [state.views() for state in rows]
-    caches = {name: torch.cat([row[name] for row in views]) for name in views[0]}
+    logits: list[Tensor] = []
+    rows: list[dict[str, Tensor]] = []
+    for row in range(batch):
+        row_logits, state = _prefill(runtime, _row(runtime, inputs, row))
+        logits.append(row_logits)
+        rows.append(dict(state.views()))
+        del state  # so that its caches are freed one by one below
+    caches = {name: torch.cat([row.pop(name) for row in rows]) for name in list(rows[0])}
     return torch.cat(logits), runtime.state_over(caches, inputs)
 
 

@@ -263,8 +263,9 @@ class DynamicCacheRuntime:
     def make_room(self, state: DynamicCacheState, new: int) -> CacheBuffers:
         """Return the buffers of `state`, made or enlarged where they have no room for `new` more tokens."""
         if state.buffers is None or state.length + new > state.buffers.capacity:
-            buffers = CacheBuffers(self._decode, state.self_caches, self.self_cache_outputs, self.axes, new)
-            state.self_cache_values, state.buffers = {}, buffers
+            caches = state.self_caches
+            state.self_caches = {}
+            state.buffers = CacheBuffers(self._decode, caches, self.self_cache_outputs, self.axes, new)
         return state.buffers
 
     def _decode_in_place(self, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
