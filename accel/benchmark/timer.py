@@ -66,6 +66,7 @@ class GenerationTimer:
         self._device = torch.device(model.device)
         self._calls: list[tuple[Timestamp, Timestamp]] = []  # start and end of each call of the encoder or decoder
         self._decoder_ends: list[Timestamp] = []
+        self._in_call = False
         if isinstance(model, AcceleratedModel):
             self._patches = self._runtime_patches(model)
         else:
@@ -124,30 +125,33 @@ class GenerationTimer:
         event.record(torch.cuda.current_stream(self._device))
         return event
 
-    def _time_call(self, method: Method) -> Method:
-        """Wrap a method so that its calls are timed."""
+    def _time_call(self, method: Method, ends: list[Timestamp] | None = None) -> Method:
+        """Wrap a method so that its calls are timed, and add the end of each to `ends`.
+
+        A call within another one, such as those for the chunks of a prompt, is part of that one.
+        """
 
         @wraps(method)  # `generate` inspects the signature, here and below
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._in_call:
+                return method(*args, **kwargs)
+            self._in_call = True
             start = self._timestamp()
-            result = method(*args, **kwargs)
-            self._calls.append((start, self._timestamp()))
+            try:
+                result = method(*args, **kwargs)
+            finally:
+                self._in_call = False
+            end = self._timestamp()
+            self._calls.append((start, end))
+            if ends is not None:
+                ends.append(end)
             return result
 
         return timed
 
     def _time_decoder_call(self, method: Method) -> Method:
         """Wrap a method that computes one token, so that its calls are timed."""
-        timed = self._time_call(method)
-
-        @wraps(method)
-        def timed_decoder(*args: Any, **kwargs: Any) -> Any:
-            result = timed(*args, **kwargs)
-            _, end = self._calls[-1]
-            self._decoder_ends.append(end)
-            return result
-
-        return timed_decoder
+        return self._time_call(method, self._decoder_ends)
 
     def _mark_decoder_start(self, prepare: Method) -> Method:
         """Wrap the method that `generate` calls right before a decoder call."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
+from accel import testing
 from accel.benchmark.backends import BACKENDS, TORCH, Sources, loaded_model
 from accel.benchmark.timer import BackgroundLoad, GenerationTimer, fixed_length_options, time_generation
 from accel.config.schema import RuntimeConfig
@@ -87,6 +88,15 @@ def test_timer_restores_the_model_after_an_error(build: Build, tiny: Path) -> No
             model.forward()
         assert not PATCHED & set(vars(model))
         assert not PATCHED_RUNTIME & set(vars(model.runtime))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_prompt_in_chunks_is_one_call(gpt2: testing.Subject, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """The decoder's calls for single chunks, and for single rows, are part of the time to the first token."""
+    monkeypatch.setattr(gpt2.model.runtime, "prefill_chunk", 3)
+    timing = time_generation(gpt2.model, gpt2.inputs(rows, length=11), fixed_length_options(5, 1, use_cache=True))
+    assert len(timing.latencies) == 5
+    assert 0 < timing.inside <= timing.total
 
 
 SPIN = "import time; end = time.time() + 60\nwhile time.time() < end: pass"
