@@ -20,7 +20,7 @@ ANNOUNCED = 30.0  # seconds: shorter builds are not announced
 REFUSED = 0.5  # share of the estimated disk space; with less, the build can't end
 GB = 1e9
 # Fitted to SmolLM2-135M and T5-small dimensions on two CPU cores, see docs/benchmarks/pipeline.md.
-SECONDS_PER_MODULE = {"export": 0.17, "optimize": 0.03}  # per innermost module, whose operations are traced, and graph
+SECONDS_PER_MODULE = {"export": 0.05, "optimize": 0.03}  # per innermost module and graph
 SECONDS_PER_MILLION = {  # per million parameters, for what reads all weights again and again
     "prompts": 0.05,
     "export": 0.05,
@@ -30,7 +30,7 @@ SECONDS_PER_MILLION = {  # per million parameters, for what reads all weights ag
     "merge": 0.03,
     "reference": 0.3,
     "torch_error": 0.04,
-    "verify": 0.2,
+    "verify": 0.5,
     "benchmark": 0.5,
 }
 BASE_MEMORY = 0.8e9  # bytes that Python, torch and a traced graph take, whatever the model
