@@ -60,6 +60,7 @@ class RepeatLayers:
     ) -> None:
         self._stack, self._weight = stack, weight
         self._caches = caches
+        self._shared: set[ir.Value] = set()  # constants that all copies read, though each traced layer has its own
         self._place = {name: (layer, i) for layer, names in enumerate(caches) for i, name in enumerate(names)}
 
     def __call__(self, model: ir.Model) -> None:
@@ -83,6 +84,7 @@ class RepeatLayers:
             previous = self._append(graph, last, previous, handed_over, shift)
         for use, value in readers:
             use.node.replace_input_with(use.idx, previous.values[value])
+        self._replace_outputs(graph, previous)
         self._sort_caches(graph.inputs)
         self._sort_caches(graph.outputs)
         model.graph.sort()
@@ -115,10 +117,13 @@ class RepeatLayers:
         return handed_over
 
     def _correspond(self, value: ir.Value, other: ir.Value) -> bool:
-        """Return whether two values are equal constants, or weights or caches of layers one period apart."""
-        if value.producer() is not None or other.producer() is not None:
-            return _equal_constants(value, other)
-        return self._renamed(value.name or "", self._stack.period) == other.name
+        """Return whether two values are weights or caches of layers one period apart, or constants of equal content."""
+        if value.producer() is None and self._renamed(value.name or "", self._stack.period) == other.name:
+            return True
+        if _equal_constants(value, other):
+            self._shared.add(other)
+            return True
+        return False
 
     def _renamed(self, name: str, shift: int) -> str | None:
         """Return the name of a weight or cache, `shift` layers on; None if `name` belongs to no layer."""
@@ -140,7 +145,7 @@ class RepeatLayers:
                     outside = [use.node.name for use in value.uses() if use.node not in inside]
                     if outside and (block is first or value not in final):
                         raise NoMatchError(f"{outside[0]} reads a value of {node.name}")
-                    if value.is_graph_output() and value.name not in self._place:
+                    if value.is_graph_output() and value.name not in self._place and value not in final:
                         raise NoMatchError(f"{node.name} computes the output {value.name}")
 
     def _append(
@@ -167,8 +172,10 @@ class RepeatLayers:
 
     def _input(self, graph: ir.Graph, value: ir.Value | None, block: Block, shift: int) -> ir.Value | None:
         """Return what stands for an input of the last traced block, `shift` layers on."""
-        if value is None or value in block.values:
-            return None if value is None else block.values[value]
+        if value is None or value in self._shared:
+            return value
+        if value in block.values:
+            return block.values[value]
         name = self._renamed(value.name or "", shift) if value.producer() is None else None
         if name is None:
             return value
@@ -193,6 +200,14 @@ class RepeatLayers:
         if cache is not None:
             graph.outputs.append(output)
         return output
+
+    def _replace_outputs(self, graph: ir.Graph, final: Block) -> None:
+        """Let the final block compute those outputs that the last traced one did, such as an encoder's last states."""
+        for i, output in enumerate(graph.outputs):
+            if output.name not in self._place and output in final.values:
+                result = final.values[output]
+                result.name, output.name = output.name, result.name
+                graph.outputs[i] = result
 
     def _sort_caches(self, values: MutableSequence[ir.Value]) -> None:
         """Order a graph's inputs or outputs: caches behind all others, by layer."""

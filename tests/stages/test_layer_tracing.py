@@ -33,7 +33,9 @@ def deep(values: dict[str, Any], layers: int = 7) -> dict[str, Any]:
     return changed
 
 
-@pytest.mark.parametrize("family", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "gemma2"))])
+@pytest.mark.parametrize(
+    "family", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "gemma2", "falcon", "bart"))]
+)
 def test_completed_graphs_compute_what_torch_does(
     family: str, build: Build, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -42,7 +44,7 @@ def test_completed_graphs_compute_what_torch_does(
     testing.random_model(deep(FAMILIES[family])).save_pretrained(tmp_path)
     _, artifacts = build(tmp_path, "export")
     assert not [record.getMessage() for record in caplog.records if "all layers" in record.getMessage()]
-    assert len(list(artifacts["export"].folder.glob("*.onnx"))) == 2 + (family == "t5")
+    assert len(list(artifacts["export"].folder.glob("*.onnx"))) == 2 + (family in ("t5", "bart"))
 
 
 @pytest.mark.slow
