@@ -72,6 +72,9 @@ def _match(gather: ir.Node) -> Selection:
         raise NoMatchError("the caller reads them")
     if len(dims(indices) or ()) != 1 or gather.attributes.get_int("batch_dims", 0) != 0:
         raise NoMatchError("its indices are no vector")
+    expand = made_by(indices, "Expand")  # into the shape of the indices, of which the exporter takes the maximum
+    if expand is not None and expand.inputs[0] is not None and dims(expand.inputs[0]) == dims(indices):
+        indices = expand.inputs[0]
     return Selection(hidden, indices, behind.outputs[0])
 
 

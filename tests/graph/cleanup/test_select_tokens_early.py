@@ -9,7 +9,10 @@ from tests.graph.text import numbers, parse, rewritten
 FEATURES = 8
 SELECT = """
     turned = Transpose <perm = [1, 0, 2]> (h)
-    places = Unsqueeze (indices, last)
+    largest = Max (indices)
+    size = Shape (largest)
+    wide = Expand (indices, size)
+    places = Unsqueeze (wide, last)
     chosen = GatherND (turned, places)
     kept_states = Transpose <perm = [1, 0, 2]> (chosen)
     y = MatMul (kept_states, w)
@@ -46,7 +49,7 @@ FEEDS = [inputs(2, 5, 4), inputs(1, 5, 0, 1, 2, 3, 4), inputs(3, 5, 3, 1), input
 
 def graph(block: str = BLOCK, select: str = SELECT, outputs: str = "") -> str:
     return f"""g ({SHAPE} x, {SHAPE} r, int64[kept] indices) => (float[b, kept, {FEATURES}] y {outputs})
-        <{SHAPE} n, {SHAPE} s, {SHAPE} h> {{ {block} {select} }}"""
+        <int64[kept] wide, {SHAPE} n, {SHAPE} s, {SHAPE} h> {{ {block} {select} }}"""
 
 
 def test_block_runs_over_kept_tokens() -> None:
