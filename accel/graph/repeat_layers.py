@@ -70,7 +70,7 @@ class RepeatLayers:
             NoMatchError: The last two blocks differ, or other nodes read their values.
         """
         graph, stack = model.graph, self._stack
-        layers = _layers(graph, stack.path, self._place)
+        layers = _layers(graph, stack.path)
         first, last = (
             Block([(node, layers[node]) for node in graph if begin <= layers.get(node, -1) < begin + stack.period])
             for begin in (stack.traced - 2 * stack.period, stack.traced - stack.period)
@@ -220,7 +220,7 @@ def _nodes(block: Block) -> set[ir.Node]:
     return {node for node, _ in block.nodes}
 
 
-def _layers(graph: ir.Graph, path: str, caches: Mapping[str, tuple[int, int]]) -> dict[ir.Node, int]:
+def _layers(graph: ir.Graph, path: str) -> dict[ir.Node, int]:
     """Return the layer of each node of the stack. Nodes without scope belong to the one layer that reads them.
 
     Constants are in no layer.
