@@ -39,6 +39,7 @@ from accel.graph import files
 from accel.graph.cleanup.widen_bfloat16 import WidenBfloat16
 from accel.graph.decode.without_past import without_past
 from accel.graph.passes import NoMatchError
+from accel.graph.repeat_layers import Stack
 from accel.models.checkpoints import load_model
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
@@ -173,13 +174,13 @@ class Tracer:
     Attributes:
         nodes: Component -> number of nodes of the graphs written so far.
         shortens: Trace only the first layers where the others are like them; see `accel.stages.layer_tracing`.
-        shortened: Components of which not all layers were traced.
+        shortened: Components of which not all layers were traced, and their layers.
     """
 
     def __init__(self, config: Config, architecture: Architecture, model: PreTrainedModel, out: Path) -> None:
         self.config, self.architecture, self.model, self.out = config, architecture, model, out
         self.nodes: dict[str, int] = {}
-        self.shortens, self.shortened = True, set[Component]()
+        self.shortens, self.shortened = True, dict[Component, Stack]()
         self._specs = signatures(architecture, model.config)
         generator = torch.Generator().manual_seed(config.export.seed)
         shape = EXAMPLE.within(max_positions(model.config))
@@ -230,7 +231,7 @@ class Tracer:
         except (NoMatchError, ValueError, torch.onnx.OnnxExporterError) as reason:
             logger.info(f"all layers of {component} are traced: {reason}")
             return None
-        self.shortened.add(component)
+        self.shortened[component] = stack
         return graph
 
     def derive_prefill(self) -> bool:
@@ -277,12 +278,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         if not tracer.shortened:
             raise
         logger.info(f"all layers are traced: with the first ones alone, {error}")
-        tracer.shortens = False
+        tracer.shortens, tracer.shortened = False, {}
         tracer.trace_all()
         worst = compare(architecture, model, out, config.export.tolerance, config.export.seed)
     return {
         "nodes": {str(component): tracer.nodes[component] for component in architecture.components()},
         "worst_relative_difference": worst,
+        "layers_traced": {str(part): f"{stack.traced} of {stack.total}" for part, stack in tracer.shortened.items()},
         "positions_from_mask": counts_positions_from_mask(model),
     }
 
