@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 # Names that configs give to the number of decoder positions, the decoder's own first.
 POSITIONS = ("max_target_positions", "max_position_embeddings", "n_positions")
+PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # environment variable: GroupQueryAttention stores all scores
 ROPE_BY_LENGTH = ("dynamic", "longrope")  # https://huggingface.co/docs/transformers/internal/rope_utils
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # "name/model", or "model" of the hub's own
 
@@ -110,6 +112,9 @@ def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runt
     """Open the sessions of a variant, with static caches if `runtime` asks for them and the variant has their graph."""
     settings, config = SessionSettings.of(runtime), load_config(files.folder)
     chunk = 0 if angles_depend_on_length(config) else runtime.prefill_chunk
+    if not chunk:  # what bounds the scores of the plain kernel
+        environment = {name: value for name, value in settings.environment.items() if name != PLAIN_ATTENTION}
+        settings = replace(settings, environment=environment)
     if not runtime.static:
         return open_dynamic(files, settings, runtime.device, prefill_chunk=chunk)
     if not files.static_decode.is_file():

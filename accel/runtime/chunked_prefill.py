@@ -40,21 +40,42 @@ def prefill_in_chunks(
     return torch.cat(logits), runtime.state_over(caches, inputs)
 
 
-def _prefill(runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor]) -> tuple[Tensor, "DynamicCacheState"]:
-    """Run the decoder over one chunk after the other, the tokens whose logits are kept in one of them."""
+def decode_in_chunks(
+    runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor], state: "DynamicCacheState"
+) -> Tensor:
+    """Run the decoder over more than `runtime.prefill_chunk` tokens behind cached ones.
+
+    Arguments and result as of `DynamicCacheRuntime.decode`.
+    """
+    logits, _ = _prefill(runtime, inputs, state)
+    return logits
+
+
+def _prefill(
+    runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor], state: "DynamicCacheState | None" = None
+) -> tuple[Tensor, "DynamicCacheState"]:
+    """Run the decoder over one chunk after the other, the tokens whose logits are kept in one of them.
+
+    Args:
+        runtime: Runtime of the decoder.
+        inputs: Its inputs, for more than one chunk.
+        state: Caches of earlier tokens, updated in place; None for a prompt's beginning.
+    """
     length, keep = inputs["input_ids"].shape[1], int(inputs.get(NUM_KEPT, 0))
+    past = 0 if state is None else state.length
+    if state is not None and runtime.in_place:
+        runtime.make_room(state, length)
     starts = [start for start in range(0, length, runtime.prefill_chunk) if start <= length - max(keep, 1)]
     kept_logits: list[Tensor] = []
-    state: DynamicCacheState | None = None
     for start, end in pairwise([*starts, length]):
         chunk_keep = 1 if keep and end < length else keep
-        chunk = _chunk(runtime, inputs, start, end) | kept_logits_inputs(end - start, chunk_keep, runtime.device)
+        chunk = _chunk(runtime, inputs, start, end, past) | kept_logits_inputs(end - start, chunk_keep, runtime.device)
         if state is None:
             logits, state = runtime.prefill_at_once(chunk)
             if runtime.in_place:
                 runtime.make_room(state, length - end)
         else:
-            logits = runtime.decode(chunk, state)
+            logits = runtime.decode_at_once(chunk, state)
         if not keep or end == length:
             kept_logits.append(logits)
     if state is None:
@@ -62,8 +83,10 @@ def _prefill(runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor]) -> tu
     return torch.cat(kept_logits, dim=1), state
 
 
-def _chunk(runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
-    """Return the inputs for the tokens from `start` to `end` of a prompt."""
+def _chunk(
+    runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor], start: int, end: int, past: int
+) -> dict[str, Tensor]:
+    """Return the inputs for the tokens from `start` to `end`, behind `past` cached ones."""
     chunk = {}
     for name, tensor in inputs.items():
         axes = runtime.decoder.inputs[name].shape if name in runtime.decoder.inputs else []
@@ -71,7 +94,7 @@ def _chunk(runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor], start: 
             if symbol == NEW:
                 tensor = tensor.narrow(axis, start, end - start)
             elif symbol == TOTAL:
-                tensor = tensor.narrow(axis, 0, end)
+                tensor = tensor.narrow(axis, 0, past + end)
         chunk[name] = tensor
     return chunk
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accel.runtime import layout
 from accel.runtime.cache_buffers import CacheBuffers
-from accel.runtime.chunked_prefill import NEW, TOTAL, prefill_in_chunks
+from accel.runtime.chunked_prefill import NEW, TOTAL, decode_in_chunks, prefill_in_chunks
 from accel.runtime.device_memory import check_weights_fit
 from accel.runtime.dlpack import OrtValueHandle, Value
 from accel.runtime.io_binding import BoundSession
@@ -242,8 +242,15 @@ class DynamicCacheRuntime:
         Returns:
             Logits [batch, new, vocabulary].
         """
-        if self.single_row_chunks and state.batch > 1 and inputs["input_ids"].shape[1] > 1:
+        new = inputs["input_ids"].shape[1]
+        if self.single_row_chunks and state.batch > 1 and new > 1:
             return self._decode_rows(inputs, state)
+        if self.prefill_chunk and new > self.prefill_chunk:
+            return decode_in_chunks(self, inputs, state)
+        return self.decode_at_once(inputs, state)
+
+    def decode_at_once(self, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
+        """Run `decode` over all new tokens at once."""
         if self.in_place:
             return self._decode_in_place(inputs, state)
         if state.bound_constants is None:

@@ -58,7 +58,10 @@ def prompt_computed_once(subject: Subject) -> None:
 
 
 def prompt_in_chunks(subject: Subject) -> None:
-    """Check tokens and logits of prompts that are computed in chunks, with padding across the first chunk's end."""
+    """Check tokens and logits of prompts that are computed in chunks, also behind a cache.
+
+    Padding reaches across the end of the first chunk.
+    """
     runtime: Any = subject.model.runtime
     if subject.has_encoder or angles_depend_on_length(subject.eager.config):
         return
@@ -74,6 +77,11 @@ def prompt_in_chunks(subject: Subject) -> None:
                 assert actual.shape == expected.shape
                 shown = inputs["attention_mask"][:, -actual.shape[1] :].bool()
                 torch.testing.assert_close(actual[shown], expected[shown], rtol=2e-3, atol=2e-3)
+        ids = subject.ids(2, 11)
+        ids[1, :2] = ids[0, :2]
+        cache = cast(Any, subject.model).cache_prompt(ids[:1, :2])
+        for rows in (1, 2):
+            _assert_same_tokens(subject, subject.model, {"input_ids": ids[:rows]}, {"past_key_values": cache})
     finally:
         runtime.prefill_chunk = 0
 

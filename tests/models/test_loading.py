@@ -6,14 +6,18 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import accel
 from accel.errors import AccelError
+from accel.models import loading
+from accel.models.loading import PLAIN_ATTENTION
 from accel.reporting import delivery
-from accel.runtime import layout
+from accel.runtime import dynamic_cache, layout
+from accel.runtime.session import SessionSettings
 from tests.conftest import Build, overrides_for
 
 IDS = torch.tensor([[5, 9, 40, 17, 8]])
@@ -86,6 +90,25 @@ def test_buckets_of_the_build_are_the_default(build: Build, tiny: Path) -> None:
         assert model.runtime.buckets.lengths == [24, 48]
     with accel.load(folder, runtime="cpu", buckets=[32]) as model:
         assert model.runtime.buckets.lengths == [32]
+
+
+def test_scores_are_stored_of_chunks_alone(deployable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where prompts are computed at once, the kernel that stores no scores runs."""
+    settings = []
+    open_session = dynamic_cache.open_session
+
+    def noting(path: Path, given: SessionSettings, *rest: Any) -> Any:
+        settings.append(given)
+        return open_session(path, given, *rest)
+
+    monkeypatch.setattr(dynamic_cache, "open_session", noting)
+    for options in ({}, {"prefill_chunk": 0}):
+        accel.load(deployable, "cpu", **options).close()
+    monkeypatch.setattr(loading, "angles_depend_on_length", lambda config: True)
+    accel.load(deployable, "cpu").close()
+    chunked, *at_once = (PLAIN_ATTENTION in given.environment for given in settings[1::2])
+    assert chunked
+    assert at_once == [False, False]
 
 
 def test_unknown_option(deployable: Path) -> None:
