@@ -16,13 +16,22 @@ from accel.runtime.layout import NUM_KEPT
 if TYPE_CHECKING:
     from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState
 
+MAX_CHUNKS = 16  # of `prefill_chunk` tokens, whose scores may be in memory at once
 NEW, TOTAL = "new", "total"  # axes of the new tokens, and of the cached and the new ones
+
+
+def needs_chunks(runtime: "DynamicCacheRuntime", batch: int, tokens: int) -> bool:
+    """Return whether prompts [batch, tokens] are too long to be computed at once, or too many."""
+    chunk = runtime.prefill_chunk
+    if chunk == 0:
+        return False
+    return tokens > chunk or (runtime.single_row_chunks and batch * tokens**2 > MAX_CHUNKS * chunk**2)
 
 
 def prefill_in_chunks(
     runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, "DynamicCacheState"]:
-    """Run the decoder over prompts of more than `runtime.prefill_chunk` tokens; as `DynamicCacheRuntime.prefill`.
+    """Run the decoder over long or many prompts; arguments and result as of `DynamicCacheRuntime.prefill`.
 
     Where the graph takes several tokens behind cached ones for one sequence only, one prompt follows the other.
     """

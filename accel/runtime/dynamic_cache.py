@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accel.runtime import layout
 from accel.runtime.cache_buffers import CacheBuffers
-from accel.runtime.chunked_prefill import NEW, TOTAL, decode_in_chunks, prefill_in_chunks
+from accel.runtime.chunked_prefill import NEW, TOTAL, decode_in_chunks, needs_chunks, prefill_in_chunks
 from accel.runtime.device_memory import check_weights_fit
 from accel.runtime.dlpack import OrtValueHandle, Value
 from accel.runtime.io_binding import BoundSession
@@ -186,8 +186,8 @@ class DynamicCacheRuntime:
         return dict(zip(names, self.encoder(inputs, names), strict=True))
 
     def prefill(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, DynamicCacheState]:
-        """Run the decoder without past, over a long prompt in chunks. Return the logits and the caches."""
-        if self.prefill_chunk and inputs["input_ids"].shape[1] > self.prefill_chunk:
+        """Run the decoder without past, over long or many prompts in chunks. Return the logits and the caches."""
+        if needs_chunks(self, *inputs["input_ids"].shape):
             return prefill_in_chunks(self, inputs)
         return self.prefill_at_once(inputs)
 

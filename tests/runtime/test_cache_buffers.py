@@ -71,6 +71,22 @@ class Both:
             torch.testing.assert_close(view[shown], tensor[shown], rtol=1e-4, atol=1e-4)
 
 
+def test_many_prompts_are_computed_one_by_one(llama: testing.Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that their scores take no more memory than those of a few long prompts; caches and tokens stay the same."""
+    runtime: Any = llama.model.runtime
+    at_once, widths = runtime.prefill_at_once, []
+    monkeypatch.setattr(
+        runtime, "prefill_at_once", lambda inputs: widths.append(inputs["input_ids"].shape) or at_once(inputs)
+    )
+    monkeypatch.setattr(runtime, "prefill_chunk", PROMPT)
+    for rows, expected in ((16, [(16, PROMPT)]), (17, [(1, PROMPT)] * 17)):
+        widths.clear()
+        both = Both(llama, rows)
+        both.assert_same_caches()
+        both.decode()
+        assert widths == expected
+
+
 def test_extended_in_place(llama: testing.Subject) -> None:
     """Within the spare room caches keep their address and their earlier entries; then they move to longer buffers."""
     both = Both(llama)
