@@ -78,8 +78,8 @@ class RepeatLayers:
         handed_over = self._match(first, last)
         self._check_readers(first, last, set(handed_over.values()))
         last.values = {value: value for node, _ in last.nodes for value in node.outputs}
-        previous = last
-        readers = [(use, value) for value in last.values for use in value.uses() if use.node not in _nodes(last)]
+        previous, inside = last, _nodes(last)
+        readers = [(use, value) for value in last.values for use in value.uses() if use.node not in inside]
         for shift in range(stack.period, stack.total - stack.traced + 1, stack.period):
             previous = self._append(graph, last, previous, handed_over, shift)
         for use, value in readers:
