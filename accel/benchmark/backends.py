@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from accel.adapters.types import Component
 from accel.benchmark.timer import fixed_length_options
 from accel.config.schema import RuntimeConfig
+from accel.data.pretrained import load_config
 from accel.errors import AccelError, unknown
 from accel.models.checkpoints import load_model
 from accel.models.generation import AcceleratedModel, Generates
-from accel.models.loading import as_model, open_model
+from accel.models.loading import as_model, open_model, prompt_settings
 from accel.runtime import layout
 from accel.runtime.dynamic_cache import DynamicCacheRuntime, runtime_over
 from accel.runtime.io_binding import BoundSession
@@ -259,8 +260,9 @@ def open_profiled(
     """
     sessions: dict[str, BoundSession] = {}
     files = layout.first_variant(folder)
+    settings, chunk = prompt_settings(runtime, load_config(files.folder))
     for name, path in (("encoder", files.encoder), ("decoder", files.decoder)):
         if path.is_file():
-            settings = SessionSettings.of(runtime, profile=str(traces / name))
-            sessions[name] = open_bound_session(path, settings, runtime.device)
-    return as_model(runtime_over(sessions["decoder"], sessions.get("encoder")), folder), sessions
+            profiled = replace(settings, profile=str(traces / name))
+            sessions[name] = open_bound_session(path, profiled, runtime.device)
+    return as_model(runtime_over(sessions["decoder"], sessions.get("encoder"), chunk), folder), sessions

@@ -108,13 +108,25 @@ def angles_depend_on_length(config: PretrainedConfig) -> bool:
     return any(each.get("rope_type") in ROPE_BY_LENGTH for each in (parameters, *by_layer_type))
 
 
-def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runtime[Any]:
-    """Open the sessions of a variant, with static caches if `runtime` asks for them and the variant has their graph."""
-    settings, config = SessionSettings.of(runtime), load_config(files.folder)
+def prompt_settings(runtime: RuntimeConfig, config: PretrainedConfig) -> tuple[SessionSettings, int]:
+    """Return the settings of a model's sessions, and how many tokens of a prompt to compute at once; 0 for all.
+
+    Args:
+        runtime: The runtime's config.
+        config: The model's Hugging Face config.
+    """
+    settings = SessionSettings.of(runtime)
     chunk = 0 if angles_depend_on_length(config) else runtime.prefill_chunk
     if not chunk:  # what bounds the scores of the plain kernel
         environment = {name: value for name, value in settings.environment.items() if name != PLAIN_ATTENTION}
         settings = replace(settings, environment=environment)
+    return settings, chunk
+
+
+def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runtime[Any]:
+    """Open the sessions of a variant, with static caches if `runtime` asks for them and the variant has their graph."""
+    config = load_config(files.folder)
+    settings, chunk = prompt_settings(runtime, config)
     if not runtime.static:
         return open_dynamic(files, settings, runtime.device, prefill_chunk=chunk)
     if not files.static_decode.is_file():

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import accel
+from accel.benchmark.backends import open_profiled
 from accel.cli import profile_table
 from accel.cli.compose import compose, execute
+from accel.config.presets import runtime_preset
 from accel.stages import profile
 from tests.conftest import Build, overrides_for
 
@@ -154,3 +157,11 @@ def test_profile_on_cuda(tiny: Path, shared: Path) -> None:
         if node["operator"] in profile.COPIES
     )
     assert copies <= sum(summary["copies"].values())  # the encoder may copy too
+
+
+def test_prompts_are_profiled_as_they_run(deployable: Path, tmp_path: Path) -> None:
+    """In the chunks of the model that `accel.load` opens."""
+    model, _ = open_profiled(deployable, runtime_preset("cpu"), tmp_path)
+    with accel.load(deployable, "cpu") as loaded:
+        runtimes: list[Any] = [model.runtime, loaded.runtime]
+    assert runtimes[0].prefill_chunk == runtimes[1].prefill_chunk > 0
