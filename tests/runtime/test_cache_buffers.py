@@ -87,6 +87,23 @@ def test_many_prompts_are_computed_one_by_one(llama: testing.Subject, monkeypatc
         assert widths == expected
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_long_continuations_are_cut(llama: testing.Subject, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Many tokens behind cached ones are decoded in chunks; logits and caches stay PyTorch's."""
+    runtime: Any = llama.model.runtime
+    at_once, widths = runtime.decode_at_once, []
+    monkeypatch.setattr(
+        runtime,
+        "decode_at_once",
+        lambda inputs, state: widths.append(inputs["input_ids"].shape) or at_once(inputs, state),
+    )
+    monkeypatch.setattr(runtime, "prefill_chunk", PROMPT)
+    both = Both(llama, rows)
+    both.decode(2 * PROMPT + 3)
+    assert widths == [(1, PROMPT), (1, PROMPT), (1, 3)] * rows
+    both.decode()
+
+
 def test_extended_in_place(llama: testing.Subject) -> None:
     """Within the spare room caches keep their address and their earlier entries; then they move to longer buffers."""
     both = Both(llama)
