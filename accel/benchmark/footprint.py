@@ -35,7 +35,7 @@ from accel.runtime.io_binding import BoundSession
 from accel.runtime.layout import FLAG, first_variant
 from accel.runtime.session import SessionSettings, open_session
 from accel.runtime.static_cache import open_static
-from accel.system.host_memory import PeakMemory, release, resident
+from accel.system.host_memory import peak_resident, release, reset_peak, resident
 from accel.system.quiet import quiet
 
 # Kinds of measurement, and keys of the results.
@@ -239,15 +239,31 @@ def peak_memory(task: Task) -> int:
     quiet()
     sources, backend = backends.Sources.parse(task.sources), backends.BACKENDS[task.name]
     device = _device(task)
-    _import_model_code(Path(sources.checkpoint))
-    initialize_cuda(device)
-    before = used_memory(device)
-    with PeakMemory() as host, backends.loaded_model(backend.model, sources) as model:
+    import_model_code(sources.checkpoint)
+    memory = AddedMemory(device)
+    with backends.loaded_model(backend.model, sources) as model:
         inputs = {name: tensor.to(device) for name, tensor in load_file(task.inputs).items()}
         with backend.context():
             model.generate(**inputs, **task.options)
-        after = used_memory(device) if device.type == "cuda" else 0
-    return host.added if device.type == "cpu" else after - before
+        return memory.measure()
+
+
+class AddedMemory:
+    """Measurement of the memory that is used from now on, when everything is imported.
+
+    Args:
+        device: The CPU, where this process's peak counts, or a CUDA device, where what it holds in the end counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        initialize_cuda(device)
+        self._device, self._before = device, used_memory(device)
+        reset_peak()
+
+    def measure(self) -> int:
+        """Return the bytes added so far."""
+        now = peak_resident() if self._device.type == "cpu" else used_memory(self._device)
+        return max(0, now - self._before)
 
 
 def initialize_cuda(device: torch.device) -> None:
@@ -258,11 +274,11 @@ def initialize_cuda(device: torch.device) -> None:
             torch.mm(square, square)
 
 
-def _import_model_code(folder: Path) -> None:
-    """Import a model's code, which transformers does on first use, so that it counts as an import."""
+def import_model_code(folder: str) -> None:
+    """Import the code of the model in `folder`, as transformers does on first use, so that it counts as an import."""
     import transformers
 
     from accel.data.pretrained import load_config
 
-    for name in load_config(folder).architectures or []:
+    for name in load_config(Path(folder)).architectures or []:
         getattr(transformers, name, None)

@@ -1,15 +1,10 @@
 """Latency and peak memory of a deployable beside PyTorch's, for the certificate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from accel.adapters.types import Architecture, Component
-from accel.benchmark import footprint
 from accel.benchmark.backends import BACKENDS, BASELINE, Sources, deployable_backend
 from accel.benchmark.figures import spread, token_times
 from accel.benchmark.schedule import time_backends
@@ -18,7 +13,8 @@ from accel.data import texts
 from accel.data.pretrained import load_config
 from accel.pipeline.store import Artifact
 
-REPEATS = 5
+REPEATS = 3
+WARMUP_TOKENS = 2  # beyond the generation of full length that memory is measured with
 
 
 def compare_with_torch(
@@ -52,16 +48,18 @@ def compare_with_torch(
     names = (BASELINE, accelerated)
     model_inputs = texts.random_inputs(architecture, description, 1, verify.source_length, verify.seed)[0]
     benchmark = BenchmarkConfig(
-        source_length=verify.source_length, new_tokens=verify.max_new_tokens, repeats=REPEATS, warmup_tokens=None
+        source_length=verify.source_length,
+        new_tokens=verify.max_new_tokens,
+        repeats=REPEATS,
+        warmup_tokens=WARMUP_TOKENS,
     )
-    measured = time_backends(names, sources, model_inputs, benchmark)
-    peaks = _peak_memory(names, sources, model_inputs, benchmark)
+    measured = time_backends(names, sources, model_inputs, benchmark, generate_first=True)
     figures: dict[str, dict[str, Any]] = {}
     for name in names:
         figures[name] = {
             "seconds": spread([timing.total for timing in measured.timings[name]]),
             **token_times(measured.timings[name], measured.first_tokens[name], benchmark.new_tokens),
-            "peak_memory": peaks[name],
+            "peak_memory": measured.peaks[BACKENDS[name].model],
         }
     return {
         "source_length": verify.source_length,
@@ -71,26 +69,3 @@ def compare_with_torch(
         "ratio": figures[BASELINE]["seconds"]["median"] / figures[accelerated]["seconds"]["median"],
         "backends": figures,
     }
-
-
-def _peak_memory(
-    names: Sequence[str], sources: Sources, inputs: Mapping[str, Tensor], benchmark: BenchmarkConfig
-) -> dict[str, int]:
-    """Return backend -> bytes at the peak of loading and one generation."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "inputs.safetensors"
-        save_file(dict(inputs), path)
-        tasks = [
-            footprint.Task(
-                kind=footprint.PEAK,
-                name=name,
-                sources=sources.dump(),
-                batch_size=1,
-                source_length=benchmark.source_length,
-                inputs=str(path),
-                options=BACKENDS[name].options(benchmark.new_tokens, num_beams=1),
-            )
-            for name in names
-        ]
-        peaks = footprint.measure_all(tasks, weight_bytes=0)
-    return dict(zip(names, peaks, strict=True))

@@ -48,6 +48,10 @@ class WorkerProcess:
         """The process's id."""
         return self._pid.result()
 
+    def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Let the process call `function(*arguments)` before anything that it is told to do later."""
+        return self._pool.submit(function, *arguments)
+
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call `function(*arguments)` in the process, and return its result or raise its error.
 
@@ -58,7 +62,7 @@ class WorkerProcess:
             AccelError: The process ended.
         """
         try:
-            return self._pool.submit(function, *arguments).result()
+            return self.submit(function, *arguments).result()
         except DeviceMemoryError as error:
             raise DeviceMemoryError(f"{self.name!r}: {error}. {ADVICE}") from error
         except BrokenProcessPool as error:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -24,15 +24,23 @@ class ScheduleResult:
         timings: Backend -> one timing per repeat.
         first_tokens: The same for generations of one token.
         fp32: Modules that PyTorch's FP16 model keeps in FP32: see `backends.kept_in_fp32`.
+        peaks: Model -> bytes that loading it and one generation of the first backend that uses it add at the peak; see
+            `footprint.AddedMemory`. Only loading counts where no first generation was asked for.
     """
 
     timings: dict[str, list[Timing]]
     first_tokens: dict[str, list[Timing]]
     fp32: dict[str, int]
+    peaks: dict[str, int] = field(default_factory=dict)
 
 
 def time_backends(
-    names: Sequence[str], sources: Sources, inputs: Mapping[str, Tensor], benchmark: BenchmarkConfig
+    names: Sequence[str],
+    sources: Sources,
+    inputs: Mapping[str, Tensor],
+    benchmark: BenchmarkConfig,
+    *,
+    generate_first: bool = False,
 ) -> ScheduleResult:
     """Time backends on the same inputs. All models stay loaded, each in a worker process of its own.
 
@@ -41,16 +49,21 @@ def time_backends(
         sources: Files and settings of the benchmark.
         inputs: Inputs of `generate`, [batch, source], on the CPU.
         benchmark: Number of new tokens, beams, warm-ups and repeats.
+        generate_first: Generate all new tokens once before the others load, for `ScheduleResult.peaks`.
 
     Raises:
         AccelError: A backend generated another number of tokens than asked for, or a worker process failed.
     """
-    models = dict.fromkeys(BACKENDS[name].model for name in names)  # in order, without duplicates
+    models: dict[str, str] = {}  # model -> the first backend that uses it
+    for name in names:
+        models.setdefault(BACKENDS[name].model, name)
     release_memory(sources.runtime.device)  # leave this process's unused memory to the workers
     with ExitStack() as stack:
         workers = {model: stack.enter_context(ModelWorker(model, sources)) for model in models}
-        for worker in workers.values():
-            worker.open(inputs)
+        peaks = {}
+        for model, worker in workers.items():
+            options = BACKENDS[models[model]].options(benchmark.new_tokens, benchmark.num_beams)
+            peaks[model] = worker.open(inputs, (models[model], options) if generate_first else None)
 
         def generate(name: str, new_tokens: int) -> Timing:
             backend = BACKENDS[name]
@@ -61,7 +74,7 @@ def time_backends(
 
         fp32 = workers[TORCH].kept_in_fp32() if TORCH in workers else {}
         timings = run_interleaved(names, benchmark, generate)
-        return ScheduleResult(timings[benchmark.new_tokens], timings[1], fp32)
+        return ScheduleResult(timings[benchmark.new_tokens], timings[1], fp32, peaks)
 
 
 def run_interleaved(

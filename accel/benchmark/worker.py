@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from accel.benchmark.backends import BACKENDS, Sources, kept_in_fp32, loaded_model
+from accel.benchmark.footprint import AddedMemory, import_model_code
 from accel.benchmark.process import WorkerProcess
 from accel.benchmark.timer import Timing, time_generation
 from accel.models.generation import Generates
@@ -23,7 +24,7 @@ from accel.system.quiet import quiet
 
 
 class ModelWorker:
-    """Context with a process for one model, which loads nothing before `open` is called.
+    """Context with a process for one model, which begins with its imports and loads nothing before `open` is called.
 
     Args:
         model: The model to load: see `backends.loaded_model`.
@@ -33,11 +34,20 @@ class ModelWorker:
     def __init__(self, model: str, sources: Sources) -> None:
         self.model, self.sources = model, sources
         self.process = WorkerProcess(model)
+        self.process.submit(import_model_code, sources.checkpoint)  # at the same time as other workers
 
-    def open(self, inputs: Mapping[str, Tensor]) -> None:
-        """Load the model, and keep `inputs` ([batch, source], on the CPU) on its device for later generations."""
+    def open(self, inputs: Mapping[str, Tensor], first: tuple[str, Mapping[str, Any]] | None = None) -> int:
+        """Load the model, and generate once if asked to.
+
+        Args:
+            inputs: Inputs of all generations, [batch, source], on the CPU.
+            first: Backend and options of `generate` of a first generation.
+
+        Returns:
+            Bytes by which that raised the peak above what imports take: see `footprint.AddedMemory`.
+        """
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        self.process.call(_open, self.model, self.sources, arrays)
+        return self.process.call(_open, self.model, self.sources, arrays, first)
 
     def generate(self, backend: str, options: Mapping[str, Any]) -> Timing:
         """Time one generation of `backend`, with these options of `generate`."""
@@ -72,16 +82,25 @@ _loaded: _Loaded | None = None
 _stack = ExitStack()  # holds the model's context open until the process is killed
 
 
-def _open(model_name: str, sources: Sources, arrays: Mapping[str, np.ndarray]) -> None:
-    """Load the model and move the inputs to its device."""
+def _open(
+    model_name: str,
+    sources: Sources,
+    arrays: Mapping[str, np.ndarray],
+    first: tuple[str, Mapping[str, Any]] | None,
+) -> int:
+    """Load the model, move the inputs to its device, generate once if asked to. Return the bytes that this added."""
     global _loaded
     quiet()
     if sources.runtime.threads:
         torch.set_num_threads(sources.runtime.threads)
     with translate_out_of_memory():
+        memory = AddedMemory(torch.device(sources.runtime.device))
         inputs = {name: torch.from_numpy(array).to(sources.runtime.device) for name, array in arrays.items()}
         model = _stack.enter_context(loaded_model(model_name, sources))
-    _loaded = _Loaded(model, inputs)
+        _loaded = _Loaded(model, inputs)
+        if first is not None:
+            _generate(*first)
+        return memory.measure()
 
 
 def _current() -> _Loaded:

@@ -112,7 +112,8 @@ def _show_verification(verification: Mapping[str, Any], page: Path) -> None:
             f"{worst['error']:.1e} (allowed {worst['allowed']:.1e}; PyTorch {torch_error})",
         ),
     ]
-    rows += [(f"identical sequences, {name}", f"{share:.0%}") for name, share in verification["identical"].items()]
+    for name, share in verification["identical"].items():
+        rows.append((f"identical sequences, {name}", f"{share:.0%} of {verification['sequences'][name]}"))
     for name, torch_score in verification["metrics"].get("pytorch", {}).items():
         label = f"{name.replace('_', ' ')}, {verification['references']} references"
         rows.append((label, f"{verification['metrics']['ours'][name]:.2f}% (PyTorch FP32 {torch_score:.2f}%)"))

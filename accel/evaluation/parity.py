@@ -60,6 +60,7 @@ class VerificationResult:
         outputs: Output -> its error at the worst token.
         drift: Error of the logits along generated sequences.
         inputs: Number of inputs whose generated tokens were compared.
+        sequences: Decoding method -> number of sequences compared.
         identical: Decoding method -> share of sequences with the same tokens as PyTorch's.
         first_difference: "method.input" -> position of the first token that differs.
         differing: Sequences that differ, with both texts.
@@ -80,6 +81,7 @@ class VerificationResult:
     outputs: dict[str, Difference] = field(default_factory=dict)
     drift: Drift = field(default_factory=Drift)
     inputs: int = 0
+    sequences: dict[str, int] = field(default_factory=dict)
     identical: dict[str, float] = field(default_factory=dict)
     first_difference: dict[str, int] = field(default_factory=dict)
     differing: list[dict[str, Any]] = field(default_factory=list)

@@ -134,8 +134,10 @@ def _results(task: str, certificate: Mapping[str, Any]) -> list[EvalResult]:
     """Return a certificate's figures for the front matter's `model-index`."""
     verification = certificate["verification"]
     dtype, kind = verification["precision"], certificate["compared"]["kind"]
-    figures = {f"identical_to_pytorch_{name}": share for name, share in verification["identical"].items()}
-    results = [_result(task, kind, verification["inputs"], dtype, name, share) for name, share in figures.items()]
+    results = []
+    for name, share in verification["identical"].items():
+        sequences = verification.get("sequences", {}).get(name, verification["inputs"])  # older ones compare all inputs
+        results.append(_result(task, kind, sequences, dtype, f"identical_to_pytorch_{name}", share))
     for name, score in verification["metrics"].get("ours", {}).items():
         results.append(_result(task, "references", verification["references"], dtype, name, score))
     return results

@@ -59,9 +59,9 @@ REFERENCE_BATCH = 50  # references decoded at a time
 def cases(config: Config) -> dict[str, dict[str, Any]]:
     """Return the decoding methods to compare, as options of `GenerationConfig`.
 
-    `padded` decodes greedily in padded batches of `verify.batch_size`, the others one input at a time. Models with
-    random weights generate the same token over and over, which would hide a wrong cache. Therefore
-    `verify.unique_tokens` defaults to true for them, and no token may occur twice.
+    `greedy` decodes one input at a time (see `batches`), `padded` the same way in padded batches, as do `beams` and
+    `sampling`. Models with random weights generate the same token over and over, which would hide a wrong cache.
+    Therefore `verify.unique_tokens` defaults to true for them, and no token may occur twice.
     """
     verify = config.verify
     unique = config.model.weights == "random" if verify.unique_tokens is None else verify.unique_tokens
@@ -76,6 +76,25 @@ def cases(config: Config) -> dict[str, dict[str, Any]]:
     }
 
 
+def batches(name: str, count: int, batch_size: int) -> list[range]:
+    """Return the batches in which a decoding method decodes `count` inputs, as ranges of input numbers.
+
+    Only `greedy` decodes one input at a time: what a batch of one without padding can show is shown by greedy search.
+    All others decode padded batches, whose decode steps take little longer than those of one input, because either
+    reads every weight once. Batches also show what beams of one input can't: a reordering across inputs, and beams of
+    a padded row. As `padded` runs greedy search for every input, `greedy` does so for half of them, but not for fewer
+    than `PATHS`, whose logits are compared as well.
+
+    Args:
+        name: Key of the decoding method in `cases`.
+        count: Number of inputs.
+        batch_size: `verify.batch_size`.
+    """
+    if name != "greedy":
+        return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    return [range(number, number + 1) for number in range(min(count, max(PATHS, (count + 1) // 2)))]
+
+
 def decode_case(
     model: Generates,
     name: str,
@@ -83,7 +102,7 @@ def decode_case(
     inputs: Sequence[Mapping[str, Tensor]],
     config: VerifyConfig,
 ) -> list[list[int]]:
-    """Generate for every input by one decoding method.
+    """Generate by one decoding method for the inputs that `batches` gives it.
 
     Args:
         model: The PyTorch model or the deployable.
@@ -93,27 +112,28 @@ def decode_case(
         config: Section `verify`.
 
     Returns:
-        The ids of every input, without padding.
+        The ids of the first inputs, without padding.
     """
-    batch_size = config.batch_size if name == "padded" else 1
     generated: list[list[int]] = []
-    for start in progress.track(range(0, len(inputs), batch_size), name):
-        torch.manual_seed(config.seed + start)
-        generated += generate_ids(model, inputs[start : start + batch_size], options)
+    for batch in progress.track(batches(name, len(inputs), config.batch_size), name):
+        torch.manual_seed(config.seed + batch.start)
+        generated += generate_ids(model, inputs[batch.start : batch.stop], options)
     return generated
 
 
 def generate_ids(
     model: Generates, inputs: Sequence[Mapping[str, Tensor]], options: Mapping[str, Any]
 ) -> list[list[int]]:
-    """Generate for single inputs, [1, source] each, in one padded batch. Return their ids without trailing padding."""
+    """Generate for single inputs, [1, source] each, in one padded batch. Return their ids without padding."""
     padding = model.generation_config.pad_token_id or 0
     padded = texts.pad(inputs, padding, left=not model.config.is_encoder_decoder)
     batch = {name: tensor.to(model.device) for name, tensor in padded.items()}  # [batch, longest source]
     settings = GenerationConfig(**{**model.generation_config.to_diff_dict(), "max_length": None, **options})
     with torch.inference_mode():
         sequences: list[list[int]] = model.generate(**batch, generation_config=settings).tolist()
-    for sequence in sequences:
+    for sequence, single in zip(sequences, inputs, strict=True):
+        if not model.config.is_encoder_decoder:  # a sequence begins with the prompt, which is padded on the left
+            del sequence[: batch["input_ids"].shape[1] - single["input_ids"].shape[1]]
         while len(sequence) > 1 and sequence[-1] == padding:
             sequence.pop()
     return sequences
@@ -180,7 +200,7 @@ def verification_inputs(
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Write the reference. Return the numbers of inputs, component calls and distinct greedy tokens."""
+    """Write the reference. Return the numbers of inputs, component calls and distinct tokens of greedy search."""
     folder = inputs["checkpoint"].folder
     model = load_model(folder)
     model.to(device=config.runtime.device)  # type: ignore[call-arg]  # sampling draws from the device's own generator
@@ -194,7 +214,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     evaluate = Evaluator(model, signatures(architecture, model.config), torch_run(architecture, model), torch.float64)
     component_calls = calls(architecture, model.config, model_inputs, greedy, settings.seed)
     count = write_calls(evaluate, component_calls, out)
-    paths = list(zip(model_inputs[:PATHS], greedy[:PATHS], strict=True))
+    paths = list(zip(model_inputs[:PATHS], greedy[:PATHS], strict=True))  # `batches` has them all decoded
     for number, (single_input, ids) in enumerate(progress.track(paths, "generations in float64")):
         path_ids = torch.tensor([ids])  # [1, tokens]
         logits = path_logits(evaluate, single_input, path_ids)  # [1, tokens, vocabulary]
@@ -204,7 +224,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         save_file(path, out / PATH.format(number))
     outputs = _decode_references(config, folder, model)
     (out / TOKENS).write_text(json.dumps({"texts": lines, "tokens": tokens, "references": outputs}))
-    distinct = {token for ids in greedy for token in ids}
+    distinct = {token for ids in tokens["padded"] for token in ids}
     return {"inputs": len(model_inputs), "calls": count, "distinct_tokens": len(distinct)}
 
 

@@ -106,6 +106,7 @@ def compare_tokens(
 
     for name, options in progress.track(list(methods.items()), "tokens"):
         torch_sequences = expected["tokens"][name]
+        verification.sequences[name] = len(torch_sequences)
         try:
             sequences = reference.decode_case(model, name, options, inputs, config.verify)
         except RuntimeError as error:  # torch refuses to sample from logits that aren't finite
@@ -124,7 +125,7 @@ def compare_tokens(
                 outputs = {"pytorch": readable(number, theirs), "ours": readable(number, ours)}
                 verification.differing.append({"case": name, "input": text, "position": position, **outputs})
         verification.identical[name] = identical / len(torch_sequences)
-        if name == "greedy" and expected["texts"]:
+        if name == "padded" and expected["texts"]:
             pairs = zip(expected["texts"], torch_sequences, sequences, strict=True)
             for number, (text, theirs, ours) in enumerate(pairs):
                 sample = {"input": text, "pytorch": readable(number, theirs), "ours": readable(number, ours)}
