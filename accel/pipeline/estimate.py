@@ -22,7 +22,7 @@ GB = 1e9
 # Fitted to SmolLM2-135M and T5-small dimensions on two CPU cores, see docs/benchmarks/pipeline.md.
 SECONDS_PER_MODULE = {"export": 0.05, "optimize": 0.03}  # per innermost module and graph
 SECONDS_PER_MILLION = {  # per million parameters, for what reads all weights again and again
-    "prompts": 0.05,
+    "answers": 0.05,
     "export": 0.05,
     "calibrate": 0.6,
     "audit": 0.4,

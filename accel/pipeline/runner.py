@@ -25,7 +25,7 @@ from accel.system.hashing import make_key, versions
 # A run reports as its result the folder of the first of these stages that was requested.
 RESULTS = ("verify", "merge")
 # Stages that run only because others need their artifacts; `stage=...` doesn't accept them.
-HIDDEN = ("checkpoint", "prompts", "reference", "torch_error", "calibrate")
+HIDDEN = ("checkpoint", "prompts", "answers", "reference", "torch_error", "calibrate")
 
 
 def select_stages(stage: Any, mixed: bool = True) -> list[str]:

@@ -1,7 +1,7 @@
 """Choose the nodes that stay in FP32, by rules over calibration statistics and then by sensitivity trials.
 
 Reads:
-    The checkpoint's config and tokenizer; `prompts.json` of `prompts`; `<component>.onnx` of `optimize` (FP32); the
+    The checkpoint's config and tokenizer; `answers.json` of `answers`; `<component>.onnx` of `optimize` (FP32); the
     statistics that `calibrate` recorded.
 
 Writes:
@@ -32,8 +32,8 @@ from accel.graph.precision.convert import convert_half, half_share
 from accel.graph.precision.formats import FORMATS, FP16, Format
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
+from accel.stages.answers import read_answers
 from accel.stages.calibrate import ComponentStatistics, low_memory_settings, read_statistics, text_files
-from accel.stages.prompts import PROMPTS
 
 PLAN = "plan.json"
 TRIAL_BATCHES = 4  # calibration batches that trials run on
@@ -187,7 +187,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     unify_decoder_plans(plans, models, architecture, checkpoint)
     sizes = {"by the rule": precision_shares(graphs, plans, format)}
     if config.precision.plan == MINIMIZED:
-        prompts = texts.read_prompts(inputs["prompts"].folder / PROMPTS)
+        prompts = read_answers(inputs["answers"].folder)
         with tempfile.TemporaryDirectory(dir=out) as scratch:
             plans = minimize_plans(config, architecture, checkpoint, graphs, plans, statistics, prompts, Path(scratch))
         unify_decoder_plans(plans, models, architecture, checkpoint)
@@ -260,7 +260,7 @@ def read_plans(folder: Path) -> dict[Component, plan.Plan]:
 STAGE = Stage(
     name="audit",
     run=run,
-    inputs=takes("checkpoint", "prompts", "optimize", "calibrate"),
+    inputs=takes("checkpoint", "answers", "optimize", "calibrate"),
     sections=("audit", "precision", "model.references", "runtime"),
     packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "networkx"),
     files=text_files,

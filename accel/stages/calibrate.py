@@ -1,7 +1,7 @@
 """Record calibration statistics: the magnitudes of every float value of the FP32 graphs, over random ids and texts.
 
 Reads:
-    The checkpoint's config and tokenizer; `prompts.json` of `prompts`; `<component>.onnx` of `optimize` (FP32); the
+    The checkpoint's config and tokenizer; `answers.json` of `answers`; `<component>.onnx` of `optimize` (FP32); the
     texts that `audit.texts` or `model.references` names.
 
 Writes:
@@ -37,7 +37,7 @@ from accel.graph.precision.formats import FP16
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime.session import HostSession, SessionSettings
-from accel.stages.prompts import PROMPTS
+from accel.stages.answers import read_answers
 from accel.system.host_memory import release
 
 logger = logging.getLogger(__name__)
@@ -212,7 +212,7 @@ def _not_finite(value: ir.Value, values: ComponentStatistics) -> bool:
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Write `statistics.json`. Return the number of batches, and why no more were run."""
     graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
-    prompts = texts.read_prompts(inputs["prompts"].folder / PROMPTS)
+    prompts = read_answers(inputs["answers"].folder)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         statistics, used, stopped = observe(config, architecture, checkpoint, graphs, prompts, Path(scratch))
     progress.note(f"calibration statistics: {stopped}")
@@ -252,7 +252,7 @@ def text_files(config: Config) -> tuple[str, ...]:
 STAGE = Stage(
     name="calibrate",
     run=run,
-    inputs=takes("checkpoint", "prompts", "optimize"),
+    inputs=takes("checkpoint", "answers", "optimize"),
     sections=(
         "audit.batches",
         "audit.max_batches",

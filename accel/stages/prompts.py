@@ -1,6 +1,6 @@
 """Make prompts for models with a tokenizer where the user gives no texts: passages, questions, the model's own text.
 
-Random ids alone are a poor calibration set, because a trained model's activations there are unlike those on text.
+Only a model without a chat template generates here; one that has a template answers the questions in the stage `answers`.
 
 Reads:
     The checkpoint: config, weights, tokenizer; the sample texts of `accel.data`.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from accel.adapters.types import Architecture
 from accel.config.schema import Config
@@ -32,6 +32,7 @@ from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 
 PROMPTS = "prompts.json"
+CHAT = "chat"  # kind of the prompts that are questions
 NEW_TOKENS = 48  # sampled after each question, or after the first token
 SAMPLED_TEXTS = 8  # texts sampled from the first token on, where there is no chat template
 MAX_TOKENS = 96  # of a passage or question
@@ -44,16 +45,15 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     hf_config = load_config(folder)
     prompts: list[Prompt] = []
     if tokenizer is not None and getattr(model_class(hf_config), "main_input_name", "") == "input_ids":
-        # One third of the model's positions each for the prompt, the sampled tokens, and the tokens generated later.
-        third = (max_positions(hf_config) or 3 * MAX_TOKENS) // 3
-        max_tokens = min(MAX_TOKENS, third)
+        max_tokens = length_limit(hf_config, MAX_TOKENS)
         passages = _passages(tokenizer, bool(hf_config.is_encoder_decoder), max_tokens)
-        generated: Iterator[Prompt] = iter(())
+        others: Iterator[Prompt] = iter(())
         if not hf_config.is_encoder_decoder:  # an encoder-decoder needs a source, and the passages are that
-            model = load_model(folder)
-            model.to(device=config.runtime.device)  # type: ignore[call-arg]
-            generated = _generated(model, tokenizer, max_tokens, min(NEW_TOKENS, third))
-        for pair in zip_longest(generated, passages):
+            if getattr(tokenizer, "chat_template", None):
+                others = _questions(tokenizer, max_tokens)
+            else:
+                others = _sampled(folder, config.runtime.device, tokenizer)
+        for pair in zip_longest(others, passages):
             prompts += [prompt for prompt in pair if prompt is not None]
     texts.write_prompts(prompts, out / PROMPTS)
     return {"prompts": len(prompts), "kinds": sorted({prompt.kind for prompt in prompts})}
@@ -66,23 +66,34 @@ def _passages(tokenizer: PreTrainedTokenizerBase, is_encoder_decoder: bool, max_
         yield Prompt("page", line, ids, len(ids) if is_encoder_decoder else max(1, len(ids) // 2))
 
 
-def _generated(
-    model: Generates, tokenizer: PreTrainedTokenizerBase, max_tokens: int, new_tokens: int
-) -> Iterator[Prompt]:
-    """Yield text sampled from the model: answers to chat questions, or without a template from the first token on."""
-    if getattr(tokenizer, "chat_template", None):
-        lines = sample_lines("questions.txt")
-        questions: list[list[int]] = []
-        for line in lines:
-            ids = texts.encode(tokenizer, [line], chat=True)["input_ids"][0].tolist()
-            questions.append(ids[:max_tokens])
-        answered = _sample(model, tokenizer, questions, new_tokens)
-        for line, question, ids in zip(lines, questions, answered, strict=True):
-            yield Prompt("chat", line, ids, len(question))
-        return
+def _questions(tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Iterator[Prompt]:
+    """Yield questions in the chat template."""
+    for line in sample_lines("questions.txt"):
+        ids = texts.encode(tokenizer, [line], chat=True)["input_ids"][0].tolist()[:max_tokens]
+        yield Prompt(CHAT, line, ids, len(ids))
+
+
+def _sampled(folder: Path, device: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
+    """Yield texts that the model in `folder` generates from the first token on."""
+    model = load_on(device, folder)
     first = _first_token(model, tokenizer)
-    for ids in _sample(model, tokenizer, [[first]] * SAMPLED_TEXTS, new_tokens):
+    for ids in sample(model, tokenizer, [[first]] * SAMPLED_TEXTS):
         yield Prompt("sampled", str(tokenizer.decode(ids, skip_special_tokens=True)), ids, max(1, len(ids) // 4))
+
+
+def load_on(device: str, folder: Path) -> Generates:
+    """Return the PyTorch model in `folder` on a device."""
+    model = load_model(folder)
+    model.to(device=device)  # type: ignore[call-arg]
+    return model
+
+
+def length_limit(hf_config: PretrainedConfig, wanted: int) -> int:
+    """Return `wanted` tokens, or one third of the model's positions where that is less.
+
+    Prompt, sampled tokens, and tokens generated later get one third each.
+    """
+    return min(wanted, (max_positions(hf_config) or 3 * wanted) // 3)
 
 
 def _first_token(model: Generates, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -93,9 +104,7 @@ def _first_token(model: Generates, tokenizer: PreTrainedTokenizerBase) -> Any:
     return 0
 
 
-def _sample(
-    model: Generates, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], new_tokens: int
-) -> list[list[int]]:
+def sample(model: Generates, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Return the ids of each prompt and its continuation at temperature 1, up to the end-of-sequence token."""
     torch.manual_seed(0)
     padding = int(tokenizer.pad_token_id or 0)
@@ -106,7 +115,7 @@ def _sample(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=new_tokens,
+        max_new_tokens=length_limit(model.config, NEW_TOKENS),
         eos_token_id=end_tokens,
         pad_token_id=tokenizer.pad_token_id or 0,
     )
