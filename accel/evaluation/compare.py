@@ -4,6 +4,7 @@ import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from accel.adapters.types import Component
@@ -53,13 +54,13 @@ def token_errors(found: Tensor, expected: Tensor) -> Tensor:
     Returns:
         Errors, [rows, tokens].
     """
-    differences = (found.cpu().double() - expected.cpu().double()).abs()
-    rows, tokens = differences.shape[0], differences.shape[-2]
-    if not differences.numel():
-        return differences.new_zeros(rows, tokens)
-    token_axis = differences.ndim - 2
-    reduced_axes = tuple(axis for axis in range(1, differences.ndim) if axis != token_axis)
-    return differences.amax(reduced_axes)
+    found, expected = found.cpu(), expected.cpu()
+    rows, tokens = expected.shape[0], expected.shape[-2]
+    errors = torch.zeros(rows, tokens, dtype=torch.float64)
+    for row in range(rows if expected.numel() else 0):  # one at a time, since logits in float64 are large
+        differences = torch.sub(found[row], expected[row].double()).abs_()  # [..., tokens, features]
+        errors[row] = differences.movedim(-2, 0).flatten(1).amax(1)
+    return errors
 
 
 def error(found: Tensor, expected: Tensor, mask: Tensor | None = None) -> float:

@@ -223,6 +223,5 @@ def root_mean_square(found: Tensor, expected: Tensor, copies: int) -> Tensor:
     Returns:
         Absolute errors, [rows, tokens], float64.
     """
-    errors = token_errors(found, expected.repeat_interleave(copies, 0))  # [rows * copies, tokens]
-    mean_square: Tensor = errors.view(-1, copies, errors.shape[1]).square().mean(1)  # [rows, tokens]
-    return mean_square.sqrt()
+    errors = [token_errors(found[copy::copies], expected) for copy in range(copies)]  # [rows, tokens] each
+    return torch.stack(errors).square().mean(0).sqrt()

@@ -1,6 +1,6 @@
 """Make prompts for models with a tokenizer where the user gives no texts: passages, questions, the model's own text.
 
-Only a model without a chat template generates here; one that has a template answers the questions in the stage `answers`.
+Only a model without a chat template generates here; one with a template answers the questions in the stage `answers`.
 
 Reads:
     The checkpoint: config, weights, tokenizer; the sample texts of `accel.data`.

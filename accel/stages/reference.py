@@ -82,17 +82,17 @@ def batches(name: str, count: int, batch_size: int) -> list[range]:
     Only `greedy` decodes one input at a time: what a batch of one without padding can show is shown by greedy search.
     All others decode padded batches, whose decode steps take little longer than those of one input, because either
     reads every weight once. Batches also show what beams of one input can't: a reordering across inputs, and beams of
-    a padded row. As `padded` runs greedy search for every input, `greedy` does so for half of them, but not for fewer
-    than `PATHS`, whose logits are compared as well.
+    a padded row. `padded`, which is greedy search, decodes all inputs. What the others show beyond it depends little on
+    the input, so they decode half of them, but no fewer than `PATHS`.
 
     Args:
         name: Key of the decoding method in `cases`.
         count: Number of inputs.
         batch_size: `verify.batch_size`.
     """
-    if name != "greedy":
-        return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    return [range(number, number + 1) for number in range(min(count, max(PATHS, (count + 1) // 2)))]
+    decoded = count if name == "padded" else min(count, max(PATHS, (count + 1) // 2))
+    size = 1 if name == "greedy" else batch_size
+    return [range(start, min(start + size, decoded)) for start in range(0, decoded, size)]
 
 
 def decode_case(
