@@ -181,7 +181,7 @@ def compare_paths(
     verification: VerificationResult,
     rerouted: float = 0.0,
 ) -> bool:
-    """Decode the sequences that PyTorch generated, one token at a time, and compare the logits at every token.
+    """Decode the sequences that PyTorch generated, each new token by itself, and compare the logits at every token.
 
     No result is read between two tokens, so that a missing synchronization on a GPU gives wrong logits here, too.
 
@@ -218,11 +218,17 @@ def compare_paths(
 
 
 def _path_logits(model: AcceleratedModel, architecture: Architecture, path: reference_data.TokenPath) -> Tensor:
-    """Decode the ids of `path` one at a time through the runtime, and return the logits, [1, tokens, vocabulary]."""
+    """Run the ids of `path` through the runtime as a generation does: the prompt at once, then one token at a time.
+
+    Beside an encoder, the prompt is the decoder's first token. Returns the logits, [1, tokens, vocabulary].
+    """
     context = _encoder_context(architecture, model, path.inputs)
     ids = path.ids.to(model.device)  # [1, tokens]
     mask = torch.ones_like(ids)
-    inputs = [decoder_inputs(ids[:, [i]], mask[:, : i + 1]) for i in range(ids.shape[1])]
+    prompt = 1 if Component.ENCODER in architecture.components() else path.inputs["input_ids"].shape[1]
+    starts = [0, *range(prompt, ids.shape[1])]
+    ends = [*starts[1:], ids.shape[1]]
+    inputs = [decoder_inputs(ids[:, start:end], mask[:, :end]) for start, end in zip(starts, ends, strict=True)]
     with on_shared_stream(model.device):  # as `generate` does
         first_logits, state = model.runtime.prefill({**inputs[0], **context})
         logits = [first_logits]

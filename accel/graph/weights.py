@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+SHA256 = "accel.sha256"  # key of a tensor's metadata, which isn't saved
+
 
 def fingerprint(value: ir.Value) -> tuple[str, tuple[int, ...], str]:
     """Return dtype, shape and SHA-256 of an initializer's content.
@@ -15,7 +17,12 @@ def fingerprint(value: ir.Value) -> tuple[str, tuple[int, ...], str]:
     tensor = value.const_value
     if tensor is None:
         raise ValueError(f"{value.name} is not an initializer with a value")
-    return (tensor.dtype.name, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).hexdigest())
+    sha256 = tensor.meta.get(SHA256)
+    if sha256 is None:
+        sha256 = hashlib.sha256(tensor.tobytes()).hexdigest()
+        if isinstance(tensor, ir.ExternalTensor):  # read-only, unlike arrays in memory
+            tensor.meta[SHA256] = sha256
+    return (tensor.dtype.name, tuple(tensor.shape.numpy()), sha256)
 
 
 def initializers(model: ir.Model) -> list[ir.Value]:

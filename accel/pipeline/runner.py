@@ -21,6 +21,7 @@ from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact, Store, content_hash
 from accel.system.environment import machine
 from accel.system.hashing import make_key, versions
+from accel.system.host_memory import frozen_objects
 
 # A run reports as its result the folder of the first of these stages that was requested.
 RESULTS = ("verify", "merge")
@@ -242,7 +243,13 @@ class Pipeline:
             Stage -> artifact, for those of `names` and of the hidden stages that were used.
         """
         self.store.clear_leftovers()
-        needed = self.needed(names)
+        needed = self.needed(names)  # imports the stages
+        with frozen_objects():
+            self._run(names, needed)
+        return {name: self._artifacts[name] for name in (*HIDDEN, *names) if name in self._artifacts}
+
+    def _run(self, names: Sequence[str], needed: Sequence[str]) -> None:
+        """Reuse or make the artifacts of the stages `names`, of which those in `needed` must exist."""
         for name in names:
             # An artifact that isn't needed is only listed in the report, so its files are not hashed again.
             existing = self.find(name) if name in needed else self.store.peek(name, self.key(name))
@@ -253,4 +260,3 @@ class Pipeline:
                 self.artifact(name)
             if name in self._artifacts:
                 self.stage(name).deliver(self.config, self._artifacts[name].folder)
-        return {name: self._artifacts[name] for name in (*HIDDEN, *names) if name in self._artifacts}

@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -41,6 +43,20 @@ def release() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Open a context in which the garbage collector passes over all objects that are alive now.
+
+    These are above all modules: with those of torch, transformers and onnxscript, each full pass takes 0.3 s.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class PeakMemory:
