@@ -39,8 +39,8 @@ def test_same_tokens_in_another_process(sources: Sources) -> None:
     with loaded_model(MERGED, sources) as model:
         expected = model.generate(**INPUTS, **OPTIONS)
     with ModelWorker(MERGED, sources) as merged, ModelWorker(TORCH, sources) as eager:
-        for process in (merged, eager):
-            process.open(INPUTS)
+        for process, name in ((merged, "onnx_merged"), (eager, "torch_cache")):
+            assert process.open(INPUTS, (name, OPTIONS)) > 10**5  # bytes, of weights of more than that
         for process, name in ((merged, "onnx_merged"), (eager, "torch_cache")):
             timing = process.generate(name, OPTIONS)
             assert timing.tokens == expected.tolist()
