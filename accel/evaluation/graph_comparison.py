@@ -93,6 +93,7 @@ def compare(
             beyond = [name for name, difference in differences.items() if not difference <= tolerance]  # NaN counts
             if beyond:
                 _check_rounding(architecture, model, component, outputs, call, beyond, tolerance)
+        del session  # before the next one opens
     return worst
 
 
