@@ -28,13 +28,13 @@ SECONDS_PER_MILLION = {  # per million parameters, for what reads all weights ag
     "audit": 0.4,
     "convert": 0.02,
     "merge": 0.03,
-    "reference": 0.3,
+    "reference": 0.15,
     "torch_error": 0.04,
-    "verify": 0.5,
+    "verify": 0.25,
     "benchmark": 0.5,
 }
 BASE_MEMORY = 0.8e9  # bytes that Python, torch and a traced graph take, whatever the model
-WEIGHTS_IN_MEMORY = 5.0  # FP32 copies of the weights at the peak
+WEIGHTS_IN_MEMORY = 4.0  # FP32 copies of the weights at the peak
 # Copies of the weights that each stage leaves on disk; of those after `convert`, half as large in 16 bits.
 COPIES = {"checkpoint": 1, "export": 1, "optimize": 2, "convert": 2, "merge": 1, "verify": 1}
 CONVERTED = ("convert", "merge", "verify")
