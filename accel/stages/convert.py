@@ -17,10 +17,12 @@ from accel.config.schema import Config, ConvertConfig
 from accel.data.pretrained import load_config
 from accel.errors import unknown
 from accel.graph import files
+from accel.graph.cleanup.eliminate_noop_add import EliminateNoopAdd
 from accel.graph.cleanup.eliminate_noop_cast import EliminateNoopCast
 from accel.graph.decode.one_token import OneToken
+from accel.graph.decode.per_sequence import NotStaticError
 from accel.graph.decode.spare_room import SpareRoom
-from accel.graph.decode.static_cache import Names, NotStaticError, StaticCache
+from accel.graph.decode.static_cache import Names, StaticCache
 from accel.graph.fusion.fuse_attention import FuseAttention
 from accel.graph.fusion.fuse_causal_attention import FuseCausalAttention
 from accel.graph.fusion.fuse_rotary import FuseRotary
@@ -54,6 +56,7 @@ def specialize_for_one_token(decode: ir.Model, passes: Mapping[str, bool]) -> No
         passes: Name -> whether the pass runs; those not named run.
     """
     OneToken(NAMES.new)(decode)
+    EliminateNoopAdd()(decode)  # the first new token is the only one
     for name, graph_pass in DECODE.items():
         if passes.get(name, True):
             graph_pass()(decode)
@@ -79,11 +82,11 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         EliminateNoopCast()(model)  # in FP32 as well: models cast to the dtype of their weights
         if convert.fuse_transposed_matmul:
             FuseTransposedMatmul()(model)
-        if convert.fuse_rotary:
-            FuseRotary()(model)
         static_decode = None
         if component is Component.DECODE and convert.static_decode:
             static_decode = _static_decode(model, convert, inputs, architecture)
+        if convert.fuse_rotary:
+            FuseRotary()(model)
         if component is Component.DECODE and convert.fuse_causal_attention and not half:
             FuseCausalAttention()(model)
             SpareRoom("past", "attention_mask", "input_ids")(model)
@@ -108,6 +111,8 @@ def _static_decode(
     passes = {"fuse_attention": str(Component.STATIC_DECODE) in convert.fuse_attention} | convert.decode_passes
     try:
         StaticCache(cache, NAMES)(static_decode)
+        if convert.fuse_rotary:  # only now, since angles may depend on each sequence's position
+            FuseRotary()(static_decode)
         specialize_for_one_token(static_decode, passes)
     except NotStaticError as reason:
         logger.warning(f"no static decode graph: its caches would not have a fixed length: {reason}")

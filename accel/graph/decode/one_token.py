@@ -7,11 +7,11 @@ from onnx_ir import convenience
 from onnx_ir.passes import PassResult
 
 from accel.graph.passes import GraphPass, remove_unused
-from accel.graph.shapes import dims, integers, made_by, permutation, reshape_target
+from accel.graph.shapes import dims, integers, made_by, permutation, reshape_target, scalar
 
 
 class OneToken(GraphPass):
-    """Give the axis of new tokens length 1 in every shape.
+    """Give the axis of new tokens length 1 in every shape, and count no further than 1.
 
     Args:
         new: Symbol of the axis of new tokens.
@@ -32,11 +32,23 @@ class OneToken(GraphPass):
             if value.shape is not None and any(self._is_new(dim) for dim in value.shape):
                 value.shape = ir.Shape([1 if self._is_new(dim) else dim for dim in value.shape])
                 modified = True
-        return PassResult(model, modified)
+        for node in list(graph):
+            if node.op_type == "Range" and dims(node.outputs[0]) == (1,):
+                modified |= _only_element(graph, node)
+        return remove_unused(model, modified)
 
     def _is_new(self, dim: int | ir.SymbolicDim) -> bool:
         """Return whether an axis is that of new tokens."""
         return not isinstance(dim, int) and dim.value == self.new
+
+
+def _only_element(graph: ir.Graph, counted: ir.Node) -> bool:
+    """Replace a `Range` of one element by that element, if it is a constant; return whether it is."""
+    start, output = scalar(counted.inputs[0]), counted.outputs[0]
+    if start is None or output.dtype is not ir.DataType.INT64 or output.is_graph_output():
+        return False
+    convenience.replace_all_uses_with(output, integers(graph, "range", [int(start)]))
+    return True
 
 
 class TransposeToReshape(GraphPass):

@@ -1,6 +1,6 @@
 """Give a decode graph KV caches of fixed length, written in place, so that all shapes are known before it runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -9,8 +9,9 @@ from onnx_ir.passes import PassResult
 from onnx_ir.passes.common import TopologicalSortPass
 
 from accel.graph.build import add_node
+from accel.graph.decode.per_sequence import NotStaticError, PerSequence
 from accel.graph.passes import GraphPass, remove_unused
-from accel.graph.shapes import integer, made_by, scalar
+from accel.graph.shapes import dims, integer, made_by, scalar
 
 OPSET = 24  # the first with TensorScatter; since 20 the other operators only gained types, and compute the same
 SUMS = ("Add", "Sub", "Mul")
@@ -24,7 +25,7 @@ class Names:
     """Names in a decode graph.
 
     Attributes:
-        position: New input of a static decode graph: position of the first new token, an int64 scalar.
+        position: New input of a static decode graph: position of each sequence's first new token, int64 [batch].
         bucket: Axis of a static cache's tokens, written or not.
         past: Axis of past tokens.
         new: Axis of new tokens.
@@ -38,20 +39,14 @@ class Names:
     total: str = "total"
 
 
-class NotStaticError(ValueError):
-    """A graph uses the number of past tokens in a way that a static cache doesn't allow."""
-
-    def __init__(self, node: ir.Node | None, reason: str) -> None:
-        super().__init__(f"node {node.name} ({node.op_type}): {reason}" if node is not None else reason)
-
-
 class StaticCache(GraphPass):
     """Replace dynamic caches by static ones, as input and as output.
 
     Caches with an axis of past tokens are self-attention caches. Where the graph appends to one, it writes the new
-    entries at the new input `position` instead, by `TensorScatter`, which ONNX Runtime does in place if input and
-    output share their address. The attention mask gets the bucket's length as well: positions that aren't written yet
-    are masked by 0 there, and by the model's own causal mask, in which the new tokens begin at `position`.
+    entries at the new input `position` [batch] instead, by `TensorScatter`, which ONNX Runtime does in place if input
+    and output share their address. The attention mask gets the bucket's length as well: positions that aren't written
+    yet are masked by 0 there, and by the model's own causal mask, in which a sequence's new tokens begin at its own
+    `position`.
     ONNX specification, from opset 24 on: https://onnx.ai/onnx/operators/onnx__TensorScatter.html
 
     Args:
@@ -79,12 +74,13 @@ class StaticCache(GraphPass):
             if value.name in self.cache and axis is not None:
                 axes[value] = axis
         outputs = {value.name: value for value in graph.outputs}
-        position = ir.Value(name=names.position, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
+        batch = _batch(axes)
+        position = ir.Value(name=names.position, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([batch]))
         graph.inputs.append(position)
-        PastLengths(graph, axes, position, names).rewrite_uses()
-        writer = CacheWriter(graph, position)
+        PastLengths(graph, axes, position, names).rewrite_uses()  # as if it were one number for all sequences
+        PerSequence(graph, [position], batch).rewrite_uses()
         for value, axis in axes.items():
-            writer.write_in_place(value, outputs[self.cache[value.name or ""]], axis)
+            _write_in_place(graph, value, outputs[self.cache[value.name or ""]], axis, position)
         model.opset_imports[""] = max(OPSET, model.opset_imports[""])
         _rename_axes(graph, names)
         result = remove_unused(model)  # modified: the graph has a new input
@@ -229,26 +225,26 @@ class PastLengths:
         raise NotStaticError(None, f"no input has an axis {self.names.new!r} of new tokens")
 
 
-class CacheWriter:
-    """Writes of new cache entries at `position`."""
+def _batch(caches: Iterable[ir.Value]) -> str | int:
+    """Return the length or symbol of the batch's axis, the first one of every cache."""
+    lengths = {(dims(cache) or ("?",))[0] for cache in caches}
+    if len(lengths) != 1:
+        raise NotStaticError(
+            None, f"the first axes of the caches are {sorted(map(str, lengths))}, expected one, the batch"
+        )
+    return lengths.pop()
 
-    def __init__(self, graph: ir.Graph, position: ir.Value) -> None:
-        self.graph, self.position = graph, position
-        self.positions: ir.Value | None = None  # `position` for every sequence, [B]
 
-    def write_in_place(self, cache: ir.Value, present: ir.Value, axis: int) -> None:
-        """Replace `present` = `Concat(cache, entries)` along `axis` by a write of `entries` into `cache`."""
-        node = present.producer()
-        rank = len(cache.shape or ())
-        entries = node.inputs[1] if node is not None and node.op_type == "Concat" and len(node.inputs) == 2 else None
-        if node is None or entries is None or node.inputs[0] is not cache:
-            raise NotStaticError(node, f"{present.name} is not {cache.name} with new entries appended")
-        if node.attributes.get_int("axis", 0) % rank != axis or axis == 0:
-            raise NotStaticError(node, f"new entries of {cache.name} aren't appended along its axis of tokens")
-        if self.positions is None:
-            batch = _add_int64(self.graph, "Shape", [cache], node, start=0, end=1)
-            self.positions = _add_int64(self.graph, "Expand", [self.position, batch], node)
-        _replace(self.graph, node, "TensorScatter", [cache, entries, self.positions], axis=axis)
+def _write_in_place(graph: ir.Graph, cache: ir.Value, present: ir.Value, axis: int, position: ir.Value) -> None:
+    """Replace `present` = `Concat(cache, entries)` along `axis` by a write of `entries` into `cache` at `position`."""
+    node = present.producer()
+    rank = len(cache.shape or ())
+    entries = node.inputs[1] if node is not None and node.op_type == "Concat" and len(node.inputs) == 2 else None
+    if node is None or entries is None or node.inputs[0] is not cache:
+        raise NotStaticError(node, f"{present.name} is not {cache.name} with new entries appended")
+    if node.attributes.get_int("axis", 0) % rank != axis or axis == 0:
+        raise NotStaticError(node, f"new entries of {cache.name} aren't appended along its axis of tokens")
+    _replace(graph, node, "TensorScatter", [cache, entries, position], axis=axis)
 
 
 def _add_int64(

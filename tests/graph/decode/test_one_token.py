@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
+from accel.graph.cleanup.eliminate_noop_add import EliminateNoopAdd
 from accel.graph.decode.one_token import OneToken, TransposeToReshape
 from tests.graph.text import numbers, parse, run
 
@@ -94,3 +95,24 @@ def test_parts_of_other_sizes_stay() -> None:
     )
     outputs = "float[batch, new, 12] a, float[batch, 2, new, 4] b"
     assert checked(body, "float[batch, new, 24] x", outputs, 1, 24).count("Split") == 2
+
+
+def test_one_number_is_not_counted() -> None:
+    """A range over the new tokens, and the addition of its only element to positions of each sequence."""
+    numbered = """
+    zero = Constant <value = int64 {0}> ()
+    one = Constant <value = int64 {1}> ()
+    new_length = Shape <start: int = 1, end: int = 2> (x)
+    new = Gather (new_length, zero)
+    counted = Range (zero, new, one)
+    placed = Add (x, counted)
+    y = Neg (placed)"""
+    body = numbered + "\n    z = Cast <to: int = 1> (counted)"
+    text = f"g (int64[batch, new] x) => (int64[batch, new] y, float[new] z) <int64[new] counted> {{ {body} }}"
+    after = parse(text)
+    OneToken("new")(after)
+    EliminateNoopAdd()(after)
+    assert [node.op_type for node in after.graph if node.op_type != "Constant"] == ["Neg", "Cast"]
+    found = run(after, {"x": np.array([[4], [9]])})
+    np.testing.assert_array_equal(found["y"], [[-4], [-9]])
+    np.testing.assert_array_equal(found["z"], [0])

@@ -4,7 +4,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.graph.decode.static_cache import Names, NotStaticError, StaticCache
+from accel.graph.decode.per_sequence import NotStaticError
+from accel.graph.decode.static_cache import Names, StaticCache
+from accel.graph.shapes import dims
 from tests.graph.text import Arrays, numbers, parse, run
 
 NAMES = Names("position", "bucket")
@@ -46,33 +48,42 @@ def decode(body: str, outputs: str) -> ir.Model:
     return parse(f"g ({INPUTS}) => ({present}) {{ {HEAD}{ones}{body} }}")
 
 
-def inputs(batch: int, past: int, new: int) -> Arrays:
-    mask = np.ones((batch, past + new), np.int64)
-    mask[-1, : min(2, past)] = 0
-    return {"x": numbers(batch, new, 4), "past_k": numbers(batch, past, 4, seed=5), "attention_mask": mask}
+def inputs(row: int, past: int, new: int) -> Arrays:
+    """Inputs of one sequence; its first tokens are padding in every second."""
+    mask = np.ones((1, past + new), np.int64)
+    mask[:, : min(2, past) * (row % 2)] = 0
+    return {"x": numbers(1, new, 4, seed=row), "past_k": numbers(1, past, 4, seed=5 + row), "attention_mask": mask}
 
 
 def checked(body: str, outputs: str) -> ir.Model:
-    """The static graph, after checking it against the dynamic one at several lengths.
+    """The static graph, after checking it against the dynamic one at several lengths, each sequence at its own.
 
     The static cache holds noise behind the tokens, which stays as it was.
     """
     dynamic, static = decode(body, outputs), decode(body, outputs)
     assert StaticCache(CACHE, NAMES)(static).modified
-    for batch, past, new, bucket in ((1, 3, 1, 4), (2, 5, 1, 9), (3, 4, 3, 8), (2, 1, 2, 16)):
-        given = inputs(batch, past, new)
-        right = run(dynamic, given)
-        buffer = numbers(batch, bucket, 4, seed=9) * 3
-        buffer[:, :past] = given["past_k"]
+    for lengths, new, bucket in (((3,), 1, 4), ((5, 5), 1, 9), ((4, 1, 2), 3, 8), ((1, 7), 2, 16)):
+        batch = len(lengths)
+        buffer, x = numbers(batch, bucket, 4, seed=9) * 3, numbers(batch, new, 4)
         mask = np.zeros((batch, bucket), np.int64)
-        mask[:, : past + new] = given["attention_mask"]
-        found = run(static, {**given, "past_k": buffer, "attention_mask": mask, "position": np.array(past)})
+        alone = [inputs(row, past, new) for row, past in enumerate(lengths)]
+        for row, (past, given) in enumerate(zip(lengths, alone, strict=True)):
+            buffer[row, :past], x[row] = given["past_k"][0], given["x"][0]
+            mask[row, : past + new] = given["attention_mask"][0]
+        given = {"x": x, "past_k": buffer, "attention_mask": mask, "position": np.array(lengths)}
+        found = run(static, given)
         written = found.pop("present_k")
-        np.testing.assert_array_equal(written[:, : past + new], right.pop("present_k"))
-        np.testing.assert_array_equal(written[:, past + new :], buffer[:, past + new :])
-        for name, array in right.items():
-            shared = tuple(slice(length) for length in array.shape)  # an axis of all tokens is now the bucket's
-            np.testing.assert_allclose(found[name][shared], array, rtol=1e-5, atol=1e-6, err_msg=name)
+        for row, past in enumerate(lengths):
+            right = run(dynamic, alone[row])
+            np.testing.assert_array_equal(written[row, : past + new], right.pop("present_k")[0])
+            np.testing.assert_array_equal(written[row, past + new :], buffer[row, past + new :])
+            for name, array in right.items():
+                if found[name].ndim and len(found[name]) == batch:
+                    array, of_row = array[0], found[name][row]
+                else:
+                    of_row = found[name]
+                shared = tuple(slice(length) for length in array.shape)  # an axis of all tokens is now the bucket's
+                np.testing.assert_allclose(of_row[shared], array, rtol=1e-5, atol=1e-6, err_msg=name)
     return static
 
 
@@ -81,26 +92,33 @@ def operators(model: ir.Model) -> list[str]:
 
 
 def test_attention() -> None:
-    """Keys are written in place, and a token attends to those before it alone."""
+    """Keys are written in place, and a token attends to those before it in its sequence alone."""
     static = checked(ATTENTION, "float[batch, new, 4] attended")
     assert operators(static).count("TensorScatter") == 1
     assert [str(dim) for dim in static.graph.inputs[1].shape or ()] == ["batch", "bucket"]
-    assert [value.name for value in static.graph.inputs][-1] == "position"
+    position = static.graph.inputs[-1]
+    assert position.name == "position"
+    assert dims(position) == ("batch",)
 
 
 def test_positions_with_an_offset() -> None:
     """Positions plus two, as in BART."""
-    body = "first = Add (past, two)\n last = Add (total, two)\n places = Range (first, last, one)"
-    checked(body, "int64[n] places")
+    body = """
+        first = Add (past, two)
+        last = Add (total, two)
+        places = Range (first, last, one)
+        column = Unsqueeze (places, ones)
+        numbered = Cast <to: int = 1> (column)
+        embedded = Add (x, numbered)"""
+    checked(body, "float[batch, new, 4] embedded")
 
 
 def test_past_tokens_in_arithmetic() -> None:
     """A number of past tokens that is added to data becomes the position of the new tokens."""
     body = """
-        counted = CumSum (attention_mask, one)
-        tail = ReduceMax <keepdims: int = 0> (attention_mask)
-        shifted = Add (tail, past)"""
-    checked(body, "int64 shifted")
+        shown = ReduceSum <keepdims: int = 0> (attention_mask, ones)
+        shifted = Add (shown, past)"""
+    checked(body, "int64[batch] shifted")
 
 
 def test_all_tokens_in_a_shape() -> None:
@@ -119,9 +137,10 @@ def test_all_tokens_in_a_shape() -> None:
         ("odd = Range (one, past, one)", "int64[k] odd", r"\(Range\): it counts neither all tokens nor the new ones"),
         ("odd = Range (zero, total, two)", "int64[k] odd", r"\(Range\): its limits are no sums"),
         ("less = Sub (total, one)\n y = Range (zero, less, one)", "int64[k] y", r"\(Range\): it counts neither"),
+        ("y = Range (past, total, one)", "int64[n] y", r"\(Add\): its output depends on positions and has no axis of"),
         ("both = Shape <start: int = 0, end: int = 2> (past_k)", "int64[2] both", r"\(Shape\): .* together with other"),
     ],
-    ids=["half of it", "from one", "in twos", "all but one", "with the batch"],
+    ids=["half of it", "from one", "in twos", "all but one", "as an output", "with the batch"],
 )
 def test_unsupported_uses_of_past_tokens(body: str, outputs: str, reason: str) -> None:
     """The error names the node; nothing is computed otherwise."""
