@@ -88,6 +88,29 @@ class DecoderOnlyModel(AcceleratedModel):
         )
         return self._as_asked(output, return_dict)
 
+    def prefill_inputs(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Return the decoder's inputs for a prompt, of which the last token's logits are computed.
+
+        Args:
+            input_ids: [length] or [batch, length].
+            attention_mask: Likewise, 0 at padding on the left; None for a prompt without padding.
+            kwargs: None is supported.
+
+        Raises:
+            ValueError: An input is missing or has a wrong type, shape or range.
+            TypeError: An argument is unknown.
+        """
+        arguments.reject(kwargs, self.prefill_inputs)
+        if input_ids is None:
+            raise ValueError("input_ids is missing")
+        input_ids = torch.atleast_2d(input_ids)
+        arguments.check_ids("input_ids", input_ids, self._vocabulary)
+        mask = torch.ones_like(input_ids) if attention_mask is None else torch.atleast_2d(attention_mask)
+        arguments.check_mask("attention_mask", mask, *input_ids.shape)
+        return decoder_inputs(input_ids, mask, 1)
+
     def cache_prompt(self, input_ids: Tensor) -> PromptCache:
         """Compute the tokens that many prompts begin with, for `generate(prompts, past_key_values=...)`.
 

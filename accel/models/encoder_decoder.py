@@ -78,11 +78,9 @@ class EncoderDecoderModel(AcceleratedModel):
         hidden = None if encoder_outputs is None else encoder_outputs[0]  # [batch, source, width]
         inputs = {"input_ids": decoder_input_ids}
         if state_of(past_key_values) is None:
-            arguments.check_ids("decoder_input_ids", decoder_input_ids, self._vocabulary)
             if hidden is None:
                 hidden = self._encode(main_input, attention_mask)
-            mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
-            inputs |= {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
+            inputs = self._first_inputs(decoder_input_ids, hidden, attention_mask)
         logits, cache = self._run_decoder(inputs, past_key_values, use_cache)
         output = Seq2SeqLMOutput(
             loss=None if labels is None else _token_loss(logits, labels),
@@ -91,6 +89,54 @@ class EncoderDecoderModel(AcceleratedModel):
             encoder_last_hidden_state=hidden,
         )
         return self._as_asked(output, return_dict)
+
+    def prefill_inputs(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        encoder_outputs: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Return the decoder's inputs for its first tokens, after a run of the encoder if its outputs are not given.
+
+        Args:
+            input_ids: Encoder input: ids [source] or [batch, source]; of a speech model its features [batch, ...].
+            attention_mask: Mask of the encoder input, in the shape of ids.
+            decoder_input_ids: First decoder tokens, [new] or [batch, new]. By default the start token alone.
+            encoder_outputs: Outputs of an earlier call of the encoder; its first item is [batch, source, width].
+            kwargs: The main input by name, where it is not `input_ids`.
+
+        Raises:
+            ValueError: An input is missing or has a wrong type, shape or range.
+            TypeError: An argument is unknown.
+        """
+        main_input = input_ids if input_ids is not None else kwargs.pop(self.main_input_name, None)
+        arguments.reject(kwargs, self.prefill_inputs)
+        if main_input is not None:
+            main_input = torch.atleast_2d(main_input)
+        if attention_mask is not None:
+            attention_mask = torch.atleast_2d(attention_mask)
+        hidden = None if encoder_outputs is None else encoder_outputs[0]
+        if hidden is None:
+            hidden = self._encode(main_input, attention_mask)
+        if decoder_input_ids is None:
+            decoder_input_ids = torch.full((len(hidden), 1), self._start_token(), device=self.device)
+        return self._first_inputs(torch.atleast_2d(decoder_input_ids), hidden, attention_mask)
+
+    def _start_token(self) -> int:
+        """Return the id that decoding starts with, as transformers' `generate` chooses it."""
+        start = self.generation_config.decoder_start_token_id
+        start = self.generation_config.bos_token_id if start is None else start
+        if start is None:
+            raise ValueError("decoder_input_ids is missing, and the generation config has no decoder_start_token_id")
+        return int(start)
+
+    def _first_inputs(self, ids: Tensor, hidden: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor]:
+        """Return the decoder's inputs for tokens [batch, new] without others before them."""
+        arguments.check_ids("decoder_input_ids", ids, self._vocabulary)
+        mask = hidden.new_ones(hidden.shape[:2], dtype=torch.int64) if attention_mask is None else attention_mask
+        return {"input_ids": ids, "encoder_hidden_states": hidden, "encoder_attention_mask": mask}
 
     def _encode(self, main_input: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         """Return the encoder's last hidden state, [batch, source, width]."""

@@ -42,6 +42,7 @@ from accel.models.cache import cache_over, fill, is_empty, state_of, tensors_of
 from accel.models.decoding.loops import DecodingLoops
 from accel.models.module import InferenceModule
 from accel.models.prompt_cache import Prefix, PromptCache
+from accel.models.rows import Rows, open_rows
 from accel.models.usage import Usage
 from accel.runtime.device_memory import translate_out_of_memory
 from accel.runtime.protocol import Runtime
@@ -101,13 +102,51 @@ class AcceleratedModel(DecodingLoops, GenerationMixin, InferenceModule):
                 (ids for ids in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if ids is not None), None
             )
             kwargs["past_key_values"] = cache.prefix_of(prompts, kwargs.get("attention_mask"))
+        with self.call():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Return a context for one call from outside: its turn, threads and stream, and errors about memory.
+
+        Raises:
+            DeviceMemoryError: The device is out of memory.
+            RuntimeError: The model is closed.
+        """
         with (
             self._usage.call(),
             _limit_torch_threads(self.device),
             on_shared_stream(self.device),
             translate_out_of_memory(),
         ):
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            yield
+
+    def rows(self, capacity: int, max_length: int, source_length: int | None = None) -> Rows:
+        """Open a running batch, whose rows begin and end independently of each other, as a server needs it.
+
+        The caches of all rows are allocated now. On a GPU the decode step is captured as a CUDA graph.
+
+        Args:
+            capacity: Number of rows.
+            max_length: Tokens that each row has room for, its prompt counted; rounded up to one of the runtime's
+                `buckets`.
+            source_length: Beside an encoder of text, the longest input of a row, in tokens; by default `max_length`.
+
+        Returns:
+            The rows. Close them, or use them as a context manager, to free their caches for other calls.
+
+        Raises:
+            AccelError: The model was opened without static caches, can't have rows of different lengths or has fewer
+                positions; or `capacity` isn't one of the runtime's `capture_batch_sizes`.
+            DeviceMemoryError: The device has too little memory.
+            ValueError: A number is less than 1.
+            RuntimeError: The model is closed.
+        """
+        return open_rows(self, capacity, max_length, max_length if source_length is None else source_length)
+
+    def prefill_inputs(self, **inputs: Any) -> Mapping[str, Tensor]:
+        """Return the decoder's inputs for the first call of a generation; implemented by the subclasses."""
+        raise NotImplementedError
 
     def _prepare_cache_for_generation(
         self,

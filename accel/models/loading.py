@@ -22,6 +22,7 @@ from accel.errors import AccelError, unknown
 from accel.models import integrity
 from accel.models.factory import model_over
 from accel.models.generation import AcceleratedModel
+from accel.models.rope import angles_depend_on_length
 from accel.runtime import layout
 from accel.runtime.buckets import Buckets
 from accel.runtime.dynamic_cache import open_dynamic
@@ -37,7 +38,6 @@ AUTO = "auto"
 # Names that configs give to the number of decoder positions, the decoder's own first.
 POSITIONS = ("max_target_positions", "max_position_embeddings", "n_positions")
 PLAIN_ATTENTION = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # environment variable: GroupQueryAttention stores all scores
-ROPE_BY_LENGTH = ("dynamic", "longrope")  # https://huggingface.co/docs/transformers/internal/rope_utils
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # "name/model", or "model" of the hub's own
 
 
@@ -99,13 +99,6 @@ def _positions(config: PretrainedConfig) -> int | None:
         if isinstance(positions := getattr(config, name, None), int):
             return positions
     return None
-
-
-def angles_depend_on_length(config: PretrainedConfig) -> bool:
-    """Return whether rotary embeddings depend on the length of the whole input, so that it must not be cut."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    by_layer_type = [each for each in parameters.values() if isinstance(each, dict)]
-    return any(each.get("rope_type") in ROPE_BY_LENGTH for each in (parameters, *by_layer_type))
 
 
 def prompt_settings(runtime: RuntimeConfig, config: PretrainedConfig) -> tuple[SessionSettings, int]:

@@ -146,11 +146,11 @@ class DecodeBuffers:
         Args:
             inputs: Inputs for one new token of every sequence: `input_ids` [B, 1] and, where the graph takes them,
                 `attention_mask` [B, length + 1] and `position_ids` [B, 1].
-            length: Number of tokens in the caches, which is the position that the new entries are written to.
+            length: Number of tokens in the caches, which is the position that every sequence's new entry is written to.
         """
         for name, buffer in self.inputs.items():
             if name == POSITION:
-                buffer.fill_(length)
+                buffer.fill_(length)  # [B]; a scalar in graphs of earlier versions
             elif buffer.shape == inputs[name].shape:
                 buffer.copy_(inputs[name])
             else:  # the attention mask: shorter than the bucket, so the unused entries are masked with 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from accel import progress
-from accel.errors import AccelError
+from accel.errors import AccelError, DeviceMemoryError
 from accel.runtime.buckets import Buckets
 from accel.runtime.cuda_graph import free_dropped_graphs
 from accel.runtime.decode_buffers import DecodeBuffers, DecodeGraphs
@@ -22,8 +22,9 @@ from accel.runtime.device_memory import MB, check_weights_fit, free_device_memor
 from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState, open_dynamic
 from accel.runtime.encoder_graphs import CapturedEncoder
 from accel.runtime.io_binding import BoundSession
-from accel.runtime.layout import DeployableFiles
+from accel.runtime.layout import POSITION, DeployableFiles
 from accel.runtime.padding import PAD_TO_MULTIPLE_OF, Padding, Shape, shapes
+from accel.runtime.rows import CacheRows
 from accel.runtime.session import SessionSettings, open_capturable, open_session
 from accel.runtime.static_state import StaticCacheState
 from accel.runtime.streams import on_shared_stream
@@ -193,6 +194,42 @@ class StaticCacheRuntime:
         typed = {name: (self.dynamic.decoder.dtype(name), shape) for name, shape in padded.items()}
         return DecodeBuffers(self._graphs, batch, bucket, self.dynamic.axes, self.dynamic.cache, typed)
 
+    def open_rows(self, capacity: int, tokens: int, source: int) -> CacheRows:
+        """Return rows that hold sequences of different lengths.
+
+        Args:
+            capacity: Number of rows.
+            tokens: Tokens that each row has room for; rounded up to a bucket.
+            source: Length of the dynamic axes of the constants, in source tokens; rounded up where they are masked.
+
+        Raises:
+            AccelError: The model has fewer positions, the static decode graph has one position for all rows, or
+                `capacity` isn't one of `capture_batch_sizes`.
+            DeviceMemoryError: The device has too little memory.
+        """
+        if not self._graphs.decode.inputs[POSITION].shape:
+            raise AccelError(
+                "the static decode graph has one position for all rows: an earlier version of accel made it. "
+                "Build the deployable again"
+            )
+        if self.buckets.smallest(tokens) is None:
+            raise AccelError(f"max_length={tokens}: the model has {self.buckets.limit} positions")
+        buffers = self.take_buffers(capacity, tokens, self._constant_shapes(capacity, source))
+        if buffers is None:
+            raise DeviceMemoryError(
+                f"{capacity} rows of {tokens} tokens don't fit into the device's memory. Reduce capacity or max_length"
+            )
+        return CacheRows(self, buffers, self._padding)
+
+    def _constant_shapes(self, batch: int, source: int) -> dict[str, Shape]:
+        """Return the shapes of the constants of `batch` sequences, with `source` for their other dynamic axes."""
+        lengths = {"batch_size": batch}
+        specs = self._graphs.decode.inputs  # of the merged decoder, more axes are dynamic
+        return {
+            name: tuple(lengths.get(dim, source) if isinstance(dim, str) else dim for dim in specs[name].shape)
+            for name in self._padding.axes
+        }
+
     def cache_bytes(self, batch: int, bucket: int) -> int:
         """Return the bytes of the self-attention caches in one set of decode buffers."""
         decode = self._graphs.decode
@@ -220,10 +257,7 @@ class StaticCacheRuntime:
         pairs = [(batch, bucket) for batch in self.capture_batch_sizes for bucket in self.buckets.lengths]
         for batch, bucket in progress.track(pairs, "capturing"):
             start = time.perf_counter()
-            constants = {}
-            for name, axes in self._padding.axes.items():
-                dims = [batch if axis == "batch_size" else axis for axis in axes]
-                constants[name] = tuple(source if isinstance(dim, str) else dim for dim in dims)
+            constants = self._constant_shapes(batch, source)
             with on_shared_stream(self.device):
                 buffers = self.take_buffers(batch, bucket, constants)
                 if buffers is None:

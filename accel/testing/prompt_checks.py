@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from accel.models.decoding.loops import PREPARE_INPUTS
 from accel.models.generation import AcceleratedModel
-from accel.models.loading import angles_depend_on_length
+from accel.models.rope import angles_depend_on_length
 from accel.testing.subject import UNIQUE_TOKENS, Subject
 
 PREFIX = 7  # tokens that all prompts begin with

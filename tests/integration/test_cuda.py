@@ -13,7 +13,9 @@ from accel import testing
 from accel.errors import DeviceMemoryError, VerificationError
 from accel.models.generation import AcceleratedModel
 from accel.models.loading import load, open_model, verification_of
+from accel.runtime.cuda_graph import CudaGraphCallable
 from accel.runtime.dlpack import run_with_cupy, run_with_dlpack
+from accel.testing.row_checks import rows_alone
 from tests.conftest import Build
 from tests.families import FAMILIES
 from tests.integration.test_precision import REFERENCES, breaking  # noqa: F401  (a fixture)
@@ -188,6 +190,16 @@ def family(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> Ite
 def test_conformance_on_the_gpu(check: testing.Check, family: testing.Subject) -> None:
     """One family of each kind of input, cache and position passes the checks that all families pass on the CPU."""
     check(family)
+
+
+@pytest.mark.parametrize("family", ["t5", "umt5", "mistral", "gemma2", "falcon-alibi"], indirect=True, scope="module")
+def test_rows_at_different_positions(family: testing.Subject) -> None:
+    """Captured, one replaced midway, for what those of `KINDS` don't have: biases by distance, windows, ALiBi."""
+    rows_alone(family)
+    assert family.static is not None
+    with family.static.rows(capacity=3, max_length=24, source_length=16) as rows:  # the same buffers
+        assert isinstance(rows._cache._buffers.run_decode, CudaGraphCallable)
+        assert rows._cache._buffers.run_decode.captured
 
 
 @pytest.mark.parametrize("family", [kind for kind in KINDS if kind != "mixtral"], indirect=True, scope="module")

@@ -1,0 +1,126 @@
+"""Rows of static caches, each with a sequence of its own at a position of its own, for continuous batching.
+
+Iteration-level scheduling, as in Orca: https://www.usenix.org/conference/osdi22/presentation/yu
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from accel.runtime.decode_buffers import DecodeBuffers
+from accel.runtime.dynamic_cache import DynamicCacheState
+from accel.runtime.layout import POSITION
+from accel.runtime.padding import Padding, copy_padded
+
+if TYPE_CHECKING:
+    from accel.runtime.static_cache import StaticCacheRuntime
+
+IDS, MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
+
+
+class CacheRows:
+    """Decode buffers whose rows are filled, advanced and cleared one by one.
+
+    An idle row is computed with the others: it writes the entry 0 of its own caches and attends to that alone.
+
+    Args:
+        runtime: Runtime that the buffers are returned to.
+        buffers: Decode buffers of as many rows as there may be sequences at once.
+        padding: Tells which axes of the constants are masked.
+
+    Attributes:
+        bucket: Largest number of tokens in a row.
+        lengths: Tokens in each filled row.
+    """
+
+    def __init__(self, runtime: "StaticCacheRuntime", buffers: DecodeBuffers, padding: Padding) -> None:
+        self._runtime, self._buffers, self._padding = runtime, buffers, padding
+        self.bucket = buffers.bucket
+        self.lengths: dict[int, int] = {}
+        self._filled = torch.zeros(buffers.batch, dtype=torch.int64, device=runtime.device)  # 1 where a row is filled
+        buffers.reset({})
+        for name, tensor in buffers.constants.items():
+            tensor.fill_(name.endswith("mask"))  # a softmax over no entry at all would be NaN
+        for tensor in buffers.inputs.values():
+            tensor.zero_()
+        for row in range(buffers.batch):
+            self.clear(row)
+
+    def fill(self, row: int, state: DynamicCacheState, mask: Tensor | None = None) -> None:
+        """Continue a sequence in a row.
+
+        Args:
+            row: The row. What it held is lost.
+            state: Caches and constants of the one sequence, of at most `bucket` tokens.
+            mask: Attention mask of its tokens, [1, length], where the graph takes one.
+
+        Raises:
+            ValueError: A constant is longer than the rows' ones, or shorter along an axis that isn't masked. The row
+                is as before.
+        """
+        for name, tensor in state.constants.items():
+            self._check_constant(name, tensor)
+        length, inputs = state.length, self._buffers.inputs
+        self.clear(row)
+        caches = state.self_caches  # each [1, H, length, D]
+        for name, axis in self._buffers.axes.items():
+            cache = self._buffers.self_caches[name][row]  # [H, S, D]
+            cache.zero_()  # what an earlier sequence left may be NaN, which no mask hides
+            cache.narrow(axis - 1, 0, length).copy_(caches[name][0])
+        for name, tensor in state.constants.items():
+            copy_padded(self._buffers.constants[name][row], tensor[0])
+        inputs[POSITION][row] = length
+        if mask is not None and MASK in inputs:
+            inputs[MASK][row, :length] = mask[0]
+        if mask is not None and POSITION_IDS in inputs:
+            inputs[POSITION_IDS][row] = mask.sum()
+        self._filled[row] = 1
+        self.lengths[row] = length
+
+    def _check_constant(self, name: str, tensor: Tensor) -> None:
+        """Raise `ValueError` if a constant [1, ...] of one sequence has no place in a row."""
+        lengths = zip(self._padding.axes[name], tensor.shape, self._buffers.constants[name].shape, strict=True)
+        for axis, length, room in list(lengths)[1:]:
+            if length > room or (length < room and axis not in self._padding.masked):
+                raise ValueError(
+                    f"{name} has length {length} along its axis {axis!r}, and in these rows {room}: "
+                    f"open rows with source_length={length}"
+                )
+
+    def clear(self, row: int) -> None:
+        """Make a row idle."""
+        inputs = self._buffers.inputs
+        self.lengths.pop(row, None)
+        self._filled[row] = 0
+        inputs[POSITION][row] = 0
+        if MASK in inputs:
+            inputs[MASK][row] = 0
+            inputs[MASK][row, 0] = 1
+        if POSITION_IDS in inputs:
+            inputs[POSITION_IDS][row] = 0
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Decode one token in each filled row.
+
+        Args:
+            tokens: int64 [rows]. Those of idle rows are ignored.
+
+        Returns:
+            Logits [rows, vocabulary].
+        """
+        inputs, filled = self._buffers.inputs, self._filled
+        inputs[IDS][:, 0] = tokens * filled
+        if MASK in inputs:
+            inputs[MASK].scatter_(1, inputs[POSITION][:, None], 1)
+        logits = self._buffers.run()[:, 0].clone()
+        inputs[POSITION] += filled
+        if POSITION_IDS in inputs:
+            inputs[POSITION_IDS] += filled[:, None]
+        for row in self.lengths:
+            self.lengths[row] += 1
+        return logits
+
+    def close(self) -> None:
+        """Return the buffers to the runtime."""
+        self._runtime.release(self._buffers)
