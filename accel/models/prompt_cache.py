@@ -65,9 +65,13 @@ class Prefix:
 
     def start(self, batch: int) -> Cache:
         """Return a cache of these tokens for `batch` sequences, for decoding to change."""
+        return cache_over(self.copy(batch), is_encoder_decoder=False)
+
+    def copy(self, batch: int) -> State:
+        """Return a state of these tokens for `batch` sequences."""
         state = self.state.copy()
         if self.length < state.length:
             state.crop(self.length)
         if batch > 1:
             state.expand(batch)
-        return cache_over(state, is_encoder_decoder=False)
+        return state

@@ -1,6 +1,6 @@
 """A running batch whose rows are sequences of their own: a row is claimed, prefilled, stepped and released."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,7 +8,10 @@ from torch import Tensor
 
 from accel.errors import AccelError
 from accel.models import arguments
+from accel.models.prompt_cache import PromptCache
 from accel.models.rope import angles_depend_on_length
+from accel.runtime.decoder_inputs import decoder_inputs
+from accel.runtime.dynamic_cache import DynamicCacheState
 from accel.runtime.rows import CacheRows
 from accel.runtime.static_cache import StaticCacheRuntime
 
@@ -72,7 +75,8 @@ class Rows:
             row: A claimed row.
             inputs: One input of the model, as for `generate`: `input_ids` [length] or [1, length], or a speech model's
                 features, and `attention_mask`. For an encoder-decoder also `encoder_outputs` in place of its input, and
-                `decoder_input_ids` where its start token isn't all that it begins with.
+                `decoder_input_ids` where its start token isn't all that it begins with; for a decoder-only model
+                `past_key_values`, a `PromptCache` of tokens that the prompt begins with.
 
         Returns:
             Logits of the first new token, [vocabulary].
@@ -84,16 +88,33 @@ class Rows:
             RuntimeError: The rows or the model are closed.
         """
         self._check(row)
+        prompt_cache = inputs.pop("past_key_values", None)
         with self._model.call():
-            decoder_inputs = self._model.prefill_inputs(**inputs)
-            batch, length = decoder_inputs["input_ids"].shape
+            first_inputs = self._model.prefill_inputs(**inputs)
+            batch, length = first_inputs["input_ids"].shape
             if batch != 1:
                 raise ValueError(f"{batch} sequences were given: a row takes one")
             if not 0 < length <= self.max_length:
                 raise ValueError(f"the prompt has {length} tokens, a row holds 1 to {self.max_length}: max_length")
-            logits, state = self._runtime.dynamic.prefill(decoder_inputs)
-            self._cache.fill(row, state, decoder_inputs.get("attention_mask"))
+            if prompt_cache is None:
+                logits, state = self._runtime.dynamic.prefill(first_inputs)
+            else:
+                logits, state = self._continue(prompt_cache, first_inputs)
+            self._cache.fill(row, state, first_inputs.get("attention_mask"))
         return logits[0, -1]
+
+    def _continue(self, cache: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, DynamicCacheState]:
+        """Run a prompt behind the tokens that it shares with a prompt cache."""
+        if not isinstance(cache, PromptCache) or self._model.config.is_encoder_decoder:
+            raise ValueError(
+                f"past_key_values of type {type(cache).__name__}: a row begins without, or with a PromptCache made by "
+                "model.cache_prompt, which decoder-only models have"
+            )
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        prefix = cache.prefix_of(ids, mask)
+        shared: Any = prefix.copy(1)
+        state = shared.make_dynamic()
+        return self._runtime.dynamic.decode(decoder_inputs(ids[:, prefix.length :], mask, 1), state), state
 
     def step(self, tokens: Tensor | Sequence[int]) -> Tensor:
         """Decode the next token of every prefilled row, each at its own position.

@@ -131,6 +131,17 @@ class DecodeBuffers:
             self.self_caches[name].narrow(axis, start, length).copy_(entries)
         self.ancestry.reset(start)
 
+    def write_row(self, row: int, caches: Mapping[str, Tensor], length: int) -> None:
+        """Replace the entries of one row by the first `length` ones of `caches` [1, H, S, D], and clear the others.
+
+        What an earlier sequence left there may be NaN, which no mask hides.
+        """
+        for stack in self.stacks.values():
+            stack[:, row].zero_()
+        for name, axis in self.axes.items():
+            entries = caches[name].narrow(axis, 0, length)[0]  # [H, length, D]
+            self.self_caches[name][row].narrow(axis - 1, 0, length).copy_(entries)
+
     def read(self, length: int) -> dict[str, Tensor]:
         """Return views of the first `length` entries of the self-attention caches, [B, H, length, D]."""
         return {name: self.self_caches[name].narrow(axis, 0, length) for name, axis in self.axes.items()}

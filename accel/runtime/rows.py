@@ -63,11 +63,7 @@ class CacheRows:
             self._check_constant(name, tensor)
         length, inputs = state.length, self._buffers.inputs
         self.clear(row)
-        caches = state.self_caches  # each [1, H, length, D]
-        for name, axis in self._buffers.axes.items():
-            cache = self._buffers.self_caches[name][row]  # [H, S, D]
-            cache.zero_()  # what an earlier sequence left may be NaN, which no mask hides
-            cache.narrow(axis - 1, 0, length).copy_(caches[name][0])
+        self._buffers.write_row(row, state.self_caches, length)
         for name, tensor in state.constants.items():
             copy_padded(self._buffers.constants[name][row], tensor[0])
         inputs[POSITION][row] = length

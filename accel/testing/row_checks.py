@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,14 +65,23 @@ def _alone(subject: Subject, number: int) -> RowSequence:
     return sequence
 
 
-def _padded(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _prefill_inputs(subject: Subject, model: Any, number: int, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the inputs of a sequence's prefill: one prompt is padded, one is prefilled behind a prompt cache."""
+    if not subject.has_encoder and number == 1:
+        return _padded(inputs)
+    if not subject.has_encoder and number == 2:
+        return {**inputs, "past_key_values": model.cache_prompt(inputs["input_ids"][:, :7])}
+    return dict(inputs)
+
+
+def _padded(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return a prompt with three tokens of padding before it."""
     ids = torch.nn.functional.pad(inputs["input_ids"], (3, 0))
     mask = torch.nn.functional.pad(torch.ones_like(inputs["input_ids"]), (3, 0))
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _decode_together(subject: Subject, rows: Rows) -> list[RowSequence]:
+def _decode_together(subject: Subject, model: Any, rows: Rows) -> list[RowSequence]:
     """Return all sequences, decoded in rows that begin and end at different times."""
     sequences = [_sequence(subject, number) for number in range(len(LENGTHS))]
     running: dict[int, RowSequence] = {}
@@ -81,11 +91,10 @@ def _decode_together(subject: Subject, rows: Rows) -> list[RowSequence]:
             rows.release(row)
             del running[row]
         for number in (number for number, start in enumerate(STARTS) if start == step):
-            inputs = sequences[number].inputs
             row = rows.claim()
-            padded = number == 1 and not subject.has_encoder
             running[row] = sequences[number]
-            sequences[number].choose(rows.prefill(row, **_padded(inputs) if padded else inputs))
+            inputs = _prefill_inputs(subject, model, number, sequences[number].inputs)
+            sequences[number].choose(rows.prefill(row, **inputs))
         unfinished = {row: sequence for row, sequence in running.items() if len(sequence.tokens) < NEW_TOKENS}
         for row in running.keys() - unfinished.keys():
             rows.release(row)
@@ -107,7 +116,7 @@ def rows_alone(subject: Subject) -> None:
     expected = [_alone(subject, number) for number in range(len(LENGTHS))]
     assert len({tuple(sequence.tokens) for sequence in expected}) == len(expected), "sequences have the same tokens"
     with subject.static.rows(capacity=3, max_length=24, source_length=max(LENGTHS)) as rows:
-        found = _decode_together(subject, rows)
+        found = _decode_together(subject, subject.static, rows)
         assert rows.free == rows.capacity
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         count = FIRST_LENGTH + 1 if number == 0 else NEW_TOKENS

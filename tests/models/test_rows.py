@@ -125,6 +125,8 @@ def test_mistakes(model: AcceleratedModel) -> None:
             rows.prefill(second, input_ids=IDS[None].repeat(2, 1))
         with pytest.raises(ValueError, match="input_ids contains 999"):
             rows.prefill(second, input_ids=torch.tensor([999]))
+        with pytest.raises(ValueError, match="past_key_values of type list: a row begins without"):
+            rows.prefill(second, input_ids=IDS, past_key_values=[])
         with pytest.raises(TypeError, match="input_idz"):
             rows.prefill(second, input_ids=IDS, input_idz=IDS)
         with pytest.raises(ValueError, match=r"tokens has shape \[3\], expected \[2\]"):
