@@ -33,23 +33,27 @@ class SharedWeights:
         self._tensors: dict[DataRange, Tensor] = {}
 
     def initializers(self, graph: Path) -> Mapping[str, Any]:
+        """Return `tensors` for ONNX Runtime: initializer -> OrtValue, which keeps its memory alive."""
+        return {name: onnxruntime.OrtValue.from_dlpack(tensor) for name, tensor in self.tensors(graph).items()}
+
+    def tensors(self, graph: Path) -> Mapping[str, Tensor]:
         """Load those weights of a graph that are in external data files.
 
         Args:
             graph: Path of the ONNX file.
 
         Returns:
-            Initializer -> OrtValue, which keeps its memory alive.
+            Initializer -> tensor on the device.
 
         Raises:
             AccelError: A data file is outside the graph's folder, or can't be read.
         """
         model = onnx.load(graph, load_external_data=False)
-        values = {}
-        for initializer in model.graph.initializer:
-            if initializer.data_location == onnx.TensorProto.EXTERNAL:
-                values[initializer.name] = onnxruntime.OrtValue.from_dlpack(self._tensor(graph, initializer))
-        return values
+        return {
+            initializer.name: self._tensor(graph, initializer)
+            for initializer in model.graph.initializer
+            if initializer.data_location == onnx.TensorProto.EXTERNAL
+        }
 
     def _tensor(self, graph: Path, initializer: onnx.TensorProto) -> Tensor:
         """Return the tensor of an initializer, loaded on first use."""
