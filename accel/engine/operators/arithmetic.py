@@ -97,8 +97,8 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
 
 
 @operator("Cast")
-def cast(x: Tensor, *, to: int, saturate: int = 1) -> Tensor:
-    """Return x in the dtype of number `to` in onnx.TensorProto.DataType. `saturate` concerns 8-bit floats only."""
+def cast(x: Tensor, *, to: int) -> Tensor:
+    """Return x in the dtype of number `to` in onnx.TensorProto.DataType. What is too large for a float is infinite."""
     if to not in DTYPES:
         raise unsupported("to", to, f"the dtypes {sorted(DTYPES)}")
     return x.to(DTYPES[to])

@@ -73,5 +73,5 @@ def _sum(x: Tensor, skip: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return x + skip
     if x.dtype == torch.float32:
-        return x + bias + skip
-    return (x.float() + bias + skip).to(x.dtype)
+        return x + skip + bias
+    return (x.float() + skip + bias).to(x.dtype)
