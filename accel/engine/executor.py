@@ -202,17 +202,18 @@ class Executor:
     def _evaluate(self, node: Node, values: Mapping[str, Tensor]) -> Values:
         """Run a node whose result doesn't depend on data: on the device if it reads a weight there, else on the CPU."""
         tensors = [values[name] if name else None for name in node.inputs]
-        data = [
-            tensor for index, tensor in enumerate(tensors) if index not in node.operator.host and tensor is not None
-        ]
-        on_device = any(tensor.device.type != "cpu" for tensor in data)
-        arguments = []
-        for index, tensor in enumerate(tensors):
-            device = self.device if on_device and index not in node.operator.host else torch.device("cpu")
-            arguments.append(None if tensor is None else tensor if node.kind == SHAPE else tensor.to(device))
+        if node.kind == SHAPE:
+            arguments: list[Tensor | None] = [torch.empty(()).expand(x.shape) for x in tensors if x is not None]
+        else:
+            host = node.operator.host
+            devices = [x.device for index, x in enumerate(tensors) if x is not None and index not in host]
+            device = next((device for device in devices if device != CPU), CPU)
+            arguments = [
+                None if x is None else x.to(CPU if index in host else device) for index, x in enumerate(tensors)
+            ]
         results = _guarded(node, partial(_call(node, copy=True), *arguments))
         outputs = zip(node.outputs, results if isinstance(results, tuple) else (results,), strict=False)
-        made = {name: result.cpu() if node.kind == SHAPE else result for name, result in outputs if name}
+        made = {name: result for name, result in outputs if name}
         _check_outputs(node, made)
         return made
 

@@ -80,6 +80,8 @@ def test_other_caches_are_not(tmp_path: Path) -> None:
         assert torch.equal(found, expected)
         assert (found is target) is bool(outputs)
         assert torch.equal(inputs["past"], before)
+    run.run(inputs, {"present": inputs["past"]})  # of the same shapes, but in place
+    assert torch.equal(inputs["past"], expected)
 
 
 @pytest.mark.parametrize("late", [True, False], ids=["after", "before"])

@@ -159,13 +159,14 @@ def test_what_depends_on_data(tmp_path: Path) -> None:
         make_node("Shape", ["positive"], ["same_length"]),
         make_node("Cast", ["positive"], ["chosen"], to=9),
         make_node("NonZero", ["chosen"], ["indices"], "select"),
-        make_node("Shape", ["indices"], ["count"]),
+        make_node("Neg", ["indices"], ["negative"]),
+        make_node("Shape", ["negative"], ["count"]),
         make_node("Expand", ["x", "count"], ["y"]),
         make_node("Add", ["length", "same_length"], ["z"]),
     ]
     graph = read_graph(write_graph(tmp_path, nodes, {"x": (torch.float32, [2])}, ["y", "z"]), {})
-    assert graph.runtime == {"x", "positive", "chosen", "indices", "count", "y"}
-    assert graph.unknown == {"indices", "y"}
+    assert graph.runtime == {"x", "positive", "chosen", "indices", "negative", "count", "y"}
+    assert graph.unknown == {"indices", "negative", "y"}
     assert graph.obstacle == "node select (NonZero) has an output shape that depends on its input's values"
 
 

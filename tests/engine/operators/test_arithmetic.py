@@ -33,6 +33,7 @@ OTHERS = [
     Case("Mul", [ints(1, 2).int(), ints([5], [7]).int()]),
     Case("Div", [ints(-7, 7, -7, 7), ints(2, 2, -2, -2)]),
     Case("Pow", [normal(3), ints(2)]),
+    Case("Pow", [ints(4, 3), torch.tensor([0.5, 2.0])]),
     Case("Neg", [ints(1, -2)]),
     Case("Max", [torch.tensor([1.0, NAN, -INF]), torch.tensor([NAN, 0.0, 3.0])]),
     Case("Min", [torch.tensor([1.0, NAN, -INF]), torch.tensor([NAN, 0.0, 3.0])]),
