@@ -39,11 +39,19 @@ class Step:
     dead: tuple[str, ...]
 
     def run(self, values: Values) -> None:
+        """Run the node, and drop the values that aren't read any more."""
+        self.compute(values)
+        self.drop(values)
+
+    def compute(self, values: Values) -> None:
         """Run the node: take its inputs from `values`, and put its outputs there."""
         results = self.call(*[values[value] if isinstance(value, str) else value for value in self.inputs])
         for name, result in zip(self.outputs, results if isinstance(results, tuple) else (results,), strict=False):
             if name:
                 values[name] = result
+
+    def drop(self, values: Values) -> None:
+        """Drop the values that no later step reads."""
         for name in self.dead:
             del values[name]
 
@@ -116,7 +124,8 @@ class Executor:
             Every output. The tensors of `outputs` are among them.
 
         Raises:
-            AccelError: An input is missing or has another dtype, or a node can't run on inputs of these shapes.
+            AccelError: An input is missing or has another dtype, a node can't run on inputs of these shapes, or one of
+                `outputs` has another name or shape.
         """
         targets = outputs or {}
         values = self._checked(feeds)
@@ -133,7 +142,7 @@ class Executor:
         results = {name: values[name] if name in values else program.fixed[name] for name in self.outputs}
         for name, target in targets.items():
             if name not in in_place:
-                target.copy_(results[name])
+                _copy_output(name, target, results)
             results[name] = target
         return results
 
@@ -164,7 +173,7 @@ class Executor:
         """
         fixed = dict(self._constants)  # and what follows from the shapes
         placed: Values = {}
-        runtime, unknown = self._graph.runtime, self._graph.unknown
+        runtime = self._graph.runtime
         steps = []
         dead: list[str] = []  # values that the nodes since the last step were the last to read
         for index, node in enumerate(self._nodes):
@@ -174,13 +183,12 @@ class Executor:
                 inputs = tuple(self._argument(node, position, fixed, placed) for position in range(len(node.inputs)))
                 step = Step(call, inputs, node.outputs, tuple(dead))
                 dead.clear()
-                _guarded(node, partial(step.run, values))
+                _guarded(node, partial(step.compute, values))
                 _check_outputs(node, values)
+                step.drop(values)
                 steps.append(step)
-            elif node.kind == SHAPE and node.inputs[0] in runtime - unknown:
-                fixed.update(self._evaluate(node, values))
             else:
-                fixed.update(self._evaluate(node, fixed))
+                fixed.update(self._evaluate(node, values if node.inputs[0] in runtime else fixed))
         return Program(steps, {name: self._place(name, fixed, placed) for name in self.outputs if name in fixed})
 
     def _argument(self, node: Node, position: int, fixed: Values, placed: Values) -> Tensor | str | None:
@@ -232,6 +240,15 @@ def _on_copy(call: Call, first: Tensor, *rest: Tensor | None) -> Any:
 def _same(first: Tensor, second: Tensor) -> bool:
     """Return whether two tensors are the same memory in the same layout."""
     return first.data_ptr() == second.data_ptr() and first.shape == second.shape and first.stride() == second.stride()
+
+
+def _copy_output(name: str, target: Tensor, results: Values) -> None:
+    """Copy an output to the tensor that was given for it."""
+    if name not in results:
+        raise AccelError(f"there is no output {name!r}. Outputs: {', '.join(results)}")
+    if target.shape != results[name].shape:
+        raise AccelError(f"the output {name!r} has the shape {list(results[name].shape)}, not {list(target.shape)}")
+    target.copy_(results[name])
 
 
 def _guarded(node: Node, run: Callable[[], Any]) -> Any:

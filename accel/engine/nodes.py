@@ -94,6 +94,7 @@ def read_graph(path: Path, weights: Mapping[str, Tensor]) -> Graph:
             constants[node.outputs[0].name or ""] = _constant(node)
         else:
             nodes.append(_node(node))
+    nodes = [node for node in nodes if any(node.outputs)]
     inputs = {
         value.name or "": dtype_of(None if value.dtype is None else int(value.dtype), value.name or "")
         for value in model.graph.inputs
@@ -142,7 +143,7 @@ def _node(node: "ir.Node") -> Node:
         names = ", ".join(signature.parameters)
         raise AccelError(f"node {name}: {len(node.inputs)} inputs are not supported. Supported: {names}")
     inputs = tuple((value.name or "") if value is not None else "" for value in node.inputs)
-    outputs = tuple(value.name or "" for value in node.outputs)
+    outputs = tuple((value.name or "") if value.uses() or value.is_graph_output() else "" for value in node.outputs)
     values = {key: attribute.value for key, attribute in node.attributes.items()}
     return Node(name, (node.domain, node.op_type), operator, values, inputs, outputs)
 

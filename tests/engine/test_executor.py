@@ -159,6 +159,21 @@ def test_outputs_that_no_step_computes(tmp_path: Path) -> None:
         target.zero_()
 
 
+def test_outputs_that_nothing_reads(tmp_path: Path) -> None:
+    """They may have names, as may the outputs of nodes that only they depend on, or that the engine can't make."""
+    nodes = [
+        make_node("TopK", ["x", "k"], ["values", "indices"]),
+        make_node("Cast", ["indices"], ["unused"], to=1),
+        make_node("SkipLayerNormalization", ["values", "values", "w"], ["y", "m", "d", "s"], domain="com.microsoft"),
+    ]
+    weights = [to_onnx("k", ints(3)), to_onnx("w", torch.ones(3))]
+    run = Executor(write_graph(tmp_path, nodes, {"x": (torch.float32, [1, 2, 5])}, ["y"], weights), CPU, {})
+    x = normal(1, 2, 5)
+    expected = torch.nn.functional.layer_norm(2 * x.topk(3).values, (3,))
+    for _ in range(2):
+        torch.testing.assert_close(run.run({"x": x})["y"], expected)
+
+
 def test_shapes_that_depend_on_data(tmp_path: Path) -> None:
     """What is selected may be of another number in every run."""
     nodes = [
@@ -199,3 +214,20 @@ def test_what_is_refused(changes: dict[str, torch.Tensor | None], message: str, 
     with pytest.raises(AccelError, match=message):
         run.run(feeds)
     assert torch.equal(run.run(step())["present"], written(step()))  # usable after an error
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"past": normal(2, 2, 5, 3)}, "there is no output 'past'. Outputs: present"),
+        (
+            {"present": normal(3, 2, 2, 5, 3)},
+            r"the output 'present' has the shape \[2, 2, 5, 3\], not \[3, 2, 2, 5, 3\]",
+        ),
+    ],
+    ids=["name", "shape"],
+)
+def test_tensors_to_write_to(outputs: dict[str, torch.Tensor], message: str, tmp_path: Path) -> None:
+    run = Executor(write_graph(tmp_path, [WRITE], STEP, ["present"]), CPU, {})
+    with pytest.raises(AccelError, match=message):
+        run.run(step(), outputs)

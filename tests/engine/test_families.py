@@ -100,6 +100,8 @@ class Steps:
         ids = self.inputs["input_ids"]
         ids.copy_(torch.randint(3, self.vocabulary, ids.shape, generator=self.generator))
         self.inputs[POSITION].fill_(position)
+        if self.inputs[POSITION].ndim:  # one position a row
+            self.inputs[POSITION][-1] -= 1
         if "attention_mask" in self.inputs:
             mask = self.inputs["attention_mask"].zero_()
             mask[:, : position + 1] = 1

@@ -37,6 +37,15 @@ def load(graph: Path) -> np.ndarray:
     return SharedWeights(torch.device("cpu")).initializers(graph)["weight"].numpy()
 
 
+def test_tensors_share_the_memory_of_initializers(tmp_path: Path) -> None:
+    """What runs graphs in torch reads the same copy as ONNX Runtime's sessions."""
+    (tmp_path / "weights.bin").write_bytes(SECRET.tobytes())
+    graph, weights = graph_over(tmp_path, "weights.bin"), SharedWeights(torch.device("cpu"))
+    tensors, values = weights.tensors(graph), weights.initializers(graph)
+    assert torch.equal(tensors["weight"], torch.from_numpy(SECRET))
+    assert {name: tensor.data_ptr() for name, tensor in tensors.items()} == {"weight": values["weight"].data_ptr()}
+
+
 def test_inside(tmp_path: Path) -> None:
     """A data file beside the graph, or in a subfolder, is read."""
     for location in ("graph.onnx.data", "data/weights"):
