@@ -87,8 +87,8 @@ class Executor:
         AccelError: The engine doesn't support an operator, an attribute or an element type, or a weight is missing.
     """
 
-    def __init__(self, path: Path, device: torch.device, weights: Mapping[str, Tensor]) -> None:
-        self._graph = read_graph(path, weights)
+    def __init__(self, graph: Graph, device: torch.device) -> None:
+        self._graph = graph
         self.device = device
         self.inputs, self.outputs, self.obstacle = self._graph.inputs, self._graph.outputs, self._graph.obstacle
         self._programs: dict[Any, Program] = {}
@@ -179,7 +179,7 @@ class Executor:
         for index, node in enumerate(self._nodes):
             dead += self._dead[index]
             if any(name in runtime for name in node.outputs):
-                call = _call(node, copy=node.outputs[0] not in in_place)
+                call = _call(node, in_place)
                 inputs = tuple(self._argument(node, position, fixed, placed) for position in range(len(node.inputs)))
                 step = Step(call, inputs, node.outputs, tuple(dead))
                 dead.clear()
@@ -219,22 +219,28 @@ class Executor:
             arguments = [
                 None if x is None else x.to(CPU if index in host else device) for index, x in enumerate(tensors)
             ]
-        results = _guarded(node, partial(_call(node, copy=True), *arguments))
+        results = _guarded(node, partial(_call(node, ()), *arguments))
         outputs = zip(node.outputs, results if isinstance(results, tuple) else (results,), strict=False)
         made = {name: result for name, result in outputs if name}
         _check_outputs(node, made)
         return made
 
 
-def _call(node: Node, copy: bool) -> Call:
-    """Return a function of a node's inputs; `copy`: it writes into a copy of its first input, if it writes at all."""
+def _call(node: Node, in_place: Collection[str]) -> Call:
+    """Return a function of a node's inputs, which writes into copies except where an output is in `in_place`."""
     call: Call = partial(node.operator.function, **node.attributes)
-    return partial(_on_copy, call) if node.operator.writes and copy else call
+    copied = {index for index, output in node.operator.writes.items() if node.outputs[output] not in in_place}
+    return partial(_on_copies, call, copied) if copied else call
 
 
-def _on_copy(call: Call, first: Tensor, *rest: Tensor | None) -> Any:
-    """Call a function that writes into its first input on a copy of it."""
-    return call(first.clone(memory_format=torch.contiguous_format), *rest)
+def _on_copies(call: Call, copied: Collection[int], *inputs: Tensor | None) -> Any:
+    """Call a function on copies of the inputs at the indices `copied`."""
+    return call(
+        *(
+            each.clone(memory_format=torch.contiguous_format) if index in copied and each is not None else each
+            for index, each in enumerate(inputs)
+        )
+    )
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
@@ -274,13 +280,13 @@ def _caches(graph: Graph) -> dict[str, str]:
     """Return the outputs that a node writes into an input of the graph, which no other node reads: output -> input."""
     readers = Counter(name for node in graph.nodes if node.kind != SHAPE for name in node.inputs)
     return {
-        node.outputs[0]: node.inputs[0]
+        node.outputs[output]: node.inputs[index]
         for node in graph.nodes
-        if node.operator.writes
-        and node.outputs[0] in graph.outputs
-        and node.inputs[0] in graph.inputs
-        and node.inputs[0] not in graph.outputs
-        and readers[node.inputs[0]] == 1
+        for index, output in node.operator.writes.items()
+        if node.outputs[output] in graph.outputs
+        and node.inputs[index] in graph.inputs
+        and node.inputs[index] not in graph.outputs
+        and readers[node.inputs[index]] == 1
     }
 
 

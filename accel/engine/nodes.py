@@ -101,7 +101,7 @@ def read_graph(path: Path, weights: Mapping[str, Tensor]) -> Graph:
         if value.name not in model.graph.initializers
     }
     graph = Graph(nodes, inputs, [value.name or "" for value in model.graph.outputs], constants)
-    return _classified(graph)
+    return classify(graph)
 
 
 def _initializer(value: "ir.Value", weights: Mapping[str, Tensor]) -> Tensor:
@@ -148,7 +148,7 @@ def _node(node: "ir.Node") -> Node:
     return Node(name, (node.domain, node.op_type), operator, values, inputs, outputs)
 
 
-def _classified(graph: Graph) -> Graph:
+def classify(graph: Graph) -> Graph:
     """Return the graph with the sets of values that are known at run time only, or whose shapes are."""
     runtime, unknown = set(graph.inputs), set[str]()
     obstacle = None

@@ -1,7 +1,7 @@
 """Registry of the operators that the engine runs."""
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,14 +24,14 @@ class Operator:
         host: Indices of the inputs whose values decide the output's shape. They are on the CPU, unless their values
             depend on data.
         data_dependent: The output's shape depends on the values of the other inputs.
-        writes: The function writes into its first input and returns it. The executor passes a copy, or the input itself
-            where the graph may update it in place.
+        writes: Input that the function writes into -> output in which it returns it, as indices. The executor passes a copy,
+            or the input itself where the graph may update it in place.
     """
 
     function: Callable[..., Tensor | tuple[Tensor | None, ...]]
     host: frozenset[int]
     data_dependent: bool
-    writes: bool
+    writes: Mapping[int, int]
 
     @property
     def attributes(self) -> list[str]:
@@ -57,12 +57,12 @@ def operator(
     *,
     host: Collection[int] = (),
     data_dependent: bool = False,
-    writes: bool = False,
+    writes: Mapping[int, int] | None = None,
 ) -> Callable[[Function], Function]:
     """Return a decorator that registers a function for an operator. The arguments are those of `Operator`."""
 
     def register(function: Function) -> Function:
-        OPERATORS[domain, name] = Operator(function, frozenset(host), data_dependent, writes)
+        OPERATORS[domain, name] = Operator(function, frozenset(host), data_dependent, writes or {})
         return function
 
     return register

@@ -27,7 +27,7 @@ def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
     return torch.ops.aten.index(x, indices.unbind(-1))  # type: ignore[no-any-return]
 
 
-@operator("ScatterND", writes=True)
+@operator("ScatterND", writes={0: 0})
 def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = "none") -> Tensor:
     """Write `updates` to x at `indices` [..., K], which index the first K axes, or add them."""
     if reduction not in ("none", "add"):
@@ -35,7 +35,7 @@ def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = 
     return x.index_put_(indices.unbind(-1), updates, accumulate=reduction == "add")
 
 
-@operator("TensorScatter", writes=True)
+@operator("TensorScatter", writes={0: 0})
 def tensor_scatter(
     cache: Tensor, update: Tensor, starts: Tensor | None = None, *, axis: int = -2, mode: str = "linear"
 ) -> Tensor:

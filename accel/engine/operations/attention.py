@@ -1,0 +1,239 @@
+"""Attention of one token over a cache: a static one to which the token's keys and values are written first, or a fixed one."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from accel.engine.operations.normalize import Norm
+from accel.engine.operations.normalize import reference as normalized
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Where the heads of queries, keys or values lie among the features of a row.
+
+    Head g * per_group + i begins at feature start + g * group_stride + i * stride.
+
+    Attributes:
+        start: First feature of the first head.
+        groups: Number of groups of heads.
+        per_group: Heads in a group.
+        group_stride: Features from one group to the next.
+        stride: Features from one head of a group to the next.
+        size: Features of a head, side by side.
+        scale: Factor of all features.
+        norm: Norm of every head before the rotation, or None.
+    """
+
+    start: int
+    groups: int
+    per_group: int
+    group_stride: int
+    stride: int
+    size: int
+    scale: float = 1.0
+    norm: Norm | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of heads."""
+        return self.groups * self.per_group
+
+    def features(self) -> NDArray[np.int64]:
+        """Return the index of every feature, [heads, size]."""
+        group, head, feature = np.ogrid[: self.groups, : self.per_group, : self.size]
+        index = self.start + group * self.group_stride + head * self.stride + feature
+        return index.reshape(self.count, self.size)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding: https://arxiv.org/abs/2104.09864.
+
+    Attributes:
+        size: Features of a head that are rotated, the first ones.
+        interleaved: Pairs are neighbours, instead of feature i and i + size / 2.
+        angles: Which of a row's cosines belongs to feature i, the same of sines: `full`, number i; `halves`, i modulo size / 2;
+            `pairs`, i / 2 rounded down.
+    """
+
+    size: int
+    interleaved: bool
+    angles: str
+
+
+ANGLES = {"full": lambda i, size: i, "halves": lambda i, size: i % (size // 2), "pairs": lambda i, size: i // 2}
+"""Kind of `Rotary.angles` -> function of a feature and `Rotary.size` that returns the index of its cosine."""
+
+
+@dataclass(frozen=True)
+class Bias:
+    """How a bias broadcasts to the scores [B, H, 1, S].
+
+    Attributes:
+        batched: It has a row of its own for each row of the batch.
+        per_head: It has numbers of its own for each head.
+        scale: Factor of the bias.
+    """
+
+    batched: bool
+    per_head: bool
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of one token.
+
+    The tensors follow each other in this order: query; key and value, the rows that hold them; if they are written, where: int64
+    [B]; both caches; weights of the norms of queries and keys, where they have them; cosines and sines; biases.
+
+    Attributes:
+        query: Heads of the query.
+        key: Heads of the new key, and None where the cache is fixed: cross-attention.
+        value: Heads of the new value, or None.
+        kv_heads: Heads of the cache; a multiple of them is that of queries, of which consecutive ones share one.
+        rotary: Rotation of query and key, or None.
+        scale: Factor of the scores.
+        softcap: Largest magnitude of the scores before biases are added, by c * tanh(x / c); 0: any.
+        biases: How each bias broadcasts: masks, distances.
+        dtype: Dtype of the output.
+    """
+
+    query: Heads
+    key: Heads | None
+    value: Heads | None
+    kv_heads: int
+    rotary: Rotary | None
+    scale: float
+    softcap: float
+    biases: tuple[Bias, ...]
+    dtype: torch.dtype
+
+
+def attention(*tensors: Tensor, spec: Attention) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Return the heads' outputs side by side, and the caches where they are written.
+
+    Args:
+        tensors: See `Attention`. Rows [B, ..., features], caches [B, KV, S, D], cosines and sines with one row of numbers for each
+            row of the batch or for all.
+        spec: What is computed.
+
+    Returns:
+        [B, 1, H * D]; with a key the caches, too, which are written in place.
+    """
+    rest = list(tensors)
+    query = rest.pop(0)
+    rows, positions = ((rest.pop(0), rest.pop(0)), rest.pop(0)) if spec.key and spec.value else ((), None)
+    keys, values = rest.pop(0), rest.pop(0)
+    q = _heads(query, spec.query, rest)
+    if spec.key is not None and spec.value is not None and positions is not None:
+        new_key, new_value = _heads(rows[0], spec.key, rest), _heads(rows[1], spec.value, rest)
+        if spec.rotary is not None:
+            cos, sin = (_angles(rest.pop(0), spec.rotary) for _ in range(2))
+            q, new_key = _rotated(q, cos, sin, spec.rotary), _rotated(new_key, cos, sin, spec.rotary)
+        for cache, new in ((keys, new_key), (values, new_value)):
+            index = positions.reshape(-1, 1, 1, 1).expand(len(cache), cache.shape[1], 1, cache.shape[3])
+            cache.scatter_(2, index, new.to(cache.dtype)[:, :, None])
+    elif spec.rotary is not None:
+        q = _rotated(q, *(_angles(rest.pop(0), spec.rotary) for _ in range(2)), spec.rotary)
+    output = _attend(q, keys, values, rest, spec)
+    return output if spec.key is None else (output, keys, values)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, biases: list[Tensor], spec: Attention) -> Tensor:
+    """Return softmax(scale * q @ keys.T + biases) @ values: q [B, H, D], keys and values [B, KV, S, D], result [B, 1, H * D]."""
+    grouped = q.reshape(len(q), spec.kv_heads, -1, q.shape[-1])  # [B, KV, H / KV, D]
+    scores = (grouped.to(keys.dtype) @ keys.mT).float() * spec.scale
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = scores.reshape(len(q), spec.query.count, 1, -1)
+    for bias, kind in zip(biases, spec.biases, strict=True):
+        shape = (len(q) if kind.batched else 1, spec.query.count if kind.per_head else 1, 1, -1)
+        scores = scores + (bias.reshape(shape) * kind.scale if kind.scale != 1 else bias.reshape(shape))
+    weights = functional.softmax(scores, -1).to(values.dtype).reshape(*grouped.shape[:3], -1)
+    return (weights @ values).reshape(len(q), 1, -1).to(spec.dtype)
+
+
+def _heads(row: Tensor, heads: Heads, weights: list[Tensor]) -> Tensor:
+    """Return heads cut from rows, [B, heads, size] in FP32, normed with the next of `weights` where they are."""
+    flat = row.reshape(len(row), -1)
+    sizes = (len(row), heads.groups, heads.per_group, heads.size)
+    strides = (flat.stride(0), heads.group_stride, heads.stride, 1)
+    cut = flat.as_strided(sizes, strides, flat.storage_offset() + heads.start).reshape(len(row), heads.count, heads.size)
+    cut = heads.norm(cut, weights.pop(0)) if heads.norm is not None else cut.float()
+    return cut * heads.scale if heads.scale != 1 else cut
+
+
+def _angles(values: Tensor, rotary: Rotary) -> Tensor:
+    """Return the cosine or sine of every rotated feature, [B or 1, 1, size]."""
+    count = rotary.size if rotary.angles == "full" else rotary.size // 2
+    rows = values.reshape(-1, 1, count).float()
+    if rotary.angles == "full":
+        return rows
+    return torch.cat([rows, rows], -1) if rotary.angles == "halves" else rows.repeat_interleave(2, -1)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
+    """Return x [B, H, D] with pairs of its first features rotated."""
+    part, rest = x[..., : rotary.size], x[..., rotary.size :]
+    if rotary.interleaved:
+        partners = torch.stack([-part[..., 1::2], part[..., 0::2]], -1).flatten(-2)
+    else:
+        first, second = part.chunk(2, -1)
+        partners = torch.cat([-second, first], -1)
+    return torch.cat([part * cos + partners * sin, rest], -1)
+
+
+Array = NDArray[np.floating]
+
+
+def reference(*tensors: Array, spec: Attention) -> tuple[Array, Array | None, Array | None]:
+    """Return `attention` in numpy and FP64: heads [B, H * D], and copies of the caches where they are written, else None."""
+    rest = list(tensors)
+    query = rest.pop(0)
+    rows = [rest.pop(0), rest.pop(0)] if spec.key else []
+    positions = rest.pop(0) if spec.key else None
+    keys, values = rest.pop(0).copy(), rest.pop(0).copy()  # [B, KV, S, D]
+
+    def cut(row: Array, heads: Heads) -> Array:
+        """Return [B, heads, size]."""
+        result = row.reshape(len(row), -1)[:, heads.features()]
+        return heads.scale * (result if heads.norm is None else normalized(result, rest.pop(0), norm=heads.norm))
+
+    q, *new = [cut(query, spec.query), *(cut(row, heads) for row, heads in zip(rows, (spec.key, spec.value)) if heads)]
+    if spec.rotary is not None:
+        cos, sin = rest.pop(0), rest.pop(0)
+        q = _turned(q, cos, sin, spec.rotary)
+        new[:1] = [_turned(key, cos, sin, spec.rotary) for key in new[:1]]
+    for cache, entries in zip((keys, values), new, strict=False):
+        for row, position in enumerate(np.ravel(positions)):
+            cache[row, :, position] = entries[row]
+    result = np.empty((len(q), spec.query.count, values.shape[3]))
+    for row in range(len(q)):
+        for head in range(spec.query.count):
+            group = head // (spec.query.count // spec.kv_heads)
+            scores = spec.scale * keys[row, group] @ q[row, head]  # [S]
+            if spec.softcap:
+                scores = spec.softcap * np.tanh(scores / spec.softcap)
+            for bias, kind in zip(rest, spec.biases, strict=True):
+                table = bias.reshape(len(q) if kind.batched else 1, spec.query.count if kind.per_head else 1, -1)
+                scores = scores + kind.scale * table[row if kind.batched else 0, head if kind.per_head else 0]
+            weights = np.exp(scores - scores.max())
+            result[row, head] = weights / weights.sum() @ values[row, group]
+    return result.reshape(len(q), -1), keys if spec.key else None, values if spec.key else None
+
+
+def _turned(x: Array, cos: Array, sin: Array, rotary: Rotary) -> Array:
+    """Return x [B, H, D] with its first features rotated, in numpy."""
+    result, half = x.copy(), rotary.size // 2
+    cosines, sines = (np.broadcast_to(each.reshape(-1, each.size // len(each)), (len(x), each.size // len(each))) for each in (cos, sin))
+    for i in range(rotary.size):
+        partner, sign = ((i ^ 1), -1 if i % 2 == 0 else 1) if rotary.interleaved else ((i + half) % rotary.size, -1 if i < half else 1)
+        at = ANGLES[rotary.angles](i, rotary.size)
+        result[..., i] = x[..., i] * cosines[:, at, None] + sign * x[..., partner] * sines[:, at, None]
+    return result
