@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accel.engine.nodes import SHAPE, Graph, Node, read_graph
+from accel.engine.nodes import SHAPE, Graph, Node
 from accel.errors import AccelError
 
 Values = dict[str, Tensor]

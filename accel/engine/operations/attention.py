@@ -164,7 +164,9 @@ def _heads(row: Tensor, heads: Heads, weights: list[Tensor]) -> Tensor:
     flat = row.reshape(len(row), -1)
     sizes = (len(row), heads.groups, heads.per_group, heads.size)
     strides = (flat.stride(0), heads.group_stride, heads.stride, 1)
-    cut = flat.as_strided(sizes, strides, flat.storage_offset() + heads.start).reshape(len(row), heads.count, heads.size)
+    cut = flat.as_strided(sizes, strides, flat.storage_offset() + heads.start).reshape(
+        len(row), heads.count, heads.size
+    )
     cut = heads.norm(cut, weights.pop(0)) if heads.norm is not None else cut.float()
     return cut * heads.scale if heads.scale != 1 else cut
 
@@ -231,9 +233,16 @@ def reference(*tensors: Array, spec: Attention) -> tuple[Array, Array | None, Ar
 def _turned(x: Array, cos: Array, sin: Array, rotary: Rotary) -> Array:
     """Return x [B, H, D] with its first features rotated, in numpy."""
     result, half = x.copy(), rotary.size // 2
-    cosines, sines = (np.broadcast_to(each.reshape(-1, each.size // len(each)), (len(x), each.size // len(each))) for each in (cos, sin))
+    cosines, sines = (
+        np.broadcast_to(each.reshape(-1, each.size // len(each)), (len(x), each.size // len(each)))
+        for each in (cos, sin)
+    )
     for i in range(rotary.size):
-        partner, sign = ((i ^ 1), -1 if i % 2 == 0 else 1) if rotary.interleaved else ((i + half) % rotary.size, -1 if i < half else 1)
+        partner, sign = (
+            ((i ^ 1), -1 if i % 2 == 0 else 1)
+            if rotary.interleaved
+            else ((i + half) % rotary.size, -1 if i < half else 1)
+        )
         at = ANGLES[rotary.angles](i, rotary.size)
         result[..., i] = x[..., i] * cosines[:, at, None] + sign * x[..., partner] * sines[:, at, None]
     return result

@@ -39,31 +39,42 @@ class Norm:
         return f"{self.kind} norm"
 
 
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None = None,
-    *residuals: Tensor,
-    norm: Norm,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return the norm of the last axis plus residuals.
+@dataclass(frozen=True)
+class Normalize:
+    """A norm and what is added to it.
+
+    The tensors follow each other in this order: x; weight and bias of the norm, where it has them; residuals.
+
+    Attributes:
+        norm: The norm.
+        has_weight: Whether it has a weight.
+        has_bias: Whether it has a bias.
+        dtype: Dtype of the output.
+    """
+
+    norm: Norm
+    has_weight: bool
+    has_bias: bool
+    dtype: torch.dtype
+
+
+def normalize(x: Tensor, *tensors: Tensor, spec: Normalize) -> Tensor:
+    """Return the norm of the last axis plus residuals, computed in FP32.
 
     Args:
         x: [B, 1, K].
-        weight: [K], or None.
-        bias: [K], or None.
-        residuals: Added, each [B, 1, K].
-        norm: The norm.
-        dtype: Dtype of the result.
+        tensors: See `Normalize`; weight and bias [K], residuals [B, 1, K].
+        spec: What is computed.
 
     Returns:
         [B, 1, K].
     """
-    result = norm(x, weight, bias)
-    for residual in residuals:
-        result = result + residual
-    return result.to(dtype)
+    rest = list(tensors)
+    weight = rest.pop(0) if spec.has_weight else None
+    result = spec.norm(x, weight, rest.pop(0) if spec.has_bias else None)
+    for residual in rest:
+        result = result + residual.reshape(result.shape)
+    return result.to(spec.dtype)
 
 
 Array = NDArray[np.floating]

@@ -35,11 +35,6 @@ class Part:
     gated: bool = False
     gate_bias: bool = False
 
-    @property
-    def inputs(self) -> int:
-        """Number of tensors that the part reads beside x."""
-        return 1 + self.has_bias + self.gated + self.gate_bias
-
 
 @dataclass(frozen=True)
 class Product:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from accel.engine.nodes import Node
-from accel.engine.planning.linear_maps import NoMatchError
-from accel.engine.planning.trace import Trace
 from accel.engine.operations.activations import ACTIVATIONS, Activation
+from accel.engine.planning.trace import NoMatchError, Trace
 from accel.engine.registry import MICROSOFT
 
 ELEMENTWISE = {
@@ -71,7 +70,9 @@ def _values(trace: Trace, source: str, nodes: list[Node], target: str) -> Tensor
         for name in node.inputs:
             known = values[name] if name in values else trace.constant(name)
             inputs.append(known.double() if known is not None and known.is_floating_point() else known)
-        values[node.outputs[0]] = inputs[0] if node.kind == ("", "Cast") else node.operator.function(*inputs, **node.attributes)
+        values[node.outputs[0]] = (
+            inputs[0] if node.kind == ("", "Cast") else node.operator.function(*inputs, **node.attributes)
+        )
     return values[target]
 
 

@@ -12,7 +12,6 @@ from accel.engine.planning.linear_maps import (
     LINEAR,
     RMS_NORM,
     VIEWS,
-    NoMatchError,
     Region,
     Rotation,
     evaluate,
@@ -21,7 +20,7 @@ from accel.engine.planning.linear_maps import (
     rotation,
 )
 from accel.engine.planning.patterns import Fused, Matcher
-from accel.engine.planning.trace import BATCH
+from accel.engine.planning.trace import BATCH, NoMatchError
 from accel.engine.registry import MICROSOFT
 
 SOFTMAX, FUSED = ("", "Softmax"), (MICROSOFT, "MultiHeadAttention")
@@ -108,7 +107,9 @@ def _fused(matcher: Matcher, node: Node) -> Scores:
         raise NoMatchError(f"{node.name} has a bias of its own, a padding mask or past keys")
     size = matcher.trace.shape(node.inputs[0])[-1] // node.attributes["num_heads"]
     scale = node.attributes.get("scale", 0.0) or size**-0.5
-    return Scores(query, keys, values, node.outputs[0], scale, biases=dict.fromkeys(filter(None, rest[2:]), 1.0), nodes=[node])
+    return Scores(
+        query, keys, values, node.outputs[0], scale, biases=dict.fromkeys(filter(None, rest[2:]), 1.0), nodes=[node]
+    )
 
 
 def _spelled(matcher: Matcher, softmax: Node) -> Scores:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from accel.engine.nodes import Node
-from accel.engine.planning.trace import BATCH, META, Trace
+from accel.engine.planning.trace import BATCH, META, NoMatchError, Trace
 from accel.engine.registry import MICROSOFT
 
 VIEWS = {
@@ -24,10 +24,6 @@ VIEWS = {
 LINEAR = VIEWS | {("", name) for name in ("Add", "Div", "Mul", "Neg", "Sub")} | {(MICROSOFT, "RotaryEmbedding")}
 RMS_NORM, LAYER_NORM = ("", "SimplifiedLayerNormalization"), ("", "LayerNormalization")
 NORMS = {RMS_NORM, LAYER_NORM}
-
-
-class NoMatchError(Exception):
-    """A fused operation doesn't compute what the graph does; the message says why."""
 
 
 @dataclass
@@ -200,7 +196,9 @@ def rotation(region: Region, trace: Trace) -> tuple[FeatureMap, Rotation]:
         NoMatchError: It does something else.
     """
     if len(region.sides) != 2:
-        raise NoMatchError(f"{region.target} depends on {', '.join(region.sides) or 'no positions'}, expected two values")
+        raise NoMatchError(
+            f"{region.target} depends on {', '.join(region.sides) or 'no positions'}, expected two values"
+        )
     for cos, sin in (region.sides, region.sides[::-1]):
         try:
             return _rotation(region, trace, cos, sin)
@@ -212,7 +210,10 @@ def rotation(region: Region, trace: Trace) -> tuple[FeatureMap, Rotation]:
 def _rotation(region: Region, trace: Trace, cos: str, sin: str) -> tuple[FeatureMap, Rotation]:
     """Measure a rotation with known values of cosines and sines."""
     shape = trace.shape(region.root)
-    zeros, ones = ({name: make(trace.shape(name), dtype=torch.float64) for name in (cos, sin)} for make in (torch.zeros, torch.ones))
+    zeros, ones = (
+        {name: make(trace.shape(name), dtype=torch.float64) for name in (cos, sin)}
+        for make in (torch.zeros, torch.ones)
+    )
     features = feature_map(region, trace, {cos: ones[cos], sin: zeros[sin]})
     root = torch.ones(shape, dtype=torch.float64)
 
@@ -248,5 +249,7 @@ def hidden_values(trace: Trace, sources: Iterable[str]) -> set[str]:
     hidden = set(sources)
     for node in trace.graph.nodes:
         if hidden.intersection(node.inputs):
-            hidden.update(name for name in node.outputs if name and trace.values[name].device == META)
+            hidden.update(
+                name for name in node.outputs if name not in trace.values or trace.values[name].device == META
+            )
     return hidden

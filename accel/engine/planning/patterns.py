@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from accel.engine.nodes import Node
-from accel.engine.planning.linear_maps import NoMatchError, Region, feature_map, find_region, hidden_values
-from accel.engine.planning.trace import BATCH, Trace
+from accel.engine.planning.linear_maps import Region, feature_map, find_region, hidden_values
+from accel.engine.planning.trace import BATCH, NoMatchError, Trace
 
 logger = logging.getLogger(__name__)
 
@@ -82,5 +82,6 @@ class Matcher:
         return region
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a value."""
+        """Return the dtype of a value; raise `NoMatchError` if its shape depends on data."""
+        self.trace.shape(name)
         return self.trace.values[name].dtype

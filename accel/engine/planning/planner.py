@@ -2,20 +2,20 @@
 
 import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from accel.engine.nodes import Graph, Node, classify
 from accel.engine.operations.attention import attention
-from accel.engine.operations.normalize import Norm, normalize
+from accel.engine.operations.normalize import Norm, Normalize, normalize
 from accel.engine.operations.product import product
 from accel.engine.planning.attention import FUSED, SOFTMAX, match_attention
-from accel.engine.planning.linear_maps import NORMS, RMS_NORM, NoMatchError
+from accel.engine.planning.linear_maps import NORMS, RMS_NORM
 from accel.engine.planning.patterns import Fused, Matcher
-from accel.engine.planning.products import Draft, extend, fuse, gate, match_product, weight_of
-from accel.engine.planning.trace import Trace
+from accel.engine.planning.products import Draft, extend, fuse, gate, halves, match_product, weight_of
+from accel.engine.planning.trace import BATCH, NoMatchError, Trace
 from accel.engine.registry import MICROSOFT, OPERATORS, Operator
 
 DOMAIN = "accel.engine"
@@ -68,8 +68,8 @@ def plan(graph: Graph, shapes: Shapes, batch: str, fixed: Mapping[str, torch.Ten
     fused = [*_attentions(matcher), *_products(matcher)]
     fused += _norms(matcher)
     rest = [node for node in nodes if matcher.is_free(node)]
-    ordered = _ordered([*rest, *(node for each in fused for node in _nodes(each, matcher))], graph)
-    return Plan(classify(replace(graph, nodes=ordered)), trace, matcher.misses)
+    ordered = _ordered([*rest, *map(_node, fused)], graph)
+    return Plan(classify(replace(graph, nodes=_reshaped(ordered, trace))), trace, matcher.misses)
 
 
 def _without_skip(node: Node, graph: Graph) -> list[Node]:
@@ -83,7 +83,12 @@ def _without_skip(node: Node, graph: Graph) -> list[Node]:
     add = OPERATORS["", "Add"]
     parts = []
     if bias:
-        products = {output for other in graph.nodes if other.kind[1] in ("MatMul", "FusedMatMul", "Gemm") for output in other.outputs}
+        products = {
+            output
+            for other in graph.nodes
+            if other.kind[1] in ("MatMul", "FusedMatMul", "Gemm")
+            for output in other.outputs
+        }
         if skip in products and x not in products:
             x, skip = skip, x
         parts.append(Node(f"{node.name} bias", ("", "Add"), add, {}, (x, bias), (f"{total}.biased",)))
@@ -113,8 +118,8 @@ def _products(matcher: Matcher) -> list[Fused]:
     for node in matcher.trace.graph.nodes:
         if weight_of(matcher, node) is not None:
             try:
-                draft = match_product(matcher, node)
-                drafts[draft.output] = draft
+                for draft in halves(matcher, match_product(matcher, node)):
+                    drafts[draft.output] = draft
             except NoMatchError as reason:
                 matcher.miss(node, reason)
     for node in matcher.trace.graph.nodes:
@@ -125,7 +130,9 @@ def _products(matcher: Matcher) -> list[Fused]:
                 drafts = {name: draft for name, draft in drafts.items() if id(draft.nodes[0]) not in taken}
                 drafts[gated.output] = gated
     order = {id(node): index for index, node in enumerate(matcher.trace.graph.nodes)}
-    grown = sorted(drafts.values(), key=lambda draft: -order[id(draft.nodes[0])])  # the last of several takes the residual
+    grown = sorted(
+        drafts.values(), key=lambda draft: -order[id(draft.nodes[0])]
+    )  # the last of several takes the residual
     for draft in grown:
         extend(matcher, draft)
         matcher.taken.update(id(node) for node in draft.nodes)
@@ -142,45 +149,58 @@ def _groups(drafts: Iterable[Draft]) -> list[list[Draft]]:
 
 
 def _norms(matcher: Matcher) -> list[Fused]:
-    """Return the norms that are no part of a product or attention and that are needed, with the residual added to them."""
+    """Return norms with the residual that is added to them. Those that products repeat are removed as unused later."""
     trace = matcher.trace
     found = []
     for node in trace.graph.nodes:
         if node.kind not in NORMS or not matcher.is_free(node) or node.inputs[0] not in matcher.hidden:
             continue
-        if trace.values[node.inputs[0]].ndim != 3 or all(not matcher.is_free(each) for each in trace.consumers[node.outputs[0]]):
-            pass
-        norm = Norm("rms" if node.kind == RMS_NORM else "layer", node.attributes.get("epsilon", 1e-5))
-        tensors = [node.inputs[0], node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else ""]
+        if node.outputs[0] not in trace.values:  # its shape depends on data
+            continue
         nodes, output = [node], node.outputs[0]
+        tensors = [name for name in node.inputs if name]
+        norm = Norm("rms" if node.kind == RMS_NORM else "layer", node.attributes.get("epsilon", 1e-5))
+        spec = Normalize(norm, len(tensors) > 1, len(tensors) > 2, matcher.dtype(output))
         add = trace.only_consumer(output)
         if add is not None and add.kind == ("", "Add") and matcher.is_free(add):
-            (other,) = [name for name in add.inputs if name != output] or [""]
-            if other in matcher.hidden and trace.shape(other) == trace.shape(output):
-                tensors.append(other)
+            others = [name for name in add.inputs if name != output]
+            if len(others) == 1 and others[0] in matcher.hidden and trace.shape(others[0]) == trace.shape(output):
+                tensors += others
                 nodes.append(add)
                 output = add.outputs[0]
-        spec = {"norm": norm, "dtype": matcher.dtype(output)}
+                spec = replace(spec, dtype=matcher.dtype(output))
         found.append(matcher.take(Fused("normalize", spec, tensors, [output], nodes)))
     return found
 
 
-def _nodes(fused: Fused, matcher: Matcher) -> list[Node]:
-    """Return a fused operation as a node, and a reshape of each output that other nodes read in another shape."""
-    trace = matcher.trace
-    attributes = fused.spec if isinstance(fused.spec, dict) else {"spec": fused.spec}
-    outputs, reshapes = list(fused.outputs), []
-    for index, name in enumerate(outputs[:1] if "attention" in fused.operation else outputs):
-        shape = trace.shape(name)
-        read = name in trace.graph.outputs or any(matcher.is_free(node) for node in trace.consumers[name])
-        if read and (len(shape) != 3 or shape[1] != 1):
-            outputs[index] = f"{name}.rows"
-            target = f"{name}.shape"
-            trace.graph.constants[target] = torch.tensor([-1 if axis == 0 else length for axis, length in enumerate(shape)])
-            reshapes.append(Node(f"{name} reshaped", ("", "Reshape"), OPERATORS["", "Reshape"], {}, (outputs[index], target), (name,)))
+def _node(fused: Fused) -> Node:
+    """Return a fused operation as a node."""
     name = f"{fused.nodes[0].name} ({fused.operation})"
-    operator = OPERATIONS[fused.operation]
-    return [Node(name, (DOMAIN, fused.operation), operator, attributes, tuple(fused.inputs), tuple(outputs)), *reshapes]
+    kind = (DOMAIN, fused.operation)
+    return Node(
+        name, kind, OPERATIONS[fused.operation], {"spec": fused.spec}, tuple(fused.inputs), tuple(fused.outputs)
+    )
+
+
+def _reshaped(nodes: list[Node], trace: Trace) -> list[Node]:
+    """Return the nodes with a reshape where another node, or the caller, reads rows [B, 1, N] in another shape."""
+    rows = {node.outputs[0] for node in nodes if node.kind[0] == DOMAIN}
+    rows |= {name for node in nodes if node.kind == (DOMAIN, "product") for name in node.outputs}
+    read = {name for node in nodes if node.kind[0] != DOMAIN for name in node.inputs} | set(trace.graph.outputs)
+    result = []
+    for node in nodes:
+        outputs = list(node.outputs)
+        after = []
+        for index, name in enumerate(outputs):
+            shape = trace.shape(name) if node.kind[0] == DOMAIN and name in rows & read else ()
+            if shape and (len(shape) != 3 or shape[1] != 1):
+                outputs[index], target = f"{name}.rows", f"{name}.shape"
+                lengths = [-1, *shape[1:]] if shape[0] % BATCH == 0 else list(shape)
+                trace.graph.constants[target] = torch.tensor(lengths)
+                reshape = OPERATORS["", "Reshape"]
+                after.append(Node(f"{name} (Reshape)", ("", "Reshape"), reshape, {}, (outputs[index], target), (name,)))
+        result += [replace(node, outputs=tuple(outputs)), *after]
+    return result
 
 
 def _ordered(nodes: list[Node], graph: Graph) -> list[Node]:

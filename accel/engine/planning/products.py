@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field, replace
 
 from accel.engine.nodes import Node
-from accel.engine.operations.activations import Activation
 from accel.engine.operations.normalize import Norm
 from accel.engine.operations.product import Part, Product
 from accel.engine.planning.activations import match_activation
-from accel.engine.planning.linear_maps import NORMS, RMS_NORM, NoMatchError
+from accel.engine.planning.linear_maps import NORMS, RMS_NORM
 from accel.engine.planning.patterns import Fused, Matcher
+from accel.engine.planning.trace import NoMatchError, Trace
 from accel.engine.registry import MICROSOFT
 
 PRODUCTS = {("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul")}
@@ -91,7 +91,9 @@ def is_only_for_products(matcher: Matcher, name: str) -> bool:
         if weight_of(matcher, node) is not None:
             continue
         scales = node.kind in (("", "Mul"), ("", "Div")) and trace.scalar(node.inputs[1]) is not None
-        if not (scales or node.kind[1] in ("Reshape", "Transpose", "GatherND", "Squeeze", "Unsqueeze", "Gather", "Cast")):
+        if not (
+            scales or node.kind[1] in ("Reshape", "Transpose", "GatherND", "Squeeze", "Unsqueeze", "Gather", "Cast")
+        ):
             return False
         if not is_only_for_products(matcher, node.outputs[0]):
             return False
@@ -143,6 +145,43 @@ def _is_residual(matcher: Matcher, draft: Draft, name: str) -> bool:
     return name in matcher.hidden and matcher.trace.shape(name) == matcher.trace.shape(draft.output)
 
 
+def halves(matcher: Matcher, draft: Draft) -> list[Draft]:
+    """Return a product as two of half the features if its output is split so, to be gated; else as it is.
+
+    The halves of the weight are views of it.
+    """
+    trace = matcher.trace
+    split = trace.only_consumer(draft.output)
+    width = trace.shape(draft.output)[-1]
+    is_last_axis = split is not None and split.attributes.get("axis", 0) in (-1, len(trace.shape(draft.output)) - 1)
+    if split is None or split.kind != ("", "Split") or not is_last_axis or len(split.outputs) != 2 or draft.residuals:
+        return [draft]
+    if any(trace.shape(name)[-1] * 2 != width for name in split.outputs) or not _is_activated(trace, split):
+        return [draft]
+    parts = []
+    for index, output in enumerate(split.outputs):
+        tensors = []
+        for name in draft.tensors:
+            tensor, half = trace.graph.constants[name], f"{name}.half{index}"
+            axis = 0 if draft.part.transposed or tensor.ndim == 1 else 1
+            trace.graph.constants[half] = tensor.narrow(axis, index * (width // 2), width // 2)
+            trace.values[half] = trace.values[name].narrow(axis, index * (width // 2), width // 2)
+            tensors.append(half)
+        parts.append(replace(draft, tensors=tensors, output=output, nodes=[*draft.nodes, split]))
+    return parts
+
+
+def _is_activated(trace: Trace, split: Node) -> bool:
+    """Return whether an activation reads one of the parts."""
+    for name in split.outputs:
+        try:
+            match_activation(trace, name)
+        except NoMatchError:
+            continue
+        return True
+    return False
+
+
 def gate(matcher: Matcher, drafts: dict[str, Draft], node: Node) -> Draft | None:
     """Return the product whose features are those of two products multiplied; None if a `Mul` doesn't compute that.
 
@@ -157,7 +196,11 @@ def gate(matcher: Matcher, drafts: dict[str, Draft], node: Node) -> Draft | None
         if up is None or trace.uses[second] != 1:
             continue
         for draft in drafts.values():
-            if draft is up or (draft.source, draft.norm) != (up.source, up.norm) or draft.part.transposed != up.part.transposed:
+            if (
+                draft is up
+                or (draft.source, draft.norm) != (up.source, up.norm)
+                or draft.part.transposed != up.part.transposed
+            ):
                 continue
             if up.part.alpha != 1 or trace.shape(draft.output) != trace.shape(up.output):
                 continue
@@ -169,7 +212,9 @@ def gate(matcher: Matcher, drafts: dict[str, Draft], node: Node) -> Draft | None
                 part = replace(draft.part, activation=found.activation, gated=True, gate_bias=up.part.has_bias)
                 nodes = [*draft.nodes, *up.nodes, *found.nodes, node]
                 tensors = [*draft.tensors, *up.tensors]
-                return Draft(draft.source, draft.norm, part, tensors, node.outputs[0], nodes, [*draft.shared, *up.shared])
+                return Draft(
+                    draft.source, draft.norm, part, tensors, node.outputs[0], nodes, [*draft.shared, *up.shared]
+                )
     return None
 
 

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from accel.engine.nodes import SHAPE, Graph, Node
-from accel.errors import AccelError
+
+
+class NoMatchError(Exception):
+    """A fused operation doesn't compute what the graph does; the message says why."""
+
 
 META = torch.device("meta")
 BATCH = 2  # rows of the example: more than one, so that a row's elements can be told from the batch
@@ -28,9 +32,9 @@ class Trace:
         values: Value -> tensor: the value itself where it follows from constants and shapes, else one without data.
         producer: Value -> the node that computes it.
         consumers: Value -> the nodes that read it, once for each time; without those that read its shape alone.
+        uses: Value -> how often nodes read it, or the graph returns it.
 
-    Raises:
-        AccelError: A node can't run on the example.
+    A value whose shape depends on data, and all computed from it, is in none of `values`.
     """
 
     def __init__(self, graph: Graph, shapes: Mapping[str, tuple[int | str | None, ...]], batch: str) -> None:
@@ -54,6 +58,8 @@ class Trace:
 
     def _run(self, node: Node) -> None:
         """Compute a node's outputs."""
+        if any(name and name not in self.values for name in node.inputs):
+            return
         inputs = [self.values[name] if name else None for name in node.inputs]
         without_data = any(tensor is not None and tensor.device == META for tensor in inputs)
         if node.kind == SHAPE:
@@ -65,14 +71,20 @@ class Trace:
             ]
         try:
             results = node.operator.function(*inputs, **node.attributes)
-        except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError) as error:
-            raise AccelError(f"node {node.name} can't be traced: {str(error).splitlines()[0]}") from error
+        except NotImplementedError:  # the shape of its output depends on data
+            return
         for name, result in zip(node.outputs, results if isinstance(results, tuple) else (results,), strict=False):
             if name and result is not None:
                 self.values[name] = result
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the lengths of a value's axes in the example."""
+        """Return the lengths of a value's axes in the example.
+
+        Raises:
+            NoMatchError: They depend on data.
+        """
+        if name not in self.values:
+            raise NoMatchError(f"the shape of {name} depends on data")
         return tuple(self.values[name].shape)
 
     def constant(self, name: str) -> Tensor | None:
