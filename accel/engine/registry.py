@@ -24,8 +24,8 @@ class Operator:
         host: Indices of the inputs whose values decide the output's shape. They are on the CPU, unless their values
             depend on data.
         data_dependent: The output's shape depends on the values of the other inputs.
-        writes: Input that the function writes into -> output in which it returns it, as indices. The executor passes a copy,
-            or the input itself where the graph may update it in place.
+        writes: Input that the function writes into -> output in which it returns it, as indices. The executor passes a
+            copy, or the input itself where the graph may update it in place.
     """
 
     function: Callable[..., Tensor | tuple[Tensor | None, ...]]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from accel.engine.dtypes import DTYPES
 from accel.engine.executor import Executor
+from accel.engine.nodes import read_graph
 
 NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ def reference(path: Path, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def run_all(case: Case, path: Path) -> dict[str, Tensor]:
     """Return a node's outputs from the executor, by name."""
     feeds = case.write(path)
-    return Executor(path, CPU, {}).run(feeds)
+    return Executor(read_graph(path, {}), CPU).run(feeds)
 
 
 def run(case: Case, path: Path) -> Tensor:
@@ -98,7 +99,7 @@ def check(case: Case, path: Path, rtol: float = 1e-5, atol: float = 1e-6) -> Non
     for constant in (range(0), range(1, count), range(count)):
         feeds = case.write(path, constant)
         before = {name: value.clone() for name, value in feeds.items()}
-        executor = Executor(path, CPU, {})
+        executor = Executor(read_graph(path, {}), CPU)
         for _ in range(2):
             found = executor.run(feeds)
             assert list(found) == list(expected)

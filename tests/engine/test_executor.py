@@ -11,6 +11,7 @@ from onnx.helper import make_node
 
 from accel.engine import executor as engine
 from accel.engine.executor import Executor
+from accel.engine.nodes import read_graph
 from accel.errors import AccelError
 from tests.engine.graphs import write_graph
 from tests.engine.one_node import CPU, ints, normal, to_onnx
@@ -40,8 +41,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     original = engine._call
 
-    def record(node: Any, copy: bool) -> Callable[..., Any]:
-        call = original(node, copy)
+    def record(node: Any, in_place: Any) -> Callable[..., Any]:
+        call = original(node, in_place)
 
         def run(*inputs: Any) -> Any:
             seen.append(node.name.split(" ")[0])
@@ -55,7 +56,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_bound_cache_is_written_in_place(tmp_path: Path) -> None:
     """Neither the cache nor its copy is allocated, and later nodes read the new entries."""
-    run = Executor(write_graph(tmp_path, [WRITE, DOUBLE], STEP, ["present", "double"]), CPU, {})
+    run = Executor(read_graph(write_graph(tmp_path, [WRITE, DOUBLE], STEP, ["present", "double"]), {}), CPU)
     inputs = step()
     expected, cache, double = written(inputs), inputs["past"], torch.empty(2, 2, 5, 3)
     for _ in range(2):
@@ -71,7 +72,7 @@ def test_a_bound_cache_is_written_in_place(tmp_path: Path) -> None:
 
 def test_other_caches_are_not(tmp_path: Path) -> None:
     """Without a tensor to write to, or with another one, the input stays as it is."""
-    run = Executor(write_graph(tmp_path, [WRITE], STEP, ["present"]), CPU, {})
+    run = Executor(read_graph(write_graph(tmp_path, [WRITE], STEP, ["present"]), {}), CPU)
     inputs, target = step(), torch.zeros(2, 2, 5, 3)
     before, expected = inputs["past"].clone(), written(inputs)
     for outputs in ({}, {"present": target}, {}, {"present": target}):
@@ -90,7 +91,7 @@ def test_a_cache_that_another_node_reads(late: bool, tmp_path: Path) -> None:
     view = make_node("Transpose", ["past"], ["turned"], perm=[0, 1, 3, 2])
     reader = make_node("Relu", ["turned"], ["old"])
     nodes = [view, WRITE, reader] if late else [view, reader, WRITE]
-    run = Executor(write_graph(tmp_path, nodes, STEP, ["present", "old"]), CPU, {})
+    run = Executor(read_graph(write_graph(tmp_path, nodes, STEP, ["present", "old"]), {}), CPU)
     for _ in range(2):
         inputs = step()
         old, expected = inputs["past"].mT.relu(), written(inputs)
@@ -113,7 +114,7 @@ def test_nodes_on_constants_and_shapes_run_once(tmp_path: Path, calls: list[str]
     scalars = [to_onnx(name, torch.tensor(value)) for name, value in (("zero", 0), ("one", 1), ("step", 1))]
     weight = normal(4, 3)
     path = write_graph(tmp_path, nodes, {"x": (torch.float32, ["B", 3])}, ["y"], [to_onnx("w", weight), *scalars])
-    run = Executor(path, CPU, {})
+    run = Executor(read_graph(path, {}), CPU)
     assert calls == ["weight"]
     calls.clear()
     once, always = ["shape", "length", "range", "numbers"], ["add", "product"]
@@ -130,7 +131,7 @@ def test_values_are_dropped_after_their_last_use(tmp_path: Path) -> None:
     names = ["x", *(f"v{index}" for index in range(6)), "y"]
     nodes = [make_node("Neg", [first], [second]) for first, second in pairwise(names)]
     nodes.insert(3, make_node("Shape", ["v1"], ["length"]))
-    run = Executor(write_graph(tmp_path, nodes, {"x": (torch.float32, [2])}, ["y", "length"]), CPU, {})
+    run = Executor(read_graph(write_graph(tmp_path, nodes, {"x": (torch.float32, [2])}, ["y", "length"]), {}), CPU)
     feeds = {"x": normal(2)}
     run.run(feeds)
     (program,) = run._programs.values()
@@ -149,7 +150,7 @@ def test_outputs_that_no_step_computes(tmp_path: Path) -> None:
     path = write_graph(
         tmp_path, nodes, {"x": (torch.float32, ["N"])}, ["length", "negative", "x"], [to_onnx("w", ints(3))]
     )
-    run, target = Executor(path, CPU, {}), ints(0)
+    run, target = Executor(read_graph(path, {}), CPU), ints(0)
     for length in (2, 3, 2):
         found = run.run({"x": normal(length)}, {"negative": target})
         assert found["length"].tolist() == [length]
@@ -185,7 +186,7 @@ def test_shapes_that_depend_on_data(tmp_path: Path) -> None:
         make_node("Add", ["ones", "selected"], ["y"]),
     ]
     path = write_graph(tmp_path, nodes, {"x": (torch.float32, [4])}, ["y"], [to_onnx("one", torch.ones(1))])
-    run = Executor(path, CPU, {})
+    run = Executor(read_graph(path, {}), CPU)
     assert run.obstacle is not None
     for values in ([1.0, 0.0, 2.0, 0.0], [0.0] * 4, [5.0, 6.0, 7.0, 8.0]):
         found = run.run({"x": torch.tensor(values)})["y"]
@@ -193,7 +194,7 @@ def test_shapes_that_depend_on_data(tmp_path: Path) -> None:
 
 
 def test_gradients_are_not_recorded(tmp_path: Path) -> None:
-    run = Executor(write_graph(tmp_path, [WRITE], STEP, ["present"]), CPU, {})
+    run = Executor(read_graph(write_graph(tmp_path, [WRITE], STEP, ["present"]), {}), CPU)
     inputs = step()
     inputs["past"].requires_grad_()
     assert not run.run(inputs)["present"].requires_grad
@@ -209,7 +210,7 @@ def test_gradients_are_not_recorded(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_refused(changes: dict[str, torch.Tensor | None], message: str, tmp_path: Path) -> None:
-    run = Executor(write_graph(tmp_path, [WRITE], STEP, ["present"]), CPU, {})
+    run = Executor(read_graph(write_graph(tmp_path, [WRITE], STEP, ["present"]), {}), CPU)
     feeds = {name: value for name, value in (step() | changes).items() if value is not None}
     with pytest.raises(AccelError, match=message):
         run.run(feeds)

@@ -1,6 +1,7 @@
-"""Attention of one token over a cache: a static one to which the token's keys and values are written first, or a fixed one."""
+"""Attention of one token over a cache: one to which the token's keys and values are written first, or a fixed one."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Heads:
     def features(self) -> NDArray[np.int64]:
         """Return the index of every feature, [heads, size]."""
         group, head, feature = np.ogrid[: self.groups, : self.per_group, : self.size]
-        index = self.start + group * self.group_stride + head * self.stride + feature
+        index: NDArray[np.int64] = self.start + group * self.group_stride + head * self.stride + feature
         return index.reshape(self.count, self.size)
 
 
@@ -57,8 +58,8 @@ class Rotary:
     Attributes:
         size: Features of a head that are rotated, the first ones.
         interleaved: Pairs are neighbours, instead of feature i and i + size / 2.
-        angles: Which of a row's cosines belongs to feature i, the same of sines: `full`, number i; `halves`, i modulo size / 2;
-            `pairs`, i / 2 rounded down.
+        angles: Which of a row's cosines belongs to feature i, the same of sines: `full`, number i; `halves`, i modulo
+            size / 2; `pairs`, i / 2 rounded down.
     """
 
     size: int
@@ -89,14 +90,15 @@ class Bias:
 class Attention:
     """Attention of one token.
 
-    The tensors follow each other in this order: query; key and value, the rows that hold them; if they are written, where: int64
-    [B]; both caches; weights of the norms of queries and keys, where they have them; cosines and sines; biases.
+    The tensors follow each other in this order: query; if a key and a value are written, the rows that hold them, and
+    where they are written: int64 [B]; both caches; weights of the norms of queries and keys, where they have them;
+    cosines and sines; biases.
 
     Attributes:
         query: Heads of the query.
         key: Heads of the new key, and None where the cache is fixed: cross-attention.
         value: Heads of the new value, or None.
-        kv_heads: Heads of the cache; a multiple of them is that of queries, of which consecutive ones share one.
+        kv_heads: Heads of the cache. There is a multiple of them of queries, of which consecutive ones share one.
         rotary: Rotation of query and key, or None.
         scale: Factor of the scores.
         softcap: Largest magnitude of the scores before biases are added, by c * tanh(x / c); 0: any.
@@ -116,47 +118,47 @@ class Attention:
 
 
 def attention(*tensors: Tensor, spec: Attention) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Return the heads' outputs side by side, and the caches where they are written.
+    """Return the heads' outputs side by side, and the caches where they are written. All is computed in FP32.
 
     Args:
-        tensors: See `Attention`. Rows [B, ..., features], caches [B, KV, S, D], cosines and sines with one row of numbers for each
-            row of the batch or for all.
+        tensors: See `Attention`. Rows [B, ..., features], caches [B, KV, S, D], cosines and sines with one row of
+            numbers for each row of the batch or for all.
         spec: What is computed.
 
     Returns:
         [B, 1, H * D]; with a key the caches, too, which are written in place.
     """
     rest = list(tensors)
-    query = rest.pop(0)
-    rows, positions = ((rest.pop(0), rest.pop(0)), rest.pop(0)) if spec.key and spec.value else ((), None)
+    query, rows, positions = rest.pop(0), list[Tensor](), None
+    if spec.key is not None:
+        rows, positions = [rest.pop(0), rest.pop(0)], rest.pop(0)
     keys, values = rest.pop(0), rest.pop(0)
     q = _heads(query, spec.query, rest)
-    if spec.key is not None and spec.value is not None and positions is not None:
-        new_key, new_value = _heads(rows[0], spec.key, rest), _heads(rows[1], spec.value, rest)
-        if spec.rotary is not None:
-            cos, sin = (_angles(rest.pop(0), spec.rotary) for _ in range(2))
-            q, new_key = _rotated(q, cos, sin, spec.rotary), _rotated(new_key, cos, sin, spec.rotary)
-        for cache, new in ((keys, new_key), (values, new_value)):
+    cuts = [heads for heads in (spec.key, spec.value) if heads is not None]
+    new = [_heads(row, heads, rest) for row, heads in zip(rows, cuts, strict=True)]
+    if spec.rotary is not None:
+        cos, sin = (_angles(rest.pop(0), spec.rotary) for _ in range(2))
+        q, *new[:1] = (_rotated(each, cos, sin, spec.rotary) for each in (q, *new[:1]))
+    if positions is not None:
+        for cache, entry in zip((keys, values), new, strict=True):
             index = positions.reshape(-1, 1, 1, 1).expand(len(cache), cache.shape[1], 1, cache.shape[3])
-            cache.scatter_(2, index, new.to(cache.dtype)[:, :, None])
-    elif spec.rotary is not None:
-        q = _rotated(q, *(_angles(rest.pop(0), spec.rotary) for _ in range(2)), spec.rotary)
+            cache.scatter_(2, index, entry.to(cache.dtype)[:, :, None])
     output = _attend(q, keys, values, rest, spec)
     return output if spec.key is None else (output, keys, values)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, biases: list[Tensor], spec: Attention) -> Tensor:
-    """Return softmax(scale * q @ keys.T + biases) @ values: q [B, H, D], keys and values [B, KV, S, D], result [B, 1, H * D]."""
+    """Return softmax(scale * q @ keys.T + biases) @ values, [B, 1, H * D]: q [B, H, D], keys, values [B, KV, S, D]."""
     grouped = q.reshape(len(q), spec.kv_heads, -1, q.shape[-1])  # [B, KV, H / KV, D]
-    scores = (grouped.to(keys.dtype) @ keys.mT).float() * spec.scale
+    scores = grouped @ keys.float().mT * spec.scale
     if spec.softcap:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     scores = scores.reshape(len(q), spec.query.count, 1, -1)
     for bias, kind in zip(biases, spec.biases, strict=True):
         shape = (len(q) if kind.batched else 1, spec.query.count if kind.per_head else 1, 1, -1)
-        scores = scores + (bias.reshape(shape) * kind.scale if kind.scale != 1 else bias.reshape(shape))
-    weights = functional.softmax(scores, -1).to(values.dtype).reshape(*grouped.shape[:3], -1)
-    return (weights @ values).reshape(len(q), 1, -1).to(spec.dtype)
+        scores = scores + (bias.reshape(shape).float() * kind.scale if kind.scale != 1 else bias.reshape(shape))
+    weights = functional.softmax(scores, -1).reshape(*grouped.shape[:3], -1)
+    return (weights @ values.float()).reshape(len(q), 1, -1).to(spec.dtype)
 
 
 def _heads(row: Tensor, heads: Heads, weights: list[Tensor]) -> Tensor:
@@ -191,15 +193,15 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat([part * cos + partners * sin, rest], -1)
 
 
-Array = NDArray[np.floating]
+Array = NDArray[Any]
 
 
 def reference(*tensors: Array, spec: Attention) -> tuple[Array, Array | None, Array | None]:
-    """Return `attention` in numpy and FP64: heads [B, H * D], and copies of the caches where they are written, else None."""
+    """Return `attention` in numpy and FP64: heads [B, H * D], and copies of the caches where they are written."""
     rest = list(tensors)
-    query = rest.pop(0)
-    rows = [rest.pop(0), rest.pop(0)] if spec.key else []
-    positions = rest.pop(0) if spec.key else None
+    query, rows, positions = rest.pop(0), list[Array](), np.empty(0, int)
+    if spec.key is not None:
+        rows, positions = [rest.pop(0), rest.pop(0)], rest.pop(0).reshape(-1)
     keys, values = rest.pop(0).copy(), rest.pop(0).copy()  # [B, KV, S, D]
 
     def cut(row: Array, heads: Heads) -> Array:
@@ -207,13 +209,13 @@ def reference(*tensors: Array, spec: Attention) -> tuple[Array, Array | None, Ar
         result = row.reshape(len(row), -1)[:, heads.features()]
         return heads.scale * (result if heads.norm is None else normalized(result, rest.pop(0), norm=heads.norm))
 
-    q, *new = [cut(query, spec.query), *(cut(row, heads) for row, heads in zip(rows, (spec.key, spec.value)) if heads)]
+    q = cut(query, spec.query)
+    new = [cut(row, heads) for row, heads in zip(rows, (spec.key, spec.value), strict=False) if heads]
     if spec.rotary is not None:
         cos, sin = rest.pop(0), rest.pop(0)
-        q = _turned(q, cos, sin, spec.rotary)
-        new[:1] = [_turned(key, cos, sin, spec.rotary) for key in new[:1]]
+        q, *new[:1] = (turned(each, cos, sin, spec.rotary) for each in (q, *new[:1]))
     for cache, entries in zip((keys, values), new, strict=False):
-        for row, position in enumerate(np.ravel(positions)):
+        for row, position in enumerate(positions):
             cache[row, :, position] = entries[row]
     result = np.empty((len(q), spec.query.count, values.shape[3]))
     for row in range(len(q)):
@@ -230,19 +232,15 @@ def reference(*tensors: Array, spec: Attention) -> tuple[Array, Array | None, Ar
     return result.reshape(len(q), -1), keys if spec.key else None, values if spec.key else None
 
 
-def _turned(x: Array, cos: Array, sin: Array, rotary: Rotary) -> Array:
-    """Return x [B, H, D] with its first features rotated, in numpy."""
+def turned(x: Array, cos: Array, sin: Array, rotary: Rotary) -> Array:
+    """Return x [B, H, D] with its first features rotated, in numpy; cosines and sines as of `attention`."""
     result, half = x.copy(), rotary.size // 2
-    cosines, sines = (
-        np.broadcast_to(each.reshape(-1, each.size // len(each)), (len(x), each.size // len(each)))
-        for each in (cos, sin)
-    )
+    count = rotary.size if rotary.angles == "full" else half
+    cosines, sines = (each.reshape(-1, count) for each in (cos, sin))
     for i in range(rotary.size):
-        partner, sign = (
-            ((i ^ 1), -1 if i % 2 == 0 else 1)
-            if rotary.interleaved
-            else ((i + half) % rotary.size, -1 if i < half else 1)
-        )
+        partner, sign = (i + half) % rotary.size, -1 if i < half else 1
+        if rotary.interleaved:
+            partner, sign = i ^ 1, -1 if i % 2 == 0 else 1
         at = ANGLES[rotary.angles](i, rotary.size)
         result[..., i] = x[..., i] * cosines[:, at, None] + sign * x[..., partner] * sines[:, at, None]
     return result

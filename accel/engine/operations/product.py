@@ -1,8 +1,8 @@
 """Products of one row of features with weights, and what is computed of each feature alone before and after."""
 
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch.nn import functional
 from accel.engine.operations.activations import Activation
 from accel.engine.operations.normalize import Norm
 from accel.engine.operations.normalize import reference as normalized
+
+IDENTITY = Activation()
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Part:
     """
 
     alpha: float = 1.0
-    activation: Activation = Activation()
+    activation: Activation = IDENTITY
     beta: float = 1.0
     transposed: bool = False
     has_bias: bool = False
@@ -40,8 +42,8 @@ class Part:
 class Product:
     """Products of one x with several weights.
 
-    The tensors follow each other in this order: x; weight and bias of the norm, where it has them; for each part its weight,
-    bias, gate and bias of the gate, where it has them; residuals.
+    The tensors follow each other in this order: x; weight and bias of the norm, where it has them; for each part its
+    weight, bias, gate and bias of the gate, where it has them; residuals.
 
     Attributes:
         norm: Norm of x, or None.
@@ -90,14 +92,18 @@ def product(x: Tensor, *tensors: Tensor, spec: Product) -> tuple[Tensor, ...]:
 
 
 def _linear(x: Tensor, tensors: list[Tensor], transposed: bool, alpha: float, has_bias: bool) -> Tensor:
-    """Return alpha * x @ weight + bias in FP32, of the first one or two tensors, which are removed."""
+    """Return alpha * x @ weight + bias in FP32, of the first one or two tensors, which are removed.
+
+    A factor below 1 comes before the product, which 16-bit formats may have to hold, and one above after it.
+    """
     weight = tensors.pop(0)
+    x = x.float() * alpha if abs(alpha) < 1 else x
     y = functional.linear(x.to(weight.dtype), weight if transposed else weight.mT).float()
-    y = y * alpha if alpha != 1 else y
+    y = y * alpha if abs(alpha) > 1 else y
     return y + tensors.pop(0).float() if has_bias else y
 
 
-Array = NDArray[np.floating]
+Array = NDArray[Any]
 
 
 def reference(x: Array, *tensors: Array, spec: Product) -> list[Array]:

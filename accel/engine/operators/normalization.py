@@ -49,7 +49,7 @@ def skip_layer_norm(
     beta: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    epsilon: float = 1e-5,
+    epsilon: float = 1e-12,
 ) -> NormedSum:
     """Return the layer normalisation of x + skip + bias over the last axis, scaled and with `beta` added, and the sum.
 
@@ -61,7 +61,7 @@ def skip_layer_norm(
 
 @operator("SkipSimplifiedLayerNormalization", MICROSOFT)
 def skip_rms_norm(
-    x: Tensor, skip: Tensor, scale: Tensor, bias: Tensor | None = None, *, epsilon: float = 1e-5
+    x: Tensor, skip: Tensor, scale: Tensor, bias: Tensor | None = None, *, epsilon: float = 1e-12
 ) -> NormedSum:
     """Return the RMS normalisation of x + skip + bias over the last axis, scaled, and the sum. Shapes as above."""
     total = _sum(x, skip, bias)

@@ -1,4 +1,4 @@
-"""Pattern: attention of one token over a cache, from the rows that hold queries, keys and values to the heads' outputs."""
+"""Pattern: attention of one token over a cache, from the rows of queries, keys and values to the heads' outputs."""
 
 from dataclasses import dataclass, field
 
@@ -6,50 +6,60 @@ import torch
 from torch import Tensor
 
 from accel.engine.nodes import Node
-from accel.engine.operations.attention import ANGLES, Attention, Bias, Heads, Rotary
-from accel.engine.operations.normalize import Norm
-from accel.engine.planning.linear_maps import (
-    LINEAR,
-    RMS_NORM,
-    VIEWS,
-    Region,
-    Rotation,
-    evaluate,
-    feature_map,
-    find_region,
-    rotation,
-)
+from accel.engine.operations.attention import Attention, Bias
+from accel.engine.planning.heads import Cut, match_heads
+from accel.engine.planning.linear_maps import evaluate, find_region, is_float_cast
 from accel.engine.planning.patterns import Fused, Matcher
 from accel.engine.planning.trace import BATCH, NoMatchError
 from accel.engine.registry import MICROSOFT
 
 SOFTMAX, FUSED = ("", "Softmax"), (MICROSOFT, "MultiHeadAttention")
-WRITES = {("", "TensorScatter")}
+WRITE = ("", "TensorScatter")
+RESHAPES = {("", name) for name in ("Identity", "Reshape", "Squeeze", "Unsqueeze")}
 
 
 @dataclass
 class Scores:
-    """softmax(softcap(scale * query keys.T) + biases) @ values, as names of values."""
+    """softmax(softcap(scale * query keys.T) + biases) @ values, as names of values.
+
+    Attributes:
+        query: Queries [..., D].
+        keys: Keys [..., S, D], or [..., D, S] where `transposed`.
+        values: Values [..., S, D].
+        output: The result.
+        transposed: See `keys`.
+        scale: Factor of the products.
+        softcap: See `Attention`.
+        biases: What is added to the scores: name, factor, and the shape of the scores there.
+        nodes: The nodes.
+    """
 
     query: str
     keys: str
     values: str
     output: str
+    transposed: bool
     scale: float = 1.0
     softcap: float = 0.0
-    biases: dict[str, float] = field(default_factory=dict)  # value -> factor
+    biases: list[tuple[str, float, tuple[int, ...]]] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
 
 
-@dataclass
-class Cut:
-    """Heads that are cut from a row: the row, how, by which rotation, with which weight of a norm, and by which nodes."""
+@dataclass(frozen=True)
+class Cache:
+    """A cache that keys or values are views of.
 
-    row: str
-    heads: Heads
-    rotation: tuple[Rotary, str, str] | None
-    weight: str | None
-    nodes: list[Node]
+    Attributes:
+        name: Value that holds it, [B, KV, S, D].
+        past: The same before the new entry is written, and None if none is written.
+        write: The node that writes it, or None.
+        matrices: Number b * KV + head of the matrix of the cache that each matrix of keys or values is.
+    """
+
+    name: str
+    past: str | None
+    write: Node | None
+    matrices: Tensor
 
 
 def match_attention(matcher: Matcher, node: Node) -> Fused:
@@ -58,46 +68,69 @@ def match_attention(matcher: Matcher, node: Node) -> Fused:
     Raises:
         NoMatchError: It is none that the operation computes.
     """
+    trace = matcher.trace
     scores = _fused(matcher, node) if node.kind == FUSED else _spelled(matcher, node)
-    keys = _cache(matcher, scores.keys, transposed=node.kind == SOFTMAX)
+    keys = _cache(matcher, scores.keys, scores.transposed)
     values = _cache(matcher, scores.values, transposed=False)
-    _, kv_heads, _, size = matcher.trace.shape(keys[0])
-    query = _cut(matcher, scores.query, size)
-    heads = query.heads
-    if heads.count % kv_heads:
-        raise NoMatchError(f"{heads.count} query heads are no multiple of {kv_heads} heads of the cache")
-    nodes = [*scores.nodes, *query.nodes]
-    inputs, weights = [query.row], [query.weight] if query.weight else []
-    key = value = None
-    if keys[1] is not None and values[1] is not None:
-        key, value = _cut(matcher, keys[1].inputs[1], size), _cut(matcher, values[1].inputs[1], size)
-        if keys[1].inputs[2] != values[1].inputs[2] or value.rotation is not None:
-            raise NoMatchError("keys and values are written at different positions, or values are rotated")
-        if key.rotation != query.rotation:
-            raise NoMatchError("queries and keys are rotated differently")
-        inputs += [key.row, value.row, keys[1].inputs[2]]
-        weights += [each.weight for each in (key, value) if each.weight]
-        nodes += [keys[1], values[1], *key.nodes, *value.nodes]
-    inputs += [keys[0], values[0], *weights]
-    rotary = None
-    if query.rotation is not None:
-        rotary = query.rotation[0]
-        inputs += query.rotation[1:]
-    inputs += scores.biases
-    biases = tuple(_bias(matcher, name, heads.count, factor) for name, factor in scores.biases.items())
+    shape = trace.shape(keys.name)
+    if trace.shape(values.name) != shape:
+        raise NoMatchError(f"{keys.name} and {values.name} are caches of different shapes")
+    _, kv_heads, length, size = shape
+    query = match_heads(matcher, scores.query, size, with_norm=True)
+    count = query.heads.count
+    if count % kv_heads:
+        raise NoMatchError(f"{count} query heads are no multiple of {kv_heads} heads of the cache")
+    _check_shared(trace.shape(scores.query)[:-1], node, keys, count, kv_heads)
+    _check_shared(trace.shape(scores.query)[:-1], node, values, count, kv_heads)
+    new = _new_entry(matcher, keys, values, query, size)
+    inputs, cuts = [query.row], [query]
+    if new is None:
+        inputs += [keys.name, values.name]
+    else:
+        key, value, position = new
+        cuts += [key, value]
+        inputs += [key.row, value.row, position, keys.past or "", values.past or ""]
+    inputs += [cut.weight for cut in cuts if cut.weight]
+    inputs += query.rotation[1:] if query.rotation else ()
+    inputs += [name for name, _, _ in scores.biases]
     spec = Attention(
-        heads,
-        key.heads if key else None,
-        value.heads if value else None,
+        query.heads,
+        new[0].heads if new else None,
+        new[1].heads if new else None,
         kv_heads,
-        rotary,
+        query.rotation[0] if query.rotation else None,
         scores.scale,
         scores.softcap,
-        biases,
-        matcher.dtype(scores.output),
+        tuple(_bias(matcher, *bias, (BATCH, count, length)) for bias in scores.biases),
+        trace.dtype(scores.output),
     )
-    written = [each[1].outputs[0] for each in (keys, values) if each[1] is not None]
-    return Fused("attention" if key else "cross attention", spec, inputs, [scores.output, *written], nodes)
+    written = [cache.name for cache in (keys, values) if new]
+    writes = [cache.write for cache in (keys, values) if new and cache.write]
+    name = "attention" if new else "cross attention"
+    return Fused(name, spec, inputs, [scores.output, *written], [*scores.nodes, *writes])
+
+
+def _new_entry(matcher: Matcher, keys: Cache, values: Cache, query: Cut, size: int) -> tuple[Cut, Cut, str] | None:
+    """Return the new key and value, and the position to write them to; None if the caches are read as they are.
+
+    Raises:
+        NoMatchError: The operation does not write them so.
+    """
+    trace = matcher.trace
+    writes = [cache.write for cache in (keys, values)]
+    if writes[0] is None or writes[1] is None or not all(matcher.is_free(write) for write in writes if write):
+        return None
+    position = writes[0].inputs[2] if len(writes[0].inputs) > 2 else ""
+    if not position or writes[1].inputs[2:] != (position,) or trace.shape(position) != (BATCH,):
+        raise NoMatchError(f"{keys.name} and {values.name} are not written at the same position of a row")
+    key = match_heads(matcher, writes[0].inputs[1], size, with_norm=True)
+    value = match_heads(matcher, writes[1].inputs[1], size, with_norm=False)
+    heads = trace.shape(keys.name)[1]
+    if (key.heads.count, value.heads.count) != (heads, heads):
+        raise NoMatchError(f"{key.heads.count} and {value.heads.count} heads are written to caches of {heads}")
+    if value.rotation is not None or key.rotation != query.rotation:
+        raise NoMatchError("queries and keys are rotated differently, or values are rotated")
+    return key, value, position
 
 
 def _fused(matcher: Matcher, node: Node) -> Scores:
@@ -105,39 +138,42 @@ def _fused(matcher: Matcher, node: Node) -> Scores:
     query, keys, values, *rest = node.inputs
     if any(rest[:2]) or len(rest) > 3:
         raise NoMatchError(f"{node.name} has a bias of its own, a padding mask or past keys")
-    size = matcher.trace.shape(node.inputs[0])[-1] // node.attributes["num_heads"]
-    scale = node.attributes.get("scale", 0.0) or size**-0.5
-    return Scores(
-        query, keys, values, node.outputs[0], scale, biases=dict.fromkeys(filter(None, rest[2:]), 1.0), nodes=[node]
-    )
+    trace, heads = matcher.trace, node.attributes["num_heads"]
+    batch, tokens, width = trace.shape(query)
+    if tokens != 1 or len(trace.shape(keys)) != 4:
+        raise NoMatchError(f"{node.name} is of {tokens} tokens, or its keys are not cut into heads")
+    scale = node.attributes.get("scale", 0.0) or (width // heads) ** -0.5
+    shape: tuple[int, ...] = (batch, heads, 1, trace.shape(keys)[2])
+    biases = [(name, 1.0, shape) for name in rest[2:] if name]
+    return Scores(query, keys, values, node.outputs[0], False, scale, biases=biases, nodes=[node])
 
 
 def _spelled(matcher: Matcher, softmax: Node) -> Scores:
     """Read products, a softmax between them, and what is added to the scores."""
     trace, hidden = matcher.trace, matcher.hidden
-    if softmax.attributes.get("axis", -1) not in (-1, len(trace.shape(softmax.inputs[0])) - 1):
+    shape = trace.shape(softmax.inputs[0])
+    if softmax.attributes.get("axis", -1) not in (-1, len(shape) - 1):
         raise NoMatchError(f"{softmax.name} is not over the keys")
     last, after = _next_product(matcher, softmax.outputs[0])
-    scores = Scores("", "", last.inputs[1], last.outputs[0], nodes=[softmax, *after, last])
+    scores = Scores("", "", last.inputs[1], last.outputs[0], True, nodes=[softmax, *after, last])
     value, factor = softmax.inputs[0], 1.0
     while True:
         node = trace.producer.get(value)
-        if node is None:
-            raise NoMatchError(f"{value} is no product of queries and keys")
+        if node is None or trace.shape(value)[-1] != shape[-1] or value not in hidden:
+            raise NoMatchError(f"{value} holds no scores of queries and keys")
         scores.nodes.append(node)
+        scaled = trace.scaled(node)
         if node.kind == ("", "Add"):
             biases = [name for name in node.inputs if name not in hidden]
             if len(biases) != 1 or scores.softcap:
-                raise NoMatchError(f"{node.name} adds no bias of the positions")
-            scores.biases[biases[0]] = factor
+                raise NoMatchError(f"{node.name} adds no bias of the positions, or before the soft cap")
+            scores.biases.append((biases[0], factor, trace.shape(value)))
             value = node.inputs[0] if node.inputs[1] == biases[0] else node.inputs[1]
-        elif node.kind in (("", "Mul"), ("", "Div")) and trace.scalar(node.inputs[1]):
-            number = trace.scalar(node.inputs[1]) or 1.0
-            factor *= number if node.kind[1] == "Mul" else 1 / number
-            value = node.inputs[0]
+        elif scaled is not None:
+            value, factor = scaled[0], factor * scaled[1]
         elif node.kind == ("", "Tanh") and not scores.softcap:
             scores.softcap, factor, value = factor, 1.0, node.inputs[0]
-        elif node.kind in (("", "Cast"), ("", "Reshape"), ("", "Unsqueeze"), ("", "Squeeze")):
+        elif is_float_cast(node) or node.kind in RESHAPES:
             value = node.inputs[0]
         elif node.kind == ("", "MatMul"):
             scores.query, scores.keys = node.inputs
@@ -150,25 +186,27 @@ def _spelled(matcher: Matcher, softmax: Node) -> Scores:
 
 
 def _next_product(matcher: Matcher, value: str) -> tuple[Node, list[Node]]:
-    """Return the product of the probabilities with the values, and the views before it."""
-    views: list[Node] = []
-    while (node := matcher.trace.only_consumer(value)) is not None:
+    """Return the product of the probabilities with the values, and the nodes before it that only change the shape."""
+    trace = matcher.trace
+    length = trace.shape(value)[-1]
+    nodes: list[Node] = []
+    while (node := trace.only_consumer(value)) is not None and trace.shape(value)[-1] == length:
         if node.kind == ("", "MatMul") and node.inputs[0] == value:
-            return node, views
-        if node.kind not in VIEWS:
+            return node, nodes
+        if not is_float_cast(node) and node.kind not in RESHAPES:
             break
-        views.append(node)
+        nodes.append(node)
         value = node.outputs[0]
     raise NoMatchError(f"{value} is not multiplied with values alone")
 
 
-def _cache(matcher: Matcher, name: str, transposed: bool) -> tuple[str, Node | None]:
-    """Return the cache [B, KV, S, D] that keys or values are a view of, and the node that writes to it.
+def _cache(matcher: Matcher, name: str, transposed: bool) -> Cache:
+    """Return the cache [B, KV, S, D] that keys or values are a view of.
 
     Args:
         matcher: The state.
-        name: Keys or values of every query head: [B, H, S, D], its first axes also as one.
-        transposed: They are [B, H, D, S].
+        name: Keys or values of every query head: [..., S, D].
+        transposed: They are [..., D, S].
 
     Raises:
         NoMatchError: They are no view of one, or heads are not shared by consecutive query heads.
@@ -176,105 +214,74 @@ def _cache(matcher: Matcher, name: str, transposed: bool) -> tuple[str, Node | N
     trace = matcher.trace
     region = find_region(trace, name, matcher.hidden)
     node, shape = trace.producer.get(region.root), trace.shape(region.root)
-    cache = region.root
-    if node is not None and node.kind in WRITES and len(shape) == 4:
-        if node.attributes.get("axis", -2) % 4 != 2 or node.attributes.get("mode", "linear") != "linear":
-            raise NoMatchError(f"{node.name} writes along another axis than the third")
-        cache = node.inputs[0]
-    if cache not in trace.graph.inputs or len(shape) != 4:
+    if len(shape) != 4 or shape[0] != BATCH:
+        raise NoMatchError(f"{region.root} of shape {list(shape)} is no cache")
+    past = None
+    if node is not None and node.kind == WRITE:
+        past = node.inputs[0]
+        axis, mode = node.attributes.get("axis", -2), node.attributes.get("mode", "linear")
+        if axis % 4 != 2 or mode != "linear" or trace.shape(node.inputs[1])[2] != 1:
+            raise NoMatchError(f"{node.name} does not write one entry along the third axis")
+    if (past or region.root) not in trace.graph.inputs:
         raise NoMatchError(f"{name} is no view of a cache")
     numbered = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
     found = evaluate(region, trace, numbered, {})
+    found = found.mT if transposed else found
     repeats = found.numel() // numbered.numel()
-    if transposed:
-        found = found.mT
-    if not repeats or not torch.equal(found.reshape(-1), numbered.repeat_interleave(repeats, 1).reshape(-1)):
-        raise NoMatchError(f"{name} is not {cache} with every head repeated")
-    return cache, node
+    matrices = torch.arange(BATCH * shape[1]).repeat_interleave(repeats)
+    if found.shape[-2:] != shape[2:] or not torch.equal(
+        found.reshape(-1, *shape[2:]), numbered.flatten(0, 1)[matrices]
+    ):
+        raise NoMatchError(f"{name} is not {region.root} with every head repeated")
+    return Cache(region.root, past, node if past else None, matrices.reshape(found.shape[:-2]))
 
 
-def _cut(matcher: Matcher, name: str, size: int) -> Cut:
-    """Match how heads are cut from a row, normed and rotated.
+def _check_shared(queries: tuple[int, ...], node: Node, cache: Cache, heads: int, kv_heads: int) -> None:
+    """Raise `NoMatchError` if consecutive query heads don't share one head of the cache.
+
+    Args:
+        queries: Shape of the query heads, [..., number of queries that a product multiplies with the same matrix].
+        node: The `Softmax` or `MultiHeadAttention`.
+        cache: The cache.
+        heads: Number of query heads.
+        kv_heads: Number of heads of the cache.
+    """
+    numbers = torch.arange(BATCH * heads)
+    if node.kind == FUSED:
+        numbers, matrices = numbers.reshape(BATCH, heads), cache.matrices
+        if heads != node.attributes["num_heads"]:
+            raise NoMatchError(f"{node.name} has heads of another size than its cache")
+    else:
+        numbers, matrices = numbers.reshape(queries), cache.matrices[..., None]
+    try:
+        numbers, matrices = torch.broadcast_tensors(numbers, matrices)
+    except RuntimeError as error:
+        raise NoMatchError(f"{node.name}: {error}") from error
+    expected = numbers // heads * kv_heads + numbers % heads // (heads // kv_heads)
+    if numbers.numel() != BATCH * heads or not torch.equal(matrices, expected):
+        raise NoMatchError(f"{node.name}: heads of {cache.name} are not shared by consecutive query heads")
+
+
+def _bias(matcher: Matcher, name: str, scale: float, scores: tuple[int, ...], shape: tuple[int, int, int]) -> Bias:
+    """Return how a bias broadcasts to scores.
+
+    Args:
+        matcher: The state.
+        name: The bias.
+        scale: Its factor.
+        scores: Shape of the scores that it is added to.
+        shape: The same as [B, H, S].
 
     Raises:
-        NoMatchError: They are computed in another way.
+        NoMatchError: It has several numbers for a score, or none for some.
     """
-    trace = matcher.trace
-    region = find_region(trace, name, matcher.hidden, LINEAR, with_norms=True)
-    features, found = rotation(region, trace) if region.sides else (feature_map(region, trace), None)
-    norm, weight = _norm(region)
-    index = features.features.reshape(-1, size)
-    heads = _heads(index, features.scale, norm)
-    rotary = None if found is None else (_rotary(found, index), found.cos, found.sin)
-    return Cut(region.root, heads, rotary, weight, region.nodes)
-
-
-def _norm(region: Region) -> tuple[Norm | None, str | None]:
-    """Return the norm of heads in a region, and its weight."""
-    if not region.norms:
-        return None, None
-    (node,) = region.norms if len(region.norms) == 1 else (None,)
-    if node is None or node.kind != RMS_NORM:
-        raise NoMatchError(f"{region.target} has {len(region.norms)} norms, expected one RMS norm")
-    return Norm("rms", node.attributes.get("epsilon", 1e-5)), node.inputs[1]
-
-
-def _heads(index: Tensor, scale: float, norm: Norm | None) -> Heads:
-    """Return the regular cut of features with these indices, int64 [heads, size].
-
-    Raises:
-        NoMatchError: They don't lie in groups of equal distances.
-    """
-    count, size = index.shape
-    starts = index[:, 0]
-    for per_group in (each for each in range(count, 0, -1) if count % each == 0):
-        grouped = starts.reshape(-1, per_group)
-        stride = int(grouped[0, 1] - grouped[0, 0]) if per_group > 1 else size
-        distance = int(grouped[1, 0] - grouped[0, 0]) if len(grouped) > 1 else stride * per_group
-        heads = Heads(int(starts[0]), len(grouped), per_group, distance, stride, size, scale, norm)
-        if torch.equal(torch.from_numpy(heads.features()), index):
-            return heads
-    raise NoMatchError(f"heads begin at features {starts.tolist()}, or their features are not side by side")
-
-
-def _rotary(found: Rotation, features: Tensor) -> Rotary:
-    """Return the rotation of heads with these features, int64 [heads, size].
-
-    Raises:
-        NoMatchError: Heads are rotated differently, or not in a known way.
-    """
-    size = features.shape[1]
-    cosines, sines, signs, partners = (
-        each.reshape(-1, size) for each in (found.cosines, found.sines, found.signs, found.partners)
-    )
-    rotated = int((cosines[0] >= 0).sum())
-    place = torch.arange(rotated)
-    for interleaved in (False, True):
-        partner = place ^ 1 if interleaved else (place + rotated // 2) % rotated
-        sign = torch.where(place % 2 == 0 if interleaved else place < rotated // 2, -1.0, 1.0).double()
-        for angles, at in ANGLES.items():
-            expected = torch.tensor([at(i, rotated) for i in range(rotated)])
-            pairs = ((cosines, expected), (sines, expected), (partners, features[:, partner]), (signs, sign))
-            if all(torch.equal(each[:, :rotated], want.expand(len(each), rotated)) for each, want in pairs):
-                return Rotary(rotated, interleaved, angles)
-    raise NoMatchError(f"features are rotated with partners {partners[0].tolist()}")
-
-
-def _bias(matcher: Matcher, name: str, heads: int, scale: float) -> Bias:
-    """Return how a bias broadcasts to scores [B, H, 1, S].
-
-    Raises:
-        NoMatchError: It doesn't.
-    """
-    shape = matcher.trace.shape(name)
-    lead = shape[:-2] if len(shape) > 1 else ()
-    if len(shape) > 1 and shape[-2] != 1:
-        raise NoMatchError(f"the bias {name} of shape {list(shape)} has several queries")
-    if len(lead) == 1:  # batch and heads as one axis, or heads alone
-        if lead[0] in (1, heads, BATCH * heads):
-            return Bias(lead[0] == BATCH * heads, lead[0] != 1, scale)
-    elif len(lead) == 2 and lead[0] in (1, BATCH) and lead[1] in (1, heads):
-        return Bias(lead[0] == BATCH, lead[1] == heads and heads > 1, scale)
-    elif not lead:
-        return Bias(False, False, scale)
-    raise NoMatchError(f"the bias {name} of shape {list(shape)} does not broadcast to {heads} heads")
+    size = torch.Size(matcher.trace.shape(name)).numel()
+    numbered = torch.arange(size).reshape(matcher.trace.shape(name))
+    if torch.Size(torch.broadcast_shapes(numbered.shape, scores)).numel() == torch.Size(shape).numel():
+        added = numbered.expand(scores).reshape(shape)
+        for batched in (False, True):
+            for per_head in (False, True):
+                lengths = (shape[0] if batched else 1, shape[1] if per_head else 1, shape[2])
+                if size == torch.Size(lengths).numel() and torch.equal(numbered.reshape(lengths).expand(shape), added):
+                    return Bias(batched, per_head, scale)
+    raise NoMatchError(f"the bias {name} of shape {list(numbered.shape)} does not broadcast to scores {list(shape)}")

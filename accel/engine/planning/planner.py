@@ -1,7 +1,7 @@
 """Plan a static decode graph: replace what patterns match by fused operations, and leave the rest to the executor."""
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,14 +9,14 @@ import torch
 
 from accel.engine.nodes import Graph, Node, classify
 from accel.engine.operations.attention import attention
-from accel.engine.operations.normalize import Norm, Normalize, normalize
+from accel.engine.operations.normalize import Normalize, normalize
 from accel.engine.operations.product import product
 from accel.engine.planning.attention import FUSED, SOFTMAX, match_attention
-from accel.engine.planning.linear_maps import NORMS, RMS_NORM
-from accel.engine.planning.patterns import Fused, Matcher
+from accel.engine.planning.patterns import LAYER_NORM, NORMS, RMS_NORM, Fused, Matcher
 from accel.engine.planning.products import Draft, extend, fuse, gate, halves, match_product, weight_of
-from accel.engine.planning.trace import BATCH, NoMatchError, Trace
+from accel.engine.planning.trace import BATCH, PRODUCTS, NoMatchError, Shapes, Trace
 from accel.engine.registry import MICROSOFT, OPERATORS, Operator
+from accel.errors import AccelError
 
 DOMAIN = "accel.engine"
 OPERATIONS = {
@@ -26,10 +26,10 @@ OPERATIONS = {
     "cross attention": Operator(attention, frozenset(), False, {}),
 }
 SKIP_NORMS = {
-    (MICROSOFT, "SkipSimplifiedLayerNormalization"): ("", "SimplifiedLayerNormalization"),
-    (MICROSOFT, "SkipLayerNormalization"): ("", "LayerNormalization"),
+    (MICROSOFT, "SkipSimplifiedLayerNormalization"): RMS_NORM,
+    (MICROSOFT, "SkipLayerNormalization"): LAYER_NORM,
 }
-Shapes = Mapping[str, tuple[int | str | None, ...]]
+SKIP_EPSILON = 1e-12  # ONNX Runtime's default for both
 
 
 @dataclass(frozen=True)
@@ -52,50 +52,58 @@ def plan(graph: Graph, shapes: Shapes, batch: str, fixed: Mapping[str, torch.Ten
 
     Args:
         graph: The graph.
-        shapes: Input -> lengths or symbols of its axes.
+        shapes: Shapes of its inputs.
         batch: Symbol of the batch axis.
         fixed: Inputs that have the same value at every step, and that value.
 
     Raises:
-        AccelError: A node can't be traced.
+        AccelError: A node can't be traced, or operations would depend on each other.
     """
     inputs = {name: dtype for name, dtype in graph.inputs.items() if name not in fixed}
-    nodes = [part for node in graph.nodes for part in _without_skip(node, graph)]
+    nodes = _without_skips(graph)
     graph = classify(replace(graph, nodes=nodes, inputs=inputs, constants={**graph.constants, **fixed}))
     trace = Trace(graph, shapes, batch)
-    sources = [name for name, dtype in inputs.items() if dtype.is_floating_point or name == "input_ids"]
-    matcher = Matcher(trace, sources)
+    matcher = Matcher(trace, {name for name, dtype in inputs.items() if dtype.is_floating_point or name == "input_ids"})
     fused = [*_attentions(matcher), *_products(matcher)]
     fused += _norms(matcher)
-    rest = [node for node in nodes if matcher.is_free(node)]
-    ordered = _ordered([*rest, *map(_node, fused)], graph)
+    ordered = _ordered(_replaced(nodes, fused), graph)
     return Plan(classify(replace(graph, nodes=_reshaped(ordered, trace))), trace, matcher.misses)
 
 
-def _without_skip(node: Node, graph: Graph) -> list[Node]:
-    """Return a norm of a sum as additions and a norm; any other node alone."""
-    kind = SKIP_NORMS.get(node.kind)
-    if kind is None:
-        return [node]
+def _without_skips(graph: Graph) -> list[Node]:
+    """Return the nodes with additions and a norm in place of every norm of a sum."""
+    products = {name for node in graph.nodes if node.kind in PRODUCTS for name in node.outputs}
+    nodes = []
+    for node in graph.nodes:
+        kind = SKIP_NORMS.get(node.kind)
+        if kind is None or any(node.outputs[1:3]):  # nothing computes mean and deviation
+            nodes.append(node)
+        else:
+            nodes += _without_skip(node, kind, products)
+    return nodes
+
+
+def _without_skip(node: Node, kind: tuple[str, str], products: Collection[str]) -> list[Node]:
+    """Return additions and a norm that compute what a norm of a sum does.
+
+    Args:
+        node: The norm of a sum.
+        kind: The norm alone.
+        products: Values to which a bias is added first, so that it becomes a part of their product.
+    """
     x, skip, scale, *rest = (*node.inputs, "", "")[:5]
-    beta, bias = (rest[0], rest[1]) if kind[1] == "LayerNormalization" else ("", rest[0])
+    beta, bias = (rest[0], rest[1]) if kind == LAYER_NORM else ("", rest[0])
     total = node.outputs[3] if len(node.outputs) > 3 and node.outputs[3] else f"{node.outputs[0]}.sum"
     add = OPERATORS["", "Add"]
     parts = []
     if bias:
-        products = {
-            output
-            for other in graph.nodes
-            if other.kind[1] in ("MatMul", "FusedMatMul", "Gemm")
-            for output in other.outputs
-        }
         if skip in products and x not in products:
             x, skip = skip, x
         parts.append(Node(f"{node.name} bias", ("", "Add"), add, {}, (x, bias), (f"{total}.biased",)))
         x = f"{total}.biased"
     parts.append(Node(f"{node.name} sum", ("", "Add"), add, {}, (x, skip), (total,)))
     inputs = (total, scale, beta) if beta else (total, scale)
-    attributes = {"epsilon": node.attributes.get("epsilon", 1e-5)}
+    attributes = {"epsilon": node.attributes.get("epsilon", SKIP_EPSILON)}
     parts.append(Node(node.name, kind, OPERATORS[kind], attributes, inputs, node.outputs[:1]))
     return parts
 
@@ -122,29 +130,40 @@ def _products(matcher: Matcher) -> list[Fused]:
                     drafts[draft.output] = draft
             except NoMatchError as reason:
                 matcher.miss(node, reason)
+    drafts = _gated(matcher, drafts)
+    order = matcher.trace.order
+    grown = sorted(drafts.values(), key=lambda draft: -order[id(draft.nodes[0])])
+    for draft in grown:  # the last of several takes the residual
+        extend(matcher, draft)
+        matcher.taken.update(id(node) for node in draft.nodes)
+    found = []
+    for group in _groups(matcher.trace, grown[::-1]):
+        try:
+            found.append(matcher.take(fuse(matcher, group)))
+        except NoMatchError as reason:
+            matcher.miss(group[0].nodes[0], reason)
+    return found
+
+
+def _gated(matcher: Matcher, drafts: dict[str, Draft]) -> dict[str, Draft]:
+    """Return the products with one in place of two whose features are multiplied."""
     for node in matcher.trace.graph.nodes:
-        if node.kind == ("", "Mul"):
+        if node.kind == ("", "Mul") and any(name in drafts for name in node.inputs):
             gated = gate(matcher, drafts, node)
             if gated is not None:
                 taken = {id(each) for each in gated.nodes}
                 drafts = {name: draft for name, draft in drafts.items() if id(draft.nodes[0]) not in taken}
                 drafts[gated.output] = gated
-    order = {id(node): index for index, node in enumerate(matcher.trace.graph.nodes)}
-    grown = sorted(
-        drafts.values(), key=lambda draft: -order[id(draft.nodes[0])]
-    )  # the last of several takes the residual
-    for draft in grown:
-        extend(matcher, draft)
-        matcher.taken.update(id(node) for node in draft.nodes)
-    return [fuse(matcher, group) for group in _groups(grown[::-1])]
+    return drafts
 
 
-def _groups(drafts: Iterable[Draft]) -> list[list[Draft]]:
-    """Return products that share their input, without residuals, together."""
+def _groups(trace: Trace, drafts: Iterable[Draft]) -> list[list[Draft]]:
+    """Return products that share input and dtype of the output, without residuals, together."""
     groups: dict[tuple[Any, ...], list[Draft]] = {}
     for draft in drafts:
         alone = id(draft) if draft.residuals else 0
-        groups.setdefault((draft.source, id(draft.norm) if draft.norm else 0, alone), []).append(draft)
+        key = (draft.source, id(draft.norm) if draft.norm else 0, trace.dtype(draft.output), alone)
+        groups.setdefault(key, []).append(draft)
     return list(groups.values())
 
 
@@ -155,31 +174,41 @@ def _norms(matcher: Matcher) -> list[Fused]:
     for node in trace.graph.nodes:
         if node.kind not in NORMS or not matcher.is_free(node) or node.inputs[0] not in matcher.hidden:
             continue
-        if node.outputs[0] not in trace.values:  # its shape depends on data
-            continue
         nodes, output = [node], node.outputs[0]
-        tensors = [name for name in node.inputs if name]
-        norm = Norm("rms" if node.kind == RMS_NORM else "layer", node.attributes.get("epsilon", 1e-5))
-        spec = Normalize(norm, len(tensors) > 1, len(tensors) > 2, matcher.dtype(output))
+        try:
+            matcher.check_row(node.inputs[0], trace.shape(node.inputs[0])[-1])
+            norm, tensors = matcher.norm(node, trace.shape(output)[-1])
+        except NoMatchError as reason:
+            matcher.miss(node, reason)
+            continue
+        inputs = [node.inputs[0], *tensors]
         add = trace.only_consumer(output)
         if add is not None and add.kind == ("", "Add") and matcher.is_free(add):
             others = [name for name in add.inputs if name != output]
             if len(others) == 1 and others[0] in matcher.hidden and trace.shape(others[0]) == trace.shape(output):
-                tensors += others
+                inputs += others
                 nodes.append(add)
                 output = add.outputs[0]
-                spec = replace(spec, dtype=matcher.dtype(output))
-        found.append(matcher.take(Fused("normalize", spec, tensors, [output], nodes)))
+        spec = Normalize(norm, len(tensors) > 0, len(tensors) > 1, trace.dtype(output))
+        found.append(matcher.take(Fused("normalize", spec, inputs, [output], nodes)))
     return found
 
 
 def _node(fused: Fused) -> Node:
     """Return a fused operation as a node."""
     name = f"{fused.nodes[0].name} ({fused.operation})"
-    kind = (DOMAIN, fused.operation)
-    return Node(
-        name, kind, OPERATIONS[fused.operation], {"spec": fused.spec}, tuple(fused.inputs), tuple(fused.outputs)
-    )
+    operator, spec = OPERATIONS[fused.operation], {"spec": fused.spec}
+    return Node(name, (DOMAIN, fused.operation), operator, spec, tuple(fused.inputs), tuple(fused.outputs))
+
+
+def _replaced(nodes: Iterable[Node], fused: list[Fused]) -> list[Node]:
+    """Return the fused operations and all nodes, without the outputs that operations compute.
+
+    A value between the nodes of an operation that something else reads, too, is still computed for that.
+    """
+    computed = {name for each in fused for name in each.outputs}
+    rest = [replace(node, outputs=tuple("" if name in computed else name for name in node.outputs)) for node in nodes]
+    return [*rest, *map(_node, fused)]
 
 
 def _reshaped(nodes: list[Node], trace: Trace) -> list[Node]:
@@ -187,24 +216,33 @@ def _reshaped(nodes: list[Node], trace: Trace) -> list[Node]:
     rows = {node.outputs[0] for node in nodes if node.kind[0] == DOMAIN}
     rows |= {name for node in nodes if node.kind == (DOMAIN, "product") for name in node.outputs}
     read = {name for node in nodes if node.kind[0] != DOMAIN for name in node.inputs} | set(trace.graph.outputs)
+    renamed = {}
+    for name in rows & read:
+        shape = trace.shape(name)
+        if len(shape) != 3 or shape[:2] != (BATCH, 1):
+            renamed[name] = f"{name}.rows"
+    reshape = OPERATORS["", "Reshape"]
     result = []
     for node in nodes:
-        outputs = list(node.outputs)
-        after = []
-        for index, name in enumerate(outputs):
-            shape = trace.shape(name) if node.kind[0] == DOMAIN and name in rows & read else ()
-            if shape and (len(shape) != 3 or shape[1] != 1):
-                outputs[index], target = f"{name}.rows", f"{name}.shape"
-                lengths = [-1, *shape[1:]] if shape[0] % BATCH == 0 else list(shape)
-                trace.graph.constants[target] = torch.tensor(lengths)
-                reshape = OPERATORS["", "Reshape"]
-                after.append(Node(f"{name} (Reshape)", ("", "Reshape"), reshape, {}, (outputs[index], target), (name,)))
-        result += [replace(node, outputs=tuple(outputs)), *after]
+        if node.kind[0] != DOMAIN:
+            result.append(node)
+            continue
+        inputs, outputs = (tuple(renamed.get(name, name) for name in names) for names in (node.inputs, node.outputs))
+        result.append(replace(node, inputs=inputs, outputs=outputs))
+        for name in (name for name in node.outputs if name in renamed):
+            target = f"{name}.shape"
+            trace.graph.constants[target] = torch.tensor([-1, *trace.shape(name)[1:]])
+            inputs = (renamed[name], target)
+            result.append(Node(f"{name} (Reshape)", ("", "Reshape"), reshape, {}, inputs, (name,)))
     return result
 
 
 def _ordered(nodes: list[Node], graph: Graph) -> list[Node]:
-    """Return the nodes that outputs depend on, each after those that compute its inputs, else in the graph's order."""
+    """Return the nodes that outputs depend on, each after those that compute its inputs, else in the graph's order.
+
+    Raises:
+        AccelError: Operations depend on each other in a circle.
+    """
     producer = {name: index for index, node in enumerate(nodes) for name in node.outputs if name}
     needed, pending = set[int](), [producer[name] for name in graph.outputs if name in producer]
     while pending:
@@ -229,4 +267,7 @@ def _ordered(nodes: list[Node], graph: Graph) -> list[Node]:
             before[consumer].discard(index)
             if not before[consumer]:
                 heapq.heappush(ready, (rank[consumer], consumer))
+    if len(ordered) != len(needed):
+        left = ", ".join(nodes[index].name for index, sources in before.items() if sources)
+        raise AccelError(f"the plan's operations depend on each other: {left}")
     return ordered

@@ -1,17 +1,14 @@
 """Pattern: a product of the hidden state with a weight, the norm before it, and what follows it feature by feature."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from accel.engine.nodes import Node
-from accel.engine.operations.normalize import Norm
 from accel.engine.operations.product import Part, Product
 from accel.engine.planning.activations import match_activation
-from accel.engine.planning.linear_maps import NORMS, RMS_NORM
-from accel.engine.planning.patterns import Fused, Matcher
-from accel.engine.planning.trace import NoMatchError, Trace
-from accel.engine.registry import MICROSOFT
-
-PRODUCTS = {("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul")}
+from accel.engine.planning.linear_maps import VIEWS, is_float_cast
+from accel.engine.planning.patterns import NORMS, Fused, Matcher
+from accel.engine.planning.trace import PRODUCTS, NoMatchError, Trace
 
 
 @dataclass
@@ -26,7 +23,6 @@ class Draft:
         residuals: Values that are added.
         output: Value that it computes so far.
         nodes: Nodes of the part.
-        shared: Nodes before the product, which other products may share.
     """
 
     source: str
@@ -35,7 +31,6 @@ class Draft:
     tensors: list[str]
     output: str
     nodes: list[Node]
-    shared: list[Node]
     residuals: list[str] = field(default_factory=list)
 
 
@@ -55,63 +50,66 @@ def match_product(matcher: Matcher, node: Node) -> Draft:
         NoMatchError: It is none that the operation computes.
     """
     trace, weight = matcher.trace, weight_of(matcher, node)
-    if weight is None or weight not in trace.graph.constants:
-        raise NoMatchError(f"{node.name} has no constant weight of two axes")
+    if weight is None or not trace.is_weight(weight):
+        raise NoMatchError(f"{node.name} has no constant weight of floating-point numbers")
     attributes = node.attributes
     if attributes.get("transA", 0) or attributes.get("beta", 1.0) != 1:
         raise NoMatchError(f"{node.name} transposes its first factor or scales its bias")
-    region = matcher.row(node.inputs[0])
-    source, norm, alpha, shared = region.root, None, attributes.get("alpha", 1.0), list(region.nodes)
-    scaling = trace.producer.get(source)
-    if scaling is not None and scaling.kind in (("", "Mul"), ("", "Div")) and scaling.inputs[0] in matcher.hidden:
-        factor = trace.scalar(scaling.inputs[1])
-        if factor is not None and trace.uses[source] == 1:  # T5 scales the hidden state before a tied head
-            alpha *= factor if scaling.kind[1] == "Mul" else 1 / factor
-            region = matcher.row(scaling.inputs[0])
-            source, shared = region.root, [*region.nodes, scaling, *shared]
+    transposed = bool(attributes.get("transB", 0))
+    shape = trace.shape(weight)
+    width, features = shape[::-1] if transposed else shape
+    source, alpha = matcher.row(node.inputs[0], width).root, attributes.get("alpha", 1.0)
     before = trace.producer.get(source)
+    scaled = None if before is None else trace.scaled(before)
+    if scaled is not None and scaled[0] in matcher.hidden and trace.uses[source] == 1:
+        source, alpha = matcher.row(scaled[0], width).root, alpha * scaled[1]  # T5 scales what a tied head reads
+        before = trace.producer.get(source)
+    norm = None
     if before is not None and before.kind in NORMS and is_only_for_products(matcher, source):
-        region = matcher.row(before.inputs[0])
-        source, norm, shared = region.root, before, [*region.nodes, before, *shared]
-    part = Part(alpha=alpha, transposed=bool(attributes.get("transB", 0)))
-    draft = Draft(source, norm, part, [weight], node.outputs[0], [node], shared)
+        try:
+            matcher.norm(before, width)
+            source, norm = matcher.row(before.inputs[0], width).root, before
+        except NoMatchError as reason:
+            matcher.note(before.name, reason)
+    draft = Draft(source, norm, Part(alpha=alpha, transposed=transposed), [weight], node.outputs[0], [node])
     if len(node.inputs) > 2 and node.inputs[2]:
+        if not _is_bias(trace, node.inputs[2], features):
+            raise NoMatchError(f"{node.name} adds {node.inputs[2]}, which is no constant vector of {features} numbers")
         draft.tensors.append(node.inputs[2])
-        draft.part = replace(part, has_bias=True)
-    _add_bias(matcher, draft)
+        draft.part = replace(draft.part, has_bias=True)
+    else:
+        _add_bias(matcher, draft, features)
     return draft
 
 
-def is_only_for_products(matcher: Matcher, name: str) -> bool:
-    """Return whether a value is read only, through views, by products with weights."""
-    trace = matcher.trace
-    if name in trace.graph.outputs or not trace.consumers[name]:
-        return False
-    for node in trace.consumers[name]:
-        if weight_of(matcher, node) is not None:
-            continue
-        scales = node.kind in (("", "Mul"), ("", "Div")) and trace.scalar(node.inputs[1]) is not None
-        if not (
-            scales or node.kind[1] in ("Reshape", "Transpose", "GatherND", "Squeeze", "Unsqueeze", "Gather", "Cast")
-        ):
-            return False
-        if not is_only_for_products(matcher, node.outputs[0]):
-            return False
-    return True
+def _is_bias(trace: Trace, name: str, features: int) -> bool:
+    """Return whether a value is a constant vector of one number for each feature."""
+    return trace.is_weight(name) and trace.shape(name) == (features,)
 
 
-def _add_bias(matcher: Matcher, draft: Draft) -> None:
+def _add_bias(matcher: Matcher, draft: Draft, features: int) -> None:
     """Take the bias that is added to a product."""
-    trace = matcher.trace
-    node = trace.only_consumer(draft.output)
-    if node is None or node.kind != ("", "Add") or draft.part.has_bias:
+    node = matcher.trace.only_consumer(draft.output)
+    if node is None or node.kind != ("", "Add"):
         return
-    for name in node.inputs:
-        if name != draft.output and name in trace.graph.constants and len(trace.shape(name)) == 1:
-            if trace.shape(name) == trace.shape(draft.output)[-1:]:
-                draft.tensors.append(name)
-                draft.nodes.append(node)
-                draft.part, draft.output = replace(draft.part, has_bias=True), node.outputs[0]
+    biases = [name for name in node.inputs if name != draft.output and _is_bias(matcher.trace, name, features)]
+    if len(biases) == 1:
+        draft.tensors += biases
+        draft.nodes.append(node)
+        draft.part, draft.output = replace(draft.part, has_bias=True), node.outputs[0]
+
+
+def is_only_for_products(matcher: Matcher, name: str) -> bool:
+    """Return whether a value is read only, through views and factors, by products with weights."""
+    trace = matcher.trace
+    consumers = trace.consumers[name]
+    if not consumers or trace.uses[name] != len(consumers):
+        return False
+    return all(
+        weight_of(matcher, node) is not None
+        or ((node.kind in VIEWS or trace.scaled(node) is not None) and is_only_for_products(matcher, node.outputs[0]))
+        for node in consumers
+    )
 
 
 def extend(matcher: Matcher, draft: Draft) -> None:
@@ -120,28 +118,26 @@ def extend(matcher: Matcher, draft: Draft) -> None:
     if draft.part.activation.name == "none" and not draft.part.gated:
         try:
             found = match_activation(trace, draft.output)
-        except NoMatchError:
-            pass
+        except NoMatchError as reason:
+            matcher.note(draft.output, reason)
         else:
             draft.part, draft.output = replace(draft.part, activation=found.activation), found.target
             draft.nodes += found.nodes
     while (node := trace.only_consumer(draft.output)) is not None and matcher.is_free(node):
         others = [name for name in node.inputs if name != draft.output]
-        factor = trace.scalar(others[0]) if len(others) == 1 else None
-        if node.kind == ("", "Mul") and factor is not None and not draft.residuals:
-            draft.part = replace(draft.part, beta=draft.part.beta * factor)
-        elif node.kind == ("", "Div") and node.inputs[0] == draft.output and factor and not draft.residuals:
-            draft.part = replace(draft.part, beta=draft.part.beta / factor)
+        scaled = trace.scaled(node)
+        if scaled is not None and not draft.residuals:
+            draft.part = replace(draft.part, beta=draft.part.beta * scaled[1])
         elif node.kind == ("", "Add") and len(others) == 1 and _is_residual(matcher, draft, others[0]):
             draft.residuals.append(others[0])
-        elif node.kind != ("", "Cast"):
+        elif not is_float_cast(node):
             return
         draft.nodes.append(node)
         draft.output = node.outputs[0]
 
 
 def _is_residual(matcher: Matcher, draft: Draft, name: str) -> bool:
-    """Return whether a value is a row of the product's shape that is known before it."""
+    """Return whether a value has the product's shape. It can't depend on the product, which nothing else reads."""
     return name in matcher.hidden and matcher.trace.shape(name) == matcher.trace.shape(draft.output)
 
 
@@ -154,9 +150,9 @@ def halves(matcher: Matcher, draft: Draft) -> list[Draft]:
     split = trace.only_consumer(draft.output)
     width = trace.shape(draft.output)[-1]
     is_last_axis = split is not None and split.attributes.get("axis", 0) in (-1, len(trace.shape(draft.output)) - 1)
-    if split is None or split.kind != ("", "Split") or not is_last_axis or len(split.outputs) != 2 or draft.residuals:
+    if split is None or split.kind != ("", "Split") or not is_last_axis or len(split.outputs) != 2:
         return [draft]
-    if any(trace.shape(name)[-1] * 2 != width for name in split.outputs) or not _is_activated(trace, split):
+    if any(not name or trace.shape(name)[-1] * 2 != width for name in split.outputs) or not _is_activated(trace, split):
         return [draft]
     parts = []
     for index, output in enumerate(split.outputs):
@@ -182,7 +178,7 @@ def _is_activated(trace: Trace, split: Node) -> bool:
     return False
 
 
-def gate(matcher: Matcher, drafts: dict[str, Draft], node: Node) -> Draft | None:
+def gate(matcher: Matcher, drafts: Mapping[str, Draft], node: Node) -> Draft | None:
     """Return the product whose features are those of two products multiplied; None if a `Mul` doesn't compute that.
 
     Args:
@@ -193,51 +189,49 @@ def gate(matcher: Matcher, drafts: dict[str, Draft], node: Node) -> Draft | None
     trace = matcher.trace
     for first, second in (node.inputs, node.inputs[::-1]):
         up = drafts.get(second)
-        if up is None or trace.uses[second] != 1:
+        if up is None or trace.uses[second] != 1 or trace.uses[first] != 1 or up.part.alpha != 1:
             continue
         for draft in drafts.values():
-            if (
-                draft is up
-                or (draft.source, draft.norm) != (up.source, up.norm)
-                or draft.part.transposed != up.part.transposed
-            ):
-                continue
-            if up.part.alpha != 1 or trace.shape(draft.output) != trace.shape(up.output):
+            if draft is up or not _have_same_rows(trace, draft, up):
                 continue
             try:
                 found = match_activation(trace, draft.output)
             except NoMatchError:
                 continue
-            if found.target == first and trace.uses[first] == 1:
+            if found.target == first:
                 part = replace(draft.part, activation=found.activation, gated=True, gate_bias=up.part.has_bias)
                 nodes = [*draft.nodes, *up.nodes, *found.nodes, node]
-                tensors = [*draft.tensors, *up.tensors]
-                return Draft(
-                    draft.source, draft.norm, part, tensors, node.outputs[0], nodes, [*draft.shared, *up.shared]
-                )
+                return Draft(draft.source, draft.norm, part, [*draft.tensors, *up.tensors], node.outputs[0], nodes)
     return None
 
 
+def _have_same_rows(trace: Trace, first: Draft, second: Draft) -> bool:
+    """Return whether two products read the same rows and have weights of the same shape, layout and dtype."""
+    weights = [trace.values[draft.tensors[0]] for draft in (first, second)]
+    return (
+        first.source == second.source
+        and first.norm is second.norm
+        and first.part.transposed == second.part.transposed
+        and weights[0].shape == weights[1].shape
+        and weights[0].dtype == weights[1].dtype
+    )
+
+
 def fuse(matcher: Matcher, drafts: list[Draft]) -> Fused:
-    """Return the operation of one product, or of several that share source and norm."""
-    first = drafts[0]
-    inputs, norm = [first.source], None
+    """Return the operation of one product, or of several that share source and norm, and have outputs of one dtype."""
+    first, norm = drafts[0], None
     tensors: list[str] = []
     if first.norm is not None:
-        kind = "rms" if first.norm.kind == RMS_NORM else "layer"
-        norm = Norm(kind, first.norm.attributes.get("epsilon", 1e-5))
-        tensors = [name for name in first.norm.inputs[1:] if name]
-    inputs += tensors
-    for draft in drafts:
-        inputs += draft.tensors
-    inputs += first.residuals
+        weight = matcher.trace.shape(first.norm.inputs[1])
+        norm, tensors = matcher.norm(first.norm, weight[0])
+    inputs = [first.source, *tensors, *(name for draft in drafts for name in draft.tensors), *first.residuals]
     spec = Product(
         norm,
         len(tensors) > 0,
         len(tensors) > 1,
         tuple(draft.part for draft in drafts),
         len(first.residuals),
-        matcher.dtype(first.output),
+        matcher.trace.dtype(first.output),
     )
     nodes = {id(node): node for draft in drafts for node in draft.nodes}
     return Fused("product", spec, inputs, [draft.output for draft in drafts], list(nodes.values()))

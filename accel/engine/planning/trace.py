@@ -1,4 +1,4 @@
-"""A graph run once on small shapes without data, so that every value's shape is known."""
+"""A graph run on small shapes without data, so that every value's shape is known."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -7,15 +7,21 @@ import torch
 from torch import Tensor
 
 from accel.engine.nodes import SHAPE, Graph, Node
+from accel.engine.registry import MICROSOFT
+from accel.errors import AccelError
 
 
 class NoMatchError(Exception):
     """A fused operation doesn't compute what the graph does; the message says why."""
 
 
-META = torch.device("meta")
-BATCH = 2  # rows of the example: more than one, so that a row's elements can be told from the batch
-LENGTHS = 5  # length of every other axis without a fixed length: caches, encoder outputs
+Shapes = Mapping[str, tuple[int | str | None, ...]]
+"""Input -> lengths of its axes; a symbol or None where the length isn't fixed."""
+
+BATCH = 3  # rows of the example: more than one, so that a row's elements can be told from the batch
+LENGTHS = (7, 11, 13, 17)  # lengths of axes with different symbols in the example: caches, encoder outputs
+OTHER = {"rows": 5, "shift": 12}  # of a second example, to tell what depends on lengths
+PRODUCTS = {("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul")}
 KNOWN = 1 << 16  # constants of more elements are traced by their shape alone
 
 
@@ -24,58 +30,40 @@ class Trace:
 
     Args:
         graph: The graph.
-        shapes: Input -> lengths of its axes; a symbol or None where the length isn't fixed.
+        shapes: Shapes of its inputs.
         batch: Symbol of the batch axis.
 
     Attributes:
         graph: The graph.
-        values: Value -> tensor: the value itself where it follows from constants and shapes, else one without data.
+        values: Value -> the value itself where it is known, else zeros in its shape, without memory of their own.
+        known: Values that follow from constants and shapes, without large weights.
+        varying: Known values that differ in an example of other lengths.
         producer: Value -> the node that computes it.
+        order: Identity of a node -> its index in the graph.
         consumers: Value -> the nodes that read it, once for each time; without those that read its shape alone.
         uses: Value -> how often nodes read it, or the graph returns it.
 
     A value whose shape depends on data, and all computed from it, is in none of `values`.
+
+    Raises:
+        AccelError: A node can't be traced.
     """
 
-    def __init__(self, graph: Graph, shapes: Mapping[str, tuple[int | str | None, ...]], batch: str) -> None:
+    def __init__(self, graph: Graph, shapes: Shapes, batch: str) -> None:
         self.graph = graph
-        self.values: dict[str, Tensor] = {
-            name: tensor if tensor.numel() <= KNOWN else tensor.to(META) for name, tensor in graph.constants.items()
-        }
+        self.values, self.known = _values(graph, shapes, batch, BATCH, 0)
+        other, _ = _values(graph, shapes, batch, **OTHER)
+        computed = self.known - set(graph.constants)
+        self.varying = {name for name in computed if not _equal(self.values[name], other[name])}
         self.producer = {name: node for node in graph.nodes for name in node.outputs if name}
+        self.order = {id(node): index for index, node in enumerate(graph.nodes)}
         self.consumers: dict[str, list[Node]] = defaultdict(list)
-        for name, dtype in graph.inputs.items():
-            if name not in graph.constants:
-                lengths = [_length(axis, batch) for axis in shapes[name]]
-                self.values[name] = torch.empty(lengths, dtype=dtype, device=META)
         for node in graph.nodes:
             if node.kind != SHAPE:
                 for name in node.inputs:
                     self.consumers[name].append(node)
-            self._run(node)
         self.uses = Counter({name: len(nodes) for name, nodes in self.consumers.items()})
         self.uses.update(graph.outputs)
-
-    def _run(self, node: Node) -> None:
-        """Compute a node's outputs."""
-        if any(name and name not in self.values for name in node.inputs):
-            return
-        inputs = [self.values[name] if name else None for name in node.inputs]
-        without_data = any(tensor is not None and tensor.device == META for tensor in inputs)
-        if node.kind == SHAPE:
-            inputs = [None if tensor is None else torch.empty(tensor.shape) for tensor in inputs]
-        elif without_data:
-            host = node.operator.host
-            inputs = [
-                tensor if tensor is None or index in host else tensor.to(META) for index, tensor in enumerate(inputs)
-            ]
-        try:
-            results = node.operator.function(*inputs, **node.attributes)
-        except NotImplementedError:  # the shape of its output depends on data
-            return
-        for name, result in zip(node.outputs, results if isinstance(results, tuple) else (results,), strict=False):
-            if name and result is not None:
-                self.values[name] = result
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the lengths of a value's axes in the example.
@@ -84,18 +72,36 @@ class Trace:
             NoMatchError: They depend on data.
         """
         if name not in self.values:
-            raise NoMatchError(f"the shape of {name} depends on data")
+            raise NoMatchError(f"the shape of {name or 'an output that nothing reads'} depends on data")
         return tuple(self.values[name].shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a value.
+
+        Raises:
+            NoMatchError: It isn't known, as its shape depends on data.
+        """
+        self.shape(name)
+        return self.values[name].dtype
+
     def constant(self, name: str) -> Tensor | None:
-        """Return a value that follows from constants and shapes; None for any other, and for large weights."""
-        value = self.values.get(name) if name else None
-        return None if value is None or value.device == META else value
+        """Return a value of the example that follows from constants and shapes; None for others, and large weights."""
+        return self.values[name] if name in self.known else None
 
     def scalar(self, name: str) -> float | None:
-        """Return the number in a constant of one element; None for any other value."""
+        """Return the number in a constant of one element; None for any other value, and if it follows from lengths."""
         value = self.constant(name)
-        return float(value.item()) if value is not None and value.numel() == 1 else None
+        return float(value.item()) if value is not None and value.numel() == 1 and name not in self.varying else None
+
+    def scaled(self, node: Node) -> tuple[str, float] | None:
+        """Return the value that a node multiplies with a constant number, and that number; None if it does not."""
+        if node.kind not in (("", "Mul"), ("", "Div")):
+            return None
+        for value, factor in (node.inputs, node.inputs[::-1])[: 2 if node.kind[1] == "Mul" else 1]:
+            number = self.scalar(factor)
+            if number and value in self.values and self.values[factor].ndim <= self.values[value].ndim:
+                return value, number if node.kind[1] == "Mul" else 1 / number
+        return None
 
     def is_weight(self, name: str) -> bool:
         """Return whether a value is one of the graph's constants, of floating-point numbers."""
@@ -106,8 +112,54 @@ class Trace:
         return self.consumers[name][0] if self.uses[name] == 1 and self.consumers[name] else None
 
 
-def _length(axis: int | str | None, batch: str) -> int:
-    """Return the length of an axis in the example."""
-    if isinstance(axis, int):
-        return axis
-    return BATCH if axis == batch else LENGTHS
+def _values(graph: Graph, shapes: Shapes, batch: str, rows: int, shift: int) -> tuple[dict[str, Tensor], set[str]]:
+    """Return the values of a graph, and which are known, for `rows` rows and other lengths that are `shift` more."""
+    symbols = dict.fromkeys(axis for axes in shapes.values() for axis in axes if not isinstance(axis, int))
+    lengths = {symbol: LENGTHS[index % len(LENGTHS)] + shift for index, symbol in enumerate(symbols)} | {batch: rows}
+    values = {name: tensor if tensor.numel() <= KNOWN else _zeros(tensor) for name, tensor in graph.constants.items()}
+    known = {name for name, tensor in graph.constants.items() if tensor.numel() <= KNOWN}
+    for name, dtype in graph.inputs.items():
+        if name not in graph.constants:
+            shape = [axis if isinstance(axis, int) else lengths[axis] for axis in shapes[name]]
+            values[name] = torch.zeros((), dtype=dtype).expand(shape)
+    for node in graph.nodes:
+        names = [name for name in node.inputs if name]
+        if any(name not in values for name in names) or not graph.unknown.isdisjoint(node.outputs):
+            continue
+        is_known = node.kind == SHAPE or all(name in known for name in names)
+        results = _results(node, [values[name] if name else None for name in node.inputs], is_known)
+        values.update(results if is_known else {name: _zeros(result) for name, result in results.items()})
+        known.update(results if is_known else ())
+    return values, known
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Return zeros in the shape and dtype of a tensor, all at one address on the CPU."""
+    return torch.zeros((), dtype=like.dtype).expand(like.shape)
+
+
+def _results(node: Node, inputs: list[Tensor | None], is_known: bool) -> dict[str, Tensor]:
+    """Return a node's outputs. If they aren't to be known, a product with a weight is computed of one feature.
+
+    Raises:
+        AccelError: Torch refuses its inputs.
+    """
+    attributes = node.attributes
+    if node.kind in PRODUCTS and not is_known and not attributes.get("transA", 0):
+        first, second = inputs[0], inputs[1]
+        if first is not None and second is not None and second.ndim == 2:
+            inputs[:2] = first[..., :1], second[:, :1] if attributes.get("transB", 0) else second[:1]
+    for index in node.operator.writes:
+        written = inputs[index]
+        inputs[index] = None if written is None else written.clone(memory_format=torch.contiguous_format)
+    try:
+        results = node.operator.function(*inputs, **attributes)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise AccelError(f"node {node.name} can't be planned: {str(error).splitlines()[0]}") from error
+    outputs = zip(node.outputs, results if isinstance(results, tuple) else (results,), strict=False)
+    return {name: result for name, result in outputs if name and result is not None}
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors have the same shape and elements."""
+    return first.shape == second.shape and torch.equal(first, second)

@@ -53,6 +53,13 @@ def test_squares_beyond_the_range_of_fp16(case: Case, tmp_path: Path) -> None:
     check_16_bits(large, tmp_path / "node.onnx", torch.float16)
 
 
+@parameters([case for case in CASES if not case.attributes])
+def test_the_default_epsilon(case: Case, tmp_path: Path) -> None:
+    """It decides what becomes of small numbers, and is not the same for all norms."""
+    small = Case(case.operator, [X * 1e-4, *(each if each is None else each * 1e-4 for each in case.inputs[1:])])
+    check(Case(small.operator, small.inputs, {}, case.domain, case.outputs), tmp_path / "node.onnx", 1e-3, 1e-8)
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
