@@ -15,7 +15,7 @@ from accel.engine.registry import MICROSOFT
 
 SOFTMAX, FUSED = ("", "Softmax"), (MICROSOFT, "MultiHeadAttention")
 WRITE = ("", "TensorScatter")
-RESHAPES = {("", name) for name in ("Identity", "Reshape", "Squeeze", "Unsqueeze")}
+RESHAPES = {("", name) for name in ("Reshape", "Squeeze", "Unsqueeze")}
 
 
 @dataclass

@@ -21,8 +21,8 @@ from accel.engine.registry import MICROSOFT
 VIEWS = {
     ("", name)
     for name in (
-        "Concat", "Expand", "Flatten", "Gather", "GatherND", "Identity", "Reshape", "Slice", "Split", "Squeeze",
-        "Tile", "Transpose", "Unsqueeze", "Cast",
+        "Cast", "Concat", "Expand", "Gather", "GatherND", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose",
+        "Unsqueeze",
     )
 }  # fmt: skip
 LINEAR = VIEWS | {("", name) for name in ("Add", "Div", "Mul", "Neg", "Sub")} | {(MICROSOFT, "RotaryEmbedding")}

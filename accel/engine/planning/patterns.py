@@ -8,7 +8,7 @@ import torch
 
 from accel.engine.nodes import Node
 from accel.engine.operations.normalize import Norm
-from accel.engine.planning.linear_maps import Region, feature_map, find_region, hidden_values
+from accel.engine.planning.linear_maps import feature_map, find_region, hidden_values
 from accel.engine.planning.trace import BATCH, NoMatchError, Trace
 
 logger = logging.getLogger(__name__)
@@ -99,25 +99,24 @@ class Matcher:
         """Log why no operation computes a value, or a node's result, that another one could have taken."""
         logger.debug(f"{name}: {reason}")
 
-    def row(self, name: str, width: int) -> Region:
-        """Return the views between a value and the row of features that it is.
+    def row(self, name: str, width: int) -> str:
+        """Return the row of features that a value is a view of; the value itself, if it isn't that of all, in order.
 
         Args:
             name: The value.
             width: Number of its features.
 
         Raises:
-            NoMatchError: It is of another width, or its features are in another order, or scaled, or a part of a row.
+            NoMatchError: It has no rows of that width.
         """
         self.check_row(name, width)
-        region = find_region(self.trace, name, self.hidden)
-        if region.nodes:
+        try:
+            region = find_region(self.trace, name, self.hidden)
             found = feature_map(region, self.trace)
-            if found.scale != 1 or not torch.equal(found.features, torch.arange(width)):
-                raise NoMatchError(f"{name} is not {region.root} with its features in order")
-        if not self.is_row(region.root, width):
-            return Region(name, name, [])  # the root has other rows, but the value itself is fine
-        return region
+        except NoMatchError:
+            return name
+        in_order = found.scale == 1 and torch.equal(found.features, torch.arange(width))
+        return region.root if in_order and self.is_row(region.root, width) else name
 
     def check_row(self, name: str, width: int | None) -> None:
         """Raise `NoMatchError` if a value has no rows of `width` features, or of any number of them if that is None."""

@@ -60,13 +60,13 @@ def plan(graph: Graph, shapes: Shapes, batch: str, fixed: Mapping[str, torch.Ten
         AccelError: A node can't be traced, or operations would depend on each other.
     """
     inputs = {name: dtype for name, dtype in graph.inputs.items() if name not in fixed}
-    nodes = _without_skips(graph)
+    nodes = _needed(_without_skips(graph), graph.outputs)
     graph = classify(replace(graph, nodes=nodes, inputs=inputs, constants={**graph.constants, **fixed}))
     trace = Trace(graph, shapes, batch)
     matcher = Matcher(trace, {name for name, dtype in inputs.items() if dtype.is_floating_point or name == "input_ids"})
     fused = [*_attentions(matcher), *_products(matcher)]
     fused += _norms(matcher)
-    ordered = _ordered(_replaced(nodes, fused), graph)
+    ordered = _ordered(_needed(_replaced(nodes, fused), graph.outputs), graph)
     return Plan(classify(replace(graph, nodes=_reshaped(ordered, trace))), trace, matcher.misses)
 
 
@@ -158,11 +158,12 @@ def _gated(matcher: Matcher, drafts: dict[str, Draft]) -> dict[str, Draft]:
 
 
 def _groups(trace: Trace, drafts: Iterable[Draft]) -> list[list[Draft]]:
-    """Return products that share input and dtype of the output, without residuals, together."""
+    """Return products together that share their input, and dtypes of weight and output, and have no residuals."""
     groups: dict[tuple[Any, ...], list[Draft]] = {}
     for draft in drafts:
         alone = id(draft) if draft.residuals else 0
-        key = (draft.source, id(draft.norm) if draft.norm else 0, trace.dtype(draft.output), alone)
+        dtypes = (trace.dtype(draft.tensors[0]), trace.dtype(draft.output))
+        key = (draft.source, id(draft.norm) if draft.norm else 0, dtypes, alone)
         groups.setdefault(key, []).append(draft)
     return list(groups.values())
 
@@ -237,26 +238,37 @@ def _reshaped(nodes: list[Node], trace: Trace) -> list[Node]:
     return result
 
 
+def _needed(nodes: list[Node], outputs: Iterable[str]) -> list[Node]:
+    """Return the nodes that a graph's outputs depend on, in the same order, with no outputs that nothing reads."""
+    producer = {name: index for index, node in enumerate(nodes) for name in node.outputs if name}
+    needed, read, pending = set[int](), set(outputs), [producer[name] for name in outputs if name in producer]
+    while pending:
+        index = pending.pop()
+        if index not in needed:
+            needed.add(index)
+            read.update(nodes[index].inputs)
+            pending += [producer[name] for name in nodes[index].inputs if name in producer]
+    return [
+        replace(node, outputs=tuple(name if name in read else "" for name in node.outputs))
+        for index, node in enumerate(nodes)
+        if index in needed
+    ]
+
+
 def _ordered(nodes: list[Node], graph: Graph) -> list[Node]:
-    """Return the nodes that outputs depend on, each after those that compute its inputs, else in the graph's order.
+    """Return the nodes, each after those that compute its inputs, else in the graph's order.
 
     Raises:
         AccelError: Operations depend on each other in a circle.
     """
     producer = {name: index for index, node in enumerate(nodes) for name in node.outputs if name}
-    needed, pending = set[int](), [producer[name] for name in graph.outputs if name in producer]
-    while pending:
-        index = pending.pop()
-        if index not in needed:
-            needed.add(index)
-            pending += [producer[name] for name in nodes[index].inputs if name in producer]
-    before = {index: {producer[name] for name in nodes[index].inputs if name in producer} for index in needed}
-    after: dict[int, list[int]] = {index: [] for index in needed}
+    before = {index: {producer[name] for name in node.inputs if name in producer} for index, node in enumerate(nodes)}
+    after: dict[int, list[int]] = {index: [] for index in before}
     for index, sources in before.items():
         for source in sources:
             after[source].append(index)
     place = {name: index for index, node in enumerate(graph.nodes) for name in node.outputs}
-    rank = {index: max(place.get(name, 0) for name in nodes[index].outputs) for index in needed}
+    rank = {index: max(place.get(name, 0) for name in nodes[index].outputs) for index in before}
     ready = [(rank[index], index) for index, sources in before.items() if not sources]
     heapq.heapify(ready)
     ordered = []
@@ -267,7 +279,7 @@ def _ordered(nodes: list[Node], graph: Graph) -> list[Node]:
             before[consumer].discard(index)
             if not before[consumer]:
                 heapq.heappush(ready, (rank[consumer], consumer))
-    if len(ordered) != len(needed):
+    if len(ordered) != len(nodes):
         left = ", ".join(nodes[index].name for index, sources in before.items() if sources)
         raise AccelError(f"the plan's operations depend on each other: {left}")
     return ordered

@@ -58,17 +58,17 @@ def match_product(matcher: Matcher, node: Node) -> Draft:
     transposed = bool(attributes.get("transB", 0))
     shape = trace.shape(weight)
     width, features = shape[::-1] if transposed else shape
-    source, alpha = matcher.row(node.inputs[0], width).root, attributes.get("alpha", 1.0)
+    source, alpha = matcher.row(node.inputs[0], width), attributes.get("alpha", 1.0)
     before = trace.producer.get(source)
     scaled = None if before is None else trace.scaled(before)
     if scaled is not None and scaled[0] in matcher.hidden and trace.uses[source] == 1:
-        source, alpha = matcher.row(scaled[0], width).root, alpha * scaled[1]  # T5 scales what a tied head reads
+        source, alpha = matcher.row(scaled[0], width), alpha * scaled[1]  # T5 scales what a tied head reads
         before = trace.producer.get(source)
     norm = None
     if before is not None and before.kind in NORMS and is_only_for_products(matcher, source):
         try:
             matcher.norm(before, width)
-            source, norm = matcher.row(before.inputs[0], width).root, before
+            source, norm = matcher.row(before.inputs[0], width), before
         except NoMatchError as reason:
             matcher.note(before.name, reason)
     draft = Draft(source, norm, Part(alpha=alpha, transposed=transposed), [weight], node.outputs[0], [node])
@@ -131,6 +131,7 @@ def extend(matcher: Matcher, draft: Draft) -> None:
         elif node.kind == ("", "Add") and len(others) == 1 and _is_residual(matcher, draft, others[0]):
             draft.residuals.append(others[0])
         elif not is_float_cast(node):
+            matcher.note(node.name, f"is no factor, residual or rounding of the product {draft.output} alone")
             return
         draft.nodes.append(node)
         draft.output = node.outputs[0]
@@ -202,6 +203,7 @@ def gate(matcher: Matcher, drafts: Mapping[str, Draft], node: Node) -> Draft | N
                 part = replace(draft.part, activation=found.activation, gated=True, gate_bias=up.part.has_bias)
                 nodes = [*draft.nodes, *up.nodes, *found.nodes, node]
                 return Draft(draft.source, draft.norm, part, [*draft.tensors, *up.tensors], node.outputs[0], nodes)
+        matcher.note(node.name, f"no activation of a product of the same row is the factor of {second}")
     return None
 
 

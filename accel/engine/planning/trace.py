@@ -40,7 +40,7 @@ class Trace:
         varying: Known values that differ in an example of other lengths.
         producer: Value -> the node that computes it.
         order: Identity of a node -> its index in the graph.
-        consumers: Value -> the nodes that read it, once for each time; without those that read its shape alone.
+        consumers: Value -> the nodes that read it, or its shape, once for each time.
         uses: Value -> how often nodes read it, or the graph returns it.
 
     A value whose shape depends on data, and all computed from it, is in none of `values`.
@@ -59,9 +59,8 @@ class Trace:
         self.order = {id(node): index for index, node in enumerate(graph.nodes)}
         self.consumers: dict[str, list[Node]] = defaultdict(list)
         for node in graph.nodes:
-            if node.kind != SHAPE:
-                for name in node.inputs:
-                    self.consumers[name].append(node)
+            for name in node.inputs:
+                self.consumers[name].append(node)
         self.uses = Counter({name: len(nodes) for name, nodes in self.consumers.items()})
         self.uses.update(graph.outputs)
 
