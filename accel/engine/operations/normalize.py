@@ -60,10 +60,10 @@ class Normalize:
 
 
 def normalize(x: Tensor, *tensors: Tensor, spec: Normalize) -> Tensor:
-    """Return the norm of the last axis plus residuals, computed in FP32.
+    """Return the norm of rows plus residuals, computed in FP32.
 
     Args:
-        x: [B, 1, K].
+        x: [B, ...], K elements a row.
         tensors: See `Normalize`; weight and bias [K], residuals [B, 1, K].
         spec: What is computed.
 
@@ -72,7 +72,7 @@ def normalize(x: Tensor, *tensors: Tensor, spec: Normalize) -> Tensor:
     """
     rest = list(tensors)
     weight = rest.pop(0) if spec.has_weight else None
-    result = spec.norm(x, weight, rest.pop(0) if spec.has_bias else None)
+    result = spec.norm(x.reshape(len(x), 1, -1), weight, rest.pop(0) if spec.has_bias else None)
     for residual in rest:
         result = result + residual.reshape(result.shape)
     return result.to(spec.dtype)

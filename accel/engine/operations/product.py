@@ -68,7 +68,7 @@ def product(x: Tensor, *tensors: Tensor, spec: Product) -> tuple[Tensor, ...]:
     Products are of the weights' dtype, with sums in FP32; all else is computed in FP32.
 
     Args:
-        x: [B, ..., K], K features in all.
+        x: [B, ...], K elements a row.
         tensors: The others; see `Product`. Weights are [K, N] or [N, K], biases [N], residuals [B, 1, N].
         spec: What is computed.
 

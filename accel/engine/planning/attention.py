@@ -8,14 +8,13 @@ from torch import Tensor
 from accel.engine.nodes import Node
 from accel.engine.operations.attention import Attention, Bias
 from accel.engine.planning.heads import Cut, match_heads
-from accel.engine.planning.linear_maps import evaluate, find_region, is_float_cast
+from accel.engine.planning.linear_maps import RESHAPES, evaluate, find_region, is_float_cast
 from accel.engine.planning.patterns import Fused, Matcher
 from accel.engine.planning.trace import BATCH, NoMatchError
 from accel.engine.registry import MICROSOFT
 
 SOFTMAX, FUSED = ("", "Softmax"), (MICROSOFT, "MultiHeadAttention")
 WRITE = ("", "TensorScatter")
-RESHAPES = {("", name) for name in ("Reshape", "Squeeze", "Unsqueeze")}
 
 
 @dataclass

@@ -25,6 +25,7 @@ VIEWS = {
         "Unsqueeze",
     )
 }  # fmt: skip
+RESHAPES = {("", name) for name in ("Reshape", "Squeeze", "Unsqueeze")}  # views that keep the elements' order
 LINEAR = VIEWS | {("", name) for name in ("Add", "Div", "Mul", "Neg", "Sub")} | {(MICROSOFT, "RotaryEmbedding")}
 
 

@@ -130,6 +130,14 @@ class Matcher:
         batched = name in self.computed or shape[:1] == (BATCH,)
         return batched and count % BATCH == 0 and (width is None or count == BATCH * width)
 
+    def is_residual(self, name: str, output: str) -> bool:
+        """Return whether a value that is added to an operation's output is a row of the same shape.
+
+        It can't depend on the output, if nothing but the addition reads that.
+        """
+        shape = self.trace.shape(output)
+        return name in self.hidden and self.trace.shape(name) == shape and self.is_row(name, shape[-1])
+
     def norm(self, node: Node, width: int) -> tuple[Norm, list[str]]:
         """Return the norm of rows that a node computes, and its weight and bias.
 

@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from accel.engine.operations.normalize import Normalize, normalize
 from accel.engine.operations.product import product
 from accel.engine.planning.attention import FUSED, SOFTMAX, match_attention
 from accel.engine.planning.patterns import LAYER_NORM, NORMS, RMS_NORM, Fused, Matcher
+from accel.engine.planning.plan import DOMAIN, Plan
 from accel.engine.planning.products import Draft, extend, fuse, gate, halves, match_product, weight_of
 from accel.engine.planning.trace import BATCH, PRODUCTS, NoMatchError, Shapes, Trace
 from accel.engine.registry import MICROSOFT, OPERATORS, Operator
 from accel.errors import AccelError
 
-DOMAIN = "accel.engine"
 OPERATIONS = {
     "product": Operator(product, frozenset(), False, {}),
     "normalize": Operator(normalize, frozenset(), False, {}),
@@ -30,21 +30,6 @@ SKIP_NORMS = {
     (MICROSOFT, "SkipLayerNormalization"): LAYER_NORM,
 }
 SKIP_EPSILON = 1e-12  # ONNX Runtime's default for both
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A graph of fused operations and the nodes that none replaces.
-
-    Attributes:
-        graph: The graph, for the executor.
-        trace: The shapes of its values, for an example.
-        misses: Node that looked like the centre of an operation -> why it is none.
-    """
-
-    graph: Graph
-    trace: Trace
-    misses: Mapping[str, str]
 
 
 def plan(graph: Graph, shapes: Shapes, batch: str, fixed: Mapping[str, torch.Tensor]) -> Plan:
@@ -131,6 +116,7 @@ def _products(matcher: Matcher) -> list[Fused]:
             except NoMatchError as reason:
                 matcher.miss(node, reason)
     drafts = _gated(matcher, drafts)
+    matcher.trace.uses.update(draft.source for draft in drafts.values())  # no other product may end behind them
     order = matcher.trace.order
     grown = sorted(drafts.values(), key=lambda draft: -order[id(draft.nodes[0])])
     for draft in grown:  # the last of several takes the residual
@@ -177,17 +163,17 @@ def _norms(matcher: Matcher) -> list[Fused]:
             continue
         nodes, output = [node], node.outputs[0]
         try:
-            matcher.check_row(node.inputs[0], trace.shape(node.inputs[0])[-1])
-            norm, tensors = matcher.norm(node, trace.shape(output)[-1])
+            width = trace.shape(output)[-1]
+            norm, tensors = matcher.norm(node, width)
+            inputs = [matcher.row(node.inputs[0], width), *tensors]
         except NoMatchError as reason:
             matcher.miss(node, reason)
             continue
-        inputs = [node.inputs[0], *tensors]
         add = trace.only_consumer(output)
         if add is not None and add.kind == ("", "Add") and matcher.is_free(add):
             others = [name for name in add.inputs if name != output]
-            if len(others) == 1 and others[0] in matcher.hidden and trace.shape(others[0]) == trace.shape(output):
-                inputs += others
+            if len(others) == 1 and matcher.is_residual(others[0], output):
+                inputs.append(matcher.row(others[0], width))
                 nodes.append(add)
                 output = add.outputs[0]
         spec = Normalize(norm, len(tensors) > 0, len(tensors) > 1, trace.dtype(output))

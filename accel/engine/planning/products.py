@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from accel.engine.nodes import Node
 from accel.engine.operations.product import Part, Product
 from accel.engine.planning.activations import match_activation
-from accel.engine.planning.linear_maps import VIEWS, is_float_cast
+from accel.engine.planning.linear_maps import RESHAPES, VIEWS, is_float_cast
 from accel.engine.planning.patterns import NORMS, Fused, Matcher
 from accel.engine.planning.trace import PRODUCTS, NoMatchError, Trace
 
@@ -77,9 +77,21 @@ def match_product(matcher: Matcher, node: Node) -> Draft:
             raise NoMatchError(f"{node.name} adds {node.inputs[2]}, which is no constant vector of {features} numbers")
         draft.tensors.append(node.inputs[2])
         draft.part = replace(draft.part, has_bias=True)
-    else:
+    _skip_reshapes(matcher, draft, features)
+    if not draft.part.has_bias:
         _add_bias(matcher, draft, features)
+        _skip_reshapes(matcher, draft, features)
     return draft
+
+
+def _skip_reshapes(matcher: Matcher, draft: Draft, features: int) -> None:
+    """Take the views of a product that are its rows in another shape."""
+    while (node := matcher.trace.only_consumer(draft.output)) is not None and node.kind in RESHAPES:
+        shape = matcher.trace.shape(node.outputs[0])
+        if shape[-1:] != (features,) or not matcher.is_row(node.outputs[0], features):
+            return
+        draft.nodes.append(node)
+        draft.output = node.outputs[0]
 
 
 def _is_bias(trace: Trace, name: str, features: int) -> bool:
@@ -128,18 +140,16 @@ def extend(matcher: Matcher, draft: Draft) -> None:
         scaled = trace.scaled(node)
         if scaled is not None and not draft.residuals:
             draft.part = replace(draft.part, beta=draft.part.beta * scaled[1])
-        elif node.kind == ("", "Add") and len(others) == 1 and _is_residual(matcher, draft, others[0]):
-            draft.residuals.append(others[0])
+        elif node.kind == ("", "Add") and len(others) == 1 and matcher.is_residual(others[0], draft.output):
+            draft.residuals.append(matcher.row(others[0], trace.shape(draft.output)[-1]))
+            trace.uses.update(draft.residuals[-1:])  # so that no other product ends behind it
+        elif node.kind in RESHAPES and matcher.is_row(node.outputs[0], trace.shape(draft.output)[-1]):
+            pass
         elif not is_float_cast(node):
             matcher.note(node.name, f"is no factor, residual or rounding of the product {draft.output} alone")
             return
         draft.nodes.append(node)
         draft.output = node.outputs[0]
-
-
-def _is_residual(matcher: Matcher, draft: Draft, name: str) -> bool:
-    """Return whether a value has the product's shape. It can't depend on the product, which nothing else reads."""
-    return name in matcher.hidden and matcher.trace.shape(name) == matcher.trace.shape(draft.output)
 
 
 def halves(matcher: Matcher, draft: Draft) -> list[Draft]:

@@ -1,7 +1,7 @@
 """A graph run on small shapes without data, so that every value's shape is known."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,9 +18,12 @@ class NoMatchError(Exception):
 Shapes = Mapping[str, tuple[int | str | None, ...]]
 """Input -> lengths of its axes; a symbol or None where the length isn't fixed."""
 
+Lengths = Mapping[str | None, int]
+"""Symbol of an axis -> its length."""
+
 BATCH = 3  # rows of the example: more than one, so that a row's elements can be told from the batch
 LENGTHS = (7, 11, 13, 17)  # lengths of axes with different symbols in the example: caches, encoder outputs
-OTHER = {"rows": 5, "shift": 12}  # of a second example, to tell what depends on lengths
+OTHER_BATCH, OTHER_LENGTHS = 5, (19, 23, 29, 31)  # of a second example, to tell what depends on lengths
 PRODUCTS = {("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul")}
 KNOWN = 1 << 16  # constants of more elements are traced by their shape alone
 
@@ -35,6 +38,10 @@ class Trace:
 
     Attributes:
         graph: The graph.
+        shapes: Shapes of its inputs.
+        batch: Symbol of the batch axis.
+        lengths: Length of every symbol in the example.
+        others: Value -> its shape in an example of other lengths.
         values: Value -> the value itself where it is known, else zeros in its shape, without memory of their own.
         known: Values that follow from constants and shapes, without large weights.
         varying: Known values that differ in an example of other lengths.
@@ -50,9 +57,11 @@ class Trace:
     """
 
     def __init__(self, graph: Graph, shapes: Shapes, batch: str) -> None:
-        self.graph = graph
-        self.values, self.known = _values(graph, shapes, batch, BATCH, 0)
-        other, _ = _values(graph, shapes, batch, **OTHER)
+        self.graph, self.shapes, self.batch = graph, shapes, batch
+        self.lengths = _lengths(shapes, LENGTHS) | {batch: BATCH}
+        self.values, self.known = evaluate_shapes(graph, shapes, self.lengths)
+        other, _ = evaluate_shapes(graph, shapes, _lengths(shapes, OTHER_LENGTHS) | {batch: OTHER_BATCH})
+        self.others = {name: tuple(value.shape) for name, value in other.items()}
         computed = self.known - set(graph.constants)
         self.varying = {name for name in computed if not _equal(self.values[name], other[name])}
         self.producer = {name: node for node in graph.nodes for name in node.outputs if name}
@@ -111,10 +120,26 @@ class Trace:
         return self.consumers[name][0] if self.uses[name] == 1 and self.consumers[name] else None
 
 
-def _values(graph: Graph, shapes: Shapes, batch: str, rows: int, shift: int) -> tuple[dict[str, Tensor], set[str]]:
-    """Return the values of a graph, and which are known, for `rows` rows and other lengths that are `shift` more."""
+def _lengths(shapes: Shapes, lengths: Sequence[int]) -> dict[str | None, int]:
+    """Return a length for every symbol."""
     symbols = dict.fromkeys(axis for axes in shapes.values() for axis in axes if not isinstance(axis, int))
-    lengths = {symbol: LENGTHS[index % len(LENGTHS)] + shift for index, symbol in enumerate(symbols)} | {batch: rows}
+    return {symbol: lengths[index % len(lengths)] for index, symbol in enumerate(symbols)}
+
+
+def evaluate_shapes(graph: Graph, shapes: Shapes, lengths: Lengths) -> tuple[dict[str, Tensor], set[str]]:
+    """Run a graph without data, and without memory for it.
+
+    Args:
+        graph: The graph.
+        shapes: Shapes of its inputs.
+        lengths: Length of every symbol in them.
+
+    Returns:
+        Value -> the value itself where it is known, else zeros in its shape; and the names of those that are known.
+
+    Raises:
+        AccelError: A node can't run on inputs of these shapes.
+    """
     values = {name: tensor if tensor.numel() <= KNOWN else _zeros(tensor) for name, tensor in graph.constants.items()}
     known = {name for name, tensor in graph.constants.items() if tensor.numel() <= KNOWN}
     for name, dtype in graph.inputs.items():

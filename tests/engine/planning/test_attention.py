@@ -8,7 +8,7 @@ import torch
 
 from accel.engine.operations.attention import Attention, Bias, Heads
 from accel.engine.planning.activations import ELEMENTWISE
-from accel.engine.planning.attention import FUSED, RESHAPES, SOFTMAX, WRITE
+from accel.engine.planning.attention import FUSED, SOFTMAX, WRITE
 from accel.engine.planning.linear_maps import LINEAR
 from accel.engine.planning.patterns import NORMS
 from accel.engine.planning.planner import SKIP_NORMS
@@ -19,7 +19,7 @@ from tests.engine.planning.graphs import operations, others, specs
 
 
 def test_only_operators_of_the_engine_are_matched() -> None:
-    kinds = LINEAR | ELEMENTWISE | RESHAPES | PRODUCTS | set(NORMS) | set(SKIP_NORMS) | {SOFTMAX, FUSED, WRITE}
+    kinds = LINEAR | ELEMENTWISE | PRODUCTS | set(NORMS) | set(SKIP_NORMS) | {SOFTMAX, FUSED, WRITE}
     assert kinds <= set(OPERATORS)
 
 
