@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accel.cli import benchmark_table, console, profile_table
+from accel.cli import benchmark_table, console, plan_table, profile_table
 from accel.config.schema import Config
 from accel.errors import AccelError
 from accel.models.loading import verification_of
@@ -42,6 +42,8 @@ def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
         benchmark_table.show(artifacts["benchmark"].summary)
     if "profile" in artifacts:
         profile_table.show(artifacts["profile"].summary)
+    if "plan" in artifacts:
+        plan_table.show(artifacts["plan"].summary)
     result = next((name for name in RESULTS if name in artifacts), None)
     if result is not None:
         label = {"verify": "deployable", "merge": "unverified bundle"}[result]

@@ -21,7 +21,7 @@ from accel.models.option_check import check_options, option_names
 from accel.pipeline.runner import select_stages
 from accel.reporting import delivery
 from accel.runtime.providers import check_device, check_provider, operator_names, supports_dtype
-from accel.stages import audit, benchmark, checkpoint, convert, merge, optimize
+from accel.stages import audit, benchmark, checkpoint, convert, merge, optimize, plan
 
 MAX_NAME = 128  # characters; file systems take names of 255 bytes
 
@@ -48,6 +48,8 @@ def validate(config: Config) -> None:
     _check_verify(config.verify)
     _check_precision(config)
     _check_static(config.runtime)
+    if "plan" in select_stages(config.stage):
+        plan.check(config.convert.static_decode)
     if config.output is not None:
         if not config.output:
             raise AccelError("output='': must be a path; an empty one stands for the working directory")

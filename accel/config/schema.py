@@ -7,7 +7,7 @@ from omegaconf import MISSING
 
 from accel.config.bounds import number, numbers, seed
 
-STAGES = ("export", "optimize", "audit", "convert", "merge", "verify", "generate", "benchmark", "profile")
+STAGES = ("export", "optimize", "audit", "convert", "merge", "verify", "generate", "benchmark", "profile", "plan")
 
 
 @dataclass
@@ -295,6 +295,21 @@ class ProfileConfig:
 
 
 @dataclass
+class PlanConfig:
+    """Lengths that a plan of the decode step is laid out for.
+
+    Attributes:
+        batch_size: Rows of the batch.
+        cache_length: Length of the self-attention caches, in tokens.
+        source_length: Length of the encoder's output, in tokens.
+    """
+
+    batch_size: int = number(1)
+    cache_length: int = number(256)
+    source_length: int = number(32)
+
+
+@dataclass
 class Config:
     """Whole configuration, as `--cfg job` prints it.
 
@@ -322,3 +337,4 @@ class Config:
     generate: dict[str, Any] = field(default_factory=dict)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)

@@ -104,6 +104,16 @@ def read_graph(path: Path, weights: Mapping[str, Tensor]) -> Graph:
     return classify(graph)
 
 
+def graph_inputs(path: Path) -> dict[str, tuple[int | str | None, ...]]:
+    """Return the shapes of a graph's inputs: lengths or symbols of their axes, None for one that has neither."""
+    import onnx_ir as ir
+
+    return {
+        value.name or "": tuple(axis if isinstance(axis, int) else axis.value for axis in value.shape or ())
+        for value in ir.load(path).graph.inputs
+    }
+
+
 def _initializer(value: "ir.Value", weights: Mapping[str, Tensor]) -> Tensor:
     """Return the tensor of an initializer."""
     import onnx_ir as ir

@@ -25,6 +25,8 @@ from accel.system.host_memory import frozen_objects
 
 # A run reports as its result the folder of the first of these stages that was requested.
 RESULTS = ("verify", "merge")
+# Stages that `stage=all` leaves out, because they need a graph that is not made by default.
+EXPLICIT = ("plan",)
 # Stages that run only because others need their artifacts; `stage=...` doesn't accept them.
 HIDDEN = ("checkpoint", "prompts", "answers", "reference", "torch_error", "calibrate")
 
@@ -47,7 +49,7 @@ def select_stages(stage: Any, mixed: bool = True) -> list[str]:
             raise unknown("stage", name, (*STAGES, "all"))
     selected = set(names)
     if "all" in names:
-        selected |= {name for name in STAGES if mixed or name != "audit"}
+        selected |= {name for name in STAGES if name not in EXPLICIT and (mixed or name != "audit")}
     return [name for name in STAGES if name in selected]
 
 

@@ -18,7 +18,7 @@ from accel.config.schema import STAGES, Config
 from accel.errors import AccelError
 from accel.pipeline import runner as module
 from accel.pipeline import source
-from accel.pipeline.runner import HIDDEN, Pipeline, load_stage, restrict_config, select_stages
+from accel.pipeline.runner import EXPLICIT, HIDDEN, Pipeline, load_stage, restrict_config, select_stages
 from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact
 from accel.system import host_memory
@@ -26,7 +26,7 @@ from tests.conftest import Build, overrides_for
 
 BEFORE_GENERATE = (*HIDDEN, *STAGES[: STAGES.index("generate")])
 CAUSAL = "accel.architectures.causal"
-AFTER_MERGE = ("merge", "verify", "generate", "benchmark", "profile")
+AFTER_MERGE = ("merge", "verify", "generate", "benchmark", "profile", "plan")
 
 
 @cache
@@ -68,9 +68,11 @@ def test_nothing_runs_for_an_audit_in_fp32(tiny: Path, tmp_path: Path) -> None:
 
 def test_chosen_stages_are_ordered() -> None:
     """`all`, one name or a list in any order gives stages in the order of the pipeline."""
-    assert select_stages("all") == list(STAGES)
-    assert select_stages("all", mixed=False) == [name for name in STAGES if name != "audit"]
-    assert select_stages(["all", "audit"], mixed=False) == list(STAGES)
+    everything = [name for name in STAGES if name not in EXPLICIT]
+    assert select_stages("all") == everything
+    assert select_stages("all", mixed=False) == [name for name in everything if name != "audit"]
+    assert select_stages(["all", "audit"], mixed=False) == everything
+    assert select_stages(["plan", "all"]) == list(STAGES)
     assert select_stages("merge") == ["merge"]
     assert select_stages(["verify", "export", "merge", "export"]) == ["export", "merge", "verify"]
     for hidden in HIDDEN:
@@ -92,7 +94,7 @@ def test_unknown_stage_is_named_with_the_choices(stage: object) -> None:
 
 def test_all_inside_a_list_means_all() -> None:
     """`stage=[all]` is `stage=all`, not an unknown stage."""
-    assert select_stages(["all"]) == list(STAGES)
+    assert select_stages(["all"]) == select_stages("all")
 
 
 # sections of a stage
@@ -115,7 +117,7 @@ def test_every_stage_declares_what_it_reads(tiny: Path, tmp_path: Path, monkeypa
     configs: dict[str, Config] = {}
     use_stubs(monkeypatch, lambda name, config, folder: configs.__setitem__(name, config))
     subject = pipeline(tiny, tmp_path, "benchmark.source_length=9", "export.seed=4", "+generate.num_beams=2")
-    subject.run(select_stages("all"))
+    subject.run(select_stages(["all", *EXPLICIT]))
     assert set(configs) >= set(STAGES)
     for name, config in configs.items():
         assert config == restrict_config(subject.config, load_stage(name).sections)
@@ -293,7 +295,7 @@ def test_kill_at_every_stage(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """After a kill in any stage, the next run finishes and repeats no finished stage."""
     use_stubs(monkeypatch, lambda *_: None)
     order = order_of_all(tiny, tmp_path / "uninterrupted")
-    assert set(STAGES) <= set(order)
+    assert set(STAGES) - set(EXPLICIT) <= set(order)
     for position, victim in enumerate(order):
         root = tmp_path / victim
         assert killed_at(victim, tiny, root) == signal.SIGKILL

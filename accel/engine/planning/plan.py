@@ -13,6 +13,7 @@ from accel.engine.planning.buffers import Workspace, place_values, steps
 from accel.engine.planning.trace import BATCH, PRODUCTS, Lengths, Trace, evaluate_shapes
 
 DOMAIN = "accel.engine"
+SOFTMAXES = ("Softmax", "MultiHeadAttention")
 KINDS = 6  # operators of torch nodes that a row names
 
 
@@ -68,10 +69,27 @@ class Plan:
 
     def weight_bytes(self, node: Node) -> int:
         """Return the bytes of the weights that a node multiplies with."""
-        if node.kind in PRODUCTS or node.kind == (DOMAIN, "product"):
-            constants = (self.graph.constants[name] for name in node.inputs if name in self.graph.constants)
-            return sum(tensor.nbytes for tensor in constants if tensor.ndim == 2)
-        return 0
+        if node.kind not in PRODUCTS and node.kind != (DOMAIN, "product"):
+            return 0
+        values = [self.trace.values[name] for name in node.inputs if name and name not in self.graph.runtime]
+        return sum(value.numel() * value.itemsize for value in values if value.ndim > 1)
+
+    def coverage(self) -> dict[str, float]:
+        """Return how much of a decode step fused operations compute.
+
+        Returns:
+            `product_bytes`: bytes of the weights of all products; `fused_share`: share of them in fused operations;
+            `torch_nodes`: nodes that run in torch at every step; `torch_softmaxes`: attentions among them.
+        """
+        nodes = steps(self.graph)
+        fused = sum(self.weight_bytes(node) for node in nodes if node.kind[0] == DOMAIN)
+        total = sum(map(self.weight_bytes, nodes))
+        return {
+            "product_bytes": total,
+            "fused_share": fused / total if total else 1.0,
+            "torch_nodes": sum(node.kind[0] != DOMAIN for node in nodes),
+            "torch_softmaxes": sum(node.kind[1] in SOFTMAXES for node in nodes),
+        }
 
     def table(self, lengths: Lengths) -> list[Row]:
         """Return the operations in order; nodes that run in torch one after another are one row.

@@ -49,13 +49,14 @@ def match_product(matcher: Matcher, node: Node) -> Draft:
     Raises:
         NoMatchError: It is none that the operation computes.
     """
-    trace, weight = matcher.trace, weight_of(matcher, node)
-    if weight is None or not trace.is_weight(weight):
+    trace, factor = matcher.trace, weight_of(matcher, node)
+    weight, turned = trace.stored(factor) if factor else ("", False)
+    if not trace.is_weight(weight):
         raise NoMatchError(f"{node.name} has no constant weight of floating-point numbers")
     attributes = node.attributes
     if attributes.get("transA", 0) or attributes.get("beta", 1.0) != 1:
         raise NoMatchError(f"{node.name} transposes its first factor or scales its bias")
-    transposed = bool(attributes.get("transB", 0))
+    transposed = bool(attributes.get("transB", 0)) != turned
     shape = trace.shape(weight)
     width, features = shape[::-1] if transposed else shape
     source, alpha = matcher.row(node.inputs[0], width), attributes.get("alpha", 1.0)

@@ -115,6 +115,15 @@ class Trace:
         """Return whether a value is one of the graph's constants, of floating-point numbers."""
         return name in self.graph.constants and self.graph.constants[name].is_floating_point()
 
+    def stored(self, name: str) -> tuple[str, bool]:
+        """Return the value that a matrix is, or is the transpose of, and whether it is the transpose."""
+        node, transposed = self.producer.get(name), False
+        while node is not None and node.kind == ("", "Transpose") and len(self.shape(node.inputs[0])) == 2:
+            transposed ^= tuple(node.attributes.get("perm", (1, 0))) == (1, 0)
+            name = node.inputs[0]
+            node = self.producer.get(name)
+        return name, transposed
+
     def only_consumer(self, name: str) -> Node | None:
         """Return the node that reads a value, if only one does, once, and the graph doesn't return it."""
         return self.consumers[name][0] if self.uses[name] == 1 and self.consumers[name] else None

@@ -73,6 +73,12 @@ FUSED = {
         ["product"],
         [],
     ),
+    "a weight that is turned": ("t = Transpose(turned) p = MatMul(x, t) y = Relu(p)", ["product"], []),
+    "a weight that is turned twice": (
+        "t = Transpose<perm = [1, 0]>(w) y = com.microsoft.FusedMatMul<transB = 1>(x, t)",
+        ["product"],
+        [],
+    ),
     "parallel blocks": ("p = MatMul(x, square) a = Add(p, x) q = MatMul(x, square) y = Add(q, a)", ["product"] * 2, []),
     "a sum that is normed": (
         """p = MatMul(x, square)
