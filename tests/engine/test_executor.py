@@ -168,7 +168,7 @@ def test_outputs_that_nothing_reads(tmp_path: Path) -> None:
         make_node("SkipLayerNormalization", ["values", "values", "w"], ["y", "m", "d", "s"], domain="com.microsoft"),
     ]
     weights = [to_onnx("k", ints(3)), to_onnx("w", torch.ones(3))]
-    run = Executor(write_graph(tmp_path, nodes, {"x": (torch.float32, [1, 2, 5])}, ["y"], weights), CPU, {})
+    run = Executor(read_graph(write_graph(tmp_path, nodes, {"x": (torch.float32, [1, 2, 5])}, ["y"], weights), {}), CPU)
     x = normal(1, 2, 5)
     expected = torch.nn.functional.layer_norm(2 * x.topk(3).values, (3,))
     for _ in range(2):
@@ -229,6 +229,6 @@ def test_what_is_refused(changes: dict[str, torch.Tensor | None], message: str, 
     ids=["name", "shape"],
 )
 def test_tensors_to_write_to(outputs: dict[str, torch.Tensor], message: str, tmp_path: Path) -> None:
-    run = Executor(write_graph(tmp_path, [WRITE], STEP, ["present"]), CPU, {})
+    run = Executor(read_graph(write_graph(tmp_path, [WRITE], STEP, ["present"]), {}), CPU)
     with pytest.raises(AccelError, match=message):
         run.run(step(), outputs)

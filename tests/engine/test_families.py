@@ -14,6 +14,7 @@ from torch import Tensor
 from accel import testing
 from accel.engine.dtypes import DTYPES
 from accel.engine.executor import Executor
+from accel.engine.nodes import read_graph
 from accel.graph import files
 from accel.graph.precision.emulate import emulate_half
 from accel.graph.precision.formats import FORMATS
@@ -123,7 +124,7 @@ def differences(path: Path, reference: Path, dtype: torch.dtype) -> dict[str, fl
         Output -> largest difference in all steps, divided by the largest magnitude.
     """
     session = BoundSession(open_session(reference, SessionSettings()), CPU)
-    executor = Executor(path, CPU, SharedWeights(CPU).tensors(path))
+    executor = Executor(read_graph(path, SharedWeights(CPU).tensors(path)), CPU)
     ours, theirs = Steps(path), Steps(path)
     bound = {output: ours.inputs[name] for name, output in ours.cache.items()}
     assert len(bound) == 4, "two layers have four caches that a step writes"
@@ -165,7 +166,7 @@ def test_a_step_waits_for_no_data(make: Make) -> None:
     """A step runs on tensors without data, so it reads nothing back, and on a device it works on that device alone."""
     path = make("precision=fp32").static_decode
     weights = {name: weight.to(META) for name, weight in SharedWeights(CPU).tensors(path).items()}
-    executor, steps = Executor(path, META, weights), Steps(path)
+    executor, steps = Executor(read_graph(path, weights), META), Steps(path)
     assert executor.obstacle is None
     inputs = {name: value.to(META) for name, value in steps.inputs.items()}
     for _ in range(2):
@@ -177,7 +178,7 @@ def test_a_step_waits_for_no_data(make: Make) -> None:
 @families("mixtral")
 def test_a_mixture_of_experts_is_not_captured(make: Make) -> None:
     path = make("precision=fp32").static_decode
-    obstacle = Executor(path, CPU, SharedWeights(CPU).tensors(path)).obstacle
+    obstacle = Executor(read_graph(path, SharedWeights(CPU).tensors(path)), CPU).obstacle
     assert obstacle is not None
     assert "(NonZero) has an output shape that depends on its input's values" in obstacle
 
@@ -198,8 +199,8 @@ def test_bf16(make: Make, tmp_path: Path) -> None:
 def test_captured_on_cuda(make: Make, precision: str) -> None:
     """Replays of a captured step compute what steps on the CPU do, and no step waits for the device."""
     path, cuda = make(f"precision={precision}").static_decode, torch.device("cuda", 0)
-    on_cpu, steps = Executor(path, CPU, SharedWeights(CPU).tensors(path)), Steps(path)
-    executor = Executor(path, cuda, SharedWeights(cuda).tensors(path))
+    on_cpu, steps = Executor(read_graph(path, SharedWeights(CPU).tensors(path)), CPU), Steps(path)
+    executor = Executor(read_graph(path, SharedWeights(cuda).tensors(path)), cuda)
     inputs = {name: value.to(cuda) for name, value in steps.inputs.items()}
     outputs = {output: inputs[name] for name, output in steps.cache.items()}
     steps.advance(POSITIONS[0])
