@@ -52,7 +52,9 @@ def plan(graph: Graph, shapes: Shapes, batch: str, fixed: Mapping[str, torch.Ten
     fused = [*_attentions(matcher), *_products(matcher)]
     fused += _norms(matcher)
     ordered = _ordered(_needed(_replaced(nodes, fused), graph.outputs), graph)
-    return Plan(classify(replace(graph, nodes=_reshaped(ordered, trace))), trace, matcher.misses)
+    left = {node.name for node in ordered}
+    misses = {name: reason for name, reason in matcher.misses.items() if name in left}
+    return Plan(classify(replace(graph, nodes=_reshaped(ordered, trace))), trace, misses)
 
 
 def _without_skips(graph: Graph) -> list[Node]:

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from itertools import dropwhile, islice, takewhile
 from pathlib import Path
 
 from filelock import FileLock
@@ -24,8 +25,8 @@ def row(family: str, plan: Plan) -> str:
     common = sorted(operators.items(), key=lambda item: (-item[1], item[0]))[:NAMED]
     left = ", ".join(f"{count} {name}" for name, count in common)
     more = len(operators) - len(common)
-    reasons = Counter(reason.replace(name, "it") for name, reason in plan.misses.items())
-    why = "; ".join(f"{count} nodes: {_shortened(reason)}" for reason, count in reasons.most_common(2)) or "-"
+    reasons = Counter(_shortened(reason) for reason in plan.misses.values())
+    why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(2)) or "-"
     cells = (
         family,
         sum(node.kind[0] == DOMAIN for node in nodes),
@@ -44,10 +45,9 @@ def _shortened(reason: str) -> str:
 
 def documented() -> dict[str, str]:
     """Return the rows of the table by family."""
-    lines = PAGE.read_text().splitlines()
-    rows = lines[lines.index(HEADER) + 2 :] if HEADER in lines else []
-    table = {line.split("|")[1].strip(): line for line in rows[: next((i for i, x in enumerate(rows) if not x), None)]}
-    return table
+    lines = iter(PAGE.read_text().splitlines())
+    rows = takewhile(bool, islice(dropwhile(lambda line: line != HEADER, lines), 2, None))
+    return {line.split("|")[1].strip(): line for line in rows}
 
 
 def check(family: str, plan: Plan) -> None:

@@ -67,6 +67,23 @@ VARIANTS: dict[str, tuple[list[tuple[str, str]], dict[str, Any]]] = {
         ],
         {"rotary": None},
     ),
+    "a product of cosine and sine": (
+        [
+            ("q_turned = Add(q_cos, q_sin)", "q_s = Add(q_cos, q_sin) q_b = Mul(q_cos, sin) q_turned = Add(q_s, q_b)"),
+            ("k_turned = Add(k_cos, k_sin)", "k_s = Add(k_cos, k_sin) k_b = Mul(k_cos, sin) k_turned = Add(k_s, k_b)"),
+        ],
+        {"rotary": None},
+    ),
+    "heads that cross those of the norm before": (
+        [
+            (
+                "q0 = MatMul(x, wq) q1 = Reshape(q0, four)",
+                "q5 = MatMul(x, wq5) q6 = Reshape(q5, five_heads) q7 = SimplifiedLayerNormalization(q6, n8) "
+                "q8 = Reshape(q7, five_flat) q9 = Slice(q8, middle, thirty_six, second_axis) q1 = Reshape(q9, four)",
+            )
+        ],
+        {"norm": None, "query": Heads(4, 1, 4, 32, 8, 8), "rotary": ROTARY},
+    ),
     "a factor of the query": (
         [("q_turned = Add(q_cos, q_sin)", "q_sum = Add(q_cos, q_sin) q_turned = Mul(q_sum, two)")],
         {"query": Heads(0, 1, 4, 32, 8, 8, 2.0)},
@@ -238,6 +255,16 @@ MISSES = {
     ),
     "a key that is rotated by other angles": (
         [("k_cos = Mul(k, cos)", "k_cos = Mul(k, sin)"), ("k_sin = Mul(k_half, sin)", "k_sin = Mul(k_half, cos)")],
+        "rotated differently",
+    ),
+    "heads that are sums of others": (
+        [
+            (
+                "q = Transpose<perm = [0, 2, 1, 3]>(q1)",
+                "q2 = Transpose<perm = [0, 2, 1, 3]>(q1) h0, h1, h2, h3 = Split<axis = 1>(q2, ones4) d0 = Sub(h0, h1) "
+                "s0 = Add(d0, h2) d1 = Sub(h1, h2) s1 = Add(d1, h3) q = Concat<axis = 1>(h0, s0, s1, h3)",
+            )
+        ],
         "rotated differently",
     ),
     "heads that are repeated as a whole": (

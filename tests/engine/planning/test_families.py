@@ -60,7 +60,7 @@ def difference(found: Plan, path: Path, reference: Path, dtype: torch.dtype) -> 
 
 
 @families(*FAMILIES)
-def test_fp32(make: Make, request: pytest.FixtureRequest) -> None:  # noqa: F811
+def test_fp32(make: Make, request: pytest.FixtureRequest) -> None:
     """The same up to rounding; nearly all is fused; and docs/engine.md says how much."""
     path, family = make("precision=fp32").static_decode, request.node.callspec.params["make"]
     found = plan_of(path)
@@ -72,7 +72,7 @@ def test_fp32(make: Make, request: pytest.FixtureRequest) -> None:  # noqa: F811
 
 
 @families(*FAMILIES)
-def test_fp16(make: Make, tmp_path: Path, request: pytest.FixtureRequest) -> None:  # noqa: F811
+def test_fp16(make: Make, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The same up to rounding in FP16, and no less of it fused."""
     path = make(*FP16).static_decode
     model = files.load(path)

@@ -136,6 +136,16 @@ MISSED = {
         ["product"],
         ["Cast", "Cast", "Relu"],
     ),
+    "rows that are rounded to integers": (
+        "i = Cast<to = 7>(x) f = Cast<to = 1>(i) y = MatMul(f, w)",
+        ["product"],
+        ["Cast"],
+    ),
+    "a gate whose activation is read elsewhere": (
+        "g = MatMul(x, w) r = Relu(g) v = MatMul(x, u) y = Mul(r, v) z = Neg(r)",
+        ["product"],
+        ["Mul", "Neg"],
+    ),
     "an activation with a limit": ("p = MatMul(x, w) r = Relu(p) y = Min(r, six)", ["product"], ["Min"]),
     "almost an activation": (
         "p = MatMul(x, w) h = Mul(p, half) s = Sigmoid(h) y = Mul(p, s)",
