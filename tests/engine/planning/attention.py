@@ -18,6 +18,8 @@ WEIGHTS = {
     "five_heads": torch.tensor([-1, 1, 5, 8]),
     "five_flat": torch.tensor([-1, 1, 40]),
     "thirty_six": torch.tensor([36]),
+    "ones_six": torch.tensor([1, 6, 1]),
+    "six": torch.tensor([6]),
     "ones4": torch.tensor([1, 1, 1, 1]),
     "n8": normal(8) + 1.5,
     "n32": normal(32) + 1.5,

@@ -84,6 +84,17 @@ VARIANTS: dict[str, tuple[list[tuple[str, str]], dict[str, Any]]] = {
         ],
         {"norm": None, "query": Heads(4, 1, 4, 32, 8, 8), "rotary": ROTARY},
     ),
+    "values that are sums of others": (
+        [
+            (
+                "v = Transpose<perm = [0, 2, 1, 3]>(v1)",
+                "v2 = Transpose<perm = [0, 2, 1, 3]>(v1) v_first, v_six, v_last = Split<axis = 3>(v2, ones_six) "
+                "v_low = Slice(v2, zero, six, third) v_high = Slice(v2, second_axis, end, third) "
+                "v_less = Sub(v_low, v_six) v_sum = Add(v_less, v_high) v = Concat<axis = 3>(v_first, v_sum, v_last)",
+            )
+        ],
+        {"value": Heads(0, 1, 2, 16, 8, 8)},
+    ),
     "a factor of the query": (
         [("q_turned = Add(q_cos, q_sin)", "q_sum = Add(q_cos, q_sin) q_turned = Mul(q_sum, two)")],
         {"query": Heads(0, 1, 4, 32, 8, 8, 2.0)},
