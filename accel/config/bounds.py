@@ -1,15 +1,15 @@
-"""Bounds of numbers, declared beside the fields that they belong to, and the check of a section against them."""
+"""Bounds of numbers and choices of names, declared beside their fields, and the check of a section against them."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-from accel.errors import AccelError
+from accel.errors import AccelError, unknown
 
 LARGEST = 1_000_000  # tokens, sequences or repeats; a larger number is a typing error
 LARGEST_SEED = 2**32 - 1  # of numpy's generators
-BOUNDS = "bounds"  # key of a field's metadata
+BOUNDS, CHOICES = "bounds", "choices"  # keys of a field's metadata
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ def numbers(low: float = 1, high: float = LARGEST) -> Any:
     return field(default_factory=list, metadata={BOUNDS: Bounds(low, high)})
 
 
+def choice(default: str, choices: tuple[str, ...]) -> Any:
+    """Return a dataclass field that holds one of several names."""
+    return field(default=default, metadata={CHOICES: choices})
+
+
 def seed() -> Any:
     """Return a dataclass field that holds a seed; 0 by default."""
     return number(0, 0, LARGEST_SEED)
@@ -42,11 +47,12 @@ def check(section: Any, name: str = "") -> None:
     """Check every value of a section, and of the sections in it.
 
     Args:
-        section: Dataclass whose numbers were declared with `number`, `numbers` or `seed`.
+        section: Dataclass whose fields were declared with `number`, `numbers`, `seed` or `choice`.
         name: Key of the section, for the message; empty for the whole configuration.
 
     Raises:
-        AccelError: A number is out of bounds, infinite or NaN, or a list has an element of another type.
+        AccelError: A number is out of bounds, infinite or NaN, a name is none of its choices, or a list has an element
+            of another type.
     """
     types = get_type_hints(type(section))
     for item in fields(section):
@@ -63,6 +69,9 @@ def check(section: Any, name: str = "") -> None:
             raise AccelError(f"{key}={value}: must be a {container.__name__}")
         if container is list:
             _check_types(key, value, get_args(types[item.name])[0])
+        choices = item.metadata.get(CHOICES)
+        if choices is not None and value not in choices:
+            raise unknown(key, value, choices)
         bounds = item.metadata.get(BOUNDS)
         for element in _elements(value):
             if bounds is not None and not bounds.low <= element <= bounds.high:

@@ -5,7 +5,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from accel.config.bounds import number, numbers, seed
+from accel.config.bounds import choice, number, numbers, seed
+from accel.config.engines import ENGINES, ONNXRUNTIME
 
 STAGES = ("export", "optimize", "audit", "convert", "merge", "verify", "generate", "benchmark", "profile", "plan")
 
@@ -76,6 +77,8 @@ class RuntimeConfig:
         buckets: Lengths of static caches, in decoder tokens. A full cache is copied into the next longer one. Longer
             ones follow by themselves, up to the model's number of positions and as memory allows; caches that grow with
             every token take their place beyond that.
+        engine: What computes decode steps over static caches: `onnxruntime`; `fused`, fused operations planned from the
+            static decode graph; or `auto`, the fastest that can run the model.
         static_session: Session entries of the static decode graph, in place of those of `session`.
         static_environment: Environment variables for that session, in place of those of `environment`.
         capture: Capture the static decode graph as a CUDA graph and replay it.
@@ -98,6 +101,7 @@ class RuntimeConfig:
     fuse_transposed_matmul: bool = False
     static: bool = False
     buckets: list[int] = numbers()
+    engine: str = choice(ONNXRUNTIME, ENGINES)
     static_session: dict[str, str] = field(default_factory=dict)
     static_environment: dict[str, str] = field(default_factory=dict)
     capture: bool = False

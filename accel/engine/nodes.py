@@ -70,6 +70,19 @@ class Graph:
     obstacle: str | None = None
 
 
+@dataclass(frozen=True)
+class ValueSpec:
+    """What a graph says of an input or output.
+
+    Attributes:
+        axes: Lengths of its axes, or their symbols where the length isn't fixed; None for an axis that has neither.
+        dtype: Type of its elements.
+    """
+
+    axes: tuple[int | str | None, ...]
+    dtype: torch.dtype
+
+
 def read_graph(path: Path, weights: Mapping[str, Tensor]) -> Graph:
     """Read a graph.
 
@@ -104,14 +117,29 @@ def read_graph(path: Path, weights: Mapping[str, Tensor]) -> Graph:
     return classify(graph)
 
 
-def graph_inputs(path: Path) -> dict[str, tuple[int | str | None, ...]]:
-    """Return the shapes of a graph's inputs: lengths or symbols of their axes, None for one that has neither."""
+def value_specs(path: Path) -> tuple[dict[str, ValueSpec], dict[str, ValueSpec]]:
+    """Return what a graph says of its inputs and of its outputs, by name.
+
+    Raises:
+        AccelError: The engine doesn't support an element type.
+    """
     import onnx_ir as ir
 
-    return {
-        value.name or "": tuple(axis if isinstance(axis, int) else axis.value for axis in value.shape or ())
-        for value in ir.load(path).graph.inputs
-    }
+    graph = ir.load(path).graph
+    initializers = graph.initializers
+    inputs = {value.name or "": _spec(value) for value in graph.inputs if value.name not in initializers}
+    return inputs, {value.name or "": _spec(value) for value in graph.outputs}
+
+
+def graph_inputs(path: Path) -> dict[str, tuple[int | str | None, ...]]:
+    """Return the axes of a graph's inputs: see `ValueSpec`."""
+    return {name: spec.axes for name, spec in value_specs(path)[0].items()}
+
+
+def _spec(value: "ir.Value") -> ValueSpec:
+    """Return what a graph says of a value."""
+    axes = tuple(axis if isinstance(axis, int) else axis.value for axis in value.shape or ())
+    return ValueSpec(axes, dtype_of(None if value.dtype is None else int(value.dtype), value.name or ""))
 
 
 def _initializer(value: "ir.Value", weights: Mapping[str, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import GenerationConfig, PretrainedConfig
 
+from accel.config.engines import FUSED, ONNXRUNTIME
 from accel.config.packages import group_files
 from accel.config.presets import runtime_preset
 from accel.config.schema import RuntimeConfig
@@ -120,15 +121,14 @@ def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runt
     """Open the sessions of a variant, with static caches if `runtime` asks for them and the variant has their graph."""
     config = load_config(files.folder)
     settings, chunk = prompt_settings(runtime, config)
-    if not runtime.static:
-        return open_dynamic(files, settings, runtime.device, prefill_chunk=chunk)
-    if not files.static_decode.is_file():
-        logger.warning(
-            "%s: runtime.static=true has no effect, dynamic caches are used: the folder holds no %s. "
-            "Build it again with convert.static_decode=true",
-            files.folder,
-            files.static_decode.name,
-        )
+    reason = _why_not_static(files, runtime)
+    if reason is not None:
+        if runtime.engine == FUSED:
+            raise AccelError(
+                f"{files.folder}: runtime.engine={FUSED} needs static caches, and {reason}. Or take engine={ONNXRUNTIME}"
+            )
+        level = logging.WARNING if runtime.static else logging.INFO
+        logger.log(level, "%s: %s decodes with dynamic caches: %s", files.folder, ONNXRUNTIME, reason)
         return open_dynamic(files, settings, runtime.device, prefill_chunk=chunk)
     static_runtime = open_static(
         files,
@@ -137,12 +137,25 @@ def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runt
         Buckets(runtime.buckets, _positions(config)),
         session=runtime.static_session,
         environment=runtime.static_environment,
+        engine=runtime.engine,
         capture=runtime.capture,
         capture_batch_sizes=runtime.capture_batch_sizes,
         prefill_chunk=chunk,
     )
     static_runtime.prepare()
     return static_runtime
+
+
+def _why_not_static(files: layout.DeployableFiles, runtime: RuntimeConfig) -> str | None:
+    """Return why a variant isn't opened with static caches, and what to do about it; None if it is."""
+    if not runtime.static:
+        return "runtime.static=false. Set static=true"
+    if not files.static_decode.is_file():
+        return (
+            "runtime.static=true has no effect: the folder holds no "
+            f"{files.static_decode.name}. Build it again with convert.static_decode=true"
+        )
+    return None
 
 
 def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:

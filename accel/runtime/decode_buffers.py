@@ -8,7 +8,7 @@ from torch import Tensor
 
 from accel.runtime.beam_cache import BeamAncestry
 from accel.runtime.cuda_graph import CudaGraphCallable
-from accel.runtime.io_binding import BoundSession, FixedCall
+from accel.runtime.decode_step import DecodeStep
 from accel.runtime.layout import BUCKET, POSITION
 from accel.runtime.padding import Shape, copy_padded
 
@@ -18,24 +18,24 @@ ONE_TOKEN = {"new": 1, "kept": 1}  # lengths of the axes of new tokens and of th
 
 @dataclass(frozen=True)
 class DecodeGraphs:
-    """Sessions that run over decode buffers.
+    """Graphs that run over decode buffers.
 
     Attributes:
         decode: The static decode graph.
         cross: The graph that computes the cross-attention caches from the encoder's output; None without such a file.
     """
 
-    decode: BoundSession
-    cross: BoundSession | None = None
+    decode: DecodeStep
+    cross: DecodeStep | None = None
 
 
 class DecodeBuffers:
     """Static caches, inputs and logits of one batch, with the decode graph bound to them.
 
-    Sessions opened for capture (`open_capturable`) are captured as CUDA graphs and replayed.
+    Graphs that can be captured as CUDA graphs are captured and replayed.
 
     Args:
-        graphs: The sessions to bind.
+        graphs: The graphs to bind.
         batch: Number of sequences, beams counted.
         bucket: Length of the self-attention caches, in tokens.
         axes: Self-attention cache input -> its token axis.
@@ -54,13 +54,13 @@ class DecodeBuffers:
         outputs: Mapping[str, str],
         constants: Mapping[str, tuple[torch.dtype, Shape]],
     ) -> None:
-        self._session = graphs.decode
+        self._step = graphs.decode
         self.batch, self.bucket, self.axes = batch, bucket, axes
-        device = self._session.device
+        device = self._step.device
         self.constants = {
             name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, shape) in constants.items()
         }
-        token_inputs = [name for name in self._session.inputs if name not in axes and name not in constants]
+        token_inputs = [name for name in self._step.inputs if name not in axes and name not in constants]
         self.inputs = {name: self._zeros(name, self._shape(name)) for name in token_inputs}
         self.logits = self._zeros(LOGITS, self._shape(LOGITS))  # [B, 1, vocabulary]
         self.stacks = self._allocate_stacks()
@@ -77,12 +77,12 @@ class DecodeBuffers:
     def _shape(self, name: str) -> Shape:
         """Return the shape of an input or output of the decode graph in these buffers."""
         lengths = {**ONE_TOKEN, "batch_size": self.batch, BUCKET: self.bucket}
-        spec = (self._session.inputs | self._session.outputs)[name]
-        return tuple(lengths[dim] if isinstance(dim, str) else dim for dim in spec.shape)
+        axes = self._step.inputs[name] if name in self._step.inputs else self._step.outputs[name]
+        return tuple(lengths[axis] if isinstance(axis, str) else axis for axis in axes)
 
     def _zeros(self, name: str, shape: Shape) -> Tensor:
         """Allocate zeros with the dtype of an input or output of the decode graph."""
-        return torch.zeros(shape, dtype=self._session.dtype(name), device=self._session.device)
+        return torch.zeros(shape, dtype=self._step.dtype(name), device=self._step.device)
 
     def _allocate_stacks(self) -> dict[tuple[str, ...], Tensor]:
         """Allocate the self-attention caches: one tensor [N, B, H, S, D] for all of one dtype, shape and token axis.
@@ -91,21 +91,20 @@ class DecodeBuffers:
         """
         groups: dict[tuple[torch.dtype, Shape, int], list[str]] = {}
         for name, axis in self.axes.items():
-            groups.setdefault((self._session.dtype(name), self._shape(name), axis), []).append(name)
+            groups.setdefault((self._step.dtype(name), self._shape(name), axis), []).append(name)
         stacks = {}
         for (_, shape, _), names in groups.items():
             stacks[tuple(names)] = self._zeros(names[0], (len(names), *shape))
         return stacks
 
-    def _bind(self, session: BoundSession, outputs: Mapping[str, Tensor], name: str) -> Callable[[], None]:
-        """Bind `session` to these buffers and to those `outputs` that it has. Return a call that runs or replays it."""
-        written = {output: outputs[output] for output in session.outputs}
-        call = FixedCall(session, self.self_caches | self.constants | self.inputs, written)
-        if not session.session.capturable:
+    def _bind(self, step: DecodeStep, outputs: Mapping[str, Tensor], name: str) -> Callable[[], None]:
+        """Bind a graph to these buffers and to those `outputs` that it has. Return a call that runs or replays it."""
+        written = {output: outputs[output] for output in step.outputs}
+        call = step.bind(self.self_caches | self.constants | self.inputs, written)
+        if not step.capturable:
             return call
-        call.warm_up()
         return CudaGraphCallable(
-            call, session.device, f"the {name} graph for batch size {self.batch} and bucket {self.bucket}"
+            call, step.device, f"the {name} graph for batch size {self.batch} and bucket {self.bucket}"
         )
 
     def reset(self, constants: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accel.config.engines import ONNXRUNTIME
 from accel.runtime import layout
 from accel.runtime.cache_buffers import CacheBuffers
 from accel.runtime.chunked_prefill import NEW, TOTAL, decode_in_chunks, needs_chunks, prefill_in_chunks
@@ -140,6 +141,7 @@ class DynamicCacheRuntime:
         in_place: Decode steps extend self-attention caches in place: see `CacheBuffers`.
 
     Attributes:
+        engine: `onnxruntime`.
         self_cache_outputs: Those items of `cache` that are self-attention caches.
         axes: Self-attention cache input -> its token axis.
         constants: Names of the decoder inputs that stay the same for a whole generation, with cross-attention caches.
@@ -161,7 +163,7 @@ class DynamicCacheRuntime:
         self.encoder, self._prefill, self._decode = encoder, prefill, decode
         self.device = decode.device
         self.dtype = decode.dtype("logits")
-        self.exclusive = False
+        self.exclusive, self.engine = False, ONNXRUNTIME
         self.positions_from_mask = positions_from_mask
         self.single_row_chunks, self.prefill_chunk, self.in_place = single_row_chunks, prefill_chunk, in_place
         self.cache = dict(cache)

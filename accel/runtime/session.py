@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import onnx
 import torch
 from torch import Tensor
 
@@ -205,6 +204,8 @@ def capture_obstacle(graph: Path) -> str | None:
     Returns:
         The first such node and the reason; None if the runs of the graph can be captured.
     """
+    import onnx  # here, as only a model that is captured needs it
+
     proto = onnx.load(graph, load_external_data=False).graph
     int64_weights = {tensor.name: tensor for tensor in proto.initializer if tensor.data_type == onnx.TensorProto.INT64}
     for node in proto.node:

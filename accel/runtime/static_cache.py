@@ -1,4 +1,4 @@
-"""ONNX Runtime with static KV caches: decode steps of one token write into caches of a bucket's length, in place.
+"""Static KV caches: decode steps of one token write into caches of a bucket's length, in place.
 
 A decode step allocates nothing and every tensor keeps its address, so that it can be captured as a CUDA graph. A
 prefill, and a decode step of several tokens, run on the merged decoder with dynamic caches, whose new entries are then
@@ -9,15 +9,18 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from accel import progress
+from accel.config.engines import ONNXRUNTIME
 from accel.errors import AccelError, DeviceMemoryError
 from accel.runtime.buckets import Buckets
 from accel.runtime.cuda_graph import free_dropped_graphs
 from accel.runtime.decode_buffers import DecodeBuffers, DecodeGraphs
+from accel.runtime.decode_step import SessionStep, open_decode_step
 from accel.runtime.device_memory import MB, check_weights_fit, free_device_memory
 from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState, open_dynamic
 from accel.runtime.encoder_graphs import CapturedEncoder
@@ -43,11 +46,12 @@ class StaticCacheRuntime:
 
     Args:
         dynamic: Runtime over the merged decoder, for all other calls.
-        graphs: Sessions of the static decode graph and, if there is one, of the cross-attention cache graph.
+        graphs: The static decode graph and, if there is one, the cross-attention cache graph.
         buckets: Lengths that a static cache may have.
         capture_batch_sizes: Numbers of sequences, beams counted, that may be decoded at once; empty for any.
 
     Attributes:
+        engine: What computes decode steps of one token: `onnxruntime` or `fused`.
         cross_caches: Names of the cross-attention cache inputs.
         spare_buffers: Buffers for the next generation of the same kind; the ones released last are at the end.
         captured_encoder: Captured form of the encoder; None where it can't be captured.
@@ -62,7 +66,7 @@ class StaticCacheRuntime:
     ) -> None:
         self.dynamic, self._graphs = dynamic, graphs
         self.buckets, self.capture_batch_sizes = buckets, sorted(capture_batch_sizes)
-        self.device, self.dtype = dynamic.device, dynamic.dtype
+        self.device, self.dtype, self.engine = dynamic.device, dynamic.dtype, graphs.decode.engine
         self.exclusive = True  # generations take buffers from one pool, and captured graphs share one stream
         self.positions_from_mask = dynamic.positions_from_mask
         self.cross_caches = [name for name in dynamic.cache if name not in dynamic.self_cache_outputs]
@@ -207,7 +211,7 @@ class StaticCacheRuntime:
                 `capacity` isn't one of `capture_batch_sizes`.
             DeviceMemoryError: The device has too little memory.
         """
-        if not self._graphs.decode.inputs[POSITION].shape:
+        if not self._graphs.decode.inputs[POSITION]:
             raise AccelError(
                 "the static decode graph has one position for all rows: an earlier version of accel made it. "
                 "Build the deployable again"
@@ -224,9 +228,9 @@ class StaticCacheRuntime:
     def _constant_shapes(self, batch: int, source: int) -> dict[str, Shape]:
         """Return the shapes of the constants of `batch` sequences, with `source` for their other dynamic axes."""
         lengths = {"batch_size": batch}
-        specs = self._graphs.decode.inputs  # of the merged decoder, more axes are dynamic
+        axes = self._graphs.decode.inputs  # of the merged decoder, more axes are dynamic
         return {
-            name: tuple(lengths.get(dim, source) if isinstance(dim, str) else dim for dim in specs[name].shape)
+            name: tuple(lengths.get(dim, source) if isinstance(dim, str) else dim for dim in axes[name])
             for name in self._padding.axes
         }
 
@@ -235,7 +239,7 @@ class StaticCacheRuntime:
         decode = self._graphs.decode
         total = 0
         for name in self.dynamic.axes:
-            model_dims = [dim for dim in decode.inputs[name].shape if isinstance(dim, int)]  # heads, head size
+            model_dims = [dim for dim in decode.inputs[name] if isinstance(dim, int)]  # heads, head size
             total += decode.dtype(name).itemsize * batch * bucket * torch.Size(model_dims).numel()
         return total
 
@@ -284,6 +288,7 @@ def open_static(
     *,
     session: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
+    engine: str = ONNXRUNTIME,
     capture: bool = False,
     capture_batch_sizes: Sequence[int] = (),
     with_encoder: bool = True,
@@ -300,12 +305,14 @@ def open_static(
         buckets: Lengths that a static cache may have.
         session: Session configuration entries of the static graphs, in place of those in `settings`.
         environment: Environment variables of the static graphs, in place of those in `settings`.
+        engine: What computes decode steps of one token: one of `accel.config.engines.ENGINES`.
         capture: Capture the encoder and the static graphs as CUDA graphs.
         capture_batch_sizes: Numbers of sequences, beams counted, that may be decoded at once; empty for any.
         with_encoder: Open the encoder.
         prefill_chunk: Tokens of a prompt to compute at once; 0 for all.
 
     Raises:
+        AccelError: The engine can't run the static decode graph.
         DeviceMemoryError: The weights don't fit into the device's memory.
     """
     torch_device = torch.device(device)
@@ -321,9 +328,11 @@ def open_static(
         session={**settings.session, **(session or {})},
         environment={**settings.environment, **(environment or {})},
     )
-    decode, *cross = (
-        BoundSession(open_graph(path, static_settings, weights.initializers(path)), torch_device)
-        for path in (files.static_decode, files.cross_cache)
-        if path.is_file()
-    )
-    return StaticCacheRuntime(dynamic, DecodeGraphs(decode, *cross), buckets, capture_batch_sizes)
+
+    def open_bound(path: Path) -> BoundSession:
+        """Open a session of a static graph."""
+        return BoundSession(open_graph(path, static_settings, weights.initializers(path)), torch_device)
+
+    decode = open_decode_step(files.static_decode, engine, weights, capture, open_bound)
+    cross = SessionStep(open_bound(files.cross_cache)) if files.cross_cache.is_file() else None
+    return StaticCacheRuntime(dynamic, DecodeGraphs(decode, cross), buckets, capture_batch_sizes)

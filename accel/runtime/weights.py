@@ -7,15 +7,17 @@ https://onnxruntime.ai/docs/api/python/api_summary.html#onnxruntime.SessionOptio
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor
 
 from accel.errors import AccelError
 from accel.runtime.providers import onnxruntime
+
+if TYPE_CHECKING:
+    import onnx
 
 DataRange = tuple[str, int, int]
 """Data file, offset and length of a weight in it, in bytes."""
@@ -48,6 +50,8 @@ class SharedWeights:
         Raises:
             AccelError: A data file is outside the graph's folder, or can't be read.
         """
+        import onnx  # here, as only a model with static caches needs it
+
         model = onnx.load(graph, load_external_data=False)
         return {
             initializer.name: self._tensor(graph, initializer)
@@ -55,13 +59,15 @@ class SharedWeights:
             if initializer.data_location == onnx.TensorProto.EXTERNAL
         }
 
-    def _tensor(self, graph: Path, initializer: onnx.TensorProto) -> Tensor:
+    def _tensor(self, graph: Path, initializer: "onnx.TensorProto") -> Tensor:
         """Return the tensor of an initializer, loaded on first use."""
+        from onnx.helper import tensor_dtype_to_np_dtype
+
         entries = {entry.key: entry.value for entry in initializer.external_data}
         file, offset, length = entries["location"], int(entries.get("offset", 0)), int(entries["length"])
         key = (file, offset, length)
         if key not in self._tensors:
-            numpy_dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type))
+            numpy_dtype = np.dtype(tensor_dtype_to_np_dtype(initializer.data_type))
             path = data_path(graph, file)
             try:
                 mapped = np.memmap(path, np.uint8, "c", offset, (length,))

@@ -1,0 +1,168 @@
+"""What computes decode steps over static caches: a session of ONNX Runtime, or the engine of fused operations."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from accel.config.engines import AUTO, FUSED, ONNXRUNTIME, preferred
+from accel.errors import AccelError, DeviceMemoryError
+from accel.runtime.device_memory import translate_out_of_memory
+from accel.runtime.io_binding import BoundSession, FixedCall
+from accel.runtime.layout import KEPT
+from accel.runtime.streams import on_shared_stream
+from accel.runtime.weights import SharedWeights
+
+logger = logging.getLogger(__name__)
+
+Axes = tuple[int | str, ...]
+"""Length of each axis, or its name where the length isn't fixed."""
+
+
+class DecodeStep(Protocol):
+    """A graph without subgraphs, ready to be bound to tensors.
+
+    Attributes:
+        engine: What computes it: `onnxruntime` or `fused`.
+        device: Device of its tensors.
+        inputs: Input -> its axes.
+        outputs: Output -> its axes.
+        capturable: Bound calls may be captured as a CUDA graph, after a first one that isn't.
+    """
+
+    engine: str
+    device: torch.device
+    inputs: Mapping[str, Axes]
+    outputs: Mapping[str, Axes]
+    capturable: bool
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of an input or output."""
+        ...
+
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Return a call that reads and writes these tensors, on the stream shared with ONNX Runtime's sessions.
+
+        Args:
+            inputs: Every input -> contiguous tensor of its dtype. Others are ignored.
+            outputs: Every output -> contiguous tensor of its dtype. It may share the memory of an input, for a graph
+                that updates it in place.
+
+        Raises:
+            DeviceMemoryError: The device is out of memory, here or in a call.
+        """
+        ...
+
+
+class SessionStep:
+    """Decode step, or another graph over the same tensors, by a session of ONNX Runtime. Implements `DecodeStep`.
+
+    Args:
+        session: The session.
+    """
+
+    engine = ONNXRUNTIME
+
+    def __init__(self, session: BoundSession) -> None:
+        self.session, self.device = session, session.device
+        self.inputs: Mapping[str, Axes] = {name: tuple(spec.shape) for name, spec in session.inputs.items()}
+        self.outputs: Mapping[str, Axes] = {name: tuple(spec.shape) for name, spec in session.outputs.items()}
+        self.capturable = session.session.capturable
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of an input or output."""
+        return self.session.dtype(name)
+
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Return a call over these tensors: see `DecodeStep.bind`."""
+        call = FixedCall(self.session, inputs, outputs)
+        if self.capturable:
+            call.warm_up()
+        return call
+
+
+class FusedStep:
+    """Decode step by the fused engine, without a session of ONNX Runtime. Implements `DecodeStep`.
+
+    Args:
+        graph: Path of the static decode graph.
+        weights: Its weights, shared with the sessions of the other graphs.
+        capture: Calls are to be captured as CUDA graphs. If they can't be, a warning names the reason.
+
+    Raises:
+        AccelError: The engine can't run the graph.
+    """
+
+    engine = FUSED
+
+    def __init__(self, graph: Path, weights: SharedWeights, capture: bool) -> None:
+        from accel.engine.step import PlannedStep  # here, as it brings onnx_ir and the planner along
+
+        self.device = weights.device
+        self.planned = PlannedStep(graph, self.device, weights.tensors(graph), {KEPT: torch.tensor([0])})
+        specs = self.planned.inputs | self.planned.outputs
+        self._dtypes = {name: spec.dtype for name, spec in specs.items()}
+        axes = {name: tuple(axis for axis in spec.axes if axis is not None) for name, spec in specs.items()}
+        self.inputs: Mapping[str, Axes] = {name: axes[name] for name in self.planned.inputs}
+        self.outputs: Mapping[str, Axes] = {name: axes[name] for name in self.planned.outputs}
+        obstacle = self.planned.obstacle
+        self.capturable = capture and self.device.type == "cuda" and obstacle is None
+        if capture and self.device.type == "cuda" and obstacle is not None:
+            logger.warning(f"{graph.name} is not captured: {obstacle}")
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of an input or output."""
+        return self._dtypes[name]
+
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Return a call over these tensors: see `DecodeStep.bind`."""
+        with self._on_stream():
+            call = self.planned.bind(inputs, outputs)
+
+        def run() -> None:
+            with self._on_stream():
+                call()
+
+        return run
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Work on the shared stream, with one error for all that say that memory ran out."""
+        with on_shared_stream(self.device), translate_out_of_memory():
+            yield
+
+
+def open_decode_step(
+    graph: Path, engine: str, weights: SharedWeights, capture: bool, open_bound: Callable[[Path], BoundSession]
+) -> DecodeStep:
+    """Open a static decode graph for an engine.
+
+    Args:
+        graph: Path of the ONNX file.
+        engine: One of `accel.config.engines.ENGINES`. If `auto` stands for `fused`, and that can't run the graph, a
+            warning says why, and ONNX Runtime takes its place.
+        weights: Its weights, shared with the sessions of the other graphs.
+        capture: Steps are to be captured as CUDA graphs.
+        open_bound: Opens a session of ONNX Runtime.
+
+    Raises:
+        AccelError: `engine=fused` can't run the graph.
+        DeviceMemoryError: The device is out of memory.
+    """
+    if preferred(engine) == ONNXRUNTIME:
+        return SessionStep(open_bound(graph))
+    try:
+        return FusedStep(graph, weights, capture)
+    except DeviceMemoryError:
+        raise
+    except AccelError as error:
+        if engine != AUTO:
+            raise AccelError(f"runtime.engine={engine} can't run {graph.name}: {error}") from error
+        logger.warning(
+            f"runtime.engine={engine}: {FUSED} can't run {graph.name}, {ONNXRUNTIME} takes its place: {error}"
+        )
+        return SessionStep(open_bound(graph))
