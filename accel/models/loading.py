@@ -128,7 +128,7 @@ def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runt
                 f"{files.folder}: runtime.engine={FUSED} needs static caches, and {reason}. Or take engine={ONNXRUNTIME}"
             )
         level = logging.WARNING if runtime.static else logging.INFO
-        logger.log(level, "%s: %s decodes with dynamic caches: %s", files.folder, ONNXRUNTIME, reason)
+        logger.log(level, "%s: dynamic caches are used: %s", files.folder, reason)
         return open_dynamic(files, settings, runtime.device, prefill_chunk=chunk)
     static_runtime = open_static(
         files,

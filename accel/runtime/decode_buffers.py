@@ -45,6 +45,7 @@ class DecodeBuffers:
             its dtype and its shape in these buffers.
     """
 
+    @torch.inference_mode(False)  # tensors made in inference mode can't be written outside of it, in a later generation
     def __init__(
         self,
         graphs: DecodeGraphs,

@@ -25,6 +25,7 @@ class EncoderGraph:
         outputs: Output -> its shape.
     """
 
+    @torch.inference_mode(False)  # tensors made in inference mode can't be written outside of it, in a later generation
     def __init__(self, session: BoundSession, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> None:
         self.inputs = _allocate(session, inputs)
         self.outputs = _allocate(session, outputs)

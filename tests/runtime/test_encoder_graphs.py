@@ -47,6 +47,15 @@ def test_outputs_are_not_overwritten(session: BoundSession) -> None:
     assert torch.equal(first, kept)
 
 
+def test_buffers_outlive_inference_mode(session: BoundSession) -> None:
+    """Those allocated in inference mode serve a later call outside of it."""
+    encoder = CapturedEncoder(session)
+    with torch.inference_mode():
+        expected = encoder(inputs(2, 5))["last_hidden_state"]
+    assert torch.equal(encoder(inputs(2, 5))["last_hidden_state"], expected)
+    assert len(encoder.graphs) == 1
+
+
 def test_few_shapes_are_kept(session: BoundSession) -> None:
     """Only graphs of the shapes used last are kept."""
     encoder = CapturedEncoder(session)

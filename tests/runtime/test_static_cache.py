@@ -22,6 +22,7 @@ from accel.runtime import dynamic_cache as onnx_runtime
 from accel.runtime import static_cache
 from accel.runtime.buckets import Buckets
 from accel.runtime.decode_buffers import DecodeGraphs
+from accel.runtime.decode_step import SessionStep
 from accel.runtime.dynamic_cache import open_dynamic
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.layout import first_variant
@@ -46,9 +47,10 @@ def folder(request: pytest.FixtureRequest, build: Build, tiny: Path) -> Path:
     return build(tiny, "verify", ("runtime.static=true", *request.param))[1]["verify"].folder
 
 
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Iterator[AcceleratedModel]:
-    with open_model(folder, STATIC) as opened:
+@pytest.fixture(scope="module", params=["onnxruntime", "fused"])
+def model(request: pytest.FixtureRequest, folder: Path) -> Iterator[AcceleratedModel]:
+    with open_model(folder, replace(STATIC, engine=request.param)) as opened:
+        assert opened.runtime.engine == request.param
         yield opened
 
 
@@ -217,6 +219,17 @@ def test_batch_sizes_that_are_not_captured(folder: Path) -> None:
         assert opened.generate(ids, num_beams=2, max_new_tokens=3).shape == (3, 4)
 
 
+def test_buffers_outlive_inference_mode(model: AcceleratedModel) -> None:
+    """Those that a generation in inference mode allocates serve a later one outside of it."""
+    model.runtime.spare_buffers.clear()
+    ids = torch.arange(3, 9).view(2, 3)
+    with torch.inference_mode():
+        expected = model.generate(ids, max_new_tokens=6, num_beams=2)
+    (kept,) = model.runtime.spare_buffers
+    assert torch.equal(model.generate(ids, max_new_tokens=6, num_beams=2), expected)
+    assert model.runtime.spare_buffers == [kept]
+
+
 def test_spare_buffers_are_limited(folder: Path) -> None:
     """Sources of similar lengths share decode buffers, and no more than `MAX_SPARE` are kept."""
     with open_model(folder, replace(STATIC, buckets=[32])) as opened:
@@ -326,7 +339,8 @@ def test_both_decoders_read_the_same_weights(build: Build) -> None:
     assert len({value.data_ptr() for value in (*decoder.values(), *static_decode.values())}) == len(decoder)
     settings = SessionSettings.of(STATIC, fuse=False)
     session = BoundSession(open_session(files.static_decode, settings, static_decode), torch.device("cpu"))
-    runtime = StaticCacheRuntime(open_dynamic(files, settings, "cpu", decoder), DecodeGraphs(session), Buckets([8]))
+    graphs = DecodeGraphs(SessionStep(session))
+    runtime = StaticCacheRuntime(open_dynamic(files, settings, "cpu", decoder), graphs, Buckets([8]))
     ids = torch.tensor([[5, 6, 7]])
     mask = torch.ones_like(ids)
     hidden = runtime.encode({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
