@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from accel.adapters.types import Component
 from accel.benchmark.timer import fixed_length_options
+from accel.config.engines import ONNXRUNTIME
 from accel.config.schema import RuntimeConfig
 from accel.data.pretrained import load_config
 from accel.errors import AccelError, unknown
@@ -187,7 +188,7 @@ def loaded_model(name: str, sources: Sources) -> Iterator[Generates]:
     else:
         runtime = sources.runtime
         if runtime.capture and name != STATIC:  # MERGED is what the captured model is compared with
-            runtime = replace(runtime, static=False, capture=False)
+            runtime = replace(runtime, static=False, capture=False, engine=ONNXRUNTIME)
         opened = open_model(Path(sources.deployable), runtime)
     with opened as model:
         yield model

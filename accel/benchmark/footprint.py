@@ -185,6 +185,7 @@ def _captured_memory(task: Task, device: torch.device) -> int:
         buckets,
         session=config.static_session,
         environment=config.static_environment,
+        engine=config.engine,
         capture=True,
         capture_batch_sizes=[rows],
         with_encoder=False,

@@ -39,6 +39,7 @@ class Timing:
             token from the start of the generation, encoder included) to the end of its own.
         tokens: Generated ids, per sequence.
         compiled: Whether transformers compiled the decoder.
+        engine: What computed decode steps of one token: see `accel.runtime.protocol.Runtime`. None for PyTorch.
     """
 
     total: float = 0.0
@@ -46,6 +47,7 @@ class Timing:
     latencies: list[float] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     compiled: bool = False
+    engine: str | None = None
 
 
 class GenerationTimer:
@@ -69,6 +71,7 @@ class GenerationTimer:
         self._in_call = False
         if isinstance(model, AcceleratedModel):
             self._patches = self._runtime_patches(model)
+            self.timing.engine = model.runtime.engine
         else:
             self._patches = self._torch_patches(model)
 

@@ -7,6 +7,7 @@ from typing import Any
 from accel.benchmark import footprint
 from accel.benchmark.backends import BACKENDS
 from accel.cli import console
+from accel.config.engines import FUSED
 from accel.stages.benchmark import describe
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ def _label(name: str, values: Mapping[str, Any]) -> str:
         remarks.append("other tokens")
     if BACKENDS[name].compiled and not values["compiled"]:
         remarks.append("not compiled")  # transformers doesn't compile the decoder in beam search
+    if values.get("engine") == FUSED:
+        remarks.append(FUSED)
     return f"{name} ({', '.join(remarks)})" if remarks else name
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from accel.cli import benchmark_table, console, plan_table, profile_table
 from accel.config.schema import Config
 from accel.errors import AccelError
+from accel.evaluation.parity import how_verified
 from accel.models.loading import verification_of
 from accel.pipeline.runner import RESULTS
 from accel.pipeline.store import Artifact
@@ -106,7 +107,7 @@ def _show_verification(verification: Mapping[str, Any], page: Path) -> None:
     name, worst = max(verification["outputs"].items(), key=lambda item: item[1]["error"])
     torch_error = "unknown" if worst["torch_error"] is None else f"{worst['torch_error']:.1e}"
     rows = [
-        ("precision", f"{verification['precision']}, {verification['execution']} on {verification['runtime']}"),
+        ("precision", f"{verification['precision']}, {how_verified(verification)}"),
         ("outputs compared", len(verification["outputs"])),
         ("largest error against float64", f"{name}, {worst['location']}"),
         (

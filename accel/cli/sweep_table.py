@@ -12,6 +12,7 @@ from filelock import FileLock
 from accel.benchmark import footprint
 from accel.benchmark.backends import BACKENDS, BASELINE, OURS, SEPARATE
 from accel.cli.benchmark_table import ABSENT, TOKEN_TIMES, milliseconds
+from accel.config.engines import FUSED
 
 TABLE, RECORD = "table.md", "table.json"
 TOTALS, FIRST_TOKEN, PER_TOKEN, SPEED_UP = "sweep.png", "first_token.png", "per_token.png", "speed_up.png"
@@ -159,7 +160,8 @@ def _verification_cells(job: Mapping[str, Any]) -> dict[str, str]:
     if verify is None:
         return {}
     worst = verify["worst_logits"]
-    cells = {"passed": f"{'yes' if verify['passed'] else 'no'}, {verify['execution']}"}
+    engine = f", {FUSED}" if verify.get("engine") == FUSED else ""
+    cells = {"passed": f"{'yes' if verify['passed'] else 'no'}, {verify['execution']}{engine}"}
     for name, share in verify["identical"].items():
         cells[f"{name} as PyTorch"] = f"{share:.1%}"
     cells["logits off by"] = "not finite" if worst is None else f"{worst:.1e}"

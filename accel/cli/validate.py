@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from accel.config import bounds
+from accel.config.engines import FUSED, ONNXRUNTIME
 from accel.config.generate_options import OWN_OPTIONS, check_types, generation_options
 from accel.config.schema import AuditConfig, Config, RuntimeConfig, VerifyConfig
 from accel.data.corpus import read_lines, read_texts
@@ -47,7 +48,7 @@ def validate(config: Config) -> None:
     _check_audit(config.audit)
     _check_verify(config.verify)
     _check_precision(config)
-    _check_static(config.runtime)
+    _check_static(config.runtime, config.convert.static_decode)
     if "plan" in select_stages(config.stage):
         plan.check(config.convert.static_decode)
     if config.output is not None:
@@ -81,8 +82,8 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_static(runtime: RuntimeConfig) -> None:
-    """Raise `AccelError` on options of static caches and CUDA graphs that don't fit together."""
+def _check_static(runtime: RuntimeConfig, static_decode: bool) -> None:
+    """Raise `AccelError` on options of static caches, CUDA graphs and engines that don't fit together."""
     if runtime.static and not runtime.buckets:
         raise AccelError(
             "runtime.buckets=[]: runtime.static=true needs at least one bucket, a length in tokens, such as "
@@ -93,6 +94,12 @@ def _check_static(runtime: RuntimeConfig) -> None:
             "runtime.capture=true needs runtime.static=true: a CUDA graph can only be captured over static caches, "
             "whose addresses and shapes don't change"
         )
+    for key, value in (("runtime.static", runtime.static), ("convert.static_decode", static_decode)):
+        if runtime.engine == FUSED and not value:
+            raise AccelError(
+                f"runtime.engine={FUSED} needs {key}=true: it computes decode steps over static caches. "
+                f"Or take runtime.engine={ONNXRUNTIME}"
+            )
 
 
 def _check_audit(audit_config: AuditConfig) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from accel.adapters.types import Architecture, Component
+from accel.config.engines import ONNXRUNTIME
 from accel.evaluation import reference_data
 from accel.evaluation.compare import Difference, output_mask, token_errors
 from accel.evaluation.component_runner import ComponentRunner, Run, signatures
@@ -54,6 +55,7 @@ class VerificationResult:
         precision: `precision.dtype` of the bundle.
         execution: "native", or "emulated" where the runtime can't compute in that precision.
         runtime: Name of the runtime.
+        engine: What computed decode steps of one token: see `accel.runtime.protocol.Runtime`.
         threshold: Error that every token may have, relative to its output's largest magnitude.
         factor: Multiple of PyTorch's own error that is allowed where it exceeds `threshold`.
         reference: Description of the values that errors are counted from.
@@ -75,6 +77,7 @@ class VerificationResult:
     precision: str = "float32"
     execution: str = "native"
     runtime: str = "cpu"
+    engine: str = ONNXRUNTIME
     threshold: float = 0.0
     factor: float = FACTOR
     reference: str = f"PyTorch in float64, module by module; its own error by {SAMPLES} evaluations"
@@ -90,6 +93,16 @@ class VerificationResult:
     samples: list[dict[str, str]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+
+
+def how_verified(verification: Mapping[str, Any]) -> str:
+    """Return in words what a verification result holds for: `native on cuda-graph, engine fused`.
+
+    Args:
+        verification: The result as JSON. One of an earlier version names no engine.
+    """
+    engine = verification.get("engine", ONNXRUNTIME)
+    return f"{verification['execution']} on {verification['runtime']}, engine {engine}"
 
 
 def compare_outputs(

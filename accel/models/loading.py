@@ -125,7 +125,7 @@ def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runt
     if reason is not None:
         if runtime.engine == FUSED:
             raise AccelError(
-                f"{files.folder}: runtime.engine={FUSED} needs static caches, and {reason}. Or take engine={ONNXRUNTIME}"
+                f"{files.folder}: runtime.engine={FUSED} needs static caches: {reason}, or engine={ONNXRUNTIME}"
             )
         level = logging.WARNING if runtime.static else logging.INFO
         logger.log(level, "%s: dynamic caches are used: %s", files.folder, reason)
@@ -149,7 +149,7 @@ def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runt
 def _why_not_static(files: layout.DeployableFiles, runtime: RuntimeConfig) -> str | None:
     """Return why a variant isn't opened with static caches, and what to do about it; None if it is."""
     if not runtime.static:
-        return "runtime.static=false. Set static=true"
+        return "runtime.static=false. Take static=true"
     if not files.static_decode.is_file():
         return (
             "runtime.static=true has no effect: the folder holds no "

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PretrainedConfig
 
 from accel.data.pretrained import load_config
+from accel.evaluation.parity import how_verified
 from accel.runtime.layout import README, variants
 
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
@@ -127,7 +128,7 @@ def task_of(config: PretrainedConfig) -> str:
 def _row(verification: Mapping[str, Any], columns: Sequence[str]) -> str:
     """Return a variant's row of the table."""
     shares = " | ".join(f"{verification['identical'][name]:.1%}" for name in columns)
-    return f"| {verification['precision']} | {verification['execution']} on {verification['runtime']} | {shares} |"
+    return f"| {verification['precision']} | {how_verified(verification)} | {shares} |"
 
 
 def _results(task: str, certificate: Mapping[str, Any]) -> list[EvalResult]:

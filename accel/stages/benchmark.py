@@ -123,7 +123,7 @@ def summarize(measured: ScheduleResult, new_tokens: int) -> dict[str, dict[str, 
     Returns:
         Backend -> figures: seconds in total and inside the model's calls, time to first token and time per output token
         in ms (`figures.token_times`), and ratios of median totals to other backends of this run, where more than 1 is
-        faster than the other.
+        faster than the other. `engine` computed the decode steps; None for PyTorch.
     """
     figures: dict[str, dict[str, Any]] = {}
     timings = measured.timings
@@ -136,6 +136,7 @@ def summarize(measured: ScheduleResult, new_tokens: int) -> dict[str, dict[str, 
             "last_over_first": last_over_first(positions[name]),
             "repeats": len(repeats),
             "compiled": all(timing.compiled for timing in repeats),
+            "engine": repeats[0].engine,
         }
     compared = BASELINE if BASELINE in timings else next(iter(timings))
     expected_tokens = timings[compared][0].tokens

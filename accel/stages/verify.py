@@ -250,6 +250,7 @@ def examine(
     torch_errors = torch_error.read_errors(inputs["torch_error"].folder)
     prompts = texts.read_prompts(inputs["prompts"].folder / PROMPTS)
     with open_model(folder, config.runtime) as model:
+        verification.engine = model.runtime.engine
         layers = len(architecture.signature(model.config, Component.DECODE).outputs) // 2
         verification.threshold = threshold(config.precision.dtype, layers)
         model_inputs, _ = reference.verification_inputs(config, checkpoint, architecture, model.config, prompts)
@@ -317,6 +318,7 @@ def summarize(
     return {
         "passed": verification.passed,
         "execution": verification.execution,
+        "engine": verification.engine,
         "identical": verification.identical,
         "metrics": verification.metrics,
         "worst_logits": max(verification.drift.worst, default=None),

@@ -70,7 +70,7 @@ class FakeRuntime:
     """Runtime that runs an architecture's wrappers in PyTorch over a `TableState`."""
 
     def __init__(self, architecture: Architecture, model: PreTrainedModel) -> None:
-        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.device, self.dtype, self.engine = torch.device("cpu"), torch.float32, "torch"
         self.exclusive = self.positions_from_mask = False
         self.signatures = {
             component: architecture.signature(model.config, component) for component in architecture.components()
