@@ -317,6 +317,14 @@ def test_capture_without_a_static_cache(error_message: ErrorMessage) -> None:
     assert_names(error_message("runtime.capture=true"), "runtime.capture=true", "runtime.static=true")
 
 
+def test_engines(error_message: ErrorMessage) -> None:
+    """An unknown engine is refused with the choices, and the fused one without the static decode graph that it runs."""
+    assert_names(error_message("runtime.engine=fsued"), "runtime.engine", "'fsued'", "auto, fused, onnxruntime")
+    assert_names(error_message("runtime.engine=fused"), "runtime.engine=fused needs runtime.static=true")
+    options = ("runtime.engine=fused", "runtime.static=true", "convert.static_decode=false")
+    assert_names(error_message(*options), "runtime.engine=fused needs convert.static_decode=true")
+
+
 def test_capture_batch_size_of_zero(error_message: ErrorMessage) -> None:
     assert_names(error_message("runtime.capture_batch_sizes=[0,4]"), "runtime.capture_batch_sizes=[0, 4]", "from 1 to")
 

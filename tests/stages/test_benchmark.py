@@ -174,6 +174,12 @@ def test_rows() -> None:
         ],
         ["onnx_merged", "2", "0.500", "12.5 [12.5-12.5]", "162 [162-162]", "4.00x", "-", "-"],
     ]
+    assert [values["engine"] for values in figures.values()] == [None, None, None]
+    timings["onnx_merged"] = [Timing(0.5, 0.4, [0.1] * 4, [[1, 2]], engine="fused")]
+    figures = benchmark.summarize(measured, 4)
+    drawn = benchmark_table.rows({"point": point, "backends": figures, "memory": {}})
+    assert figures["onnx_merged"]["engine"] == "fused"
+    assert drawn[-1][0] == "onnx_merged (fused)"
     one_token = benchmark.summarize(ScheduleResult(firsts | {"onnx_merged": [Timing(0.0049)]}, firsts, {}), 1)
     drawn = benchmark_table.rows({"point": point | {"new_tokens": 1}, "backends": one_token, "memory": {}})
     assert [row[2:5] for row in drawn][::2] == [
