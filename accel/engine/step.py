@@ -1,5 +1,6 @@
 """A decode step as the engine runs it: the plan of a static decode graph, bound to tensors at constant addresses."""
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -8,8 +9,15 @@ import torch
 from torch import Tensor
 
 from accel.engine.executor import Executor
+from accel.engine.kernel.launch import Kernel, unsupported
+from accel.engine.kernel.placement import NotRunnableError
+from accel.engine.kernel.program import Builder
 from accel.engine.nodes import read_graph, value_specs
+from accel.engine.planning.plan import DOMAIN
 from accel.engine.planning.planner import plan
+from accel.errors import AccelError
+
+logger = logging.getLogger(__name__)
 
 BATCH = "batch_size"  # axis of all inputs and outputs
 
@@ -43,6 +51,9 @@ class PlannedStep:
         self.inputs = {name: spec for name, spec in inputs.items() if name not in taken}
         self._executor = Executor(self.plan.graph, device)
         self.obstacle = self._executor.obstacle
+        self._device = device
+        self._kernel_weights: dict[str, Tensor] = {}  # as the kernel reads them, for all sets of buffers
+        self._error: Tensor | None = None
 
     def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
         """Return a call that computes a step over these tensors, by whatever runs the plan fastest.
@@ -54,7 +65,41 @@ class PlannedStep:
             outputs: Every output -> contiguous tensor of its dtype. One that shares the memory of the cache input that
                 the graph updates to it is updated in place.
         """
+        if self._device.type == "cuda":
+            try:
+                return self._by_kernel(inputs, outputs)
+            except NotRunnableError as reason:
+                logger.warning(f"decode steps run in torch, many times slower than in the kernel: {reason}")
         return partial(self._run, dict(inputs), dict(outputs))
+
+    def _by_kernel(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Return a call that computes a step by the kernel, and what the kernel doesn't compute in torch before it.
+
+        Raises:
+            NotRunnableError: The kernel can't run the plan, or on this device.
+        """
+        reason = unsupported(self._device)
+        if reason is not None:
+            raise NotRunnableError(reason)
+        if self._error is None:
+            self._error = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        blocks = torch.cuda.get_device_properties(self._device).multi_processor_count
+        rows = len(next(iter(inputs.values())))
+        builder = Builder(self.plan, {**inputs, **outputs}, rows, self._device, self._kernel_weights, blocks)
+        kernel = Kernel(builder.program, self._device, self._error)
+
+        def call() -> None:
+            builder.run_before()
+            kernel()
+
+        return call
+
+    def check(self) -> None:
+        """Raise `AccelError` if the kernel has stopped waiting for an input that never came. Doesn't synchronise."""
+        if self._error is not None and self._error[0]:
+            index, self._error[0] = int(self._error[0]) - 1, 0
+            names = [node.name for node in self.plan.graph.nodes if node.kind[0] == DOMAIN]
+            raise AccelError(f"the fused engine waited in vain for the input of {names[index]}: its results are wrong")
 
     def _run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Compute a step in torch, which runs any plan."""

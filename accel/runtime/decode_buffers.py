@@ -175,5 +175,6 @@ class DecodeBuffers:
 
     def run(self) -> Tensor:
         """Run one decode step. Return its logits [B, 1, vocabulary], which the next run overwrites."""
+        self._step.check()
         self.run_decode()
         return self.logits

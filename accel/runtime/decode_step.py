@@ -57,6 +57,10 @@ class DecodeStep(Protocol):
         """
         ...
 
+    def check(self) -> None:
+        """Raise `AccelError` if an earlier call is known to have failed on the device. Doesn't synchronise."""
+        ...
+
 
 class SessionStep:
     """Decode step, or another graph over the same tensors, by a session of ONNX Runtime. Implements `DecodeStep`.
@@ -83,6 +87,9 @@ class SessionStep:
         if self.capturable:
             call.warm_up()
         return call
+
+    def check(self) -> None:
+        """Do nothing: ONNX Runtime's calls raise their errors."""
 
 
 class FusedStep:
@@ -128,6 +135,10 @@ class FusedStep:
                 call()
 
         return run
+
+    def check(self) -> None:
+        """Raise `AccelError` if the kernel gave up: see `DecodeStep.check`."""
+        self.planned.check()
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:

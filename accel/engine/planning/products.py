@@ -96,8 +96,9 @@ def _skip_reshapes(matcher: Matcher, draft: Draft, features: int) -> None:
 
 
 def _is_bias(trace: Trace, name: str, features: int) -> bool:
-    """Return whether a value is a constant vector of one number for each feature."""
-    return trace.is_weight(name) and trace.shape(name) == (features,)
+    """Return whether a value is a constant of one number for each feature, along its last axis."""
+    shape = trace.shape(name)
+    return trace.is_weight(name) and shape[-1:] == (features,) and all(length == 1 for length in shape[:-1])
 
 
 def _add_bias(matcher: Matcher, draft: Draft, features: int) -> None:

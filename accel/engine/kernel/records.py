@@ -1,0 +1,57 @@
+"""Records of the kernel's operation list, and the shapes of operations as it is compiled for them."""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int, c_uint64
+from dataclasses import dataclass
+
+WORDS, WORDS_F32, PLAIN, PLAIN_F32 = range(4)
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "tanh", "sigmoid", "softcap")
+NORMS = {None: 0, "rms": 1, "layer": 2}
+ANGLES = ("full", "halves", "pairs")
+MAX_POINTERS = 30
+PART = ("weight", "gate", "bias", "gate_bias", "out")
+FIRST_PART = 3  # after x, weight and bias of the norm
+
+
+class Record(ctypes.Structure):
+    """An operation of the list: its shape, and where its tensors are."""
+
+    _fields_ = [
+        *((name, c_int) for name in ("shape", "length", "set", "pad")),
+        ("pointers", c_uint64 * MAX_POINTERS),
+    ]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is constant in an operation: the code is compiled for it.
+
+    Attributes:
+        kind: `product`, `normalize` or `attention`.
+        body: Members of a C++ struct.
+    """
+
+    kind: str
+    body: str
+
+
+def enum(**values: int) -> str:
+    """Return constants as an enumeration."""
+    return "enum { " + ", ".join(f"{name} = {int(value)}" for name, value in values.items()) + " };"
+
+
+def function(kind: str, name: str, values: Sequence[object]) -> str:
+    """Return a function from an index to a constant."""
+    result = " : ".join(f"i == {index} ? {_literal(value)}" for index, value in enumerate(values))
+    return f"static __device__ constexpr {kind} {name}(int i) {{ return {result}{' : ' if result else ''}0; }}"
+
+
+def number(name: str, value: float) -> str:
+    """Return a function of a constant number."""
+    return f"static __device__ constexpr float {name}() {{ return {_literal(float(value))}; }}"
+
+
+def _literal(value: object) -> str:
+    """Return a value in C++."""
+    return f"{value!r}f" if isinstance(value, float) else str(int(value))  # type: ignore[call-overload]

@@ -1,0 +1,152 @@
+"""The kernel on a GPU: its decode steps beside ONNX Runtime's and PyTorch's, over deployables of whole families."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import accel
+from accel.config.engines import FUSED
+from accel.data.pretrained import load_config
+from accel.models.model_class import model_class
+from accel.testing.subject import random_model
+from tests.families import FAMILIES
+
+pytestmark = pytest.mark.gpu
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "t5": FAMILIES["t5"] | {"d_model": 256, "d_kv": 64, "d_ff": 1280},
+    "bart": FAMILIES["bart"],
+    "llama": FAMILIES["llama"] | WIDE,
+    "gemma2": FAMILIES["gemma2"] | {"head_dim": 32},
+    "falcon-alibi": FAMILIES["falcon-alibi"],
+    "gptj": FAMILIES["gptj"],
+}
+OVERRIDES = (
+    "runtime=cuda-graph",
+    "precision=fp16-blanket",
+    "stage=merge",
+    "audit.batches=1",
+    "audit.max_batches=1",
+)
+ROWS, LENGTH = 3, 9
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def folder(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> Path:
+    """The bundle of one tiny model in FP16, with a static decode graph."""
+    checkpoint = shared / "kernel" / request.param / "checkpoint"
+    if not checkpoint.is_dir():
+        random_model(CONFIGS[request.param]).save_pretrained(checkpoint)
+    return accel.build(str(checkpoint), [*OVERRIDES, f"artifacts={artifacts}", f"model.name=k-{request.param}"]).folder
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path) -> Iterator[dict[str, Any]]:
+    """The model by both engines, captured, and PyTorch's in FP32."""
+    checkpoint = Path(str(folder)).parent
+    source = next(iter(checkpoint.glob("checkpoint-*")))
+    eager = model_class(load_config(source)).from_pretrained(source, dtype=torch.float32).eval().cuda()
+    with (
+        accel.load(folder, "cuda-graph", check=False) as plain,
+        accel.load(folder, "cuda-graph", check=False, engine=FUSED) as fused,
+    ):
+        assert (plain.runtime.engine, fused.runtime.engine) == ("onnxruntime", FUSED)
+        yield {"eager": eager, "onnxruntime": plain, "fused": fused}
+
+
+def given(model: Any) -> dict[str, Tensor]:
+    """Return inputs of three rows, one padded; of an encoder-decoder with the tokens that were generated so far."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 119, (ROWS, LENGTH), generator=generator).cuda()
+    mask = torch.ones_like(ids)
+    if model.config.is_encoder_decoder:
+        mask[1, 6:] = 0
+    else:
+        mask[1, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def step_logits(model: Any, forced: Tensor) -> Tensor:
+    """Return the logits of decode steps that are fed `forced` [rows, new], [new, rows, vocabulary], in FP32."""
+    inputs = given(model)
+    if model.config.is_encoder_decoder:
+        encoded = model.get_encoder()(**inputs)
+        shared = {"encoder_outputs": encoded, "attention_mask": inputs["attention_mask"]}
+        start = torch.full((ROWS, 1), model.config.decoder_start_token_id).cuda()
+        output = model(**shared, decoder_input_ids=start, use_cache=True)
+        name = "decoder_input_ids"
+    else:
+        shared, name = {}, "input_ids"
+        output = model(**inputs, use_cache=True)
+    mask, found = inputs["attention_mask"], []
+    for step in range(forced.shape[1]):
+        ids = forced[:, step : step + 1]
+        if not model.config.is_encoder_decoder:
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+            positions = mask.sum(1, keepdim=True) - 1
+            shared = {"attention_mask": mask, "position_ids": positions}
+        output = model(**shared, **{name: ids}, past_key_values=output.past_key_values, use_cache=True)
+        found.append(output.logits[:, -1].float().clone())
+    return torch.stack(found)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference relative to that of what is expected."""
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.inference_mode()
+def test_logits(models: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Steps 0 to 29, some captured and replayed, are as near to FP32 as ONNX Runtime's."""
+    forced = torch.randint(3, 119, (ROWS, 30), generator=torch.Generator().manual_seed(5)).cuda()
+    expected = step_logits(models["eager"], forced)
+    errors = {name: error(step_logits(models[name], forced), expected) for name in ("onnxruntime", "fused")}
+    assert "run in torch" not in caplog.text
+    assert errors["fused"] <= max(1.5 * errors["onnxruntime"], 2e-3), errors
+    assert errors["fused"] > 0
+
+
+@torch.inference_mode()
+def test_repeated_steps_are_identical(models: dict[str, Any]) -> None:
+    """The same steps give the same bits, however often they run: no block reads what another one still writes."""
+    forced = torch.randint(3, 119, (ROWS, 20), generator=torch.Generator().manual_seed(6)).cuda()
+    first = step_logits(models["fused"], forced)
+    for _ in range(20):
+        assert torch.equal(step_logits(models["fused"], forced), first)
+
+
+def test_rows_at_different_positions(models: dict[str, Any]) -> None:
+    """A row's tokens are those of that row alone, beside rows at other positions."""
+    model = models["fused"]
+    name = "decoder" if model.config.is_encoder_decoder else "prompt"
+    prompts = [torch.randint(3, 119, (length,), generator=torch.Generator().manual_seed(length)) for length in (5, 9)]
+    alone = [tokens(model, [prompt.cuda()], 1)[0] for prompt in prompts]
+    together = tokens(model, [prompt.cuda() for prompt in prompts], 3)
+    assert together == alone, name
+
+
+def tokens(model: Any, prompts: list[Tensor], capacity: int) -> list[list[int]]:
+    """Return 8 greedy tokens of each prompt, which begin one step after another in rows of one batch."""
+    found: list[list[int]] = [[] for _ in prompts]
+    options = {"source_length": 16} if model.config.is_encoder_decoder else {}
+    with model.rows(capacity=capacity, max_length=32, **options) as rows:
+        claimed: list[int] = []
+        last = torch.zeros(capacity, dtype=torch.int64, device="cuda")
+        for step in range(8 + len(prompts)):
+            if claimed:
+                logits = rows.step(last)
+                for index, row in enumerate(claimed):
+                    last[row] = logits[row].argmax()
+                    found[index].append(int(last[row]))
+            if step < len(prompts):
+                row = rows.claim()
+                logits = rows.prefill(row, input_ids=prompts[step][None])
+                last[row] = logits.argmax()
+                found[step].append(int(last[row]))
+                claimed.append(row)
+    return [each[:8] for each in found]
