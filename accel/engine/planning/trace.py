@@ -149,8 +149,9 @@ def evaluate_shapes(graph: Graph, shapes: Shapes, lengths: Lengths) -> tuple[dic
     Raises:
         AccelError: A node can't run on inputs of these shapes.
     """
-    values = {name: tensor if tensor.numel() <= KNOWN else _zeros(tensor) for name, tensor in graph.constants.items()}
-    known = {name for name, tensor in graph.constants.items() if tensor.numel() <= KNOWN}
+    constants = graph.constants.items()  # weights may be on the device
+    values = {name: tensor.cpu() if tensor.numel() <= KNOWN else _zeros(tensor) for name, tensor in constants}
+    known = {name for name, tensor in constants if tensor.numel() <= KNOWN}
     for name, dtype in graph.inputs.items():
         if name not in graph.constants:
             shape = [axis if isinstance(axis, int) else lengths[axis] for axis in shapes[name]]
