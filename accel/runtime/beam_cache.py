@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,6 +137,8 @@ def move_rows_on_cuda(caches: Tensor, index: Tensor, changes: Tensor, length: in
     """Reorder changed tokens with one kernel launch on torch's current stream. See `RowMover`."""
     from numpy import int32
 
+    from accel.engine.streams import cupy_stream
+
     count, rows, heads, bucket, width = caches.shape
     token_bytes = width * caches.element_size()
     unit_bytes = next(size for size in UNIT_TYPES if token_bytes % size == 0)
@@ -146,16 +147,6 @@ def move_rows_on_cuda(caches: Tensor, index: Tensor, changes: Tensor, length: in
     with cupy_stream(torch.cuda.current_stream(caches.device)):
         kernel = compile_kernel(rows, unit_bytes)
         kernel((count * heads,), (THREADS_PER_BLOCK,), (*pointers, *sizes))
-
-
-@cache
-def cupy_stream(stream: torch.cuda.Stream) -> Any:
-    """Wrap a torch stream as a CuPy stream. From version 14 on CuPy takes torch's stream object itself."""
-    import cupy
-
-    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):
-        return cupy.cuda.Stream.from_external(stream)
-    return cupy.cuda.ExternalStream(stream.cuda_stream)
 
 
 @cache

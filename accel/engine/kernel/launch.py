@@ -13,9 +13,11 @@ from torch import Tensor
 from accel.engine.kernel import records
 from accel.engine.kernel.placement import NotRunnableError
 from accel.engine.kernel.program import Program
+from accel.engine.streams import cupy_stream
 
 THREADS = 288  # eight warps of consumers, and the producer
 LIMIT = 1 << 22  # polls, about three seconds; a wait for another block takes microseconds
+SOURCES = ("common", "product", "attention", "producer", "main")
 CALLS = {
     "product": {
         "CONSUME": "product<{}>(s, op, ring, norms, tag, watch)",
@@ -60,8 +62,8 @@ def source(program: Program, memory: int) -> str:
         for name, call in CALLS[shape.kind].items():
             cases[name].append(f"case {index}: {call.format(f'Shape{index}')}; break;")
     lists = [f"#define {name} {' '.join(lines)} default: break;" for name, lines in cases.items()]
-    begin, end = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("decode.cu", "main.cu"))
-    return "\n".join([*macros, begin, *shapes, *lists, end])
+    texts = [files(__package__).joinpath(f"{name}.cu").read_text(encoding="utf-8") for name in SOURCES]
+    return "\n".join([*macros, *texts[:-1], *shapes, *lists, texts[-1]])
 
 
 class Kernel:
@@ -90,8 +92,6 @@ class Kernel:
 
     def __call__(self) -> None:
         """Launch the kernel on torch's current stream."""
-        import cupy
-
         addresses = (self._state.data_ptr(), self._state.data_ptr() + 4, self._error.data_ptr())
         arguments = (
             np.uint64(self._operations.data_ptr()),
@@ -100,9 +100,8 @@ class Kernel:
             *map(np.uint64, addresses),
             np.uint32(LIMIT),
         )
-        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(self._device).cuda_stream)
-        with cupy.cuda.Device(self._device.index or 0):
-            self._function((self._program.blocks,), (THREADS,), arguments, shared_mem=self._memory, stream=stream)
+        with cupy_stream(torch.cuda.current_stream(self._device)):
+            self._function((self._program.blocks,), (THREADS,), arguments, shared_mem=self._memory)
 
 
 def _shared_memory(device: torch.device) -> int:

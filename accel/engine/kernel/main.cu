@@ -1,3 +1,5 @@
+// The kernel.
+
 extern "C" __device__ int sizes[3] = {sizeof(Shared), sizeof(Record), SLOTS};  // for the compiling code
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Record* records, int count, const long long* positions, u32* epoch, u32* arrived, int* error, u32 limit) {

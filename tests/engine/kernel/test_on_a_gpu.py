@@ -37,19 +37,19 @@ ROWS, LENGTH = 3, 9
 
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
-def folder(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> Path:
-    """The bundle of one tiny model in FP16, with a static decode graph."""
+def folders(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> tuple[Path, Path]:
+    """The checkpoint of one tiny model, and its bundle in FP16 with a static decode graph."""
     checkpoint = shared / "kernel" / request.param / "checkpoint"
     if not checkpoint.is_dir():
         random_model(CONFIGS[request.param]).save_pretrained(checkpoint)
-    return accel.build(str(checkpoint), [*OVERRIDES, f"artifacts={artifacts}", f"model.name=k-{request.param}"]).folder
+    overrides = [*OVERRIDES, f"artifacts={artifacts}", f"model.name=k-{request.param}"]
+    return checkpoint, accel.build(str(checkpoint), overrides).folder
 
 
 @pytest.fixture(scope="module")
-def models(folder: Path) -> Iterator[dict[str, Any]]:
+def models(folders: tuple[Path, Path]) -> Iterator[dict[str, Any]]:
     """The model by both engines, captured, and PyTorch's in FP32."""
-    checkpoint = Path(str(folder)).parent
-    source = next(iter(checkpoint.glob("checkpoint-*")))
+    source, folder = folders
     eager = model_class(load_config(source)).from_pretrained(source, dtype=torch.float32).eval().cuda()
     with (
         accel.load(folder, "cuda-graph", check=False) as plain,

@@ -1,0 +1,222 @@
+// Attention: the consumers' part.
+
+__device__ __forceinline__ float number(int format, const void* p, int at) { return format == PLAIN ? wide(((const T*)p)[at]) : ((const float*)p)[at]; }
+
+// Pointers of an attention's record.
+enum { ROW_Q, ROW_K, ROW_V, HEADS_OUT, KEYS, VALUES, COS, SIN, WEIGHT_Q, WEIGHT_K, BIAS_0, BIAS_1 };
+// One feature of a head, normed, rotated and scaled.
+template <class C, class H> __device__ __forceinline__ float turned(const Shared& s, const Record& op, const T* weight, int head, int b, int d, float factor) {
+  auto normed = [&](int i) { float v = s.raw[head][i]; return H::NORMED ? v * factor * wide(weight[i]) : v; };
+  float v = normed(d);
+  if (H::ROTATED && d < C::ROTATED) {
+    constexpr int HALF = C::ROTATED / 2;
+    const int partner = C::INTERLEAVED ? d ^ 1 : (d < HALF ? d + HALF : d - HALF);
+    const bool minus = C::INTERLEAVED ? !(d & 1) : d < HALF;
+    const int at = b * C::ANGLE_STRIDE + (C::ANGLES == FULL ? d : C::ANGLES == HALVES ? d % (HALF ? HALF : 1) : d / 2);
+    const float other = normed(partner), cos = number(C::ANGLE_FORMAT, op.p[COS], at), sin = number(C::ANGLE_FORMAT, op.p[SIN], at);
+    v = v * cos + (minus ? -other : other) * sin;
+  }
+  return v * H::scale();
+}
+template <class H> __device__ __forceinline__ float load_feature(const void* row, int head, int b, int d, u32 tag, const Watch& watch) {
+  head *= H::REPEAT;                               // of repeated keys the first
+  const int feature = H::START + head / H::PER_GROUP * H::GROUP_STRIDE + head % H::PER_GROUP * H::STRIDE + d;
+  return load_one(H::FORMAT, row, b * H::WIDTH + feature, tag, watch);
+}
+template <class C, class H> __device__ __forceinline__ float head_factor(const Shared& s, int z) {
+  if (!H::NORMED) return 1;
+  float squares = 0;
+#pragma unroll
+  for (int d = threadIdx.x % 32; d < C::D; d += 32) squares += s.raw[z][d] * s.raw[z][d];
+  return rsqrtf(total(squares) * (1.f / C::D) + H::epsilon());
+}
+
+// One head of the cache and one row: its G queries over the cache's keys and the new one.
+template <class C> __device__ __forceinline__ void attend(Shared& s, const Record& op, Ring<SLOTS>& ring, u32 tag, const Watch& watch, int task) {
+  constexpr int D = C::D, G = C::G, HEADS = C::SELF ? G + 2 : G;
+  constexpr int CHUNK = KV_BYTES / (D * 2), KEYS_EACH = CHUNK / WARPS;  // keys of a slot, and of a warp in it
+  constexpr int LANES = D % 32 == 0 ? 4 : D % 16 == 0 ? 2 : 1;          // lanes that share a key
+  constexpr int PAIRS_EACH = (D / 2 + 31) / 32;                         // pairs of features of a value a lane sums
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+  const int head = task % C::KV, b = task / C::KV;
+  const int keys = C::SELF ? s.position[b] : op.length, seen = C::SELF ? keys + 1 : keys;
+  float* const biases = s.bias[op.set & 1];
+  const int key = op.set * 65536 + task;        // layers share masks: they are loaded once
+  if (C::BIASES && s.bias_key[op.set & 1] != key) {
+#pragma unroll 1
+    for (int k = tid; k < seen; k += THREADS) {    // while the query is computed elsewhere
+#pragma unroll
+      for (int z = 0; z < (C::PER_HEAD ? G : 1); z++) {
+        float v = 0;
+#pragma unroll
+        for (int i = 0; i < C::BIASES; i++) {
+          const int row = C::per_head(i) ? (C::batched(i) ? b : 0) * C::KV * G + head * G + z : (C::batched(i) ? b : 0);
+          v += C::bias_scale(i) * number(C::bias_format(i), op.p[BIAS_0 + i], row * op.length + k);
+        }
+        biases[z * op.length + k] = v;
+      }
+    }
+  }
+#pragma unroll 1
+  for (int i = tid; i < HEADS * D; i += THREADS) {
+    const int z = i / D, d = i % D;
+    if (z < G) s.raw[z][d] = load_feature<typename C::Query>(op.p[ROW_Q], head * G + z, b, d, tag, watch);
+    else if constexpr (C::SELF) {
+      if (z == G) s.raw[z][d] = load_feature<typename C::Key>(op.p[ROW_K], head, b, d, tag, watch);
+      else s.raw[z][d] = load_feature<typename C::Value>(op.p[ROW_V], head, b, d, tag, watch);
+    }
+  }
+  sync();
+  if (!tid) s.bias_key[op.set & 1] = key;
+#pragma unroll 1
+  for (int z = warp; z < HEADS; z += WARPS) {
+    if (z < G) {
+      const float factor = head_factor<C, typename C::Query>(s, z);
+#pragma unroll
+      for (int d = lane; d < D; d += 32) s.query[z][d] = wide(narrow(turned<C, typename C::Query>(s, op, (const T*)op.p[WEIGHT_Q], z, b, d, factor))) * C::scale();
+    } else if constexpr (C::SELF) {
+      if (z == G) {
+        const float factor = head_factor<C, typename C::Key>(s, z);
+#pragma unroll
+        for (int d = lane; d < D; d += 32) s.fresh[0][d] = narrow(turned<C, typename C::Key>(s, op, (const T*)op.p[WEIGHT_K], z, b, d, factor));
+      } else {
+#pragma unroll
+        for (int d = lane; d < D; d += 32) s.fresh[1][d] = narrow(s.raw[z][d] * C::Value::scale());
+      }
+    }
+  }
+  sync();
+  float mass[G], sum[G][PAIRS_EACH][2], tops[G];
+#pragma unroll
+  for (int z = 0; z < G; z++) {
+    mass[z] = 0; tops[z] = -1e30f;
+    for (int i = 0; i < PAIRS_EACH; i++) sum[z][i][0] = sum[z][i][1] = 0;
+  }
+  auto score = [&](float dot, int z, int k) {
+    if (C::SOFT) dot = activate(dot, SOFTCAP, C::softcap());
+    return C::BIASES ? dot + biases[(C::PER_HEAD ? z * op.length : 0) + k] : dot;
+  };
+  if (C::SELF && warp == WARPS - 1) {
+#pragma unroll
+    for (int z = 0; z < G; z++) {
+      float dot = 0;
+#pragma unroll
+      for (int d = lane; d < D; d += 32) dot += s.query[z][d] * wide(s.fresh[0][d]);
+      dot = total(dot);
+      if (!lane) { s.top[z][WARPS] = score(dot, z, keys); s.mass[z][WARPS] = 1; }
+    }
+  }
+  const int sub = lane % LANES, own = lane / LANES;
+#pragma unroll 1
+  for (int k0 = 0; k0 < keys; k0 += CHUNK) {
+    wait(&s.full[ring.slot], ring.phase);
+    const int here = max(0, min(KEYS_EACH, keys - k0 - warp * KEYS_EACH));
+    float best[G];
+#pragma unroll
+    for (int z = 0; z < G; z++) best[z] = -1e30f;
+#pragma unroll 1
+    for (int i = 0; i < here; i += 32 / LANES) {
+      const int k = i + own;
+      float dot[G];
+#pragma unroll
+      for (int z = 0; z < G; z++) dot[z] = 0;
+      if (k < here) {
+        const unsigned char* p = s.ring[ring.slot] + (warp * KEYS_EACH + k) * D * 2 + sub * 16;
+#pragma unroll
+        for (int c = 0; c < D / 8 / LANES; c++) {
+          const int4 w = *(const int4*)(p + c * LANES * 16);
+          const float2 x0 = wide((T2)w.x), x1 = wide((T2)w.y), x2 = wide((T2)w.z), x3 = wide((T2)w.w);
+#pragma unroll
+          for (int z = 0; z < G; z++) {
+            const float4* q = (const float4*)(s.query[z] + (c * LANES + sub) * 8);
+            const float4 u = q[0], v = q[1];
+            dot[z] += u.x * x0.x + u.y * x0.y + u.z * x1.x + u.w * x1.y + v.x * x2.x + v.y * x2.y + v.z * x3.x + v.w * x3.y;
+          }
+        }
+      }
+#pragma unroll
+      for (int z = 0; z < G; z++) {
+#pragma unroll
+        for (int o = 1; o < LANES; o <<= 1) dot[z] += __shfl_xor_sync(~0u, dot[z], o);
+        const float v = k < here ? score(dot[z], z, k0 + warp * KEYS_EACH + k) : -1e30f;
+        best[z] = fmaxf(best[z], v);
+        if (k < here && !sub) s.weights[warp][z][k] = v;
+      }
+    }
+    __syncwarp();
+    if (!lane) arrive(&s.empty[ring.slot]);
+    ring.next();
+#pragma unroll
+    for (int z = 0; z < G; z++) {
+#pragma unroll
+      for (int o = LANES; o < 32; o <<= 1) best[z] = fmaxf(best[z], __shfl_xor_sync(~0u, best[z], o));
+      const float next = fmaxf(tops[z], best[z]), old = __expf(tops[z] - next);
+      tops[z] = next;
+      float added = 0;
+#pragma unroll 1
+      for (int k = lane; k < here; k += 32) { const float e = __expf(s.weights[warp][z][k] - next); s.weights[warp][z][k] = e; added += e; }
+      mass[z] = mass[z] * old + added;             // of this lane's keys
+#pragma unroll
+      for (int i = 0; i < PAIRS_EACH; i++) { sum[z][i][0] *= old; sum[z][i][1] *= old; }
+    }
+    __syncwarp();
+    wait(&s.full[ring.slot], ring.phase);
+#pragma unroll 8
+    for (int k = 0; k < here; k++) {
+      const T2* v = (const T2*)(s.ring[ring.slot] + (warp * KEYS_EACH + k) * D * 2);
+#pragma unroll
+      for (int i = 0; i < PAIRS_EACH; i++) if (D % 64 == 0 || lane + 32 * i < D / 2) {
+        const float2 f = wide(v[lane + 32 * i]);
+#pragma unroll
+        for (int z = 0; z < G; z++) { const float e = s.weights[warp][z][k]; sum[z][i][0] += e * f.x; sum[z][i][1] += e * f.y; }
+      }
+    }
+    __syncwarp();
+    if (!lane) arrive(&s.empty[ring.slot]);
+    ring.next();
+  }
+#pragma unroll
+  for (int z = 0; z < G; z++) {
+    mass[z] = total(mass[z]);
+    if (!lane) { s.top[z][warp] = tops[z]; s.mass[z][warp] = mass[z]; }
+#pragma unroll
+    for (int i = 0; i < PAIRS_EACH; i++) if (lane + 32 * i < D / 2) *(float2*)(s.partial[z][warp] + 2 * (lane + 32 * i)) = make_float2(sum[z][i][0], sum[z][i][1]);
+  }
+  sync();
+#pragma unroll 1
+  for (int e = tid; e < G * D / 2; e += THREADS) {
+    const int z = e / (D / 2), d = e % (D / 2) * 2;
+    float highest = C::SELF ? s.top[z][WARPS] : -1e30f, whole = 0, x = 0, y = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) highest = fmaxf(highest, s.top[z][w]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float f = __expf(s.top[z][w] - highest);
+      const float2 v = *(const float2*)(s.partial[z][w] + d);
+      whole += f * s.mass[z][w]; x += f * v.x; y += f * v.y;
+    }
+    if (C::SELF) {
+      const float f = __expf(s.top[z][WARPS] - highest);
+      const float2 v = wide(*(T2*)(s.fresh[1] + d));
+      whole += f; x += f * v.x; y += f * v.y;
+    }
+    write_pair(C::OUT_FORMAT, (void*)op.p[HEADS_OUT], ((b * C::KV + head) * G + z) * D + d, x / whole, y / whole, true, tag);
+  }
+  if constexpr (C::SELF) {
+    if (tid >= THREADS - D / 4) {                  // threads that write no output where there are few
+      const int e = tid - (THREADS - D / 4), which = e / (D / 8), d = e % (D / 8) * 8;
+      T* cache = (T*)op.p[which ? VALUES : KEYS];
+      *(int4*)(cache + ((size_t)task * op.length + keys) * D + d) = *(const int4*)(s.fresh[which] + d);
+    }
+  }
+}
+template <class C> __device__ __forceinline__ void attention(Shared& s, const Record& op, Ring<SLOTS>& ring, u32 tag, const Watch& watch) {
+  bool any = false;
+#pragma unroll 1
+  for (int task = BLOCKS - 1 - blockIdx.x; task < C::KV * ROWS; task += BLOCKS) {
+    if (any) sync();  // before another task overwrites what was read
+    attend<C>(s, op, ring, tag, watch, task);
+    any = true;
+  }
+  if (!any) sync();
+}

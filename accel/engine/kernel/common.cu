@@ -1,0 +1,169 @@
+// One persistent kernel runs the fused operations of a plan: one block a multiprocessor, which reads the list of operations.
+//
+// A producer warp streams this block's slices of all weights and caches, in the order of the list, through a ring in shared
+// memory, and never waits for activations. Eight consumer warps wait for the input of each operation by polling it: values
+// that blocks exchange are 64-bit words of data and a tag that counts launches, so there is no barrier over the grid.
+//
+// The files are compiled as one: macros (ROWS, BLOCKS, BF16, MEMORY in bytes of shared memory, MAX_K, MAX_NORM, WIDE_X,
+// MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS), common.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
+// lists CONSUME and PRODUCE of their cases, main.cu. `launch.py` puts them together.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short T;  // FP16 or BF16
+typedef u32 T2;            // two of them, the first in the low half
+#if BF16
+#define TYPE "bf16"
+__device__ __forceinline__ float wide(T v) { return __uint_as_float((u32)v << 16); }
+__device__ __forceinline__ float2 wide(T2 v) { return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)); }
+#else
+#define TYPE "f16"
+__device__ __forceinline__ float wide(T v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
+__device__ __forceinline__ float2 wide(T2 v) { return make_float2(wide((T)v), wide((T)(v >> 16))); }
+#endif
+__device__ __forceinline__ T2 narrow(float a, float b) { T2 v; asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a)); return v; }
+__device__ __forceinline__ T narrow(float a) { return (T)narrow(a, 0.f); }
+
+enum Format { WORDS, WORDS_F32, PLAIN, PLAIN_F32 };  // {T2, tag}; {float, tag}; T; float
+enum Activation { NONE, RELU, GELU, GELU_TANH, SILU, QUICK_GELU, TANH, SIGMOID, SOFTCAP };
+enum Norm { NO_NORM, RMS, LAYER };
+enum Angles { FULL, HALVES, PAIRS };
+
+constexpr int WARPS = 8, THREADS = WARPS * 32;
+constexpr int SEGMENT = 1024;                      // features of a weight's row in one slot of the ring
+constexpr int UNITS = 8;                           // rows of weights in one slot
+constexpr int UNIT_BYTES = SEGMENT * 2 + 64;       // 64 bytes of padding: no bank conflicts between units
+constexpr int SLOT_BYTES = UNITS * UNIT_BYTES;
+constexpr int KV_BYTES = UNITS * SEGMENT * 2;      // bytes of keys or values in one slot
+constexpr int ROUND = ROWS <= 2 ? 16 : ROWS <= 4 ? 8 : 4;  // groups of units between two epilogues
+constexpr int IN_FLIGHT = 2;                       // slots that are being copied at a time; measured
+constexpr int LOOK = 2048;                         // features to be polled from which on a few lanes look first; measured
+constexpr int RECORDS = 4;                         // operations whose records are at hand
+
+// shape: case of CONSUME; length: of a cache; set: of biases
+struct alignas(16) Record { int shape, length, set, pad; const void* p[30]; };
+constexpr int COPIERS = sizeof(Record) / 16;
+
+struct alignas(16) Rest {  // of the shared memory, beside the ring
+  alignas(16) T x[ROWS][MAX_K + 32];
+  alignas(16) float wide_x[WIDE_X ? ROWS : 1][WIDE_X ? MAX_NORM : 4];  // FP32 input of a norm
+  alignas(16) T norm[2][2][MAX_NORM];
+  alignas(16) float part[ROUND][ROWS][UNITS][WARPS];
+  alignas(16) Record consumed[RECORDS], produced[RECORDS];
+  alignas(16) float raw[MAX_GROUP + 2][MAX_HEAD], query[MAX_GROUP][MAX_HEAD];
+  alignas(16) T fresh[2][MAX_HEAD];                // the new key and value
+  alignas(16) float weights[WARPS][MAX_GROUP][MAX_KEYS], partial[MAX_GROUP][WARPS][MAX_HEAD];
+  alignas(16) float squares[ROWS][MAX_NORM / 128 + 4], sums[ROWS][MAX_NORM / 128 + 4];
+  float top[MAX_GROUP][WARPS + 1], mass[MAX_GROUP][WARPS + 1];
+  float bias[2][MAX_BIAS];                         // of two sets
+  int bias_key[2], position[ROWS];
+  u64 norm_full[2], norm_empty[2];
+  u32 tag;
+};
+constexpr int SLOTS = (MEMORY - (int)sizeof(Rest) - 128) / (SLOT_BYTES + 16);
+static_assert(SLOTS >= 2, "the ring needs two slots");
+struct alignas(128) Shared : Rest {
+  u64 full[SLOTS], empty[SLOTS];
+  alignas(128) unsigned char ring[SLOTS][SLOT_BYTES];
+};
+static_assert(sizeof(Shared) <= MEMORY, "more shared memory than there is");
+
+__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void barrier_init(u64* b, int n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(b)), "r"(n)); }
+__device__ __forceinline__ void arrive(u64* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(b)) : "memory"); }
+__device__ __forceinline__ void expect(u64* b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory"); }
+__device__ __forceinline__ void wait(u64* b, u32 parity) {
+  asm volatile("{\n.reg .pred p;\nAGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra AGAIN;\n}" ::"r"(address(b)), "r"(parity) : "memory");
+}
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, u64* b, u64 policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(b)), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }  // consumers
+__device__ __forceinline__ ulonglong2 load2(const u64* p) { ulonglong2 v; asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory"); return v; }
+__device__ __forceinline__ u64 load1(const u64* p) { u64 v; asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }
+__device__ __forceinline__ void store(u64* p, u32 data, u32 tag) { asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(((u64)tag << 32) | data) : "memory"); }
+__device__ __forceinline__ bool has(u64 v, u32 tag) { return (u32)(v >> 32) == tag; }
+__device__ __forceinline__ bool has(ulonglong2 v, u32 tag) { return has(v.x, tag) && has(v.y, tag); }
+__device__ __forceinline__ float2 both(u64 v) { return wide((T2)v); }
+__device__ __forceinline__ u64 now() { u64 t; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)); return t; }
+__device__ __forceinline__ float total(float v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+// D[16 x 8] += A[16 x 16] (rows of x) * B[16 x 8] (units of W)
+__device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+template <int N> struct Ring {
+  int slot; u32 phase;
+  __device__ __forceinline__ void next() { if (++slot == N) { slot = 0; phase ^= 1; } }
+};
+
+// A wait for words that never come ends with an error that names the operation. From then on nothing is waited for.
+struct Watch { int* error; int index; u32 limit; };
+__device__ __noinline__ bool overdue(const Watch& watch) {
+  atomicCAS(watch.error, 0, watch.index + 1);
+  return true;
+}
+__device__ __forceinline__ ulonglong2 poll2(const u64* p, u32 tag, const Watch& watch) {
+  ulonglong2 w;
+  u32 spins = 0;
+  do { w = load2(p); if (++spins == watch.limit && overdue(watch)) break; } while (!has(w, tag));
+  return w;
+}
+__device__ __forceinline__ u64 poll1(const u64* p, u32 tag, const Watch& watch) {
+  u64 w;
+  u32 spins = 0;
+  do { w = load1(p); if (++spins == watch.limit && overdue(watch)) break; } while (!has(w, tag));
+  return w;
+}
+struct Quad { float2 a, b; };
+__device__ __forceinline__ Quad quad(ulonglong2 w) { return {both(w.x), both(w.y)}; }
+// Four features from `at` on; `format` is a constant where this is used, as below.
+__device__ __forceinline__ Quad load_quad(int format, const void* data, int at, u32 tag, const Watch& watch) {
+  if (format == WORDS) return quad(poll2((const u64*)data + at / 2, tag, watch));
+  if (format == WORDS_F32) {
+    const ulonglong2 w = poll2((const u64*)data + at, tag, watch), z = poll2((const u64*)data + at + 2, tag, watch);
+    return {make_float2(__uint_as_float((u32)w.x), __uint_as_float((u32)w.y)), make_float2(__uint_as_float((u32)z.x), __uint_as_float((u32)z.y))};
+  }
+  if (format == PLAIN) { const uint2 w = *(const uint2*)((const T*)data + at); return {wide((T2)w.x), wide((T2)w.y)}; }
+  const float4 w = *(const float4*)((const float*)data + at);
+  return {make_float2(w.x, w.y), make_float2(w.z, w.w)};
+}
+// One feature.
+__device__ __forceinline__ float load_one(int format, const void* data, int at, u32 tag, const Watch& watch) {
+  if (format == WORDS) { const float2 f = both(poll1((const u64*)data + at / 2, tag, watch)); return at & 1 ? f.y : f.x; }
+  if (format == WORDS_F32) return __uint_as_float((u32)poll1((const u64*)data + at, tag, watch));
+  return format == PLAIN ? wide(((const T*)data)[at]) : ((const float*)data)[at];
+}
+// Write features `at` and `at` + 1; `second`: the other exists.
+__device__ __forceinline__ void write_pair(int format, void* data, int at, float a, float b, bool second, u32 tag) {
+  if (format == WORDS) store((u64*)data + at / 2, narrow(a, b), tag);
+  if (format == WORDS_F32) {
+    store((u64*)data + at, __float_as_uint(a), tag);
+    if (second) store((u64*)data + at + 1, __float_as_uint(b), tag);
+  }
+  if (format == PLAIN) {
+    ((T*)data)[at] = narrow(a);
+    if (second) ((T*)data)[at + 1] = narrow(b);
+  }
+  if (format == PLAIN_F32) {
+    ((float*)data)[at] = a;
+    if (second) ((float*)data)[at + 1] = b;
+  }
+}
+__device__ __forceinline__ float activate(float v, int act, float limit) {  // with constant `act`
+  switch (act) {
+    case RELU: return fmaxf(v, 0.f);
+    case GELU: return 0.5f * v * (1.f + erff(v * 0.70710678f));
+    case GELU_TANH: return 0.5f * v * (1.f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
+    case SILU: return v / (1.f + __expf(-v));
+    case QUICK_GELU: return v / (1.f + __expf(-1.702f * v));
+    case TANH: return tanhf(v);
+    case SIGMOID: return 1.f / (1.f + __expf(-v));
+    case SOFTCAP: return limit * tanhf(v / limit);
+    default: return v;
+  }
+}
