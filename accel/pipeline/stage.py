@@ -16,6 +16,15 @@ Run = Callable[[Config, Mapping[str, Artifact], Architecture, Path], Mapping[str
 """(config, input artifacts by stage, adapter, folder to write into) -> summary for the manifest, as JSON values."""
 
 
+SESSION = tuple(
+    f"runtime.{name}"
+    for name in (
+        "name", "provider", "provider_options", "session", "environment", "device", "threads", "compute_dtype"
+    )
+)  # fmt: skip
+"""Sections of a stage that opens sessions but generates nothing: neither caches nor the engine change what it makes."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """Pure function of sections of the config, input artifacts, the adapter and files.

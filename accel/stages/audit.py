@@ -30,7 +30,7 @@ from accel.graph import files
 from accel.graph.precision import baselines, minimize, observer, plan
 from accel.graph.precision.convert import convert_half, half_share
 from accel.graph.precision.formats import FORMATS, FP16, Format
-from accel.pipeline.stage import Stage, takes
+from accel.pipeline.stage import SESSION, Stage, takes
 from accel.pipeline.store import Artifact
 from accel.stages.answers import read_answers
 from accel.stages.calibrate import ComponentStatistics, low_memory_settings, read_statistics, text_files
@@ -261,7 +261,7 @@ STAGE = Stage(
     name="audit",
     run=run,
     inputs=takes("checkpoint", "answers", "optimize", "calibrate"),
-    sections=("audit", "precision", "model.references", "runtime"),
+    sections=("audit", "precision", "model.references", *SESSION),
     packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "networkx"),
     files=text_files,
 )

@@ -34,7 +34,7 @@ from accel.evaluation.component_runner import signatures
 from accel.graph import files
 from accel.graph.precision import observer, plan
 from accel.graph.precision.formats import FP16
-from accel.pipeline.stage import Stage, takes
+from accel.pipeline.stage import SESSION, Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime.session import HostSession, SessionSettings
 from accel.stages.answers import read_answers
@@ -264,7 +264,7 @@ STAGE = Stage(
         "audit.column",
         "audit.overflow_margin",
         "model.references",
-        "runtime",
+        *SESSION,
     ),
     packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu"),
     files=text_files,
