@@ -1,0 +1,54 @@
+"""The kernel compiles for the plans of whole families, without a GPU, and keeps all that threads hold in registers."""
+
+import pytest
+import torch
+
+from accel.engine.kernel.launch import source
+from accel.engine.kernel.program import Builder
+from accel.engine.nodes import value_specs
+from tests.engine.kernel.nvrtc import compile_for
+from tests.engine.planning.test_families import plan_of
+from tests.engine.test_families import CPU, FP16, LENGTHS, Make, Steps, families, make
+
+__all__ = ["make"]  # the fixture
+MEMORY = 227 * 1024  # bytes of shared memory that a block may have on an H100
+BLOCKS = 132
+KINDS = ("t5", "whisper", "gpt2", "llama", "gemma2", "bloom", "falcon-alibi", "gptj", "qwen3")  # one of each kind
+
+
+def source_of(make: Make, rows: int) -> str:
+    """Return the kernel's source for a family's static decode graph in FP16."""
+    path = make(*FP16).static_decode
+    lengths = {**LENGTHS, "batch_size": rows}
+    tensors = dict(Steps(path).inputs)
+    for specs in value_specs(path):
+        for name, spec in specs.items():
+            shape = [lengths[axis] if isinstance(axis, str) else axis for axis in spec.axes]
+            tensors[name] = torch.zeros(shape, dtype=spec.dtype)
+    return source(Builder(plan_of(path), tensors, rows, CPU, {}, BLOCKS).program, MEMORY)
+
+
+@families(*KINDS)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_compiles(make: Make, rows: int) -> None:
+    found = compile_for(source_of(make, rows), "sm_90")
+    print(f"{rows} rows: {found.registers} registers, {found.spilled} bytes spilled")
+    assert found.spilled == 0, found.log
+
+
+@families("gpt2")
+def test_compiles_for_bfloat16(make: Make) -> None:
+    text = source_of(make, 2)
+    assert "#define BF16 0\n" in text
+    assert compile_for(text.replace("#define BF16 0\n", "#define BF16 1\n"), "sm_90").spilled == 0
+
+
+@families("gpt2")
+def test_what_does_not_compile_is_refused(make: Make) -> None:
+    """The test above can fail: by an error, and by too few registers."""
+    text = source_of(make, 1)
+    with pytest.raises(RuntimeError, match="error"):
+        compile_for(text.replace("#define ROWS 1\n", "#define ROWS none\n"), "sm_90")
+    few = text.replace("__launch_bounds__(THREADS + 32, 1)", "__launch_bounds__(THREADS + 32, 4)")
+    assert few != text
+    assert compile_for(few, "sm_90").spilled > 0
