@@ -22,6 +22,8 @@ FAST = {"gpt2", "whisper"}  # exported in the fast tier anyway
 OTHER = {"verified", "weights_once", "mostly_fp16"}  # of artifacts, in which no engine takes part
 CHECKS = [check for check in testing.CHECKS if testing.name(check) not in OTHER]
 MORE = ("umt5", "mistral", "gemma2", "falcon-alibi")  # biases by distance, windows, soft-capping, ALiBi
+ALL_CHECKS = ("t5", *KINDS, *MORE)
+TOKENS = {"greedy", "padding", "beams", "rows_alone"}
 NOT_CAPTURED = {"mixtral"}  # its experts' inputs have shapes that depend on data
 
 
@@ -62,20 +64,29 @@ def family(name: str) -> Any:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=testing.name)
-@pytest.mark.parametrize("subject", [family(name) for name in FAMILIES], indirect=True, scope="module")
+@pytest.mark.parametrize("subject", [family(name) for name in ALL_CHECKS], indirect=True, scope="module")
 def test_conformance(check: testing.Check, subject: testing.Subject) -> None:
+    check(subject)
+
+
+@pytest.mark.parametrize("check", [check for check in CHECKS if testing.name(check) in TOKENS], ids=testing.name)
+@pytest.mark.parametrize(
+    "subject", [family(name) for name in FAMILIES if name not in ALL_CHECKS], indirect=True, scope="module"
+)
+def test_tokens(check: testing.Check, subject: testing.Subject) -> None:
+    """Of the other families, which differ from those in what the engine computes and not in how it is called."""
     check(subject)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("check", CHECKS, ids=testing.name)
-@pytest.mark.parametrize("captured", ["t5", *KINDS, *MORE], indirect=True, scope="module")
+@pytest.mark.parametrize("captured", ALL_CHECKS, indirect=True, scope="module")
 def test_conformance_on_the_gpu(check: testing.Check, captured: testing.Subject) -> None:
     check(captured)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("captured", ["t5", *KINDS, *MORE], indirect=True, scope="module")
+@pytest.mark.parametrize("captured", ALL_CHECKS, indirect=True, scope="module")
 def test_steps_are_captured(captured: testing.Subject, request: pytest.FixtureRequest) -> None:
     """Buffers are captured by their second step, replayed after that, and used again by a second generation."""
     inputs = captured.inputs(2)
