@@ -16,6 +16,7 @@ from accel.engine.operations import attention, normalize, product
 from accel.engine.planning.plan import DOMAIN, Plan
 
 UNITS, GATED_UNITS = 8, 4  # rows of weights, and of each of two weights, in a group
+MAX_ROWS = 8  # rows of the batch that the kernel was run with; its products hold no more than 16
 
 
 @dataclass
@@ -98,6 +99,8 @@ class Builder:
         weights: dict[str, Tensor],
         blocks: int,
     ) -> None:
+        if rows > MAX_ROWS:
+            raise NotRunnableError(f"{rows} sequences at once, beams counted: the kernel decodes up to {MAX_ROWS}")
         before, self._fused = split(plan)
         self._plan, self._device = plan, device
         dtype = self._dtype()

@@ -101,6 +101,12 @@ def test_what_the_kernel_cannot_run() -> None:
         build(plan(made.graph.constants, [made.graph.nodes[0], late], "r"), tensors)
 
 
+def test_more_rows_than_the_kernel_computes() -> None:
+    made, tensors = two_products()
+    with pytest.raises(NotRunnableError, match="9 sequences at once, beams counted: the kernel decodes up to 8"):
+        Builder(made, tensors, 9, CPU, {}, BLOCKS)
+
+
 def test_source() -> None:
     """The parts of the source are in order, with one case for each shape."""
     made, tensors = two_products()
