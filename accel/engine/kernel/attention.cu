@@ -34,7 +34,8 @@ template <class C, class H> __device__ __forceinline__ float head_factor(const S
 // One head of the cache and one row: its G queries over the cache's keys and the new one.
 template <class C> __device__ __forceinline__ void attend(Shared& s, const Record& op, Ring<SLOTS>& ring, u32 tag, const Watch& watch, int task) {
   constexpr int D = C::D, G = C::G, HEADS = C::SELF ? G + 2 : G;
-  constexpr int CHUNK = KV_BYTES / (D * 2), KEYS_EACH = CHUNK / WARPS;  // keys of a slot, and of a warp in it
+  constexpr int CHUNK = keys_in_slot(D), KEYS_EACH = CHUNK / WARPS;  // keys of a slot, and of a warp in it
+  static_assert(D % 8 == 0 && CHUNK == KEYS_EACH * WARPS, "warps must cover every key of a slot, in units of 16 bytes");
   constexpr int LANES = D % 32 == 0 ? 4 : D % 16 == 0 ? 2 : 1;          // lanes that share a key
   constexpr int PAIRS_EACH = (D / 2 + 31) / 32;                         // pairs of features of a value a lane sums
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;

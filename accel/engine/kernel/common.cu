@@ -34,7 +34,8 @@ constexpr int SEGMENT = 1024;                      // features of a weight's row
 constexpr int UNITS = 8;                           // rows of weights in one slot
 constexpr int UNIT_BYTES = SEGMENT * 2 + 64;       // 64 bytes of padding: no bank conflicts between units
 constexpr int SLOT_BYTES = UNITS * UNIT_BYTES;
-constexpr int KV_BYTES = UNITS * SEGMENT * 2;      // bytes of keys or values in one slot
+constexpr int KV_BYTES = UNITS * SEGMENT * 2;      // bytes for keys or values in one slot
+__device__ constexpr int keys_in_slot(int size) { return KV_BYTES / (size * 2) / WARPS * WARPS; }  // the same for each warp
 constexpr int ROUND = ROWS <= 2 ? 16 : ROWS <= 4 ? 8 : 4;  // groups of units between two epilogues
 constexpr int IN_FLIGHT = 2;                       // slots that are being copied at a time; measured
 constexpr int LOOK = 2048;                         // features to be polled from which on a few lanes look first; measured

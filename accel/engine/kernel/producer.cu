@@ -14,7 +14,7 @@ struct Producer {
 
 // The producer's part of an operation.
 template <class C> __device__ __forceinline__ void produce_attention(Shared& s, const Record& op, Producer& to, u64 keep) {
-  constexpr int CHUNK = KV_BYTES / (C::D * 2);
+  constexpr int CHUNK = keys_in_slot(C::D);
 #pragma unroll 1
   for (int task = BLOCKS - 1 - blockIdx.x; task < C::KV * ROWS; task += BLOCKS) {
     const int keys = C::SELF ? s.position[task / C::KV] : op.length;

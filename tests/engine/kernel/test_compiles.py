@@ -44,6 +44,17 @@ def test_compiles_for_bfloat16(make: Make) -> None:
 
 
 @families("gpt2")
+@pytest.mark.parametrize("size", [80, 96])
+def test_head_sizes_that_do_not_divide_a_slot(make: Make, size: int) -> None:
+    """Each warp takes an equal share of the keys in a slot of the ring, and none is left over."""
+    text = source_of(make, 1)
+    for old, new in (("enum { D = 16,", f"enum {{ D = {size},"), ("MAX_HEAD 16\n", f"MAX_HEAD {size}\n")):
+        assert old in text
+        text = text.replace(old, new)
+    assert compile_for(text, "sm_90").spilled == 0
+
+
+@families("gpt2")
 def test_what_does_not_compile_is_refused(make: Make) -> None:
     """The test above can fail: by an error, and by too few registers."""
     text = source_of(make, 1)
