@@ -56,7 +56,7 @@ def split(plan: Plan) -> tuple[Graph, list[Node]]:
     """Return the graph of the nodes that run before the kernel, and the fused operations.
 
     Raises:
-        NotRunnableError: A node runs after a fused operation, or between two.
+        NotRunnableError: A node runs after a fused operation, or between two, or computes an output.
     """
     fused = [node for node in plan.graph.nodes if node.kind[0] == DOMAIN]
     made = {name for node in fused for name in node.outputs}
@@ -65,6 +65,9 @@ def split(plan: Plan) -> tuple[Graph, list[Node]]:
         late = made.intersection(node.inputs)
         if late:
             raise NotRunnableError(f"node {node.name} reads {', '.join(sorted(late))}, which the kernel computes")
+    missing = sorted(set(plan.graph.outputs) - made)
+    if missing:
+        raise NotRunnableError(f"the outputs {', '.join(missing)} are not computed by fused operations")
     computed = {name for node in before for name in node.outputs}
     read = {name for node in fused for name in node.inputs}
     outputs = sorted(computed & read)
@@ -158,8 +161,11 @@ class Builder:
         for index, name in enumerate(names):
             record.pointers[1 + index] = self._place.vector(name)
         if norm is not None:
+            wide = form in (records.WORDS_F32, records.PLAIN_F32)
+            if wide and width % 32:
+                raise NotRunnableError(f"a norm of {width} features in FP32, no multiple of 32")
             self.program.max_norm = max(self.program.max_norm, width)
-            self.program.wide |= form in (records.WORDS_F32, records.PLAIN_F32)
+            self.program.wide |= wide
         self.program.max_k = max(self.program.max_k, (width + 31) // 32 * 32)
         kind = records.NORMS[norm.kind if norm is not None else None]
         constants = records.enum(K=width, IN=form, NORM=kind, NORM_WEIGHT=len(names) > 0, NORM_BIAS=len(names) > 1)
@@ -238,8 +244,7 @@ class Builder:
                 raise NotRunnableError("caches are written at several positions")
             self.program.position = position
         keys, values = self._place.plain(rest.pop(0)), self._place.plain(rest.pop(0))
-        if {keys.dtype, values.dtype} != {self.program.dtype}:
-            raise NotRunnableError(f"caches are of {keys.dtype} and {values.dtype}, not of {self.program.dtype}")
+        self._check_caches(node, keys, values)
         record.length = keys.shape[2]
         out, out_format = self._place.output(node.outputs[0], spec.dtype, spec.query.count * spec.query.size)
         for index, address in ((3, out), (4, keys.data_ptr()), (5, values.data_ptr())):
@@ -265,6 +270,18 @@ class Builder:
             self._biases(record, spec, rest),
         ]
         return records.Shape("attention", "\n  ".join(body))
+
+    def _check_caches(self, node: Node, keys: Tensor, values: Tensor) -> None:
+        """Raise `NotRunnableError` if the kernel can't read an attention's caches, or update them in place."""
+        if {keys.dtype, values.dtype} != {self.program.dtype}:
+            raise NotRunnableError(f"caches are of {keys.dtype} and {values.dtype}, not of {self.program.dtype}")
+        if keys.shape != values.shape or keys.shape[3] % 8:
+            raise NotRunnableError(
+                f"caches of {list(keys.shape)} and {list(values.shape)}: the sizes must agree, and divide by 8"
+            )
+        for name, cache in zip(node.outputs[1:], (keys, values), strict=False):
+            if self._place.plain(name).data_ptr() != cache.data_ptr():
+                raise NotRunnableError(f"{name} is not in the memory of the cache that it updates")
 
     def _rotary(self, record: records.Record, rotary: attention.Rotary | None, rest: list[str]) -> str:
         """Set cosines and sines, the next of `rest`, and return their part of the shape."""

@@ -20,11 +20,13 @@ def source_of(make: Make, rows: int) -> str:
     """Return the kernel's source for a family's static decode graph in FP16."""
     path = make(*FP16).static_decode
     lengths = {**LENGTHS, "batch_size": rows}
-    tensors = dict(Steps(path).inputs)
+    steps = Steps(path)
+    tensors = dict(steps.inputs)
     for specs in value_specs(path):
         for name, spec in specs.items():
             shape = [lengths[axis] if isinstance(axis, str) else axis for axis in spec.axes]
             tensors[name] = torch.zeros(shape, dtype=spec.dtype)
+    tensors |= {output: tensors[name] for name, output in steps.cache.items()}  # updated in place
     return source(Builder(plan_of(path), tensors, rows, CPU, {}, BLOCKS).program, MEMORY)
 
 

@@ -1,6 +1,7 @@
 """The list of operations that the kernel is given, on a CPU: nothing is compiled or launched here."""
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -99,6 +100,38 @@ def test_what_the_kernel_cannot_run() -> None:
     late = Node("late", ("", "Relu"), OPERATORS["", "Relu"], {}, ("h",), ("r",))
     with pytest.raises(NotRunnableError, match="node late reads h, which the kernel computes"):
         build(plan(made.graph.constants, [made.graph.nodes[0], late], "r"), tensors)
+
+
+def test_outputs_that_no_operation_computes() -> None:
+    """They would be left as they are in the caller's memory."""
+    made, tensors = two_products()
+    early = Node("early", ("", "Relu"), OPERATORS["", "Relu"], {}, ("x",), ("r",))
+    found = plan(made.graph.constants, [early, *made.graph.nodes])
+    found = Plan(replace(found.graph, outputs=["y", "r"]), found.trace, {})
+    with pytest.raises(NotRunnableError, match="the outputs r are not computed by fused operations"):
+        build(found, tensors | {"r": tensors["y"]})
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "present", "message"),
+    [
+        ((3, 2, 5, 16), (3, 2, 5, 16), None, None),
+        ((3, 2, 5, 12), (3, 2, 5, 12), None, "must agree, and divide by 8"),
+        ((3, 2, 5, 16), (3, 2, 5, 8), None, "must agree, and divide by 8"),
+        ((3, 2, 5, 16), (3, 2, 5, 16), "elsewhere", "k2 is not in the memory of the cache that it updates"),
+    ],
+)
+def test_caches(keys: tuple[int, ...], values: tuple[int, ...], present: str | None, message: str | None) -> None:
+    made, tensors = two_products()
+    caches = {"k": torch.zeros(keys, dtype=torch.float16), "v": torch.zeros(values, dtype=torch.float16)}
+    tensors |= caches | {"k2": caches["k"].clone() if present else caches["k"], "v2": caches["v"]}
+    builder = Builder(made, tensors, ROWS, CPU, {}, BLOCKS)
+    attention = Node("a", (DOMAIN, "attention"), OPERATIONS["attention"], {}, (), ("o", "k2", "v2"))
+    if message is None:
+        builder._check_caches(attention, caches["k"], caches["v"])
+    else:
+        with pytest.raises(NotRunnableError, match=message):
+            builder._check_caches(attention, caches["k"], caches["v"])
 
 
 def test_more_rows_than_the_kernel_computes() -> None:
