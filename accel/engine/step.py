@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,9 @@ class PlannedStep:
         self.obstacle = self._executor.obstacle
         self._device = device
         self._kernel_weights: dict[str, Tensor] = {}  # as the kernel reads them, for all sets of buffers
-        self._error: Tensor | None = None
+        self._error: Tensor | None = None  # see `Kernel`
+        self._failed = np.zeros(1, np.int32)  # the same memory, as the host reads it at every step
+        self._warned = False
 
     def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
         """Return a call that computes a step over these tensors, by whatever runs the plan fastest.
@@ -69,7 +72,9 @@ class PlannedStep:
             try:
                 return self._by_kernel(inputs, outputs)
             except NotRunnableError as reason:
-                logger.warning(f"decode steps run in torch, many times slower than in the kernel: {reason}")
+                if not self._warned:
+                    logger.warning(f"decode steps run in torch, many times slower than in the kernel: {reason}")
+                self._warned = True
         return partial(self._run, dict(inputs), dict(outputs))
 
     def _by_kernel(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
@@ -83,6 +88,7 @@ class PlannedStep:
             raise NotRunnableError(reason)
         if self._error is None:
             self._error = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+            self._failed = self._error.numpy()
         blocks = torch.cuda.get_device_properties(self._device).multi_processor_count
         rows = len(next(iter(inputs.values())))
         builder = Builder(self.plan, {**inputs, **outputs}, rows, self._device, self._kernel_weights, blocks)
@@ -96,10 +102,12 @@ class PlannedStep:
 
     def check(self) -> None:
         """Raise `AccelError` if the kernel has stopped waiting for an input that never came. Doesn't synchronise."""
-        if self._error is not None and self._error[0]:
-            index, self._error[0] = int(self._error[0]) - 1, 0
-            names = [node.name for node in self.plan.graph.nodes if node.kind[0] == DOMAIN]
-            raise AccelError(f"the fused engine waited in vain for the input of {names[index]}: its results are wrong")
+        if self._error is None or not self._failed[0]:
+            return
+        names = [node.name for node in self.plan.graph.nodes if node.kind[0] == DOMAIN]
+        index = int(self._failed[0]) - 1
+        self._error.zero_()
+        raise AccelError(f"the fused engine waited in vain for the input of {names[index]}: its results are wrong")
 
     def _run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Compute a step in torch, which runs any plan."""

@@ -1,5 +1,6 @@
 """Which engine computes decode steps: what it opens and keeps in memory, what is refused, and what it falls back to."""
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 import accel
 from accel.config import engines
 from accel.config.presets import runtime_preset
+from accel.engine.planning.plan import DOMAIN
 from accel.errors import AccelError, DeviceMemoryError
 from accel.models.loading import open_model, verification_of
 from accel.runtime import decode_step, dynamic_cache, static_cache
@@ -166,6 +168,19 @@ def test_no_memory_is_no_reason_to_fall_back(
     monkeypatch.setattr(decode_step, "FusedStep", fail)
     with pytest.raises(DeviceMemoryError):
         open_model(folder, replace(FUSED, engine="auto"))
+
+
+def test_a_kernel_that_gave_up_is_an_error(folder: Path) -> None:
+    """The next step names the operation, once, from what the kernel writes to the host's memory."""
+    with open_model(folder, FUSED) as model:
+        expected = model.generate(IDS, max_new_tokens=4)
+        planned = model.runtime._graphs.decode.planned
+        planned._error = torch.tensor([2], dtype=torch.int32)  # the index of the operation plus one
+        planned._failed = planned._error.numpy()
+        second = [node.name for node in planned.plan.graph.nodes if node.kind[0] == DOMAIN][1]
+        with pytest.raises(AccelError, match=re.escape(f"waited in vain for the input of {second}: its results")):
+            model.generate(IDS, max_new_tokens=4)
+        assert torch.equal(model.generate(IDS, max_new_tokens=4), expected)
 
 
 def test_auto(folder: Path, fused_is_fastest: None) -> None:

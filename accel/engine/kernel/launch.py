@@ -71,19 +71,16 @@ class Kernel:
 
     Args:
         program: The program.
-        device: The device, of compute capability 9.0 or higher.
+        device: The device, for which `unsupported` gives no reason.
         error: Pinned memory of the host, int32 [1]. A launch that waits too long for a value of another block, which is
             a defect, writes the index of the waiting operation plus one.
 
     Raises:
-        NotRunnableError: The device or CuPy can't run it.
+        NotRunnableError: It can't be compiled.
     """
 
     def __init__(self, program: Program, device: torch.device, error: Tensor) -> None:
         self._program, self._device, self._error = program, device, error
-        reason = unsupported(device)
-        if reason is not None:
-            raise NotRunnableError(reason)
         memory = _shared_memory(device)
         self._function, self._memory = _compiled(source(program, memory))
         data = b"".join(bytes(record) for record in program.operations)
