@@ -86,7 +86,6 @@ __device__ __forceinline__ void store(u64* p, u32 data, u32 tag) { asm volatile(
 __device__ __forceinline__ bool has(u64 v, u32 tag) { return (u32)(v >> 32) == tag; }
 __device__ __forceinline__ bool has(ulonglong2 v, u32 tag) { return has(v.x, tag) && has(v.y, tag); }
 __device__ __forceinline__ float2 both(u64 v) { return wide((T2)v); }
-__device__ __forceinline__ u64 now() { u64 t; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)); return t; }
 __device__ __forceinline__ float total(float v) {
 #pragma unroll
   for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
@@ -102,7 +101,7 @@ template <int N> struct Ring {
   __device__ __forceinline__ void next() { if (++slot == N) { slot = 0; phase ^= 1; } }
 };
 
-// A wait for words that never come ends with an error that names the operation. From then on nothing is waited for.
+// A wait for words that never come ends after `limit` polls, with an error that names the first operation that gave up.
 struct Watch { int* error; int index; u32 limit; };
 __device__ __noinline__ bool overdue(const Watch& watch) {
   atomicCAS(watch.error, 0, watch.index + 1);

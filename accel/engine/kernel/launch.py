@@ -16,7 +16,7 @@ from accel.engine.kernel.program import Program
 from accel.engine.streams import cupy_stream
 
 THREADS = 288  # eight warps of consumers, and the producer
-LIMIT = 1 << 22  # polls, about three seconds; a wait for another block takes microseconds
+LIMIT = 1 << 22  # polls, each longer than half a microsecond; a wait for another block takes microseconds
 SOURCES = ("common", "product", "attention", "producer", "main")
 CALLS = {
     "product": {
@@ -132,7 +132,7 @@ def _compiled(code: str) -> tuple[Any, int]:
     except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError) as error:
         lines = [line for line in str(error).splitlines() if "error" in line] or [type(error).__name__]
         raise NotRunnableError(f"the kernel can't be compiled: {lines[0]}") from error
-    memory, record, _ = (int(size) for size in cupy.ndarray(3, cupy.int32, module.get_global("sizes")).get())
+    memory, record = (int(size) for size in cupy.ndarray(2, cupy.int32, module.get_global("sizes")).get())
     if record != ctypes.sizeof(records.Record):
         raise NotRunnableError(f"a record has {record} bytes in CUDA, and {ctypes.sizeof(records.Record)} here")
     function.max_dynamic_shared_size_bytes = memory

@@ -131,7 +131,7 @@ template <class C> __device__ __forceinline__ void product(Shared& s, const Reco
   load_x<C>(s, op, norms, tag, watch);
   int4 w[2][4], a[4], h[4];
   float sums[2][2][4];
-  auto fetch = [&](int4* w, int seg) {  // this lane's share of the weights in the next slot
+  auto fetch = [&](int4* w) {  // this lane's share of the weights in the next slot
     wait(&s.full[ring.slot], ring.phase);
     const unsigned char* p = s.ring[ring.slot] + g * UNIT_BYTES + t * 16 + warp * 64;
 #pragma unroll
@@ -169,8 +169,8 @@ template <class C> __device__ __forceinline__ void product(Shared& s, const Reco
 #pragma unroll 1
       for (int i = 0; i < groups; i += 2) {
         const bool two = i + 1 < groups;
-        fetch(w[0], 0);
-        if (two) fetch(w[1], 0);
+        fetch(w[0]);
+        if (two) fetch(w[1]);
         clear(0); clear(1);
         multiply(0);
         if (two) multiply(1);
@@ -184,8 +184,8 @@ template <class C> __device__ __forceinline__ void product(Shared& s, const Reco
 #pragma unroll 1
         for (int seg = 0; seg < SEGMENTS; seg += 2) {
           const bool two = SEGMENTS % 2 == 0 || seg + 1 < SEGMENTS;
-          fetch(w[0], seg);
-          if (two) fetch(w[1], seg + 1);
+          fetch(w[0]);
+          if (two) fetch(w[1]);
           load(seg);
           multiply(0);
           if (two) { load(seg + 1); multiply(1); }
