@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from accel.runtime.cache_views import CacheViews
 from accel.runtime.device_memory import translate_out_of_memory
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.layout import NUM_KEPT
@@ -54,9 +55,10 @@ class CacheBuffers:
             self._binding.bind_input(name, *session.binding_arguments(name, buffer))
             self._binding.bind_output(outputs[name], *session.binding_arguments(outputs[name], buffer))
 
-    def read(self) -> dict[str, Tensor]:
+    def read(self) -> CacheViews:
         """Return views of the caches without their spare room, [batch, heads, length, head_size]."""
-        return {name: buffer.narrow(self._axes[name], 0, self.length) for name, buffer in self._buffers.items()}
+        length = self.length
+        return CacheViews(self._buffers, lambda name: self._buffers[name].narrow(self._axes[name], 0, length))
 
     def reorder(self, index: Tensor) -> None:
         """Replace every sequence i by sequence `index[i]`; index: [batch]. Copies those that change."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from accel.runtime.beam_cache import BeamAncestry
+from accel.runtime.cache_views import CacheViews
 from accel.runtime.cuda_graph import CudaGraphCallable
 from accel.runtime.decode_step import DecodeStep
 from accel.runtime.layout import BUCKET, POSITION
@@ -142,9 +143,9 @@ class DecodeBuffers:
             entries = caches[name].narrow(axis, 0, length)[0]  # [H, length, D]
             self.self_caches[name][row].narrow(axis - 1, 0, length).copy_(entries)
 
-    def read(self, length: int) -> dict[str, Tensor]:
+    def read(self, length: int) -> CacheViews:
         """Return views of the first `length` entries of the self-attention caches, [B, H, length, D]."""
-        return {name: self.self_caches[name].narrow(axis, 0, length) for name, axis in self.axes.items()}
+        return CacheViews(self.axes, lambda name: self.self_caches[name].narrow(self.axes[name], 0, length))
 
     def reorder(self, index: Tensor, length: int) -> None:
         """Replace the first `length` cache entries of every sequence i by those of sequence `index[i]`; index: [B]."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from accel.config.engines import ONNXRUNTIME
 from accel.runtime import layout
 from accel.runtime.cache_buffers import CacheBuffers
+from accel.runtime.cache_views import CacheViews
 from accel.runtime.chunked_prefill import NEW, TOTAL, decode_in_chunks, needs_chunks, prefill_in_chunks
 from accel.runtime.device_memory import check_weights_fit
 from accel.runtime.dlpack import OrtValueHandle, Value
@@ -40,21 +41,24 @@ class DynamicCacheState:
     """
 
     self_cache_values: Mapping[str, Value]
-    constants: dict[str, Tensor]
+    constants: Mapping[str, Tensor]
     axes: Mapping[str, int]
     cross_caches: Collection[str] = ()
     bound_constants: Mapping[str, Value] | None = None
     buffers: CacheBuffers | None = None
 
     @property
-    def self_caches(self) -> dict[str, Tensor]:
+    def self_caches(self) -> CacheViews:
         """Self-attention caches as tensors, [batch, heads, length, head_size]."""
         if self.buffers is not None:
             return self.buffers.read()
-        return {
-            name: value.tensor() if isinstance(value, OrtValueHandle) else value
-            for name, value in self.self_cache_values.items()
-        }
+        values = self.self_cache_values
+
+        def tensor(name: str) -> Tensor:
+            value = values[name]
+            return value.tensor() if isinstance(value, OrtValueHandle) else value
+
+        return CacheViews(values, tensor)
 
     @self_caches.setter
     def self_caches(self, tensors: Mapping[str, Tensor]) -> None:
@@ -106,7 +110,7 @@ class DynamicCacheState:
 
     def _select_caches(self, index: Tensor) -> None:
         """Replace the self-attention caches by those of the sequences `index` [new batch]."""
-        caches = self.self_caches
+        caches = dict(self.self_caches)
         index = index.to(next(iter(caches.values())).device)
         self.self_caches = {name: tensor.index_select(0, index) for name, tensor in caches.items()}
 
@@ -122,7 +126,9 @@ class DynamicCacheState:
 
     def views(self) -> Mapping[str, Tensor]:
         """Return all caches by input name, self-attention caches first."""
-        return self.self_caches | {name: self.constants[name] for name in self.cross_caches}
+        own, constants = self.self_caches, self.constants
+        names = dict.fromkeys([*own, *self.cross_caches])
+        return CacheViews(names, lambda name: own[name] if name in own else constants[name])
 
 
 class DynamicCacheRuntime:
@@ -272,7 +278,7 @@ class DynamicCacheRuntime:
     def make_room(self, state: DynamicCacheState, new: int) -> CacheBuffers:
         """Return the buffers of `state`, made or enlarged where they have no room for `new` more tokens."""
         if state.buffers is None or state.length + new > state.buffers.capacity:
-            caches = state.self_caches
+            caches = dict(state.self_caches)
             state.self_caches = {}
             state.buffers = CacheBuffers(self._decode, caches, self.self_cache_outputs, self.axes, new)
         return state.buffers

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from accel.runtime.cache_views import CacheViews
 from accel.runtime.decode_buffers import DecodeBuffers
 from accel.runtime.dynamic_cache import DynamicCacheState
 from accel.runtime.padding import Shape, leading_view, shapes
@@ -102,10 +103,8 @@ class StaticCacheState:
 
     def _view(self) -> DynamicCacheState:
         """Return views of the static caches, and of the constants without their padding."""
-        buffers = self._static
-        constants = {
-            name: leading_view(buffers.constants[name], shape) for name, shape in self._constant_shapes.items()
-        }
+        buffers, lengths = self._static, self._constant_shapes
+        constants = CacheViews(lengths, lambda name: leading_view(buffers.constants[name], lengths[name]))
         return DynamicCacheState(buffers.read(self._length), constants, buffers.axes, self.runtime.cross_caches)
 
     def _contiguous(self) -> DynamicCacheState:

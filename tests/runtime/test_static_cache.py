@@ -21,6 +21,7 @@ from accel.models.loading import open_model
 from accel.runtime import dynamic_cache as onnx_runtime
 from accel.runtime import static_cache
 from accel.runtime.buckets import Buckets
+from accel.runtime.cache_views import CacheViews
 from accel.runtime.decode_buffers import DecodeGraphs
 from accel.runtime.decode_step import SessionStep
 from accel.runtime.dynamic_cache import open_dynamic
@@ -355,3 +356,19 @@ def test_both_decoders_read_the_same_weights(build: Build) -> None:
         torch.from_dlpack(value).mul_(2)
     for old, new in zip(before, logits(), strict=True):
         assert not torch.allclose(old, new)
+
+
+def test_a_generation_makes_each_cache_a_tensor_a_few_times(
+    model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: Counter[str] = Counter()
+    original = CacheViews.__getitem__
+
+    def counted(views: CacheViews, name: str) -> torch.Tensor:
+        made[name] += 1
+        return original(views, name)
+
+    monkeypatch.setattr(CacheViews, "__getitem__", counted)
+    model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=6, min_new_tokens=6)
+    assert made, "caches are made tensors for transformers' cache object"
+    assert max(made.values()) <= 3, "else every layer makes the tensors of all layers"
