@@ -21,6 +21,9 @@ class CacheViews(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._make(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # what `Mapping` has would make the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

@@ -371,4 +371,4 @@ def test_a_generation_makes_each_cache_a_tensor_a_few_times(
     monkeypatch.setattr(CacheViews, "__getitem__", counted)
     model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=6, min_new_tokens=6)
     assert made, "caches are made tensors for transformers' cache object"
-    assert max(made.values()) <= 3, "else every layer makes the tensors of all layers"
+    assert max(made.values()) <= 4, "else every layer makes the tensors of all layers"
