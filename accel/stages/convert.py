@@ -26,6 +26,7 @@ from accel.graph.decode.static_cache import Names, StaticCache
 from accel.graph.fusion.fuse_attention import FuseAttention
 from accel.graph.fusion.fuse_causal_attention import FuseCausalAttention
 from accel.graph.fusion.fuse_rotary import FuseRotary
+from accel.graph.fusion.fuse_silu import FuseSilu
 from accel.graph.fusion.fuse_transposed_matmul import FuseTransposedMatmul
 from accel.graph.fusion.skip_causal_mask import SkipCausalMask
 from accel.graph.precision.convert import convert_half, half_share
@@ -79,6 +80,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         if half:
             convert_half(model, plans[component], FORMATS[config.precision.dtype])
             shares[str(component)] = half_share(model)
+        FuseSilu()(model)
         EliminateNoopCast()(model)  # in FP32 as well: models cast to the dtype of their weights
         if convert.fuse_transposed_matmul:
             FuseTransposedMatmul()(model)

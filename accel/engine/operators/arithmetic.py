@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from accel.engine.dtypes import DTYPES
-from accel.engine.registry import operator, unsupported
+from accel.engine.registry import MICROSOFT, operator, unsupported
 
 
 @operator("Add")
@@ -80,6 +80,12 @@ def tanh(x: Tensor) -> Tensor:
 def sigmoid(x: Tensor) -> Tensor:
     """Return 1 / (1 + exp(-x))."""
     return torch.sigmoid(x)
+
+
+@operator("QuickGelu", MICROSOFT)
+def quick_gelu(x: Tensor, *, alpha: float = 1.702) -> Tensor:
+    """Return x / (1 + exp(-alpha * x))."""
+    return x * torch.sigmoid(alpha * x)
 
 
 @operator("Relu")

@@ -11,9 +11,11 @@ from accel.engine.nodes import Node
 from accel.engine.operations.activations import ACTIVATIONS, Activation
 from accel.engine.planning.linear_maps import is_float_cast
 from accel.engine.planning.trace import NoMatchError, Trace
+from accel.engine.registry import MICROSOFT
 
 ELEMENTWISE = {
-    ("", name) for name in ("Add", "Cast", "Div", "Gelu", "Mul", "Neg", "Pow", "Relu", "Sigmoid", "Sub", "Tanh")
+    *(("", name) for name in ("Add", "Cast", "Div", "Gelu", "Mul", "Neg", "Pow", "Relu", "Sigmoid", "Sub", "Tanh")),
+    (MICROSOFT, "QuickGelu"),
 }
 POINTS = torch.cat([torch.linspace(-12, 12, 481, dtype=torch.float64), torch.tensor([-1e6, 1e6], dtype=torch.float64)])
 TOLERANCE = 1e-5

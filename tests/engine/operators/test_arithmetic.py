@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from accel.engine.registry import MICROSOFT
 from tests.engine.one_node import HALF, Case, check, check_16_bits, ints, normal, parameters, run
 
 NAN, INF = float("nan"), float("inf")
@@ -23,6 +24,8 @@ FLOATS = [
     Case("Cos", [normal(3, 5, scale=9)]),
     Case("Tanh", [normal(3, 5, scale=2)]),
     Case("Sigmoid", [normal(3, 5, scale=9)]),
+    Case("QuickGelu", [normal(3, 5, scale=9)], {"alpha": 1.0}, MICROSOFT),
+    Case("QuickGelu", [normal(3, 5, scale=9)], domain=MICROSOFT),
     Case("Relu", [normal(3, 5)]),
     Case("Gelu", [normal(3, 5, scale=2)]),
     Case("Gelu", [normal(3, 5, scale=2)], {"approximate": "tanh"}),

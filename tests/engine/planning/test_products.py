@@ -57,6 +57,12 @@ FUSED = {
         ["product", "product"],
         [],
     ),
+    "a gate whose activation is one node": (
+        """g = MatMul(x, w) silu = com.microsoft.QuickGelu<alpha = 1.0>(g) v = MatMul(x, u) both = Mul(silu, v)
+        y = MatMul(both, back)""",
+        ["product", "product"],
+        [],
+    ),
     "a gate of one weight": (
         """g = MatMul(x, w) first_half, second_half = Split<axis = -1>(g, halves) a = Relu(second_half)
         y = Mul(first_half, a)""",
