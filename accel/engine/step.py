@@ -39,12 +39,15 @@ class PlannedStep:
         obstacle: Reason why steps can't be captured as a CUDA graph; None if they can.
 
     Raises:
-        AccelError: The engine doesn't support an operator, an attribute or an element type, or a weight is missing.
+        AccelError: The device is a GPU that can't run the kernel, the engine doesn't support an operator, an attribute
+            or an element type, or a weight is missing.
     """
 
     def __init__(
         self, path: Path, device: torch.device, weights: Mapping[str, Tensor], fixed: Mapping[str, Tensor]
     ) -> None:
+        if device.type == "cuda" and (reason := unsupported(device)) is not None:
+            raise AccelError(reason)
         inputs, self.outputs = value_specs(path)
         taken = {name: value for name, value in fixed.items() if name in inputs}
         axes = {name: spec.axes for name, spec in inputs.items()}
@@ -81,11 +84,8 @@ class PlannedStep:
         """Return a call that computes a step by the kernel, and what the kernel doesn't compute in torch before it.
 
         Raises:
-            NotRunnableError: The kernel can't run the plan, or on this device.
+            NotRunnableError: The kernel can't run the plan.
         """
-        reason = unsupported(self._device)
-        if reason is not None:
-            raise NotRunnableError(reason)
         if self._error is None:
             self._error = torch.zeros(1, dtype=torch.int32, pin_memory=True)
             self._failed = self._error.numpy()

@@ -4,7 +4,7 @@
 // memory, and never waits for activations. Eight consumer warps wait for the input of each operation by polling it: values
 // that blocks exchange are 64-bit words of data and a tag that counts launches, so there is no barrier over the grid.
 //
-// The files are compiled as one: macros (ROWS, BLOCKS, BF16, MEMORY in bytes of shared memory, MAX_K, MAX_NORM, WIDE_X,
+// The files are compiled as one: macros (ROWS, BLOCKS, BF16, MEMORY in bytes of shared memory, RECORD_BYTES, MAX_K, MAX_NORM, WIDE_X,
 // MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS), common.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
 // lists CONSUME and PRODUCE of their cases, main.cu. `launch.py` puts them together.
 
@@ -44,6 +44,7 @@ constexpr int RECORDS = 4;                         // operations whose records a
 // shape: case of CONSUME; length: of a cache; set: of biases
 struct alignas(16) Record { int shape, length, set, pad; const void* p[30]; };
 constexpr int COPIERS = sizeof(Record) / 16;
+static_assert(sizeof(Record) == RECORD_BYTES, "the list of operations is written with other records");
 
 struct alignas(16) Rest {  // of the shared memory, beside the ring
   alignas(16) T x[ROWS][MAX_K + 32];

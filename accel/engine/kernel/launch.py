@@ -1,19 +1,23 @@
 """Compile the kernel for a program, and launch it."""
 
 import ctypes
+import logging
+import time
 from functools import cache
 from importlib.resources import files
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from accel.engine.kernel import records
+from accel import progress
+from accel.engine.kernel import compiler, records
 from accel.engine.kernel.placement import NotRunnableError
 from accel.engine.kernel.program import Program
 from accel.engine.streams import cupy_stream
+
+logger = logging.getLogger(__name__)
 
 THREADS = 288  # eight warps of consumers, and the producer
 LIMIT = 1 << 22  # polls, each longer than half a microsecond; a wait for another block takes microseconds
@@ -46,6 +50,7 @@ def source(program: Program, memory: int) -> str:
         "BLOCKS": program.blocks,
         "BF16": int(program.dtype == torch.bfloat16),
         "MEMORY": memory,
+        "RECORD_BYTES": ctypes.sizeof(records.Record),
         "MAX_K": program.max_k,
         "MAX_NORM": program.max_norm,
         "WIDE_X": int(program.wide),
@@ -80,11 +85,12 @@ class Kernel:
     """
 
     def __init__(self, program: Program, device: torch.device, error: Tensor) -> None:
-        self._program, self._device, self._error = program, device, error
-        memory = _shared_memory(device)
-        self._function, self._memory = _compiled(source(program, memory))
+        self._program, self._error = program, error
         data = b"".join(bytes(record) for record in program.operations)
         self._operations = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+        self._device = self._operations.device  # with its index
+        self._memory = _shared_memory(self._device)
+        self._function = _load(source(program, self._memory), program.rows, self._device)
         self._state = torch.zeros(2, dtype=torch.int32, device=device)  # launches, and blocks of one that have begun
 
     def __call__(self) -> None:
@@ -97,8 +103,9 @@ class Kernel:
             *map(np.uint64, addresses),
             np.uint32(LIMIT),
         )
-        with cupy_stream(torch.cuda.current_stream(self._device)):
-            self._function((self._program.blocks,), (THREADS,), arguments, shared_mem=self._memory)
+        grid, block = (self._program.blocks,), (THREADS,)
+        with torch.cuda.device(self._device), cupy_stream(torch.cuda.current_stream()):
+            self._function(grid, block, arguments, shared_mem=self._memory, enable_cooperative_groups=True)
 
 
 def _shared_memory(device: torch.device) -> int:
@@ -107,33 +114,49 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
+@cache
 def unsupported(device: torch.device) -> str | None:
-    """Return the reason why a device can't run the kernel; None if it can."""
+    """Return the reason why a device can't run the kernel, whatever the plan; None if it can."""
     if device.type != "cuda":
         return f"the kernel needs CUDA, not {device.type}"
-    if find_spec("cupy") is None:
-        return "the kernel is compiled by CuPy, which is not installed"
     major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 9 else f"the device has compute capability {major}.{minor}, and the kernel needs 9.0"
+    if major < 9:
+        return f"the device has compute capability {major}.{minor}, and the kernel needs 9.0"
+    if (reason := compiler.missing()) is not None:
+        return reason
+    if compiler.architecture_for(major, minor) is None:
+        return f"the installed NVRTC can't compile for compute capability {major}.{minor}"
+    return None
 
 
 @cache
-def _compiled(code: str) -> tuple[Any, int]:
-    """Return the compiled function, and the bytes of shared memory that it needs.
+def _load(code: str, rows: int, device: torch.device) -> Any:
+    """Return the kernel's function on a device, compiled if it is not kept from an earlier process.
 
     Raises:
-        NotRunnableError: The compiler refuses it, such as for lack of shared memory.
+        NotRunnableError: The compiler refuses it, such as for lack of shared memory, or the driver.
     """
-    import cupy
+    from cupy.cuda import driver
+    from cupy.cuda.function import Module
 
+    start = time.perf_counter()
+    architecture = compiler.architecture_for(*torch.cuda.get_device_capability(device))
+    if architecture is None:
+        raise NotRunnableError(str(unsupported(device)))
+    cubin = compiler.compiled(code, architecture)
+    module = Module()
+    attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     try:
-        module = cupy.RawModule(code=code, options=("-std=c++17",), backend="nvrtc", enable_cooperative_groups=True)
-        function = module.get_function("decode")
-    except (cupy.cuda.compiler.CompileException, cupy.cuda.driver.CUDADriverError) as error:
-        lines = [line for line in str(error).splitlines() if "error" in line] or [type(error).__name__]
-        raise NotRunnableError(f"the kernel can't be compiled: {lines[0]}") from error
-    memory, record = (int(size) for size in cupy.ndarray(2, cupy.int32, module.get_global("sizes")).get())
-    if record != ctypes.sizeof(records.Record):
-        raise NotRunnableError(f"a record has {record} bytes in CUDA, and {ctypes.sizeof(records.Record)} here")
-    function.max_dynamic_shared_size_bytes = memory
-    return function, memory
+        with torch.cuda.device(device):
+            module.load(cubin.data)
+            function = module.get_function("decode")
+            driver.funcSetAttribute(function.ptr, attribute, _shared_memory(device))
+    except driver.CUDADriverError as error:
+        raise NotRunnableError(f"the driver refuses the compiled kernel: {error}") from error
+    seconds = time.perf_counter() - start
+    if cubin.kept:
+        logger.info("loaded the decode kernel for %d rows in %.2f s (from %s)", rows, seconds, cubin.path)
+    else:
+        place = "not kept" if cubin.path is None else f"kept in {cubin.path.parent}"
+        progress.note(f"compiled the decode kernel for {rows} rows in {seconds:.1f} s ({place})")
+    return function

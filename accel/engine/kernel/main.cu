@@ -1,7 +1,5 @@
 // The kernel.
 
-extern "C" __device__ int sizes[2] = {sizeof(Shared), sizeof(Record)};  // for the compiling code
-
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Record* records, int count, const long long* positions, u32* epoch, u32* arrived, int* error, u32 limit) {
   extern __shared__ __align__(128) unsigned char memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
