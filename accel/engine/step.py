@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from accel.engine.executor import Executor
 from accel.engine.kernel.launch import Kernel, unsupported
 from accel.engine.kernel.placement import NotRunnableError
 from accel.engine.kernel.program import Builder
+from accel.engine.kernel.watchdog import Watchdog
 from accel.engine.nodes import read_graph, value_specs
 from accel.engine.planning.plan import DOMAIN
 from accel.engine.planning.planner import plan
@@ -57,8 +57,7 @@ class PlannedStep:
         self.obstacle = self._executor.obstacle
         self._device = device
         self._kernel_weights: dict[str, Tensor] = {}  # as the kernel reads them, for all sets of buffers
-        self._error: Tensor | None = None  # see `Kernel`
-        self._failed = np.zeros(1, np.int32)  # the same memory, as the host reads it at every step
+        self._watchdog: Watchdog | None = None  # of all sets of buffers
         self._warned = False
 
     def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
@@ -86,13 +85,11 @@ class PlannedStep:
         Raises:
             NotRunnableError: The kernel can't run the plan.
         """
-        if self._error is None:
-            self._error = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-            self._failed = self._error.numpy()
+        self._watchdog = self._watchdog or Watchdog(self._device)
         blocks = torch.cuda.get_device_properties(self._device).multi_processor_count
         rows = len(next(iter(inputs.values())))
         builder = Builder(self.plan, {**inputs, **outputs}, rows, self._device, self._kernel_weights, blocks)
-        kernel = Kernel(builder.program, self._device, self._error)
+        kernel = Kernel(builder.program, self._device, self._watchdog)
 
         def call() -> None:
             builder.run_before()
@@ -101,12 +98,11 @@ class PlannedStep:
         return call
 
     def check(self) -> None:
-        """Raise `AccelError` if the kernel has stopped waiting for an input that never came. Doesn't synchronise."""
-        if self._error is None or not self._failed[0]:
+        """Raise `AccelError` if the kernel waited in vain for an input; else return without synchronisation."""
+        index = None if self._watchdog is None else self._watchdog.gave_up()
+        if index is None:
             return
         names = [node.name for node in self.plan.graph.nodes if node.kind[0] == DOMAIN]
-        index = int(self._failed[0]) - 1
-        self._error.zero_()
         raise AccelError(f"the fused engine waited in vain for the input of {names[index]}: its results are wrong")
 
     def _run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,8 @@
 //
 // The files are compiled as one: macros (ROWS, BLOCKS, BF16, MEMORY in bytes of shared memory, RECORD_BYTES, MAX_K, MAX_NORM, WIDE_X,
 // MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS), common.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
-// lists CONSUME and PRODUCE of their cases, main.cu. `launch.py` puts them together.
+// lists CONSUME and PRODUCE of their cases, main.cu. `launch.py` puts them together. Tests set two more: MISSING_STORE, the
+// address of a word that is never written, and DELAYS, the most nanoseconds that warps wait before an operation.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -58,7 +59,7 @@ struct alignas(16) Rest {  // of the shared memory, beside the ring
   alignas(16) float squares[ROWS][MAX_NORM / 128 + 4], sums[ROWS][MAX_NORM / 128 + 4];
   float top[MAX_GROUP][WARPS + 1], mass[MAX_GROUP][WARPS + 1];
   float bias[2][MAX_BIAS];                         // of two sets
-  int bias_key[2], position[ROWS];
+  int bias_key[2], position[ROWS], failed;
   u64 norm_full[2], norm_empty[2];
   u32 tag;
 };
@@ -83,7 +84,12 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
 __device__ __forceinline__ void sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }  // consumers
 __device__ __forceinline__ ulonglong2 load2(const u64* p) { ulonglong2 v; asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory"); return v; }
 __device__ __forceinline__ u64 load1(const u64* p) { u64 v; asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }
-__device__ __forceinline__ void store(u64* p, u32 data, u32 tag) { asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(((u64)tag << 32) | data) : "memory"); }
+__device__ __forceinline__ void store(u64* p, u32 data, u32 tag) {
+#ifdef MISSING_STORE
+  if ((u64)p == MISSING_STORE) return;
+#endif
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(p), "l"(((u64)tag << 32) | data) : "memory");
+}
 __device__ __forceinline__ bool has(u64 v, u32 tag) { return (u32)(v >> 32) == tag; }
 __device__ __forceinline__ bool has(ulonglong2 v, u32 tag) { return has(v.x, tag) && has(v.y, tag); }
 __device__ __forceinline__ float2 both(u64 v) { return wide((T2)v); }
@@ -102,24 +108,40 @@ template <int N> struct Ring {
   __device__ __forceinline__ void next() { if (++slot == N) { slot = 0; phase ^= 1; } }
 };
 
-// A wait for words that never come ends after `limit` polls, with an error that names the first operation that gave up.
-struct Watch { int* error; int index; u32 limit; };
-__device__ __noinline__ bool overdue(const Watch& watch) {
-  atomicCAS(watch.error, 0, watch.index + 1);
+// A wait for words that never come, which is a defect, ends after `limit` polls. Then all other waits of the launch end, too,
+// and launches behind it return at once, until the host has cleared `failed`. Of all operations that gave up, `failed` names the
+// earliest, counted down from FIRST; the host sees it in `error`.
+struct Watch { int *failed, *error; int index; u32 limit; };
+constexpr int FIRST = 0x7fffffff, PATIENCE = 64;  // polls between two looks at `failed`
+__device__ __noinline__ bool overdue(const Watch& watch, u32 spins) {
+  const int mine = FIRST - watch.index, known = *(volatile int*)watch.failed;
+  if (!known && spins < watch.limit) return false;
+  if (known < mine && atomicMax(watch.failed, mine) < mine) atomicMax(watch.error, mine);
   return true;
 }
 __device__ __forceinline__ ulonglong2 poll2(const u64* p, u32 tag, const Watch& watch) {
   ulonglong2 w;
   u32 spins = 0;
-  do { w = load2(p); if (++spins == watch.limit && overdue(watch)) break; } while (!has(w, tag));
+  do { w = load2(p); if (++spins % PATIENCE == 0 && overdue(watch, spins)) break; } while (!has(w, tag));
   return w;
 }
 __device__ __forceinline__ u64 poll1(const u64* p, u32 tag, const Watch& watch) {
   u64 w;
   u32 spins = 0;
-  do { w = load1(p); if (++spins == watch.limit && overdue(watch)) break; } while (!has(w, tag));
+  do { w = load1(p); if (++spins % PATIENCE == 0 && overdue(watch, spins)) break; } while (!has(w, tag));
   return w;
 }
+#ifdef DELAYS
+// Let some warps wait, by a hash of block, warp, operation and launch.
+__device__ __noinline__ void delay(int index, u32 tag) {
+  u32 hash = blockIdx.x * 0x9e3779b1u + threadIdx.x / 32 * 0x85ebca77u + index * 0xc2b2ae3du + tag * 0x27d4eb2fu;
+  hash = (hash ^ hash >> 15) * 0x2c1b3c6du;
+  hash ^= hash >> 12;
+  if (hash % 4 == 0) __nanosleep(hash / 4 % DELAYS);
+}
+#else
+__device__ __forceinline__ void delay(int, u32) {}
+#endif
 struct Quad { float2 a, b; };
 __device__ __forceinline__ Quad quad(ulonglong2 w) { return {both(w.x), both(w.y)}; }
 // Four features from `at` on; `format` is a constant where this is used, as below.

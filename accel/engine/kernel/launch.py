@@ -3,24 +3,25 @@
 import ctypes
 import logging
 import time
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from accel import progress
 from accel.engine.kernel import compiler, records
 from accel.engine.kernel.placement import NotRunnableError
 from accel.engine.kernel.program import Program
+from accel.engine.kernel.watchdog import Watchdog
 from accel.engine.streams import cupy_stream
 
 logger = logging.getLogger(__name__)
 
 THREADS = 288  # eight warps of consumers, and the producer
-LIMIT = 1 << 22  # polls, each longer than half a microsecond; a wait for another block takes microseconds
+LIMIT = 1 << 19  # polls, each longer than half a microsecond; a wait for another block takes microseconds
 SOURCES = ("common", "product", "attention", "producer", "main")
 CALLS = {
     "product": {
@@ -38,12 +39,13 @@ CALLS = {
 }
 
 
-def source(program: Program, memory: int) -> str:
+def source(program: Program, memory: int, switches: Mapping[str, int] | None = None) -> str:
     """Return the kernel's source for a program.
 
     Args:
         program: The program.
         memory: Bytes of shared memory that a block may have.
+        switches: Macros that tests set: see `common.cu`.
     """
     values = {
         "ROWS": program.rows,
@@ -59,7 +61,7 @@ def source(program: Program, memory: int) -> str:
         "MAX_HEAD": max((size for size, _ in program.heads), default=8),
         "MAX_KEYS": max((16384 // (2 * size) // 8 for size, _ in program.heads), default=4),
     }
-    macros = [f"#define {name} {value}" for name, value in values.items()]
+    macros = [f"#define {name} {value}" for name, value in (values | dict(switches or {})).items()]
     shapes: list[str] = []
     cases: dict[str, list[str]] = {"CONSUME": [], "PRODUCE": []}
     for index, shape in enumerate(program.shapes):
@@ -77,25 +79,32 @@ class Kernel:
     Args:
         program: The program.
         device: The device, for which `unsupported` gives no reason.
-        error: Pinned memory of the host, int32 [1]. A launch that waits too long for a value of another block, which is
-            a defect, writes the index of the waiting operation plus one.
+        watchdog: Told of launches that wait too long for a value of another block, which is a defect.
+        switches: Macros that tests set: see `common.cu`.
+
+    Attributes:
+        state: Number of launches, of which the running one's tags what blocks exchange, and number of blocks that have
+            begun it, int32 [2].
 
     Raises:
         NotRunnableError: It can't be compiled.
     """
 
-    def __init__(self, program: Program, device: torch.device, error: Tensor) -> None:
-        self._program, self._error = program, error
+    def __init__(
+        self, program: Program, device: torch.device, watchdog: Watchdog, switches: Mapping[str, int] | None = None
+    ) -> None:
+        self._program, self._watchdog = program, watchdog
         data = b"".join(bytes(record) for record in program.operations)
         self._operations = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         self._device = self._operations.device  # with its index
         self._memory = _shared_memory(self._device)
-        self._function = _load(source(program, self._memory), program.rows, self._device)
-        self._state = torch.zeros(2, dtype=torch.int32, device=device)  # launches, and blocks of one that have begun
+        self._function = _load(source(program, self._memory, switches), program.rows, self._device)
+        self.state = torch.zeros(2, dtype=torch.int32, device=device)
 
     def __call__(self) -> None:
         """Launch the kernel on torch's current stream."""
-        addresses = (self._state.data_ptr(), self._state.data_ptr() + 4, self._error.data_ptr())
+        launches = self.state.data_ptr()
+        addresses = (launches, launches + 4, self._watchdog.failed.data_ptr(), self._watchdog.error.data_ptr())
         arguments = (
             np.uint64(self._operations.data_ptr()),
             np.int32(len(self._program.operations)),

@@ -1,6 +1,6 @@
 // The kernel.
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Record* records, int count, const long long* positions, u32* epoch, u32* arrived, int* error, u32 limit) {
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Record* records, int count, const long long* positions, u32* epoch, u32* arrived, int* failed, int* error, u32 limit) {
   extern __shared__ __align__(128) unsigned char memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int tid = threadIdx.x, lane = tid % 32;
@@ -12,6 +12,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Recor
   if (tid < 2) s.bias_key[tid] = -1;
   if (tid == 0) {
     s.tag = *(volatile u32*)epoch + 1;
+    s.failed = *(volatile int*)failed;
     for (int i = 0; i < SLOTS; i++) { barrier_init(&s.full[i], 1); barrier_init(&s.empty[i], WARPS); }
     for (int i = 0; i < 2; i++) { barrier_init(&s.norm_full[i], 1); barrier_init(&s.norm_empty[i], WARPS); }
     __threadfence();
@@ -23,6 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Recor
   }
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
+  if (s.failed) return;  // an earlier launch gave up, and the host hasn't seen it yet
   const u32 tag = s.tag;
   Ring<SLOTS> ring{0, 0};
   Ring<2> norms{0, 0};
@@ -38,6 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Recor
       if (copies && i + 1 < count) ((int4*)&s.produced[(i + 1) % RECORDS])[lane] = next;
       if (copies && i + 2 < count) next = list[(i + 2) * COPIERS + lane];
       const Record& op = s.produced[i % RECORDS];
+      delay(i, tag);
       switch (op.shape) { PRODUCE }
       __syncwarp();
     }
@@ -50,9 +53,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Recor
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
     const Record& op = s.consumed[i % RECORDS];
-    const Watch watch{error, i, limit};
+    const Watch watch{failed, error, i, limit};
     if (copies && i + 1 < count) ((int4*)&s.consumed[(i + 1) % RECORDS])[lane] = next;
     if (copies && i + 2 < count) next = list[(i + 2) * COPIERS + lane];
+    delay(i, tag);
     switch (op.shape) { CONSUME }
   }
 }
