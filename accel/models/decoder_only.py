@@ -1,6 +1,6 @@
 """Models that continue their input."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from accel.models import arguments
 from accel.models.cache import state_of
+from accel.models.decoding.loops import InputsFor
 from accel.models.generation import AcceleratedModel
 from accel.models.prompt_cache import PromptCache
 from accel.runtime.decoder_inputs import decoder_inputs, positions
@@ -134,10 +135,8 @@ class DecoderOnlyModel(AcceleratedModel):
             raise TypeError(f"the model returned a {type(cache).__name__} without a runtime's state")
         return PromptCache(state, input_ids)
 
-    def _decode_inputs(
-        self, model_kwargs: Mapping[str, Any], state: State, max_new_tokens: int
-    ) -> Callable[[Tensor], Mapping[str, Tensor]]:
-        """Return a function from new ids to decode inputs; its mask and positions advance by one token per call.
+    def _decode_inputs(self, model_kwargs: Mapping[str, Any], state: State, max_new_tokens: int) -> InputsFor:
+        """Return a function that returns decode inputs, whose mask and positions advance by one token per step.
 
         The mask in `model_kwargs` already includes the first new token, and the positions are that token's too.
         """
@@ -149,13 +148,9 @@ class DecoderOnlyModel(AcceleratedModel):
         position_ids = model_kwargs.get("position_ids")
         if position_ids is None:
             position_ids = positions(mask)
-        position = position_ids[:, -1:] - 1  # [batch or 1, 1]: of the last token in the caches
+        position = position_ids[:, -1:]  # [batch or 1, 1]
 
-        def inputs_for(ids: Tensor) -> Mapping[str, Tensor]:
-            nonlocal length, position
-            position = position + 1
-            inputs = decoder_inputs(ids, full_mask[:, :length], 1, position)
-            length += 1
-            return inputs
+        def inputs_for(ids: Tensor, steps: int) -> Mapping[str, Tensor]:
+            return decoder_inputs(ids, full_mask[:, : length + steps], 1, position + steps)
 
         return inputs_for

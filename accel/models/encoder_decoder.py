@@ -1,6 +1,6 @@
 """Models that encode their input once and then decode token by token."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from accel.models import arguments
 from accel.models.cache import state_of
+from accel.models.decoding.loops import InputsFor
 from accel.models.encoder import Encoder
 from accel.models.generation import AcceleratedModel
 from accel.runtime.protocol import Runtime, State
@@ -145,11 +146,9 @@ class EncoderDecoderModel(AcceleratedModel):
         hidden: Tensor = self._encoder(main_input, attention_mask=attention_mask)[0]
         return hidden
 
-    def _decode_inputs(
-        self, model_kwargs: Mapping[str, Any], state: State, max_new_tokens: int
-    ) -> Callable[[Tensor], Mapping[str, Tensor]]:
-        """Return a function from new ids to decode inputs, which here are the ids alone."""
-        return lambda ids: {"input_ids": ids}
+    def _decode_inputs(self, model_kwargs: Mapping[str, Any], state: State, max_new_tokens: int) -> InputsFor:
+        """Return a function that returns decode inputs, which here are the ids alone."""
+        return lambda ids, steps: {"input_ids": ids}
 
 
 def _token_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ Interfaces of transformers that `accel.models` relies on beyond its documented o
 - Methods that it calls on a cache, and that a cache calls on its layers: all those that `cache.StateLayer` overrides.
 - `GenerationMixin._get_logits_processor`, called on an object that has a config only, with
   `GenerationConfig._eos_token_tensor` set: option_check.py tries options on it before anything is exported.
-- Attributes that accel reads: `GenerationConfig._pad_token_tensor` (decoding/token_selector.py); `eos_token_id`,
-  `min_length`, `min_new_tokens` and `prompt_length_to_skip` of logits processors (decoding/processors.py); the auto
-  classes' `_model_mapping` and the model classes' `_is_stateful` (model_class.py).
+- Attributes that accel reads: `GenerationConfig._pad_token_tensor` (decoding/token_selector.py); the parameters of
+  logits processors, which filters of accel's own take the place of (decoding/processors.py); the auto classes'
+  `_model_mapping` and the model classes' `_is_stateful` (model_class.py).
 - Generation mixins of transformers' model classes, such as `WhisperGenerationMixin`, become base classes of our models;
   overrides of `prepare_inputs_for_generation` in model classes, such as Phi-3's, run on an instance of the model class
   without modules, for which `device` and `dtype` are set as plain attributes (see factory.py).

@@ -3,4 +3,6 @@
 - `normalize`: norm of a row, and a residual that is added.
 - `product`: [norm ->] products with weights [-> bias, activation, gate, residuals].
 - `attention`: rotary embedding, write to a static cache, softmax over the cache.
+- `choice`: logits -> [filters ->] the best id or a draw, and which rows have ended. It follows the graph, whose last
+  output are the logits.
 """

@@ -7,7 +7,7 @@ with token-identical output. What they don't support (see `unsupported_reason`) 
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from transformers import (
@@ -30,6 +30,10 @@ from accel.models.decoding.token_selector import TokenSelector
 from accel.runtime.protocol import Runtime, State
 
 logger = logging.getLogger("accel.decoding")
+
+InputsFor: TypeAlias = Callable[[Tensor, int], Mapping[str, Tensor]]
+"""Function of new ids [rows, 1] and the number of decode steps before, that returns the inputs of `Runtime.decode`."""
+
 PREPARE_INPUTS = "prepare_inputs_for_generation"
 
 SUPPORTED_CRITERIA = {MaxLengthCriteria, EosTokenCriteria}
@@ -60,27 +64,6 @@ def unsupported_reason(
 def without_tokenizers(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the model's inputs without the tokenizers, which `generate` needs for stop strings only."""
     return {name: value for name, value in model_kwargs.items() if name not in TOKENIZERS}
-
-
-def run_loop(selector: TokenSelector, logits: Tensor, next_logits: Callable[[Tensor], Tensor]) -> Tensor:
-    """Decode until all sequences have ended.
-
-    Args:
-        selector: Selects the next ids and collects the sequences.
-        logits: Logits of the prompt, [rows, new, vocabulary].
-        next_logits: Function from selected ids [rows, 1] to the logits of the next decode step, [rows, 1, vocabulary].
-
-    Returns:
-        The sequences, [returned rows, length].
-    """
-    poller = StopPoller(selector.device)
-    with selector:
-        while not selector.at_max_length:
-            ids = selector(logits)
-            if selector.at_max_length or poller(selector.finished):
-                break
-            logits = next_logits(ids)
-        return selector.result()
 
 
 class DecodingLoops:
@@ -120,11 +103,12 @@ class DecodingLoops:
                 streamer,
                 **model_kwargs,
             )
-        outputs, next_logits = self._run_prefill(input_ids, stopping_criteria, generation_config, model_kwargs)
+        outputs, inputs_for = self._run_prefill(input_ids, stopping_criteria, generation_config, model_kwargs)
         cache = outputs.past_key_values
         prefilled = cache.get_seq_length()
-        selector = Sampler(input_ids, logits_processor, stopping_criteria, generation_config)
-        sequences = run_loop(selector, outputs.logits, next_logits)
+        vocabulary = outputs.logits.shape[-1]
+        selector = TokenSelector(Sampler, input_ids, logits_processor, stopping_criteria, generation_config, vocabulary)
+        sequences = self._decode(selector, outputs, inputs_for)
         if not generation_config.return_dict_in_generate:
             return sequences
         # The caches hold every token but the last, which was selected but not decoded. On a GPU they hold more: tokens
@@ -152,15 +136,35 @@ class DecodingLoops:
             return parent._beam_search(
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **model_kwargs
             )
-        outputs, next_logits = self._run_prefill(input_ids, stopping_criteria, generation_config, model_kwargs)
-        selector = BeamSearch(input_ids, logits_processor, stopping_criteria, generation_config)
-        state = _state(outputs)
+        outputs, inputs_for = self._run_prefill(input_ids, stopping_criteria, generation_config, model_kwargs)
+        vocabulary = outputs.logits.shape[-1]
+        selector = TokenSelector(
+            BeamSearch, input_ids, logits_processor, stopping_criteria, generation_config, vocabulary
+        )
+        return self._decode(selector, outputs, inputs_for)
 
-        def reorder_and_decode(ids: Tensor) -> Tensor:
-            state.reorder(selector.parent_rows)
-            return next_logits(ids)
+    def _decode(self, selector: TokenSelector, outputs: Any, inputs_for: InputsFor) -> Tensor:
+        """Decode until all sequences have ended.
 
-        return run_loop(selector, outputs.logits, reorder_and_decode)
+        Args:
+            selector: Selects the next ids and collects the sequences.
+            outputs: Outputs of the prompt, with logits [rows, new, vocabulary].
+            inputs_for: See `_decode_inputs`.
+
+        Returns:
+            The sequences, [returned rows, length].
+        """
+        poller, state = StopPoller(selector.device), _state(outputs)
+        logits = outputs.logits
+        while not selector.at_max_length:
+            selector(logits)
+            selection = selector.selection
+            if selector.at_max_length or poller(selection.finished):
+                break
+            if selection.parents is not None:
+                state.reorder(selection.parents)
+            logits = self.runtime.decode(inputs_for(selection.next_ids, selector.selected - 1), state)
+        return selector.result()
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """Return transformers' generator of candidates for assisted decoding, whose candidates are counted."""
@@ -188,8 +192,8 @@ class DecodingLoops:
 
     def _run_prefill(
         self, ids: Tensor, criteria: StoppingCriteriaList, config: GenerationConfig, model_kwargs: dict[str, Any]
-    ) -> tuple[Any, Callable[[Tensor], Tensor]]:
-        """Run the prompt; return its outputs, and a function that runs a decode step: ids [rows, 1] -> logits."""
+    ) -> tuple[Any, InputsFor]:
+        """Run the prompt; return its outputs, and a function that returns the inputs of decode steps."""
         mixin: Any = self  # transformers annotates these methods for subclasses of `nn.Module`
         copies = self._copies_of_prompts(ids, config, model_kwargs)
         if copies == 1:
@@ -203,9 +207,8 @@ class DecodingLoops:
         if config.compile_config is not None and mixin._valid_auto_compile_criteria(model_kwargs, config):
             mixin.get_compiled_call(config.compile_config)
         model_kwargs = mixin._update_model_kwargs_for_generation(outputs, model_kwargs, self.config.is_encoder_decoder)
-        state = _state(outputs)
-        inputs_for = self._decode_inputs(model_kwargs, state, (criteria.max_length or 0) - ids.shape[1])
-        return outputs, lambda new_ids: self.runtime.decode(inputs_for(new_ids), state)
+        max_new_tokens = (criteria.max_length or 0) - ids.shape[1]
+        return outputs, self._decode_inputs(model_kwargs, _state(outputs), max_new_tokens)
 
     def _copies_of_prompts(self, ids: Tensor, config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> int:
         """Return how many adjacent rows are copies of one prompt, for beams or samples, where it is computed once.
@@ -217,18 +220,17 @@ class DecodingLoops:
             return 1
         return max(config.num_beams or 1, config.num_return_sequences or 1)
 
-    def _decode_inputs(
-        self, model_kwargs: Mapping[str, Any], state: State, max_new_tokens: int
-    ) -> Callable[[Tensor], Mapping[str, Tensor]]:
-        """Return a function from new ids to all inputs of a decode step; implemented by the subclasses.
+    def _decode_inputs(self, model_kwargs: Mapping[str, Any], state: State, max_new_tokens: int) -> InputsFor:
+        """Return a function that returns all inputs of a decode step; implemented by the subclasses.
 
         Args:
             model_kwargs: As `generate` has updated them after the prefill.
             state: State after the prefill.
-            max_new_tokens: Largest number of calls of the function.
+            max_new_tokens: Largest number of decode steps.
 
         Returns:
-            A function from ids [rows, 1] to the inputs of `Runtime.decode`. To be called once per decode step.
+            A function of new ids [rows, 1] and the number of decode steps before, that returns the inputs of
+            `Runtime.decode`.
         """
         raise NotImplementedError
 

@@ -1,12 +1,14 @@
-"""Classification of transformers' logits processors by what they read, which decides how a decoding loop calls them."""
+"""Transformers' logits processors: which of them the loops support, and which are filters of the engine's choice."""
 
-from collections.abc import Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
+
+from accel.engine.operations.choice import FORBID, LOG_SOFTMAX, Filter
 
 
 def _classes(suffix: str, *names: str) -> set[type]:
@@ -19,65 +21,86 @@ def _classes(suffix: str, *names: str) -> set[type]:
     return classes
 
 
-# Read the scores only, without a host-device synchronisation.
-SCORES_ONLY = (
-    _classes("Warper", "Temperature", "TopP", "TopK", "MinP", "Typical", "Epsilon")
-    | _classes("Processor", "InfNanRemove", "SuppressTokens")
-    | {logits_process.LogitNormalization}
-)
-# Read the scores and the number of ids: they forbid end-of-sequence ids until a minimum length is reached.
-COUNTING = _classes("Processor", "MinLength", "MinNewTokensLength")
+def _filter(name: str, attribute: str) -> Callable[[Any], Filter]:
+    """Return a function from a processor to the filter that does the same, with its `attribute` as the value."""
+
+    def convert(processor: Any) -> Filter:
+        least = getattr(processor, "min_tokens_to_keep", 1)
+        return Filter(name, getattr(processor, attribute), least, getattr(processor, "filter_value", -torch.inf))
+
+    return convert
+
+
+# Processors that read the scores only, as filters.
+FILTERS: dict[type, Callable[[Any], Filter]] = {
+    logits_process.TemperatureLogitsWarper: _filter("temperature", "temperature"),
+    logits_process.TopKLogitsWarper: _filter("top k", "top_k"),
+    logits_process.TopPLogitsWarper: _filter("top p", "top_p"),
+    logits_process.MinPLogitsWarper: _filter("min p", "min_p"),
+    logits_process.TypicalLogitsWarper: _filter("typical p", "mass"),
+    logits_process.EpsilonLogitsWarper: _filter("least probability", "epsilon"),
+    logits_process.InfNanRemoveLogitsProcessor: lambda _: Filter("finite"),
+    logits_process.LogitNormalization: lambda _: LOG_SOFTMAX,
+}
+# Processors that forbid ids, always or until the sequences have a length -> the attribute that holds the ids.
+FORBIDDING = {
+    logits_process.SuppressTokensLogitsProcessor: "suppress_tokens",
+    logits_process.SuppressTokensAtBeginLogitsProcessor: "begin_suppress_tokens",
+    logits_process.MinLengthLogitsProcessor: "eos_token_id",
+    logits_process.MinNewTokensLengthLogitsProcessor: "eos_token_id",
+}
 # Return the same for the same ids and scores, however often they were called before. A processor that keeps a state
 # would be disturbed by the tokens that a loop computes after the end (see `StopPoller`).
 PURE = (
-    SCORES_ONLY
-    | COUNTING
+    FILTERS.keys()
+    | FORBIDDING.keys()
     | _classes("Processor", "RepetitionPenalty", "EncoderRepetitionPenalty", "NoRepeatNGram", "EncoderNoRepeatNGram")
-    | _classes("Processor", "SequenceBias", "NoBadWords", "ForcedBOSToken", "ForcedEOSToken", "SuppressTokensAtBegin")
+    | _classes("Processor", "SequenceBias", "NoBadWords", "ForcedBOSToken", "ForcedEOSToken")
     | _classes("Warper", "TopH", "Eta")
     | {logits_process.ExponentialDecayLengthPenalty}
 )
+ALWAYS = 2**62  # more than any number of ids
 
 
-def capturable(processors: LogitsProcessorList) -> bool:
-    """Return True if all processors can run inside a CUDA graph.
-
-    Then their work depends on nothing but the scores and `phase`.
-    """
-    return all(type(processor) in SCORES_ONLY | COUNTING for processor in processors)
-
-
-def phase(processors: LogitsProcessorList, length: int) -> Hashable:
-    """Return a key of what the counting processors do after `length` ids: equal keys, equal operations.
-
-    Each phase is captured as a CUDA graph of its own.
-    """
-    return tuple(_forbids_ends(processor, length) for processor in processors if type(processor) in COUNTING)
-
-
-def process_scores(processors: LogitsProcessorList, length: int, scores: Tensor) -> Tensor:
-    """Apply `capturable` processors.
-
-    Counting processors are replaced by one write: transformers' own take five passes over the vocabulary.
+def as_filters(
+    processors: LogitsProcessorList, prompt_length: int, vocabulary: int, device: torch.device
+) -> tuple[tuple[Filter, ...], Tensor] | None:
+    """Return the filters that do what logits processors do, without reading a value from the device.
 
     Args:
-        processors: Processors for which `capturable` is true.
-        length: Number of ids per sequence so far, the prompt included.
-        scores: [rows, vocabulary]; may be overwritten.
+        processors: The processors, in order.
+        prompt_length: Number of ids before the first one that is chosen.
+        vocabulary: Number of scores in a row.
+        device: Device of the scores.
 
     Returns:
-        The processed scores, [rows, vocabulary].
+        The filters and, for each one that forbids ids, from which number of chosen ids on each id is allowed,
+        int64 [forbidding filters, vocabulary]. None if a processor is no filter, for example because it reads the ids.
     """
-    for item in processors:
-        processor: Any = item
-        if type(processor) not in COUNTING:
-            scores = processor(None, scores)
-        elif _forbids_ends(processor, length):
-            scores.index_fill_(1, processor.eos_token_id, -torch.inf)
-    return scores
+    filters, allowed_from = [], []
+    for processor in processors:
+        if type(processor) in FILTERS:
+            filters.append(FILTERS[type(processor)](processor))
+            continue
+        until = _forbidden_until(processor, prompt_length) if type(processor) in FORBIDDING else None
+        if until is None:
+            return None
+        forbidden = getattr(processor, FORBIDDING[type(processor)]).to(device)
+        filters.append(Filter(FORBID))
+        allowed_from.append(torch.isin(torch.arange(vocabulary, device=device), forbidden) * until)
+    none = torch.empty(0, vocabulary, dtype=torch.int64, device=device)
+    return tuple(filters), torch.stack(allowed_from) if allowed_from else none
 
 
-def _forbids_ends(processor: object, length: int) -> bool:
-    """Return True if a counting processor forbids end-of-sequence ids after `length` ids."""
-    minimum = getattr(processor, "min_new_tokens", getattr(processor, "min_length", 0))
-    return bool(length - getattr(processor, "prompt_length_to_skip", 0) < minimum)
+def _forbidden_until(processor: Any, prompt_length: int) -> int | None:
+    """Return how many ids are chosen before a processor of `FORBIDDING` allows its ids; None for another rule."""
+    match processor:
+        case logits_process.MinLengthLogitsProcessor():
+            return processor.min_length - prompt_length
+        case logits_process.MinNewTokensLengthLogitsProcessor():
+            return processor.min_new_tokens + processor.prompt_length_to_skip - prompt_length
+        case logits_process.SuppressTokensAtBeginLogitsProcessor():
+            if processor.begin_index > prompt_length:  # allowed before, too
+                return None
+            return int(processor.begin_index == prompt_length)
+    return ALWAYS

@@ -1,48 +1,64 @@
 """Greedy search and sampling."""
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from accel.models.decoding.token_selector import TokenSelector, sample_without_replacement
+from accel.engine.operations.choice import choice
+from accel.models.decoding.selection import Selection, Start
 
 
-class Sampler(TokenSelector):
+@dataclass(kw_only=True)
+class Sampler(Selection):
     """Greedy search and sampling: every sequence continues independently.
 
     Equivalent to transformers' `GenerationMixin._sample`, as of 5.23:
     https://github.com/huggingface/transformers/blob/main/src/transformers/generation/utils.py
+
+    Attributes:
+        new_ids: The selected ids, [rows, capacity].
+        ended: Sequences that have ended, bool [rows, 1].
     """
 
-    def __init__(
-        self, ids: Tensor, processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig
-    ) -> None:
-        super().__init__(ids, processors, criteria, config)
-        self.sequences = ids.new_zeros(len(ids), self.max_length)  # [rows, max_length]
-        self.sequences[:, : self.prompt_length] = ids
-        self.ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)  # [rows, 1]
+    new_ids: Tensor
+    ended: Tensor
 
-    def token_ids(self) -> Tensor:
-        """Return the ids so far, [rows, length]."""
-        return self.sequences[:, : self.length]
+    BY_CAPACITY = ("new_ids",)
 
-    def select(self, scores: Tensor) -> None:
+    @classmethod
+    def begin(cls, start: Start) -> Self:
+        """Return the selection after a prompt."""
+        rows, device = len(start.prompt), start.prompt.device
+        return cls(
+            choice=start.choice,
+            allowed_from=start.allowed_from,
+            ends=start.ends,
+            padding=start.padding,
+            next_ids=torch.empty(rows, 1, dtype=torch.int64, device=device),
+            selected=torch.zeros(1, dtype=torch.int64, device=device),
+            finished=torch.zeros((), dtype=torch.bool, device=device),
+            new_ids=torch.zeros(rows, start.capacity, dtype=torch.int64, device=device),
+            ended=torch.zeros(rows, 1, dtype=torch.bool, device=device),
+        )
+
+    def select(self, logits: Tensor) -> None:
         """Draw or take the best id of every row; rows that have ended get the padding id."""
-        sample = self.config.do_sample
-        ids = sample_without_replacement(scores, 1) if sample else scores.argmax(-1, keepdim=True)  # [rows, 1]
-        if self.end_ids is not None:
-            if self.pad_id is not None:
-                ids = torch.where(self.ended, self.pad_id, ids)
-            self.ended |= (ids == self.end_ids).any(-1, keepdim=True)
-            torch.all(self.ended, out=self.finished)
-        self.next_ids.copy_(ids)
-        self.sequences.index_copy_(1, self.position, ids)
+        ending = [self.ends, self.padding, self.ended, self.finished] if self.choice.ends else []
+        self.next_ids.copy_(choice(logits, *self.filter_tensors(), *ending, spec=self.choice))
+        self.new_ids.index_copy_(1, self.selected, self.next_ids)
+        self.selected += 1
 
-    def result(self) -> Tensor:
-        """Return the sequences up to the end of the longest one, without what a GPU computed after it."""
-        if self.end_ids is None:
-            return self.sequences
-        new_ids = self.sequences[:, self.prompt_length : self.length]
-        is_end = torch.isin(new_ids, self.end_ids)
-        no_end_before = is_end.cumsum(1) == is_end  # true up to and including the first end
-        return self.sequences[:, : self.prompt_length + int(no_end_before.sum(1).max())]
+    def ids(self, count: int) -> Tensor:
+        """Return the first `count` selected ids, [rows, count]."""
+        return self.new_ids[:, :count]
+
+    def result(self, prompt: Tensor, count: int) -> Tensor:
+        """Return the sequences up to the end of the longest one."""
+        new_ids = self.new_ids[:, :count]
+        if self.choice.ends:
+            is_end = torch.isin(new_ids, self.ends)
+            no_end_before = is_end.cumsum(1) == is_end  # true up to and including the first end
+            new_ids = new_ids[:, : int(no_end_before.sum(1).max())]
+        return torch.cat([prompt, new_ids], dim=1)
