@@ -30,3 +30,5 @@ def test_plan_of_a_model(build: Build, tiny: Path, capsys: pytest.CaptureFixture
     assert "cross attention" in printed
     words = "4 heads of 16 over 4, 1 bias, new key and value written"
     assert [row[1] for row in plan_table.rows(summary) if row[0] == "attention"] == [words] * 2
+    last = plan_table.rows(summary)[-1]
+    assert last == ["choice", "best id, or a draw of those that filters leave; rows that end", "B x 1", "torch", "", ""]

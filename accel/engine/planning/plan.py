@@ -26,7 +26,7 @@ class Row:
         description: What is computed.
         shape: Shape of the first output; B is the batch, another letter a length that isn't fixed.
         weight_bytes: Bytes of the weights that it multiplies with.
-        engine: `fused`, or `torch` for nodes that the executor runs.
+        engine: `fused`, or `torch` for nodes that the executor runs, and for the choice of the next ids.
         offset: Offset of the first output in the workspace, in bytes; None where it has memory of its own.
     """
 
@@ -36,6 +36,10 @@ class Row:
     weight_bytes: int
     engine: str
     offset: int | None
+
+
+CHOICE = Row("choice", "best id, or a draw of those that filters leave; rows that end", "B x 1", 0, "torch", None)
+"""What follows the graph, whose logits it reads. Its filters are those of a generation."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Plan:
         }
 
     def table(self, lengths: Lengths) -> list[Row]:
-        """Return the operations in order; nodes that run in torch one after another are one row.
+        """Return the operations in order; nodes that run in torch one after another are one row. The last is `CHOICE`.
 
         Args:
             lengths: See `workspace`.
@@ -114,7 +118,7 @@ class Plan:
                         buffer.offset if buffer else None,
                     )
                 )
-        return rows
+        return [*rows, CHOICE]
 
     def _row(self, name: str) -> str:
         """Return the shape of a fused operation's output as text."""
