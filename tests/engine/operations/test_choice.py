@@ -13,7 +13,7 @@ VALUES = {
     "top k": (1, 5, 1000),
     "top p": (0.0, 0.3, 0.9, 1.0),
     "min p": (0.0, 0.05, 0.5, 1.0),
-    "typical p": (0.1, 0.5, 0.95),
+    "typical p": (0.1, 0.5, 1.5),
     "least probability": (0.001, 0.05, 0.9),
     "finite": (0.0,),
     "log softmax": (0.0,),
@@ -57,6 +57,12 @@ def test_filters(kind: str, vocabulary: int, spec: Filter) -> None:
     assert bool(found.isfinite().any(-1).all())  # no row without an id
 
 
+@pytest.mark.parametrize(("spec", "kept"), [(Filter("top p", 0.5), 2), (Filter("min p", 1.0), 4)], ids=str)
+def test_bounds_that_are_met(spec: Filter, kept: int) -> None:
+    """Four equal probabilities: sums and comparisons are exact."""
+    assert int(filtered(torch.zeros(1, 4), [], [spec]).isfinite().sum()) == kept
+
+
 def test_not_finite() -> None:
     scores = torch.tensor([[float("nan"), INF, -INF, 2.0]])
     found = filtered(scores, [], [Filter("finite")])
@@ -91,6 +97,17 @@ def test_ids(dtype: torch.dtype, sample: bool, vocabulary: int, filters: tuple[F
     ids, _ = reference(last.double().numpy(), spec=spec, noise=noise)
     assert found.tolist() == ids[:, None].tolist()
     assert vocabulary == 1 or len(set(ids.tolist())) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_probabilities_are_in_fp32(dtype: torch.dtype) -> None:
+    """Draws from 16-bit logits are those from the same logits in FP32."""
+    logits = torch.randn(500, 1, 1001, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = []
+    for each in (logits, logits.float()):
+        torch.manual_seed(3)
+        found.append(choice(each, spec=Choice((Filter("temperature", 0.7),), sample=True)))
+    assert torch.equal(*found)
 
 
 def test_the_first_of_several_best_ids() -> None:
