@@ -34,7 +34,8 @@ class Timing:
 
     Attributes:
         total: Wall-clock time; the device is synchronized at both ends.
-        inside: Part of `total` spent in the model's calls. The rest is the decoding loop of transformers.
+        inside: Part of `total` spent in the model's calls, with the selection of the next ids where the runtime does
+            both at once. The rest is the decoding loop.
         latencies: One entry per generated token: the time from the end of the previous decoder call (for the first
             token from the start of the generation, encoder included) to the end of its own.
         tokens: Generated ids, per sequence.
@@ -81,6 +82,7 @@ class GenerationTimer:
             (model.runtime, "encode", self._time_call),
             (model.runtime, "prefill", self._time_decoder_call),
             (model.runtime, "decode", self._time_decoder_call),
+            (model.runtime, "decode_and_select", self._time_decoder_call),
         ]
 
     def _torch_patches(self, model: Generates) -> list[Patch]:
@@ -144,6 +146,8 @@ class GenerationTimer:
                 result = method(*args, **kwargs)
             finally:
                 self._in_call = False
+            if result is None:  # the runtime has done nothing
+                return None
             end = self._timestamp()
             self._calls.append((start, end))
             if ends is not None:

@@ -72,6 +72,7 @@ class BeamAncestry:
     """
 
     def __init__(self, rows: int, bucket: int, device: torch.device) -> None:
+        self._columns = torch.arange(bucket, device=device)  # [S]
         self._own_row = torch.arange(rows, dtype=torch.int32, device=device)[:, None]  # [B, 1]
         self._computed_by = self._own_row.repeat(1, bucket)  # [B, S]
         self._move_rows = row_mover(device)
@@ -84,22 +85,24 @@ class BeamAncestry:
         """Take over the ancestry of the first `length` tokens, after the caches were copied to another bucket."""
         self._computed_by[:, :length] = other._computed_by[:, :length]
 
-    def reorder(self, index: Tensor, length: int, stacks: Sequence[CacheStack]) -> None:
+    def reorder(self, index: Tensor, length: int | Tensor, stacks: Sequence[CacheStack]) -> None:
         """Replace the first `length` tokens of every row i by those of row `index[i]`, in place.
 
         Args:
             index: Source row of every row, int32 or int64 [B], on the device of the caches.
-            length: Number of tokens in use.
+            length: Number of tokens in use; on the device, int64 [1], where a CUDA graph must not hold its value.
             stacks: All caches of this batch and bucket.
         """
         index = index.long()  # transformers' beam search passes int32
         reordered = self._computed_by.index_select(0, index)  # [B, S]
+        reordered = torch.where(self._columns < length, reordered, self._own_row)  # as `reset` leaves unused entries
         changes = reordered != self._computed_by
+        end = length if isinstance(length, int) else len(self._columns)
         for stack, token_axis in stacks:
             caches, rows, bucket = len(stack), stack.shape[1], stack.shape[token_axis]
             heads = stack.shape[2:token_axis].numel()  # 1 where a cache has no head axis
-            self._move_rows(stack.view(caches, rows, heads, bucket, -1), index, changes, length)  # [N, B, H, S, D]
-        self._computed_by[:, :length] = reordered[:, :length]
+            self._move_rows(stack.view(caches, rows, heads, bucket, -1), index, changes, end)  # [N, B, H, S, D]
+        self._computed_by.copy_(reordered)
 
 
 @cache
@@ -120,10 +123,10 @@ def row_mover(device: torch.device) -> RowMover:
 
 
 def move_rows_on_cpu(caches: Tensor, index: Tensor, changes: Tensor, length: int) -> None:
-    """Reorder rows from the first changed token on. See `RowMover`."""
+    """Reorder rows from the first to the last changed token. See `RowMover`."""
     changed = changes[:, :length].any(0).nonzero()
     if len(changed):
-        copy_rows(caches, index, changes, length, int(changed[0]))
+        copy_rows(caches, index, changes, int(changed[-1]) + 1, int(changed[0]))
 
 
 def copy_rows(caches: Tensor, index: Tensor, changes: Tensor, length: int, start: int = 0) -> None:

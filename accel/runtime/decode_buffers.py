@@ -1,17 +1,21 @@
 """Decode buffers: tensors that the static decode graph of one batch reads and writes, at constant addresses."""
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from accel.runtime.beam_cache import BeamAncestry
 from accel.runtime.cache_views import CacheViews
-from accel.runtime.cuda_graph import CudaGraphCallable
+from accel.runtime.cuda_graph import CudaGraphCallable, free_dropped_graphs
 from accel.runtime.decode_step import DecodeStep
-from accel.runtime.layout import BUCKET, POSITION
+from accel.runtime.layout import BUCKET, IDS, POSITION
 from accel.runtime.padding import Shape, copy_padded
+from accel.runtime.protocol import C
+from accel.runtime.token_graph import MAX_TOKEN_GRAPHS, TokenGraph, decode_token
 
 LOGITS = "logits"
 ONE_TOKEN = {"new": 1, "kept": 1}  # lengths of the axes of new tokens and of the tokens whose logits are returned
@@ -44,6 +48,9 @@ class DecodeBuffers:
             graph updates its caches in place.
         constants: Input that stays the same for a whole generation (cross-attention cache, encoder output, its mask) ->
             its dtype and its shape in these buffers.
+
+    Attributes:
+        token_graphs: Method of a selection -> the graph that decodes and selects, the one used last at the end.
     """
 
     @torch.inference_mode(False)  # tensors made in inference mode can't be written outside of it, in a later generation
@@ -69,12 +76,19 @@ class DecodeBuffers:
         self.self_caches: dict[str, Tensor] = {}  # views into the stacks, each [B, H, S, D]
         for names, stack in self.stacks.items():
             self.self_caches.update(zip(names, stack, strict=True))
+        self._cache_stacks = [(stack, axes[names[0]] + 1) for names, stack in self.stacks.items()]
         self.ancestry = BeamAncestry(batch, bucket, device)
 
         caches = self.self_caches | self.constants
         written = {outputs[name]: cache for name, cache in caches.items() if name in outputs}
-        self.run_decode = self._bind(graphs.decode, written | {LOGITS: self.logits}, "decode")
-        self.run_cross = self._bind(graphs.cross, written, "cross-attention cache") if graphs.cross else None
+        self._decode = self._bind(graphs.decode, written | {LOGITS: self.logits})
+        self.run_decode = self._captured(graphs.decode, self._decode, "the decode graph")
+        self.run_cross: Callable[[], None] | None = None
+        if graphs.cross is not None:
+            cross = self._bind(graphs.cross, written)
+            self.run_cross = self._captured(graphs.cross, cross, "the cross-attention cache graph")
+        self.token_graphs: OrderedDict[Hashable, TokenGraph] = OrderedDict()
+        self._current: TokenGraph | None = None  # the one whose token `inputs` hold
 
     def _shape(self, name: str) -> Shape:
         """Return the shape of an input or output of the decode graph in these buffers."""
@@ -99,15 +113,16 @@ class DecodeBuffers:
             stacks[tuple(names)] = self._zeros(names[0], (len(names), *shape))
         return stacks
 
-    def _bind(self, step: DecodeStep, outputs: Mapping[str, Tensor], name: str) -> Callable[[], None]:
-        """Bind a graph to these buffers and to those `outputs` that it has. Return a call that runs or replays it."""
+    def _bind(self, step: DecodeStep, outputs: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Bind a graph to these buffers and to those `outputs` that it has. Return a call that runs it."""
         written = {output: outputs[output] for output in step.outputs}
-        call = step.bind(self.self_caches | self.constants | self.inputs, written)
+        return step.bind(self.self_caches | self.constants | self.inputs, written)
+
+    def _captured(self, step: DecodeStep, call: Callable[[], None], name: str) -> Callable[[], None]:
+        """Return a call that runs or replays `call` of a graph, if that can be captured; else `call`."""
         if not step.capturable:
             return call
-        return CudaGraphCallable(
-            call, step.device, f"the {name} graph for batch size {self.batch} and bucket {self.bucket}"
-        )
+        return CudaGraphCallable(call, step.device, f"{name} for batch size {self.batch} and bucket {self.bucket}")
 
     def reset(self, constants: Mapping[str, Tensor]) -> None:
         """Prepare the buffers for a new generation.
@@ -149,8 +164,7 @@ class DecodeBuffers:
 
     def reorder(self, index: Tensor, length: int) -> None:
         """Replace the first `length` cache entries of every sequence i by those of sequence `index[i]`; index: [B]."""
-        stacks = [(stack, self.axes[names[0]] + 1) for names, stack in self.stacks.items()]
-        self.ancestry.reorder(index, length, stacks)
+        self.ancestry.reorder(index, length, self._cache_stacks)
 
     def write_inputs(self, inputs: Mapping[str, Tensor], length: int) -> None:
         """Copy the inputs of one decode step to where the graph reads them.
@@ -177,5 +191,45 @@ class DecodeBuffers:
     def run(self) -> Tensor:
         """Run one decode step. Return its logits [B, 1, vocabulary], which the next run overwrites."""
         self._step.check()
+        self._current = None
         self.run_decode()
         return self.logits
+
+    def decode_and_select(self, inputs: Callable[[], Mapping[str, Tensor]], length: int, selection: C) -> C:
+        """Run one decode step over the ids selected last, and select the next ones.
+
+        Args:
+            inputs: Returns the step's inputs: see `write_inputs`. Called if the buffers don't hold them yet.
+            length: Number of tokens in the caches.
+            selection: What is continued.
+
+        Returns:
+            The selection over tensors of these buffers that continues it; from the second token on the same one.
+        """
+        self._step.check()
+        graph = self._current
+        if graph is None or graph.selection is not selection:
+            graph = self._token_graph(selection)
+            if graph.selection is not selection:
+                graph.selection.copy_from(selection)
+            self.write_inputs(inputs(), length)
+            self._current = graph
+        graph.run()
+        following: C = graph.selection
+        return following
+
+    @torch.inference_mode(False)  # as the constructor
+    def _token_graph(self, selection: C) -> TokenGraph:
+        """Return the graph for the method of a selection; drop the one that wasn't used for longest."""
+        key, graphs = selection.method, self.token_graphs
+        if key not in graphs:
+            own = selection.like(self.bucket + 1, self.inputs[IDS])
+            reorder = partial(self.ancestry.reorder, stacks=self._cache_stacks)
+            token = partial(decode_token, self._decode, self.inputs, self.logits, reorder, own)
+            name = f"the graph of a token for batch size {self.batch} and bucket {self.bucket}"
+            graphs[key] = TokenGraph(own, CudaGraphCallable(token, self._step.device, name))
+        graphs.move_to_end(key)
+        if len(graphs) > MAX_TOKEN_GRAPHS:
+            graphs.popitem(last=False)
+            free_dropped_graphs(self._step.device)
+        return graphs[key]

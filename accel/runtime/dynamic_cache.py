@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from accel.runtime.chunked_prefill import NEW, TOTAL, decode_in_chunks, needs_ch
 from accel.runtime.device_memory import check_weights_fit
 from accel.runtime.dlpack import OrtValueHandle, Value
 from accel.runtime.io_binding import BoundSession
+from accel.runtime.protocol import C
 from accel.runtime.session import SessionSettings, open_session
 
 logger = logging.getLogger(__name__)
@@ -256,6 +257,12 @@ class DynamicCacheRuntime:
         if self.prefill_chunk and new > self.prefill_chunk:
             return decode_in_chunks(self, inputs, state)
         return self.decode_at_once(inputs, state)
+
+    def decode_and_select(
+        self, inputs: Callable[[], Mapping[str, Tensor]], state: DynamicCacheState, selection: C
+    ) -> C | None:
+        """Return None: every step allocates its outputs anew, so that nothing is gained by doing both at once."""
+        return None
 
     def decode_at_once(self, inputs: Mapping[str, Tensor], state: DynamicCacheState) -> Tensor:
         """Run `decode` over all new tokens at once."""

@@ -32,6 +32,7 @@ CACHE = "accel.cache"  # metadata key: JSON, cache input -> the output that beco
 KEPT = "logits_to_keep"  # input of components, int64 [kept]: indices of the tokens whose logits are computed
 NUM_KEPT = "num_logits_to_keep"  # input of merged decoders instead, int64 scalar: number of last tokens, 0 for all
 POSITION = "position"  # input of static_decode, int64 [batch]: tokens in the caches = where the new entry is written
+IDS, MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"  # inputs of decoders, the first of all
 BUCKET = "bucket"  # axis of static_decode: length of its caches, in tokens
 
 

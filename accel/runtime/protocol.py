@@ -1,7 +1,7 @@
 """Protocols that a runtime implements to be driven by `accel.models`: another engine joins as one more module."""
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,7 +50,42 @@ class State(Protocol):
         ...
 
 
+class Selection(Protocol):
+    """Selection of the next ids by operations over tensors that keep their addresses, without the host.
+
+    Attributes:
+        next_ids: The ids selected last, int64 [batch, 1].
+        parents: Sequences that they continue, int64 [batch]; None if every sequence continues itself.
+    """
+
+    next_ids: Tensor
+    parents: Tensor | None
+
+    @property
+    def method(self) -> Hashable:
+        """Key of the operations: selections with equal keys may continue each other."""
+        ...
+
+    def like(self, capacity: int, next_ids: Tensor) -> Self:
+        """Return a selection of the same method over tensors of its own, whose content is to be copied from another.
+
+        Args:
+            capacity: Largest number of ids that are selected for each sequence.
+            next_ids: Where it writes the selected ids, int64 [batch, 1].
+        """
+        ...
+
+    def copy_from(self, other: Self) -> None:
+        """Continue another selection of the same method, which may have another capacity."""
+        ...
+
+    def select(self, logits: Tensor) -> None:
+        """Select from logits [batch, 1, vocabulary], and update `next_ids` and `parents` in place."""
+        ...
+
+
 S = TypeVar("S", bound=State)
+C = TypeVar("C", bound=Selection)
 
 
 class Runtime(Protocol[S]):
@@ -112,6 +147,23 @@ class Runtime(Protocol[S]):
 
         Returns:
             Logits [batch, new, vocabulary].
+        """
+        ...
+
+    def decode_and_select(self, inputs: Callable[[], Mapping[str, Tensor]], state: S, selection: C) -> C | None:
+        """Run `decode` over the ids selected last, and select the next ones from its logits.
+
+        A runtime that keeps a step's tensors in place updates the inputs of the next step there, too: nothing passes
+        through the host from token to token, and one CUDA graph may hold all of it.
+
+        Args:
+            inputs: Returns the inputs of `decode`, for when they aren't in place.
+            state: Updated in place, reordered by `selection.parents` first.
+            selection: What is continued.
+
+        Returns:
+            The selection that holds the next ids, `selection` or another that continues it, to be passed next time.
+            None if the runtime can't do both at once now, and has done nothing.
         """
         ...
 

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from accel.runtime.decode_buffers import DecodeBuffers
 from accel.runtime.dynamic_cache import DynamicCacheState
-from accel.runtime.layout import POSITION
+from accel.runtime.layout import IDS, MASK, POSITION, POSITION_IDS
 from accel.runtime.padding import Padding, copy_padded
 
 if TYPE_CHECKING:
     from accel.runtime.static_cache import StaticCacheRuntime
-
-IDS, MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"
 
 
 class CacheRows:

@@ -7,7 +7,7 @@ copied into the static caches.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from accel.runtime.encoder_graphs import CapturedEncoder
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.layout import POSITION, DeployableFiles
 from accel.runtime.padding import PAD_TO_MULTIPLE_OF, Padding, Shape, shapes
+from accel.runtime.protocol import C
 from accel.runtime.rows import CacheRows
 from accel.runtime.session import SessionSettings, open_capturable, open_session
 from accel.runtime.static_state import StaticCacheState
@@ -149,6 +150,25 @@ class StaticCacheRuntime:
         buffers.write_inputs(inputs, state.length)
         state.advance()
         return buffers.run().clone()
+
+    def decode_and_select(
+        self, inputs: Callable[[], Mapping[str, Tensor]], state: StaticCacheState, selection: C
+    ) -> C | None:
+        """Run `decode` over the ids selected last, and select the next ones from its logits.
+
+        Where decode steps are captured, one CUDA graph holds both. See `protocol.Runtime`.
+
+        Raises:
+            AccelError: The batch size isn't one of `capture_batch_sizes`.
+        """
+        if self.device.type == "cuda" and not self._graphs.decode.capturable:
+            return None
+        buffers = state.make_static(state.length + 1)
+        if buffers is None:
+            return None
+        selection = buffers.decode_and_select(inputs, state.length, selection)
+        state.advance()
+        return selection
 
     def copy_to_buffers(self, dynamic: DynamicCacheState, capacity: int) -> DecodeBuffers | None:
         """Copy the caches and constants of `dynamic` to decode buffers for at least `capacity` tokens.

@@ -210,7 +210,7 @@ def nvtx_ranges(model: AcceleratedModel) -> Iterator[None]:
 
         return call
 
-    names = ("encode", "prefill", "decode")
+    names = ("encode", "prefill", "decode", "decode_and_select")
     for name in names:
         setattr(model.runtime, name, in_range(name, getattr(model.runtime, name)))
     try:

@@ -4,6 +4,7 @@ Shows that generation needs nothing of a runtime but `accel/runtime/protocol.py`
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,9 @@ class FakeRuntime:
         present = {name: outputs[source] for name, source in self.cache.items() if source in outputs}
         state.write({name: tensor[:, :, -inputs["input_ids"].shape[1] :] for name, tensor in present.items()})
         return outputs["logits"]
+
+    def decode_and_select(self, inputs: Any, state: TableState, selection: Any) -> None:
+        """Do nothing, as a runtime may."""
 
     def close(self) -> None:
         self.wrappers = {}

@@ -1,7 +1,7 @@
 """Beam search and beam-sample."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -49,6 +49,7 @@ class BeamSearch(Selection):
         first_rows: Row of the first beam of every input, int64 [batch, 1].
         length_penalties: Divisor of a score by number of ids, from 1 on, [capacity].
         limit: Largest number of ids, int64 [1].
+        penalty_at_limit: Divisor of the score of so many, [1].
     """
 
     options: BeamOptions
@@ -63,9 +64,11 @@ class BeamSearch(Selection):
     first_rows: Tensor
     length_penalties: Tensor
     limit: Tensor
+    penalty_at_limit: Tensor
 
     normalization = (LOG_SOFTMAX,)
-    BY_CAPACITY = ("running", "ended", "length_penalties")
+    BY_CAPACITY = ("running", "ended")
+    DERIVED = ("length_penalties",)
 
     @property
     def method(self) -> Hashable:
@@ -83,19 +86,19 @@ class BeamSearch(Selection):
             returned=config.num_return_sequences or 1,
         )
         shape = batch, beams = rows // options.beams, options.beams
-        filler = torch.full((), -1, dtype=torch.int64, device=device)  # after the end of a sequence
+        padding = torch.full((), -1, dtype=torch.int64, device=device)
         if start.choice.ends:
-            filler = torch.where(start.padding == 0, start.ends[0], start.padding)
-        sequences = filler.expand(*shape, start.capacity)
+            padding = torch.where(start.padding == 0, start.ends[0], start.padding)
+        sequences = padding.expand(*shape, start.capacity)
         scores = torch.full(shape, MASKED_SCORE, dtype=torch.float32, device=device)
         running_scores = scores.clone()
         running_scores[:, 0] = 0  # all beams start with the same prompt: continue only the first
-        penalties = [float(count**options.length_penalty) for count in range(1, start.capacity + 1)]
+        penalties = _length_penalties(options, start.capacity, device)
         return cls(
             choice=start.choice,
             allowed_from=start.allowed_from,
             ends=start.ends,
-            padding=start.padding,
+            padding=padding,
             next_ids=torch.empty(rows, 1, dtype=torch.int64, device=device),
             parents=torch.zeros(rows, dtype=torch.int64, device=device),
             selected=torch.zeros(1, dtype=torch.int64, device=device),
@@ -109,9 +112,15 @@ class BeamSearch(Selection):
             has_ended=torch.zeros(shape, dtype=torch.bool, device=device),
             can_improve=torch.ones(batch, 1, dtype=torch.bool, device=device),
             first_rows=torch.arange(batch, device=device)[:, None] * beams,
-            length_penalties=torch.tensor(penalties, dtype=torch.float32, device=device),
+            length_penalties=penalties,
             limit=torch.full((1,), start.capacity, device=device),
+            penalty_at_limit=penalties[-1:],
         )
+
+    def like(self, capacity: int, next_ids: Tensor) -> Self:
+        """Return a selection of the same method over tensors of its own: see `Selection.like`."""
+        penalties = _length_penalties(self.options, capacity, next_ids.device)
+        return replace(super().like(capacity, next_ids), length_penalties=penalties)
 
     def select(self, logits: Tensor) -> None:
         """Extend the running sequences by their best candidates, and add candidates that end to the ended ones."""
@@ -172,7 +181,7 @@ class BeamSearch(Selection):
         length_penalty, early_stopping = self.options.length_penalty, self.options.early_stopping
         # "never" with a positive exponent: scores are best at the maximum length, otherwise at the current one
         at_limit = early_stopping == "never" and length_penalty > 0
-        divisor = self.length_penalties[(self.limit if at_limit else length) - 1]  # [1]
+        divisor = self.penalty_at_limit if at_limit else self.length_penalties[length - 1]  # [1]
         reachable = self.running_scores[:, :1] / divisor  # [batch, 1]
         worst_ended = torch.where(self.has_ended, self.ended_scores.min(1, keepdim=True).values, MASKED_SCORE)
         self.can_improve &= (reachable > worst_ended).any(-1, keepdim=True)
@@ -190,6 +199,12 @@ class BeamSearch(Selection):
         length = int(self.ended_lengths[:, :returned].max())
         prompts = prompt.view(*self.has_ended.shape, -1)[:, :returned]  # [batch, returned, prompt]
         return torch.cat([prompts, self.ended[:, :returned, :length]], dim=2).flatten(0, 1)
+
+
+def _length_penalties(options: BeamOptions, capacity: int, device: torch.device) -> Tensor:
+    """Return the divisors of scores of 1 to `capacity` ids."""
+    penalties = [float(count**options.length_penalty) for count in range(1, capacity + 1)]
+    return torch.tensor(penalties, dtype=torch.float32, device=device)
 
 
 def _gather_sequences(sequences: Tensor, index: Tensor) -> Tensor:

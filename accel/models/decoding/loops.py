@@ -7,6 +7,7 @@ with token-identical output. What they don't support (see `unsupported_reason`) 
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -155,15 +156,20 @@ class DecodingLoops:
             The sequences, [returned rows, length].
         """
         poller, state = StopPoller(selector.device), _state(outputs)
-        logits = outputs.logits
-        while not selector.at_max_length:
-            selector(logits)
+        at_once = selector.on_device
+        if not selector.at_max_length:
+            selector(outputs.logits)
+        while not selector.at_max_length and not poller(selector.selection.finished):
             selection = selector.selection
-            if selector.at_max_length or poller(selection.finished):
-                break
+            inputs = partial(inputs_for, selection.next_ids, selector.selected - 1)
+            following = self.runtime.decode_and_select(inputs, state, selection) if at_once else None
+            if following is not None:
+                selector.follow(following)
+                continue
+            at_once = False
             if selection.parents is not None:
                 state.reorder(selection.parents)
-            logits = self.runtime.decode(inputs_for(selection.next_ids, selector.selected - 1), state)
+            selector(self.runtime.decode(inputs(), state))
         return selector.result()
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:

@@ -46,7 +46,7 @@ class Selection(ABC):
         choice: Filters, sampling, and the number of ids that end a sequence.
         allowed_from: See `choice`: int64 [filters that forbid ids, vocabulary].
         ends: Ids that end a sequence, int64 [ends].
-        padding: Id that follows them, int64 [].
+        padding: Id after the end of a sequence, int64 [].
         next_ids: The ids selected last, int64 [rows, 1].
         parents: Rows that `next_ids` continue, int64 [rows]; None if every row continues itself.
         selected: Number of ids selected for each sequence, int64 [1].
@@ -65,7 +65,9 @@ class Selection(ABC):
     normalization: ClassVar[tuple[Filter, ...]] = ()
     """Filters of logits whose result this method passes to processors."""
     BY_CAPACITY: ClassVar[tuple[str, ...]] = ()
-    """Tensors whose last axis is the ids selected so far."""
+    """Tensors of ids whose last axis is the selected ones; padding follows."""
+    DERIVED: ClassVar[tuple[str, ...]] = ()
+    """Tensors that depend on the method and the capacity alone."""
 
     @property
     def method(self) -> Hashable:
@@ -94,14 +96,15 @@ class Selection(ABC):
         theirs = other._tensors()
         for name, tensor in self._tensors().items():
             source = theirs[name]
-            if tensor.shape != source.shape:
-                capacity = min(tensor.shape[-1], source.shape[-1])
-                tensor, source = tensor[..., :capacity], source[..., :capacity]
+            if name in self.BY_CAPACITY:
+                common = min(tensor.shape[-1], source.shape[-1])
+                tensor[..., common:] = self.padding
+                tensor, source = tensor[..., :common], source[..., :common]
             tensor.copy_(source)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        """Return all tensors but derived ones by name, the padding before those by capacity."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in self.DERIVED}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def filter_tensors(self) -> list[Tensor]:

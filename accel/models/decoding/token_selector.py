@@ -64,6 +64,11 @@ class TokenSelector:
         return self.length >= self._max_length
 
     @property
+    def on_device(self) -> bool:
+        """True if ids are selected by `selection` alone."""
+        return self._processors is None
+
+    @property
     def selected(self) -> int:
         """Number of ids selected for each sequence."""
         return self.length - self._prompt.shape[1]
@@ -74,12 +79,20 @@ class TokenSelector:
         Args:
             logits: [rows, new, vocabulary], of which the last new token's count.
         """
+        if self.selection is not self._own:
+            self._own.copy_from(self.selection)
+            self.selection = self._own
         self._scores.copy_(logits[:, -1:])
         if self._processors is not None:
             ids = torch.cat([self._prompt, self.selection.ids(self.selected)], dim=1)
             scores = filtered(self._scores[:, 0], [], self._normalization)
             self._scores[:, 0] = self._processors(ids, scores)
         self._select()
+        self.length += 1
+
+    def follow(self, selection: Selection) -> None:
+        """Go on with a selection that has selected the next ids."""
+        self.selection = selection
         self.length += 1
 
     def result(self) -> Tensor:
