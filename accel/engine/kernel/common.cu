@@ -4,7 +4,7 @@
 // memory, and never waits for activations. Eight consumer warps wait for the input of each operation by polling it: values
 // that blocks exchange are 64-bit words of data and a tag that counts launches, so there is no barrier over the grid.
 //
-// The files are compiled as one: macros (ROWS, BLOCKS, BF16, MEMORY in bytes of shared memory, RECORD_BYTES, MAX_K, MAX_NORM, WIDE_X,
+// The files are compiled as one: macros (ROWS, BLOCKS, BF16, BULK, MEMORY in bytes of shared memory, RECORD_BYTES, MAX_K, MAX_NORM, WIDE_X,
 // MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS), common.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
 // lists CONSUME and PRODUCE of their cases, main.cu. `launch.py` puts them together. Tests set two more: MISSING_STORE, the
 // address of a word that is never written, and DELAYS, the most nanoseconds that warps wait before an operation.
@@ -64,7 +64,7 @@ struct alignas(16) Rest {  // of the shared memory, beside the ring
   u32 tag;
 };
 constexpr int SLOTS = (MEMORY - (int)sizeof(Rest) - 128) / (SLOT_BYTES + 16);
-static_assert(SLOTS >= 2, "the ring needs two slots");
+static_assert(SLOTS >= 2, "a block has too little shared memory for so many rows and features");
 struct alignas(128) Shared : Rest {
   u64 full[SLOTS], empty[SLOTS];
   alignas(128) unsigned char ring[SLOTS][SLOT_BYTES];
@@ -75,11 +75,37 @@ __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_gener
 __device__ __forceinline__ void barrier_init(u64* b, int n) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(b)), "r"(n)); }
 __device__ __forceinline__ void arrive(u64* b) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(b)) : "memory"); }
 __device__ __forceinline__ void expect(u64* b, int bytes) { asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(b)), "r"(bytes) : "memory"); }
-__device__ __forceinline__ void wait(u64* b, u32 parity) {
-  asm volatile("{\n.reg .pred p;\nAGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra AGAIN;\n}" ::"r"(address(b)), "r"(parity) : "memory");
-}
+// A copy to shared memory, of a multiple of 16 bytes. The producer warp calls `begin_copies`, `copy` and `end_copies` for the
+// copies that complete one barrier. From compute capability 9.0 on (BULK) one lane copies all of a row, by one instruction; before
+// it, all lanes call `copy`, and each copies 16 bytes at a time.
+#if BULK
+constexpr int COPYING = 1;                         // arrivals at a barrier that copies complete
+#define WAIT "mbarrier.try_wait"
 __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes, u64* b, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(address(to)), "l"(from), "r"(bytes), "r"(address(b)), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void begin_copies(u64* b, int bytes) { if (threadIdx.x % 32 == 0) expect(b, bytes); __syncwarp(); }
+__device__ __forceinline__ void copy(void* to, const void* from, int bytes, u64* b, u64 policy) { bulk_copy(to, from, bytes, b, policy); }
+__device__ __forceinline__ void end_copies(u64*) {}
+__device__ __forceinline__ void fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#else
+constexpr int COPYING = 32;
+#define WAIT "mbarrier.test_wait"
+__device__ __forceinline__ void async_copy(void* to, const void* from, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void async_arrive(u64* b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address(b)) : "memory"); }
+__device__ __forceinline__ void begin_copies(u64*, int) {}
+__device__ __forceinline__ void copy(void* to, const void* from, int bytes, u64*, u64 policy) {
+#pragma unroll 4
+  for (int at = threadIdx.x % 32 * 16; at < bytes; at += 512) async_copy((char*)to + at, (const char*)from + at, policy);
+}
+__device__ __forceinline__ void end_copies(u64* b) { async_arrive(b); }
+__device__ __forceinline__ void fence() {}
+#endif
+__device__ __forceinline__ bool this_lane_copies() { return !BULK || threadIdx.x % 32 == 0; }  // what the warp copies in one row
+__device__ __forceinline__ void wait(u64* b, u32 parity) {
+  asm volatile("{\n.reg .pred p;\nAGAIN: " WAIT ".parity.shared::cta.b64 p, [%0], %1;\n@!p bra AGAIN;\n}" ::"r"(address(b)), "r"(parity) : "memory");
 }
 __device__ __forceinline__ void sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }  // consumers
 __device__ __forceinline__ ulonglong2 load2(const u64* p) { ulonglong2 v; asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory"); return v; }

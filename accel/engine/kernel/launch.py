@@ -4,6 +4,7 @@ import ctypes
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -39,19 +40,39 @@ CALLS = {
 }
 
 
-def source(program: Program, memory: int, switches: Mapping[str, int] | None = None) -> str:
+@dataclass(frozen=True)
+class Target:
+    """What the kernel can use of a device.
+
+    Attributes:
+        memory: Bytes of shared memory that a block may have.
+        bulk: Memory is copied in bulk, by instructions of compute capability 9.0 and higher.
+    """
+
+    memory: int
+    bulk: bool
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Target":
+        """Return what a GPU has."""
+        properties: Any = torch.cuda.get_device_properties(device)  # its annotations lack the first
+        return cls(properties.shared_memory_per_block_optin, properties.major >= 9)
+
+
+def source(program: Program, target: Target, switches: Mapping[str, int] | None = None) -> str:
     """Return the kernel's source for a program.
 
     Args:
         program: The program.
-        memory: Bytes of shared memory that a block may have.
+        target: What it can use of the device.
         switches: Macros that tests set: see `common.cu`.
     """
     values = {
         "ROWS": program.rows,
         "BLOCKS": program.blocks,
         "BF16": int(program.dtype == torch.bfloat16),
-        "MEMORY": memory,
+        "BULK": int(target.bulk),
+        "MEMORY": target.memory,
         "RECORD_BYTES": ctypes.sizeof(records.Record),
         "MAX_K": program.max_k,
         "MAX_NORM": program.max_norm,
@@ -81,6 +102,7 @@ class Kernel:
         device: The device, for which `unsupported` gives no reason.
         watchdog: Told of launches that wait too long for a value of another block, which is a defect.
         switches: Macros that tests set: see `common.cu`.
+        target: What it uses of the device; None: all.
 
     Attributes:
         state: Number of launches, of which the running one's tags what blocks exchange, and number of blocks that have
@@ -91,14 +113,20 @@ class Kernel:
     """
 
     def __init__(
-        self, program: Program, device: torch.device, watchdog: Watchdog, switches: Mapping[str, int] | None = None
+        self,
+        program: Program,
+        device: torch.device,
+        watchdog: Watchdog,
+        switches: Mapping[str, int] | None = None,
+        target: Target | None = None,
     ) -> None:
         self._program, self._watchdog = program, watchdog
         data = b"".join(bytes(record) for record in program.operations)
         self._operations = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         self._device = self._operations.device  # with its index
-        self._memory = _shared_memory(self._device)
-        self._function = _load(source(program, self._memory, switches), program.rows, self._device)
+        target = target or Target.of(self._device)
+        self._memory = target.memory
+        self._function = _load(source(program, target, switches), program.rows, self._device, target.memory)
         self.state = torch.zeros(2, dtype=torch.int32, device=device)
 
     def __call__(self) -> None:
@@ -117,20 +145,14 @@ class Kernel:
             self._function(grid, block, arguments, shared_mem=self._memory, enable_cooperative_groups=True)
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory that a block may have."""
-    properties: Any = torch.cuda.get_device_properties(device)  # its annotations lack this one
-    return int(properties.shared_memory_per_block_optin)
-
-
 @cache
 def unsupported(device: torch.device) -> str | None:
     """Return the reason why a device can't run the kernel, whatever the plan; None if it can."""
     if device.type != "cuda":
         return f"the kernel needs CUDA, not {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 9:
-        return f"the device has compute capability {major}.{minor}, and the kernel needs 9.0"
+    if major < 8:
+        return f"the device has compute capability {major}.{minor}, and the kernel needs 8.0"
     if (reason := compiler.missing()) is not None:
         return reason
     if compiler.architecture_for(major, minor) is None:
@@ -139,8 +161,14 @@ def unsupported(device: torch.device) -> str | None:
 
 
 @cache
-def _load(code: str, rows: int, device: torch.device) -> Any:
+def _load(code: str, rows: int, device: torch.device, memory: int) -> Any:
     """Return the kernel's function on a device, compiled if it is not kept from an earlier process.
+
+    Args:
+        code: Its source.
+        rows: Rows of the batch, for messages.
+        device: The device.
+        memory: Bytes of shared memory that a block has.
 
     Raises:
         NotRunnableError: The compiler refuses it, such as for lack of shared memory, or the driver.
@@ -159,7 +187,7 @@ def _load(code: str, rows: int, device: torch.device) -> Any:
         with torch.cuda.device(device):
             module.load(cubin.data)
             function = module.get_function("decode")
-            driver.funcSetAttribute(function.ptr, attribute, _shared_memory(device))
+            driver.funcSetAttribute(function.ptr, attribute, memory)
     except driver.CUDADriverError as error:
         raise NotRunnableError(f"the driver refuses the compiled kernel: {error}") from error
     seconds = time.perf_counter() - start

@@ -13,8 +13,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Recor
   if (tid == 0) {
     s.tag = *(volatile u32*)epoch + 1;
     s.failed = *(volatile int*)failed;
-    for (int i = 0; i < SLOTS; i++) { barrier_init(&s.full[i], 1); barrier_init(&s.empty[i], WARPS); }
-    for (int i = 0; i < 2; i++) { barrier_init(&s.norm_full[i], 1); barrier_init(&s.norm_empty[i], WARPS); }
+    for (int i = 0; i < SLOTS; i++) { barrier_init(&s.full[i], COPYING); barrier_init(&s.empty[i], WARPS); }
+    for (int i = 0; i < 2; i++) { barrier_init(&s.norm_full[i], COPYING); barrier_init(&s.norm_empty[i], WARPS); }
     __threadfence();
     if (atomicAdd(arrived, 1) == BLOCKS - 1) {  // all blocks have read the epoch
       *arrived = 0;
@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode(const Recor
       *(volatile u32*)epoch = s.tag;
     }
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  fence();
   __syncthreads();
   if (s.failed) return;  // an earlier launch gave up, and the host hasn't seen it yet
   const u32 tag = s.tag;

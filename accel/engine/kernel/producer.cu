@@ -22,10 +22,10 @@ template <class C> __device__ __forceinline__ void produce_attention(Shared& s, 
     for (int k0 = 0; k0 < keys; k0 += CHUNK) for (int which = 0; which < 2; which++) {
       const int bytes = min(CHUNK, keys - k0) * C::D * 2;
       to.acquire(s);
-      if (threadIdx.x % 32 == 0) {
-        expect(&s.full[to.ring.slot], bytes);
-        bulk_copy(s.ring[to.ring.slot], (const T*)op.p[which ? VALUES : KEYS] + ((size_t)task * op.length + k0) * C::D, bytes, &s.full[to.ring.slot], keep);
-      }
+      u64* const full = &s.full[to.ring.slot];
+      begin_copies(full, bytes);
+      if (this_lane_copies()) copy(s.ring[to.ring.slot], (const T*)op.p[which ? VALUES : KEYS] + ((size_t)task * op.length + k0) * C::D, bytes, full, keep);
+      end_copies(full);
       to.ring.next();
     }
   }
@@ -33,11 +33,13 @@ template <class C> __device__ __forceinline__ void produce_attention(Shared& s, 
 template <class C> __device__ __forceinline__ void produce_norm(Shared& s, const Record& op, Ring<2>& norms, u64 keep) {
   if constexpr (C::NORM != NO_NORM) {
     wait(&s.norm_empty[norms.slot], norms.phase ^ 1);
-    if (threadIdx.x % 32 == 0) {
-      expect(&s.norm_full[norms.slot], C::K * 2 * (C::NORM_WEIGHT + C::NORM_BIAS));
-      if (C::NORM_WEIGHT) bulk_copy(s.norm[norms.slot][0], op.p[1], C::K * 2, &s.norm_full[norms.slot], keep);
-      if (C::NORM_BIAS) bulk_copy(s.norm[norms.slot][1], op.p[2], C::K * 2, &s.norm_full[norms.slot], keep);
+    u64* const full = &s.norm_full[norms.slot];
+    begin_copies(full, C::K * 2 * (C::NORM_WEIGHT + C::NORM_BIAS));
+    if (this_lane_copies()) {
+      if (C::NORM_WEIGHT) copy(s.norm[norms.slot][0], op.p[1], C::K * 2, full, keep);
+      if (C::NORM_BIAS) copy(s.norm[norms.slot][1], op.p[2], C::K * 2, full, keep);
     }
+    end_copies(full);
     norms.next();
   }
 }
@@ -55,17 +57,25 @@ template <class C> __device__ __forceinline__ void produce_product(Shared& s, co
     int group = g;
     const int part = part_of<C>(group);
     const bool gated = C::gated(part);
-    const int row = gated ? group * 4 + lane % 4 : group * UNITS + lane;
-    const bool mine = lane < UNITS && row < C::n(part);
-    const T* weight = (const T*)op.p[pointer(part, gated && lane >= 4 ? GATE : WEIGHT)] + (size_t)row * C::K;
     const int rows = min(UNITS, gated ? 2 * (C::n(part) - group * 4) : C::n(part) - group * UNITS);
+    auto weights_of = [&](int unit) -> const T* {  // null beyond the last row
+      const int row = gated ? group * 4 + unit % 4 : group * UNITS + unit;
+      return row < C::n(part) ? (const T*)op.p[pointer(part, gated && unit >= 4 ? GATE : WEIGHT)] + (size_t)row * C::K : nullptr;
+    };
+    const T* const mine = BULK && lane < UNITS ? weights_of(lane) : nullptr;
 #pragma unroll 1
     for (int k = 0; k < C::K; k += SEGMENT) {
       const int bytes = min(SEGMENT, C::K - k) * 2;
       to.acquire(s);
-      if (!lane) expect(&s.full[to.ring.slot], bytes * rows);
-      __syncwarp();
-      if (mine) bulk_copy(s.ring[to.ring.slot] + lane * UNIT_BYTES, weight + k, bytes, &s.full[to.ring.slot], once);
+      u64* const full = &s.full[to.ring.slot];
+      begin_copies(full, bytes * rows);
+      unsigned char* const slot = s.ring[to.ring.slot];
+      if constexpr (BULK) { if (mine) copy(slot + lane * UNIT_BYTES, mine + k, bytes, full, once); }
+      else {
+#pragma unroll 1
+        for (int unit = 0; unit < UNITS; unit++) if (const T* weights = weights_of(unit)) copy(slot + unit * UNIT_BYTES, weights + k, bytes, full, once);
+      }
+      end_copies(full);
       to.ring.next();
     }
   }

@@ -147,7 +147,7 @@ def test_what_a_gpu_lacks(nvrtc: Nvrtc, capability: list[int], monkeypatch: pyte
 
     assert reason() is None
     capability[:] = [7, 5]
-    assert reason() == "the device has compute capability 7.5, and the kernel needs 9.0"
+    assert reason() == "the device has compute capability 7.5, and the kernel needs 8.0"
     capability[:] = [10, 0]
     assert reason() == "the installed NVRTC can't compile for compute capability 10.0"
     capability[:] = [9, 0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accel.engine.kernel import records
-from accel.engine.kernel.launch import source, unsupported
+from accel.engine.kernel.launch import Target, source, unsupported
 from accel.engine.kernel.placement import NotRunnableError
 from accel.engine.kernel.program import Builder, Program
 from accel.engine.nodes import Graph, Node, classify
@@ -143,7 +143,7 @@ def test_more_rows_than_the_kernel_computes() -> None:
 def test_source() -> None:
     """The parts of the source are in order, with one case for each shape."""
     made, tensors = two_products()
-    text = source(build(made, tensors), memory=200_000)
+    text = source(build(made, tensors), Target(200_000, bulk=True))
     assert text.startswith("#define ROWS 3\n#define BLOCKS 4\n")
     assert text.index("struct Shape1 {") < text.index("#define CONSUME case 0: product<Shape0>(")
     assert text.index("#define PRODUCE") < text.index('extern "C" __global__')

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from accel.engine.executor import Executor
-from accel.engine.kernel.launch import Kernel
+from accel.engine.kernel.launch import Kernel, Target
 from accel.engine.kernel.program import Builder
 from accel.engine.kernel.records import FIRST_PART, PART
 from accel.engine.kernel.watchdog import Watchdog
@@ -36,8 +36,8 @@ class Decoder:
         self.watchdog = Watchdog(DEVICE)
         self.names = [node.name for node in self.plan.graph.nodes]
 
-    def kernel(self, **switches: int) -> Kernel:
-        return Kernel(self.program, DEVICE, self.watchdog, switches)
+    def kernel(self, target: Target | None = None, **switches: int) -> Kernel:
+        return Kernel(self.program, DEVICE, self.watchdog, switches, target)
 
     def words(self) -> list[Tensor]:
         """Return the tensors of words that blocks exchange."""
@@ -96,6 +96,12 @@ def test_logits() -> None:
     """All operations give torch's numbers, rounded to FP16 between them, and weights of another seed give others."""
     assert difference(expected(), Decoder().in_torch()) < 3e-3
     assert difference(expected(1), expected()) > 0.1
+
+
+def test_earlier_architectures() -> None:
+    """What they copy by, and how little shared memory they may have, changes no bit."""
+    decoder = Decoder()
+    assert_same_bits(decoder.steps(decoder.kernel(Target(99 * 1024, bulk=False))), expected())
 
 
 @pytest.mark.parametrize("name", ["0.heads", "1.cross.o"])
