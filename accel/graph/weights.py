@@ -1,11 +1,24 @@
-"""Comparison of initializers by content, to find the weights that graphs have in common."""
+"""Content of initializers, and its comparison, to find the weights that graphs have in common."""
 
 import hashlib
 from collections.abc import Iterable
+from copy import copy
+from types import SimpleNamespace
 
+import numpy as np
 import onnx_ir as ir
 
 SHA256 = "accel.sha256"  # key of a tensor's metadata, which isn't saved
+
+
+def tensor_content(tensor: ir.TensorProtocol) -> np.ndarray:
+    """Return a tensor's content. That of an external one is mapped into memory for as long as the array lives.
+
+    `ExternalTensor.numpy` keeps its file mapped as long as the tensor lives, so that a model whose weights were read
+    one by one would hold them all.
+    """
+    array: np.ndarray = (copy(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor).numpy()
+    return array
 
 
 def fingerprint(value: ir.Value) -> tuple[str, tuple[int, ...], str]:
@@ -19,7 +32,9 @@ def fingerprint(value: ir.Value) -> tuple[str, tuple[int, ...], str]:
         raise ValueError(f"{value.name} is not an initializer with a value")
     sha256 = tensor.meta.get(SHA256)
     if sha256 is None:
-        sha256 = hashlib.sha256(tensor.tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        tensor.tofile(SimpleNamespace(write=digest.update))  # in parts, where it is external, and not mapped
+        sha256 = digest.hexdigest()
         if isinstance(tensor, ir.ExternalTensor):  # read-only, unlike arrays in memory
             tensor.meta[SHA256] = sha256
     return (tensor.dtype.name, tuple(tensor.shape.numpy()), sha256)

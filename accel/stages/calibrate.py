@@ -34,6 +34,7 @@ from accel.evaluation.component_runner import signatures
 from accel.graph import files
 from accel.graph.precision import observer, plan
 from accel.graph.precision.formats import FP16
+from accel.graph.weights import tensor_content
 from accel.pipeline.stage import SESSION, Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime.session import HostSession, SessionSettings
@@ -203,8 +204,8 @@ def _origin(value: ir.Value, values: ComponentStatistics) -> str:
 def _not_finite(value: ir.Value, values: ComponentStatistics) -> bool:
     """Return whether a weight holds, or a computed value was seen to hold, NaN or infinity."""
     if value.const_value is not None:
-        content = value.const_value.numpy()
-        return content.dtype.kind == "f" and not bool(np.isfinite(content).all())
+        elements = tensor_content(value.const_value)
+        return elements.dtype.kind == "f" and not bool(np.isfinite(elements).all())
     seen = values.get(value.name or "")
     return seen is not None and seen.not_finite > 0
 

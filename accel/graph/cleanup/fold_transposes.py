@@ -9,6 +9,7 @@ from onnx_ir.passes import PassResult
 
 from accel.graph.passes import GraphPass
 from accel.graph.shapes import permutation
+from accel.graph.weights import tensor_content
 
 
 class FoldTransposes(GraphPass):
@@ -57,7 +58,7 @@ def _transpose(weight: ir.Value, tensor: ir.TensorProtocol, order: tuple[int, ..
     """Transpose a weight's content, when it is read, and remove the `Transpose` nodes behind it."""
     weight.shape = ir.Shape([tensor.shape.numpy()[axis] for axis in order])
     weight.const_value = ir.LazyTensor(
-        lambda: ir.tensor(np.ascontiguousarray(tensor.numpy().transpose(order)), dtype=tensor.dtype),
+        lambda: ir.tensor(np.ascontiguousarray(tensor_content(tensor).transpose(order)), dtype=tensor.dtype),
         dtype=tensor.dtype,
         shape=weight.shape,
         name=weight.name,

@@ -11,6 +11,7 @@ from onnx_ir import convenience
 from onnx_ir.passes import PassResult
 
 from accel.graph.passes import GraphPass
+from accel.graph.weights import tensor_content
 
 
 class UnstackExpertWeights(GraphPass):
@@ -79,7 +80,7 @@ def _layer(tensor: ir.TensorProtocol, index: int, name: str) -> ir.Value:
     """Return an initializer that holds one layer of `tensor`, copied when it is read."""
 
     def load() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(tensor.numpy()[index]), dtype=tensor.dtype)
+        return ir.tensor(np.ascontiguousarray(tensor_content(tensor)[index]), dtype=tensor.dtype)
 
     shape = ir.Shape(tensor.shape.numpy()[1:])
     layer = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape)

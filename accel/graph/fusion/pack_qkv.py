@@ -17,6 +17,7 @@ from accel.graph.build import add_node
 from accel.graph.passes import GraphPass, remove_unused
 from accel.graph.precision.formats import FLOAT
 from accel.graph.shapes import HEADS, dims, integers, is_vector, permutation, used_once
+from accel.graph.weights import tensor_content
 
 
 @dataclass
@@ -293,7 +294,7 @@ def _concatenated(graph: ir.Graph, parts: Sequence[ir.Value | int]) -> ir.Value:
 
     def read() -> ir.TensorProtocol:
         columns = [
-            tensor.numpy() if isinstance(tensor, ir.TensorProtocol) else np.zeros(tensor or 0, np.float32)
+            tensor_content(tensor) if isinstance(tensor, ir.TensorProtocol) else np.zeros(tensor or 0, np.float32)
             for tensor in tensors
         ]
         return ir.tensor(np.concatenate(columns, axis=-1), name=name)

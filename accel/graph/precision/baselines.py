@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from accel.graph.precision.formats import Format
 from accel.graph.precision.plan import Plan, Reason, has_float, least_plan, node_key
+from accel.graph.weights import tensor_content
 
 EXACT = 1e-6  # largest change by rounding of a weight that counts as stored in 16 bits by its authors
 LISTED, LAST = "listed operator", "last product"
@@ -30,9 +31,9 @@ def by_operators(model: ir.Model, operators: Collection[str], format: Format) ->
     weight = product.inputs[1] if product is not None else None
     if product is None or weight is None or weight.const_value is None:
         return plan
-    content = weight.const_value.numpy()
-    rounded = content.astype(format.dtype.numpy()).astype(np.float32)
-    if float(np.abs(content - rounded).max()) >= EXACT:
+    elements = tensor_content(weight.const_value)
+    rounded = elements.astype(format.dtype.numpy()).astype(np.float32)
+    if float(np.abs(elements - rounded).max()) >= EXACT:
         reason = Reason(LAST, "logits")
         plan.nodes[node_key(product)] = reason
         plan.weights[weight.name or ""] = reason

@@ -9,6 +9,7 @@ from accel.graph.build import add_cast, add_initializer
 from accel.graph.precision.formats import FLOAT, FORMATS, FP16, Format
 from accel.graph.precision.observer import infer_types
 from accel.graph.precision.plan import ANY_TYPE, Plan, clamp_masks, is_weight, node_key
+from accel.graph.weights import tensor_content
 
 
 def convert_half(model: ir.Model, plan: Plan, format: Format = FP16) -> None:
@@ -98,7 +99,7 @@ def _lower_weight(weight: ir.Value, half: ir.DataType) -> None:
 
     def convert() -> ir.TensorProtocol:
         with np.errstate(over="ignore"):  # a plan may let a weight overflow on purpose
-            return ir.tensor(tensor.numpy().astype(half.numpy()))
+            return ir.tensor(tensor_content(tensor).astype(half.numpy()))
 
     weight.const_value = ir.LazyTensor(convert, dtype=half, shape=ir.Shape(tensor.shape.numpy()), name=weight.name)
     weight.type = ir.TensorType(half)

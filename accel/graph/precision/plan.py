@@ -28,6 +28,7 @@ from onnx_ir.analysis import analyze_implicit_usage
 from accel.graph.control import has_subgraph
 from accel.graph.precision.formats import FLOAT, FP16, Format
 from accel.graph.precision.observer import ValueStatistics
+from accel.graph.weights import tensor_content
 
 ANY_TYPE = frozenset({"Cast", "Shape", "Size"})  # operators that read FP32 and 16-bit values alike, without a cast
 ROOTS = frozenset({"Sqrt", "Reciprocal", "Log"})  # steep near zero: a small error of the operand becomes a large one
@@ -206,11 +207,8 @@ def _weight_overflow(value: ir.Value, format: Format) -> Reason | None:
     tensor = value.const_value
     if tensor is None or tensor.dtype != FLOAT or tensor.size == 0:
         return None
-    content = tensor.numpy()
-    largest = max(float(content.max()), -float(content.min()))
-    if isinstance(tensor, ir.ExternalTensor):
-        del content
-        tensor.release()  # or the mapped pages of every weight would count as this process's memory
+    elements = tensor_content(tensor)
+    largest = max(float(elements.max()), -float(elements.min()))
     return None if largest <= format.largest else Reason(OVERFLOW, value.name or "", largest)
 
 
