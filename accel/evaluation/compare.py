@@ -9,6 +9,8 @@ from torch import Tensor
 
 from accel.adapters.types import Component
 
+TOKENS_AT_ONCE = 32  # whose differences are computed in float64: a row of logits can take a hundred megabytes
+
 
 @dataclass
 class Difference:
@@ -57,10 +59,18 @@ def token_errors(found: Tensor, expected: Tensor) -> Tensor:
     found, expected = found.cpu(), expected.cpu()
     rows, tokens = expected.shape[0], expected.shape[-2]
     errors = torch.zeros(rows, tokens, dtype=torch.float64)
-    for row in range(rows if expected.numel() else 0):  # one at a time, since logits in float64 are large
-        differences = torch.sub(found[row], expected[row].double()).abs_()  # [..., tokens, features]
-        errors[row] = differences.movedim(-2, 0).flatten(1).amax(1)
+    for row in range(rows if expected.numel() else 0):
+        for start in range(0, tokens, TOKENS_AT_ONCE):
+            block = (row, ..., slice(start, start + TOKENS_AT_ONCE), slice(None))
+            differences = torch.sub(found[block], expected[block].double()).abs_()  # [..., tokens, features]
+            errors[row, start : start + TOKENS_AT_ONCE] = differences.movedim(-2, 0).flatten(1).amax(1)
     return errors
+
+
+def magnitude(values: Tensor) -> float:
+    """Return the largest magnitude, or NaN if there is one. Unlike `values.abs()`, takes no memory."""
+    low, high = values.aminmax()
+    return max(-float(low), float(high))
 
 
 def error(found: Tensor, expected: Tensor, mask: Tensor | None = None) -> float:

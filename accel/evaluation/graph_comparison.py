@@ -1,6 +1,6 @@
 """Comparison of exported graphs with PyTorch, at shapes other than those they were traced at."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from accel import progress
 from accel.adapters.types import Architecture, Component
 from accel.errors import AccelError
-from accel.evaluation.compare import token_errors
+from accel.evaluation.compare import magnitude, token_errors
 from accel.evaluation.component_runner import (
     ComponentRunner,
     Shape,
@@ -24,7 +24,8 @@ from accel.evaluation.rounding import SAMPLES, Evaluator, allowed_errors, root_m
 from accel.runtime.providers import RUNTIME_ERRORS
 from accel.runtime.session import HostSession, SessionSettings
 
-SETTINGS = SessionSettings(session={"session.disable_prepacking": "1"})  # weights stay in their file
+# Weights stay in their file, and freed memory is not kept for the next run.
+SETTINGS = SessionSettings(session={"session.disable_prepacking": "1"}, arena=False)
 SHAPES = (Shape(1, 1, 1, 1), Shape(1, 9, 0, 1), Shape(3, 6, 4, 2), Shape(2, 300, 2, 1), Shape(1, 11, 300, 1))
 
 
@@ -55,18 +56,22 @@ def run_torch(architecture: Architecture, model: PreTrainedModel, seed: int) -> 
 
 
 def compare(
-    architecture: Architecture, model: PreTrainedModel, folder: Path, tolerance: float, seed: int
+    architecture: Architecture,
+    calls: Mapping[Component, Sequence[TorchCall]],
+    folder: Path,
+    tolerance: float,
+    load: Callable[[], PreTrainedModel],
 ) -> dict[str, float]:
-    """Compare the exported graphs with PyTorch at `SHAPES`.
+    """Compare the exported graphs with calls in PyTorch.
 
-    PyTorch runs first, so that each graph is opened only once.
+    PyTorch's model need not be in memory, where only one graph at a time is then.
 
     Args:
         architecture: The adapter of the model.
-        model: The PyTorch model, in FP32.
+        calls: What `run_torch` returned.
         folder: Folder with `<component>.onnx` for each component.
         tolerance: Largest difference allowed, relative to the largest magnitude of the output.
-        seed: Seed of the random ids.
+        load: Loads the PyTorch model, in FP32; called where its rounding error must be known.
 
     Returns:
         The largest relative difference of each component's outputs.
@@ -75,7 +80,6 @@ def compare(
         AccelError: An output differs by more than `tolerance`, and by more than PyTorch's own rounding error explains
             (see `accel.evaluation.rounding`). The message names component, output and shape.
     """
-    calls = run_torch(architecture, model, seed)
     worst: dict[str, float] = {}
     for component, torch_calls in progress.track(list(calls.items()), "comparing with PyTorch"):
         worst[str(component)] = 0.0
@@ -92,7 +96,7 @@ def compare(
             worst[str(component)] = max(worst[str(component)], *differences.values())
             beyond = [name for name, difference in differences.items() if not difference <= tolerance]  # NaN counts
             if beyond:
-                _check_rounding(architecture, model, component, outputs, call, beyond, tolerance)
+                _check_rounding(architecture, load(), component, outputs, call, beyond, tolerance)
         del session  # before the next one opens
     return worst
 
@@ -108,7 +112,7 @@ def differences_of(component: Component, outputs: Mapping[str, Tensor], call: To
             )
         errors = token_errors(outputs[name], expected)  # [rows, tokens]
         if errors.numel():
-            differences[name] = float(errors.max() / expected.abs().max().clamp_min(1e-6))
+            differences[name] = float(errors.max()) / max(magnitude(expected), 1e-6)
         else:
             differences[name] = 0.0
     return differences
@@ -128,7 +132,7 @@ def _check_rounding(
     exact = Evaluator(model, specs, run_component, torch.float64).evaluate_isolated(component, call.inputs)
     rounded = Evaluator(model, specs, run_component, torch.float32).evaluate_isolated(component, call.inputs)
     for name in names:
-        scale = float(exact[name].abs().max().clamp_min(1e-6))
+        scale = max(magnitude(exact[name]), 1e-6)
         torch_errors = root_mean_square(rounded[name], exact[name], SAMPLES)  # [rows, tokens]
         errors = token_errors(outputs[name], exact[name]) / scale  # [rows, tokens]
         used = errors / allowed_errors(torch_errors, scale, tolerance, errors)  # [rows, tokens]

@@ -13,7 +13,7 @@ from torch import Tensor
 from accel.adapters.types import Architecture, Component
 from accel.config.engines import ONNXRUNTIME
 from accel.evaluation import reference_data
-from accel.evaluation.compare import Difference, output_mask, token_errors
+from accel.evaluation.compare import Difference, magnitude, output_mask, token_errors
 from accel.evaluation.component_runner import ComponentRunner, Run, signatures
 from accel.evaluation.rounding import FACTOR, SAMPLES, allowed_errors
 from accel.models.generation import AcceleratedModel
@@ -225,7 +225,7 @@ def compare_paths(
         description = f"a generation, input {number}"
         compared = measure(verification, "path.logits", description, logits, path.logits, torch_error, mask)
         comparable = comparable and compared
-        verification.drift.scale = max(verification.drift.scale, float(path.logits.abs().max()))
+        verification.drift.scale = max(verification.drift.scale, magnitude(path.logits))
     _add_drift(verification.drift, path_errors, path_torch_errors)
     return comparable
 
@@ -306,7 +306,7 @@ def measure(
     if found.shape != expected.shape:
         verification.failures.append(f"{name} has shape {tuple(found.shape)}, PyTorch gives {tuple(expected.shape)}")
         return False
-    scale = max(float(expected.abs().max()), 1e-6)
+    scale = max(magnitude(expected), 1e-6)
     errors = token_errors(found, expected) / scale  # [rows, tokens]
     finite = bool(errors.isfinite().all())
     allowed = allowed_errors(torch_error, scale, verification.threshold, errors)  # [rows, tokens]

@@ -12,7 +12,9 @@ Writes:
 import inspect
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from accel.evaluation.component_runner import (
     signatures,
     torch_run,
 )
-from accel.evaluation.graph_comparison import SHAPES, compare
+from accel.evaluation.graph_comparison import SHAPES, TorchCall, compare, run_torch
 from accel.evaluation.io_check import check_specs
 from accel.graph import files
 from accel.graph.cleanup.widen_bfloat16 import WidenBfloat16
@@ -45,6 +47,7 @@ from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime.decoder_inputs import positions
 from accel.stages.layer_tracing import caches_by_layer, complete, find_stack, first_layers, without_layers
+from accel.system.host_memory import release
 
 logger = logging.getLogger(__name__)
 
@@ -166,22 +169,36 @@ def prefill_follows(architecture: Architecture, model: PreTrainedModel) -> bool:
     return same_module and same_inputs and prefill.outputs == decode.outputs
 
 
+@dataclass(frozen=True)
+class Shortcuts:
+    """Ways to trace less of a model.
+
+    Attributes:
+        shortens: Trace only the first layers where the others are like them; see `accel.stages.layer_tracing`.
+        derives: Derive prefill from the decode graph where one module computes both.
+    """
+
+    shortens: bool = True
+    derives: bool = True
+
+
 class Tracer:
     """Export of single components of a model into one folder.
 
     Attributes:
         nodes: Component -> number of nodes of the graphs written so far.
-        derives: Derive prefill from the decode graph where one module computes both.
         derived: Whether prefill was derived.
-        shortens: Trace only the first layers where the others are like them; see `accel.stages.layer_tracing`.
         shortened: Components of which not all layers were traced, and their layers.
     """
 
-    def __init__(self, config: Config, architecture: Architecture, model: PreTrainedModel, out: Path) -> None:
+    def __init__(
+        self, config: Config, architecture: Architecture, model: PreTrainedModel, out: Path, shortcuts: Shortcuts
+    ) -> None:
         self.config, self.architecture, self.model, self.out = config, architecture, model, out
+        self.shortcuts = shortcuts
         self.nodes: dict[str, int] = {}
-        self.derives, self.derived = True, False
-        self.shortens, self.shortened = True, dict[Component, Stack]()
+        self.derived = False
+        self.shortened: dict[Component, Stack] = {}
         self._specs = signatures(architecture, model.config)
         generator = torch.Generator().manual_seed(config.export.seed)
         shape = EXAMPLE.within(max_positions(model.config))
@@ -190,8 +207,7 @@ class Tracer:
 
     def trace_all(self) -> None:
         """Write the graph of every component."""
-        derive = self.derives and prefill_follows(self.architecture, self.model)
-        self.derived, self.shortened = False, {}
+        derive = self.shortcuts.derives and prefill_follows(self.architecture, self.model)
         traced = [part for part in self.architecture.components() if part is not Component.PREFILL or not derive]
         for component in progress.track(traced, "tracing"):
             self.trace(component)
@@ -200,23 +216,10 @@ class Tracer:
             if not self.derived:
                 self.trace(Component.PREFILL)
 
-    def trace_with_fewer_shortcuts(self, reason: object) -> bool:
-        """Trace all again, as the graphs differ from PyTorch for `reason`; return False if no shortcut was taken."""
-        if self.shortened:
-            logger.info(f"all layers are traced: with the first ones alone, {reason}")
-            self.shortens = False
-        elif self.derived:
-            logger.info(f"prefill is traced: derived from decode, {reason}")
-            self.derives = False
-        else:
-            return False
-        self.trace_all()
-        return True
-
     def trace(self, component: Component) -> None:
         """Trace a component in PyTorch and write its graph."""
         wrapper, inputs = self.architecture.wrap(self.model, component), self._example(component)
-        graph = self._trace_first_layers(component, wrapper, inputs) if self.shortens else None
+        graph = self._trace_first_layers(component, wrapper, inputs) if self.shortcuts.shortens else None
         try:
             if graph is None:
                 graph = export_component(wrapper, self._specs[component], inputs, self.config.export.opset)
@@ -268,25 +271,73 @@ class Tracer:
         return example(self._runner, component, self._caller_inputs)
 
 
-def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
-    """Write the graph of every component. Return node counts and the largest differences from PyTorch."""
-    model = load_model(inputs["checkpoint"].folder)
+@dataclass(frozen=True)
+class Exported:
+    """What is left of a model after its export, without the model itself.
+
+    Attributes:
+        shortcuts: Shortcuts that were allowed.
+        nodes: Component -> number of nodes.
+        shortened: Components of which not all layers were traced, and their layers.
+        derived: Whether prefill was derived.
+        calls: Component -> calls of it in PyTorch, to compare the graphs with.
+        positions_from_mask: See `counts_positions_from_mask`.
+    """
+
+    shortcuts: Shortcuts
+    nodes: Mapping[str, int]
+    shortened: Mapping[Component, Stack]
+    derived: bool
+    calls: Mapping[Component, Sequence[TorchCall]]
+    positions_from_mask: bool
+
+    def fewer_shortcuts(self, reason: object) -> Shortcuts | None:
+        """Return the shortcuts to try next, as the graphs differ from PyTorch for `reason`; None if none was taken."""
+        if self.shortened:
+            logger.info(f"all layers are traced: with the first ones alone, {reason}")
+            return replace(self.shortcuts, shortens=False)
+        if self.derived:
+            logger.info(f"prefill is traced: derived from decode, {reason}")
+            return replace(self.shortcuts, derives=False)
+        return None
+
+
+def export(config: Config, architecture: Architecture, checkpoint: Path, out: Path, shortcuts: Shortcuts) -> Exported:
+    """Write the graph of every component of the model in the folder `checkpoint`, and run them in PyTorch."""
+    model = load_model(checkpoint)
     limit = max_positions(model.config)
     check_specs(architecture, model, (EXAMPLE.within(limit), SHAPES[2].within(limit)), config.export.seed)
-    tracer = Tracer(config, architecture, model, out)
+    tracer = Tracer(config, architecture, model, out, shortcuts)
     tracer.trace_all()
-    worst = None
+    return Exported(
+        shortcuts,
+        tracer.nodes,
+        tracer.shortened,
+        tracer.derived,
+        run_torch(architecture, model, config.export.seed),
+        counts_positions_from_mask(model),
+    )
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
+    """Write the graph of every component. Return node counts and the largest differences from PyTorch."""
+    checkpoint = inputs["checkpoint"].folder
+    shortcuts, worst = Shortcuts(), None
     while worst is None:
+        exported = export(config, architecture, checkpoint, out, shortcuts)
+        release()  # PyTorch's model, before ONNX Runtime's are opened
         try:
-            worst = compare(architecture, model, out, config.export.tolerance, config.export.seed)
+            worst = compare(architecture, exported.calls, out, config.export.tolerance, partial(load_model, checkpoint))
         except AccelError as error:
-            if not tracer.trace_with_fewer_shortcuts(error):
+            fewer = exported.fewer_shortcuts(error)
+            if fewer is None:
                 raise
+            shortcuts = fewer
     return {
-        "nodes": {str(component): tracer.nodes[component] for component in architecture.components()},
+        "nodes": {str(component): exported.nodes[component] for component in architecture.components()},
         "worst_relative_difference": worst,
-        "layers_traced": {str(part): f"{stack.traced} of {stack.total}" for part, stack in tracer.shortened.items()},
-        "positions_from_mask": counts_positions_from_mask(model),
+        "layers_traced": {str(part): f"{stack.traced} of {stack.total}" for part, stack in exported.shortened.items()},
+        "positions_from_mask": exported.positions_from_mask,
     }
 
 

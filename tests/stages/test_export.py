@@ -15,7 +15,7 @@ from accel.adapters.types import Component
 from accel.cli.compose import compose
 from accel.config.schema import Config, ModelConfig
 from accel.errors import AccelError
-from accel.evaluation.graph_comparison import compare
+from accel.evaluation.graph_comparison import compare, run_torch
 from accel.graph import files
 from accel.graph.repeat_layers import Stack
 from accel.models.checkpoints import load_model
@@ -38,14 +38,15 @@ def test_every_component_is_compared(build: Build, tiny: Path, tmp_path: Path, d
             changed[3] *= 1.01
             graph.graph.initializers[norm].const_value = ir.tensor(changed, name=norm)
         files.save(graph, tmp_path / f"{component}.onnx")
-    architecture, model = registry.build(config.architecture), load_model(tiny)
+    architecture, load = registry.build(config.architecture), partial(load_model, tiny)
+    calls = run_torch(architecture, load(), seed=1)
     if damaged is None:
-        worst = compare(architecture, model, tmp_path, 1e-4, seed=1)
+        worst = compare(architecture, calls, tmp_path, 1e-4, load)
         assert set(worst) == set(COMPONENTS)
         assert all(0 < difference < 1e-4 for difference in worst.values())
     else:
         with pytest.raises(AccelError, match=f"export of {damaged}: .* is off by .*past"):
-            compare(architecture, model, tmp_path, 1e-4, seed=1)
+            compare(architecture, calls, tmp_path, 1e-4, load)
 
 
 @pytest.mark.parametrize("failures", [0, 1, 2, 3])
@@ -59,9 +60,9 @@ def test_shortcuts_are_given_up_one_by_one(
     comparisons = iter(range(10))
 
     def trace(self: export.Tracer, component: Component) -> None:
-        written.append(f"{component}, {'first' if self.shortens else 'all'} layers")
+        written.append(f"{component}, {'first' if self.shortcuts.shortens else 'all'} layers")
         self.nodes[str(component)] = 1
-        if self.shortens:
+        if self.shortcuts.shortens:
             self.shortened[component] = Stack("", 1, 1, 2)
 
     def derive_prefill(self: export.Tracer) -> bool:

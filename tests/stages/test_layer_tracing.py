@@ -15,7 +15,7 @@ from accel.adapters.types import Component
 from accel.graph import files
 from accel.graph.repeat_layers import Stack
 from accel.models.checkpoints import load_model
-from accel.stages.export import Tracer
+from accel.stages.export import Shortcuts, Tracer
 from accel.stages.layer_tracing import find_stack
 from tests.conftest import Build
 from tests.families import FAMILIES
@@ -59,8 +59,7 @@ def test_names_and_order(tmp_path: Any, build: Build) -> None:
     architecture, model = registry.build(config.architecture), load_model(tmp_path)
     described = []
     for shortens in (True, False):
-        tracer = Tracer(config, architecture, model, tmp_path)
-        tracer.shortens = shortens
+        tracer = Tracer(config, architecture, model, tmp_path, Shortcuts(shortens=shortens))
         tracer.trace(Component.DECODE)
         assert list(tracer.shortened) == ([Component.DECODE] if shortens else [])
         graph = files.load(tmp_path / f"{Component.DECODE}.onnx").graph
@@ -129,8 +128,8 @@ def test_a_damaged_copy_is_noticed(tmp_path: Any, build: Build, monkeypatch: pyt
 
     def damaging(tracer: Tracer) -> None:
         trace_all(tracer)
-        shortened.append(bool(tracer.shortened) and tracer.shortens)
-        if tracer.shortens:
+        shortened.append(bool(tracer.shortened) and tracer.shortcuts.shortens)
+        if tracer.shortcuts.shortens:
             graph = files.load(tracer.out / "decode.onnx")
             weights = graph.graph.initializers
             name, other = (f"model.decoder.layers.{layer}.fc2.weight" for layer in (5, 6))
