@@ -1,4 +1,4 @@
-"""What opening a deployable imports: what its engine needs, and nothing of what builds one."""
+"""What opening a deployable imports, and what building one: what each needs, and no more."""
 
 import subprocess
 import sys
@@ -37,3 +37,16 @@ def test_opening_a_deployable(static: bool, engine: str, expected: list[str], bu
     program = PROGRAM.format(watched=WATCHED, folder=str(folder), static=static, engine=engine)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"[] {expected}"
+
+
+def test_building_imports_no_plots() -> None:
+    """Neither do the stages when they are imported, nor the certificate when it is drawn, for seaborn and pandas."""
+    program = """
+import sys
+from accel.stages import export, merge, optimize, reference, verify
+print("matplotlib" in sys.modules)
+from accel.reporting import svg_plots
+print("matplotlib" in sys.modules, [name for name in ("seaborn", "pandas", "matplotlib.pyplot") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["False", "True []"]

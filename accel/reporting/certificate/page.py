@@ -7,7 +7,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from accel.graph.precision.formats import FORMATS, FP16
-from accel.reporting import plots
 
 TEMPLATE = "certificate.html.jinja"
 DRIFT = {"mean": "mean", "p99": "99th percentile", "worst": "largest", "torch_worst": "PyTorch's largest"}
@@ -21,6 +20,8 @@ def render(certificate: Mapping[str, Any]) -> str:
     Args:
         certificate: Contents of `certificate.json`.
     """
+    from accel.reporting import svg_plots  # imports matplotlib, which nothing else needs
+
     environment = Environment(
         loader=PackageLoader("accel.reporting.certificate", "."),
         autoescape=True,
@@ -37,7 +38,7 @@ def render(certificate: Mapping[str, Any]) -> str:
         outputs=outputs[:MAX_OUTPUTS],
         output_count=len(outputs),
         firsts=_first_differences(verification),
-        drift=plots.drift({label: verification["drift"][name] for name, label in DRIFT.items()}, ""),
+        drift=svg_plots.drift({label: verification["drift"][name] for name, label in DRIFT.items()}, ""),
         statistics=_range_plots(certificate),
         kept=certificate.get("kept", [])[:MAX_ROWS],
         left_out=max(0, len(certificate.get("kept", [])) - MAX_ROWS),
@@ -80,6 +81,8 @@ def _range_plots(certificate: Mapping[str, Any]) -> dict[str, str]:
     """Map each component to a plot of its values' magnitudes, in the graph's order, with the format's limits."""
     if "statistics" not in certificate:
         return {}
+    from accel.reporting import svg_plots
+
     format = FORMATS[certificate["verification"]["precision"]]
     limits = {f"largest {format.name}": format.largest, f"smallest normal {format.name}": format.smallest}
     if format is not FP16:
@@ -90,5 +93,5 @@ def _range_plots(certificate: Mapping[str, Any]) -> dict[str, str]:
         for largest, smallest in values.values():
             if smallest is not None and largest != 0:  # otherwise the value held only zeros
                 ranges.append((smallest, inf if largest is None else largest))
-        plots_by_component[component] = plots.value_ranges(ranges, limits, component)
+        plots_by_component[component] = svg_plots.value_ranges(ranges, limits, component)
     return plots_by_component
