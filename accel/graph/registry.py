@@ -14,6 +14,7 @@ from accel.graph.cleanup.static_reshapes import StaticReshapes
 from accel.graph.cleanup.unstack_expert_weights import UnstackExpertWeights
 from accel.graph.decode.one_token import TransposeToReshape
 from accel.graph.decode.split_to_slice import SplitToSlice
+from accel.graph.decode.window_cache import WindowCache
 from accel.graph.fusion.fuse_attention import FuseAttention
 from accel.graph.fusion.fuse_gqa import FuseGqa
 from accel.graph.fusion.fuse_norms import FuseNorms
@@ -46,5 +47,5 @@ OPTIMIZE = by_name(  # `optimize.passes`: over every exported graph
     ]
 )
 DECODE = by_name(  # `convert.decode_passes`: over decode graphs for exactly one new token
-    [FuseGqa, FuseAttention, TransposeToReshape, SplitToSlice]
+    [WindowCache, FuseGqa, FuseAttention, TransposeToReshape, SplitToSlice]
 )

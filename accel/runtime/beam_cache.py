@@ -12,6 +12,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from accel.runtime.ring_cache import held_positions
+
 CacheStack = tuple[Tensor, int]
 """Caches of one shape, stacked: [caches, *shape of one cache], and the stack's token axis. Axis 1 is the batch."""
 
@@ -91,7 +93,7 @@ class BeamAncestry:
         Args:
             index: Source row of every row, int32 or int64 [B], on the device of the caches.
             length: Number of tokens in use; on the device, int64 [1], where a CUDA graph must not hold its value.
-            stacks: All caches of this batch and bucket.
+            stacks: All caches of this batch and bucket. Those shorter than the bucket are filled in turn.
         """
         index = index.long()  # transformers' beam search passes int32
         reordered = self._computed_by.index_select(0, index)  # [B, S]
@@ -99,9 +101,13 @@ class BeamAncestry:
         changes = reordered != self._computed_by
         end = length if isinstance(length, int) else len(self._columns)
         for stack, token_axis in stacks:
-            caches, rows, bucket = len(stack), stack.shape[1], stack.shape[token_axis]
+            caches, rows, slots = len(stack), stack.shape[1], stack.shape[token_axis]
             heads = stack.shape[2:token_axis].numel()  # 1 where a cache has no head axis
-            self._move_rows(stack.view(caches, rows, heads, bucket, -1), index, changes, end)  # [N, B, H, S, D]
+            of_slots = changes
+            if slots < len(self._columns):  # of a layer with a sliding window
+                of_slots = changes.index_select(1, held_positions(slots, length, changes.device))
+            by_head = stack.view(caches, rows, heads, slots, -1)  # [N, B, H, S, D]
+            self._move_rows(by_head, index, of_slots, min(end, slots))
         self._computed_by.copy_(reordered)
 
 

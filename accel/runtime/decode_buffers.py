@@ -15,6 +15,7 @@ from accel.runtime.decode_step import DecodeStep
 from accel.runtime.layout import BUCKET, IDS, POSITION
 from accel.runtime.padding import Shape, copy_padded
 from accel.runtime.protocol import C
+from accel.runtime.ring_cache import copy_entries, in_order, ring_length, windows
 from accel.runtime.token_graph import MAX_TOKEN_GRAPHS, TokenGraph, decode_token
 
 LOGITS = "logits"
@@ -42,7 +43,7 @@ class DecodeBuffers:
     Args:
         graphs: The graphs to bind.
         batch: Number of sequences, beams counted.
-        bucket: Length of the self-attention caches, in tokens.
+        bucket: Number of positions, and of entries in the self-attention caches of layers without a sliding window.
         axes: Self-attention cache input -> its token axis.
         outputs: Cache input -> the output that holds it after a run. Both are bound to the same memory, so that the
             graph updates its caches in place.
@@ -65,6 +66,8 @@ class DecodeBuffers:
     ) -> None:
         self._step = graphs.decode
         self.batch, self.bucket, self.axes = batch, bucket, axes
+        rings = {axis: ring_length(window, bucket) for axis, window in windows(self._step.inputs).items()}
+        self._lengths = {**ONE_TOKEN, "batch_size": batch, BUCKET: bucket, **rings}
         device = self._step.device
         self.constants = {
             name: torch.zeros(shape, dtype=dtype, device=device) for name, (dtype, shape) in constants.items()
@@ -92,9 +95,8 @@ class DecodeBuffers:
 
     def _shape(self, name: str) -> Shape:
         """Return the shape of an input or output of the decode graph in these buffers."""
-        lengths = {**ONE_TOKEN, "batch_size": self.batch, BUCKET: self.bucket}
         axes = self._step.inputs[name] if name in self._step.inputs else self._step.outputs[name]
-        return tuple(lengths[axis] if isinstance(axis, str) else axis for axis in axes)
+        return tuple(self._lengths[axis] if isinstance(axis, str) else axis for axis in axes)
 
     def _zeros(self, name: str, shape: Shape) -> Tensor:
         """Allocate zeros with the dtype of an input or output of the decode graph."""
@@ -140,12 +142,14 @@ class DecodeBuffers:
             copy_padded(self.constants[name], tensor)
         self.ancestry.reset(0)
 
-    def write(self, caches: Mapping[str, Tensor], start: int, length: int) -> None:
-        """Copy `length` entries from token `start` on out of `caches` [B, H, S, D] into the same positions here."""
+    def write(self, caches: Mapping[str, Tensor], length: int) -> None:
+        """Copy the entries of the first `length` tokens, as many as there is room for, out of `caches` [B, H, S, D].
+
+        These may be dynamic caches, or the static caches of another bucket.
+        """
         for name, axis in self.axes.items():
-            entries = caches[name].narrow(axis, start, length)  # [B, H, length, D]
-            self.self_caches[name].narrow(axis, start, length).copy_(entries)
-        self.ancestry.reset(start)
+            copy_entries(caches[name], self.self_caches[name], axis, length)
+        self.ancestry.reset(0)
 
     def write_row(self, row: int, caches: Mapping[str, Tensor], length: int) -> None:
         """Replace the entries of one row by the first `length` ones of `caches` [1, H, S, D], and clear the others.
@@ -155,12 +159,14 @@ class DecodeBuffers:
         for stack in self.stacks.values():
             stack[:, row].zero_()
         for name, axis in self.axes.items():
-            entries = caches[name].narrow(axis, 0, length)[0]  # [H, length, D]
-            self.self_caches[name][row].narrow(axis - 1, 0, length).copy_(entries)
+            copy_entries(caches[name], self.self_caches[name][row : row + 1], axis, length)
 
     def read(self, length: int) -> CacheViews:
-        """Return views of the first `length` entries of the self-attention caches, [B, H, length, D]."""
-        return CacheViews(self.axes, lambda name: self.self_caches[name].narrow(self.axes[name], 0, length))
+        """Return the first `length` tokens' entries of the self-attention caches, [B, H, length, D].
+
+        Views where a cache has as many slots, else copies with zeros for entries that a sliding window left behind.
+        """
+        return CacheViews(self.axes, lambda name: in_order(self.self_caches[name], self.axes[name], length))
 
     def reorder(self, index: Tensor, length: int) -> None:
         """Replace the first `length` cache entries of every sequence i by those of sequence `index[i]`; index: [B]."""

@@ -34,6 +34,7 @@ NUM_KEPT = "num_logits_to_keep"  # input of merged decoders instead, int64 scala
 POSITION = "position"  # input of static_decode, int64 [batch]: tokens in the caches = where the new entry is written
 IDS, MASK, POSITION_IDS = "input_ids", "attention_mask", "position_ids"  # inputs of decoders, the first of all
 BUCKET = "bucket"  # axis of static_decode: length of its caches, in tokens
+WINDOW = "window_"  # begins the axis of caches in static_decode whose layer sees so many keys; they are filled in turn
 
 
 @dataclass(frozen=True)

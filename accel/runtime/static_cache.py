@@ -6,6 +6,7 @@ copied into the static caches.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,16 +23,18 @@ from accel.runtime.cuda_graph import free_dropped_graphs
 from accel.runtime.decode_buffers import DecodeBuffers, DecodeGraphs
 from accel.runtime.decode_step import SessionStep, open_decode_step
 from accel.runtime.device_memory import MB, check_weights_fit, free_device_memory
-from accel.runtime.dynamic_cache import DynamicCacheRuntime, DynamicCacheState, open_dynamic
+from accel.runtime.dynamic_cache import DynamicCacheRuntime, open_dynamic
 from accel.runtime.encoder_graphs import CapturedEncoder
 from accel.runtime.io_binding import BoundSession
-from accel.runtime.layout import POSITION, DeployableFiles
+from accel.runtime.layout import BUCKET, POSITION, DeployableFiles
 from accel.runtime.padding import PAD_TO_MULTIPLE_OF, Padding, Shape, shapes
 from accel.runtime.protocol import C
+from accel.runtime.ring_cache import ring_length, windows
 from accel.runtime.rows import CacheRows
 from accel.runtime.session import SessionSettings, open_capturable, open_session
 from accel.runtime.static_state import StaticCacheState
 from accel.runtime.streams import on_shared_stream
+from accel.runtime.token_history import TokenHistory
 from accel.runtime.weights import SharedWeights
 
 logger = logging.getLogger(__name__)
@@ -54,6 +57,7 @@ class StaticCacheRuntime:
     Attributes:
         engine: What computes decode steps of one token: `onnxruntime` or `fused`.
         cross_caches: Names of the cross-attention cache inputs.
+        windows: Number of keys that a layer with a sliding window sees, by the axis of its caches.
         spare_buffers: Buffers for the next generation of the same kind; the ones released last are at the end.
         captured_encoder: Captured form of the encoder; None where it can't be captured.
     """
@@ -71,6 +75,7 @@ class StaticCacheRuntime:
         self.exclusive = True  # generations take buffers from one pool, and captured graphs share one stream
         self.positions_from_mask = dynamic.positions_from_mask
         self.cross_caches = [name for name in dynamic.cache if name not in dynamic.self_cache_outputs]
+        self.windows = windows(graphs.decode.inputs)
         self.spare_buffers: list[tuple[BufferKey, DecodeBuffers]] = []
         self._max_spare = max(MAX_SPARE, len(capture_batch_sizes) * len(buckets.lengths))
         self._padding = Padding(dynamic.decoder, dynamic.constants)
@@ -102,7 +107,14 @@ class StaticCacheRuntime:
             if state is not None:
                 return self._decode(inputs, state), state
         logits, dynamic = self.dynamic.prefill(inputs)
-        return logits, StaticCacheState(self, dynamic)
+        state = StaticCacheState(self, dynamic, history=self._new_history())
+        state.note(inputs)
+        return logits, state
+
+    def _new_history(self) -> TokenHistory | None:
+        """Return the history of a new generation; None where all entries of the caches are kept."""
+        axes = {name: spec.shape for name, spec in self.dynamic.decoder.inputs.items()}
+        return TokenHistory(axes) if self.windows else None
 
     def _empty_state(self, inputs: Mapping[str, Tensor]) -> StaticCacheState | None:
         """Return a state without tokens, its constants taken from `inputs` and its cross-attention caches computed.
@@ -120,7 +132,7 @@ class StaticCacheRuntime:
             return None
         buffers.reset(constants)
         buffers.compute_cross_caches()
-        return StaticCacheState(self, buffers=buffers, constants=constant_shapes)
+        return StaticCacheState(self, buffers=buffers, constants=constant_shapes, history=self._new_history())
 
     def resume(self, caches: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> StaticCacheState:
         """Return a state over existing caches, given in the order of `State.views`."""
@@ -145,6 +157,7 @@ class StaticCacheRuntime:
     def _decode(self, inputs: Mapping[str, Tensor], state: StaticCacheState) -> Tensor:
         """Run `decode`; a prefill calls this, so that what is timed or counted at `decode` are decode steps alone."""
         buffers = state.make_static(state.length + 1) if inputs["input_ids"].shape[1] == 1 else None
+        state.note(inputs)
         if buffers is None:
             return self.dynamic.decode(inputs, state.make_dynamic())
         buffers.write_inputs(inputs, state.length)
@@ -166,20 +179,10 @@ class StaticCacheRuntime:
         buffers = state.make_static(state.length + 1)
         if buffers is None:
             return None
+        state.note_selected(selection)
         selection = buffers.decode_and_select(inputs, state.length, selection)
         state.advance()
         return selection
-
-    def copy_to_buffers(self, dynamic: DynamicCacheState, capacity: int) -> DecodeBuffers | None:
-        """Copy the caches and constants of `dynamic` to decode buffers for at least `capacity` tokens.
-
-        None, and `AccelError`, as `take_buffers`.
-        """
-        buffers = self.take_buffers(dynamic.batch, capacity, shapes(dynamic.constants))
-        if buffers is not None:
-            buffers.reset(dynamic.constants)
-            buffers.write(dynamic.self_caches, 0, dynamic.length)
-        return buffers
 
     def take_buffers(self, batch: int, capacity: int, constants: Mapping[str, Shape]) -> DecodeBuffers | None:
         """Return decode buffers of the smallest bucket for `capacity` tokens: spare ones if there are any, or new ones.
@@ -257,10 +260,12 @@ class StaticCacheRuntime:
     def cache_bytes(self, batch: int, bucket: int) -> int:
         """Return the bytes of the self-attention caches in one set of decode buffers."""
         decode = self._graphs.decode
+        lengths: dict[int | str, int] = {"batch_size": batch, BUCKET: bucket}
+        lengths |= {axis: ring_length(window, bucket) for axis, window in self.windows.items()}
         total = 0
         for name in self.dynamic.axes:
-            model_dims = [dim for dim in decode.inputs[name] if isinstance(dim, int)]  # heads, head size
-            total += decode.dtype(name).itemsize * batch * bucket * torch.Size(model_dims).numel()
+            shape = [lengths.get(dim, dim) for dim in decode.inputs[name]]
+            total += decode.dtype(name).itemsize * math.prod(length for length in shape if isinstance(length, int))
         return total
 
     def release(self, buffers: DecodeBuffers) -> None:

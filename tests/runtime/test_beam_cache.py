@@ -40,6 +40,33 @@ def test_same_as_copying_whole_rows(device: str, shape: str, dtype: torch.dtype)
         length += 1
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_caches_that_are_filled_in_turn(device: str) -> None:
+    """Beside one as long as the bucket: each position's entry is the one that whole caches have."""
+    random, ancestry = torch.Generator().manual_seed(0), BeamAncestry(6, 64, torch.device(device))
+    whole = torch.randn(4, 6, 3, 64, 8, generator=random).to(device)
+    ring, expected, length = whole[..., :16, :].clone(), whole.clone(), 5
+    longest = length
+    for number in range(50):
+        index = source_rows(random, number).to(device)
+        on_device = torch.tensor([length], device=device)
+        ancestry.reorder(index, on_device if number % 2 else length, [(ring, 3), (whole, 3)])
+        kept = expected[..., :length, :]
+        kept.copy_(kept.index_select(1, index))
+        assert torch.equal(whole, expected), number
+        longest = max(longest, length)
+        for position in range(max(0, longest - 16), length):
+            assert torch.equal(ring[..., position % 16, :], expected[..., position, :]), (number, position)
+        if number in (8, 30):
+            length -= 3
+            ancestry.reset(length)
+        new = torch.randn(4, 6, 3, 8, generator=random).to(device)
+        for cache in (whole, expected):
+            cache[..., length, :] = new
+        ring[..., length % 16, :] = new
+        length += 1
+
+
 def source_rows(random: torch.Generator, number: int) -> Tensor:
     """Return a permutation, rows drawn with repetition, or the identity."""
     if number % 3 == 0:
