@@ -4,19 +4,18 @@ A layer whose attention has a sliding window sees few keys at a time, so its cac
 a cache that is, each position has its own slot, and all of this holds as well.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from accel.runtime.decode_step import Axes
 from accel.runtime.layout import WINDOW
 
 SLACK = 24  # entries beyond the window: as many tokens can be dropped, as an assistant's 20 candidates
 MULTIPLE = 32  # to which lengths are rounded up
 
 
-def windows(axes: Mapping[str, Axes]) -> dict[str, int]:
+def windows(axes: Mapping[str, Sequence[int | str | None]]) -> dict[str, int]:
     """Return the number of keys that a layer sees, by the axis of its caches, of those with a sliding window.
 
     Args:

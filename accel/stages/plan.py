@@ -21,6 +21,7 @@ from accel.errors import AccelError
 from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime.layout import BUCKET, KEPT, first_variant
+from accel.runtime.ring_cache import ring_length, windows
 from accel.runtime.weights import SharedWeights
 
 RESULT = "plan.json"
@@ -53,11 +54,13 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         raise AccelError(f"{inputs['merge'].folder} holds no static decode graph: set convert.static_decode=true")
     graph = read_graph(path, SharedWeights(torch.device("cpu")).tensors(path))
     fixed = {KEPT: torch.tensor([0])} if KEPT in graph.inputs else {}
-    found = plan(graph, graph_inputs(path), BATCH, fixed)
+    axes = graph_inputs(path)
+    found = plan(graph, axes, BATCH, fixed)
     settings = config.plan
     lengths = dict.fromkeys(found.trace.lengths, settings.source_length) | {
         BATCH: settings.batch_size,
         BUCKET: settings.cache_length,
+        **{axis: ring_length(window, settings.cache_length) for axis, window in windows(axes).items()},
     }
     rows = found.table(lengths)
     summary = {

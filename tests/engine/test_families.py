@@ -20,15 +20,15 @@ from accel.graph.precision.emulate import emulate_half
 from accel.graph.precision.formats import FORMATS
 from accel.runtime.cuda_graph import CudaGraphCallable
 from accel.runtime.io_binding import BoundSession
-from accel.runtime.layout import BUCKET, POSITION, DeployableFiles, first_variant
+from accel.runtime.layout import BUCKET, POSITION, WINDOW, DeployableFiles, first_variant
 from accel.runtime.session import SessionSettings, open_session
 from accel.runtime.weights import SharedWeights
 from tests.conftest import Build
 from tests.families import FAMILIES
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-LENGTHS = {"batch_size": 3, BUCKET: 24, "source": 7, "new": 1, "kept": 1}
-POSITIONS = (5, 6, 7)  # of the new tokens; exports are traced at others
+LENGTHS = {"batch_size": 3, BUCKET: 24, f"{WINDOW}8": 10, "source": 7, "new": 1, "kept": 1}
+POSITIONS = (5, 6, 7, 13)  # of the new tokens; exports are traced at others; the last ones are behind a window's cache
 STATIC = (  # as `accel.testing` makes it
     "convert.static_decode=true",
     "convert.fuse_transposed_matmul=true",

@@ -90,6 +90,9 @@ class Bias:
 class Attention:
     """Attention of one token.
 
+    A cache of S entries is filled in turn: position p is written to entry p modulo S, and the query sees the first
+    min(p + 1, S) entries, its own among them. One that is longer than all positions is never filled again.
+
     The tensors follow each other in this order: query; if a key and a value are written, the rows that hold them, and
     where they are written: int64 [B]; both caches; weights of the norms of queries and keys, where they have them;
     cosines and sines; biases.
@@ -141,14 +144,20 @@ def attention(*tensors: Tensor, spec: Attention) -> Tensor | tuple[Tensor, Tenso
         q, *new[:1] = (_rotated(each, cos, sin, spec.rotary) for each in (q, *new[:1]))
     if positions is not None:
         for cache, entry in zip((keys, values), new, strict=True):
-            index = positions.reshape(-1, 1, 1, 1).expand(len(cache), cache.shape[1], 1, cache.shape[3])
+            index = (positions % cache.shape[2]).reshape(-1, 1, 1, 1)
+            index = index.expand(len(cache), cache.shape[1], 1, cache.shape[3])
             cache.scatter_(2, index, entry.to(cache.dtype)[:, :, None])
-    output = _attend(q, keys, values, rest, spec)
+    output = _attend(q, keys, values, positions, rest, spec)
     return output if spec.key is None else (output, keys, values)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, biases: list[Tensor], spec: Attention) -> Tensor:
-    """Return softmax(scale * q @ keys.T + biases) @ values, [B, 1, H * D]: q [B, H, D], keys, values [B, KV, S, D]."""
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, biases: list[Tensor], spec: Attention
+) -> Tensor:
+    """Return softmax(scale * q @ keys.T + biases) @ values, [B, 1, H * D]: q [B, H, D], keys, values [B, KV, S, D].
+
+    Entries behind `positions`, where they are given, are not seen.
+    """
     grouped = q.reshape(len(q), spec.kv_heads, -1, q.shape[-1])  # [B, KV, H / KV, D]
     scores = grouped @ keys.float().mT * spec.scale
     if spec.softcap:
@@ -157,6 +166,9 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, biases: list[Tensor], spec:
     for bias, kind in zip(biases, spec.biases, strict=True):
         shape = (len(q) if kind.batched else 1, spec.query.count if kind.per_head else 1, 1, -1)
         scores = scores + (bias.reshape(shape).float() * kind.scale if kind.scale != 1 else bias.reshape(shape))
+    if positions is not None:
+        unseen = torch.arange(keys.shape[2], device=q.device) > positions.reshape(-1, 1, 1, 1)
+        scores = scores.masked_fill(unseen, -torch.inf)
     weights = functional.softmax(scores, -1).reshape(*grouped.shape[:3], -1)
     return (weights @ values.float()).reshape(len(q), 1, -1).to(spec.dtype)
 
@@ -216,19 +228,20 @@ def reference(*tensors: Array, spec: Attention) -> tuple[Array, Array | None, Ar
         q, *new[:1] = (turned(each, cos, sin, spec.rotary) for each in (q, *new[:1]))
     for cache, entries in zip((keys, values), new, strict=False):
         for row, position in enumerate(positions):
-            cache[row, :, position] = entries[row]
+            cache[row, :, position % cache.shape[2]] = entries[row]
     result = np.empty((len(q), spec.query.count, values.shape[3]))
     for row in range(len(q)):
+        seen = min(positions[row] + 1, keys.shape[2]) if spec.key else keys.shape[2]
         for head in range(spec.query.count):
             group = head // (spec.query.count // spec.kv_heads)
-            scores = spec.scale * keys[row, group] @ q[row, head]  # [S]
+            scores = spec.scale * keys[row, group, :seen] @ q[row, head]  # [seen]
             if spec.softcap:
                 scores = spec.softcap * np.tanh(scores / spec.softcap)
             for bias, kind in zip(rest, spec.biases, strict=True):
                 table = bias.reshape(len(q) if kind.batched else 1, spec.query.count if kind.per_head else 1, -1)
-                scores = scores + kind.scale * table[row if kind.batched else 0, head if kind.per_head else 0]
+                scores = scores + kind.scale * table[row if kind.batched else 0, head if kind.per_head else 0, :seen]
             weights = np.exp(scores - scores.max())
-            result[row, head] = weights / weights.sum() @ values[row, group]
+            result[row, head] = weights / weights.sum() @ values[row, group, :seen]
     return result.reshape(len(q), -1), keys if spec.key else None, values if spec.key else None
 
 

@@ -34,6 +34,14 @@ def divide(a: Tensor, b: Tensor) -> Tensor:
     return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
+@operator("Mod")
+def modulo(a: Tensor, b: Tensor, *, fmod: int = 0) -> Tensor:
+    """Return the remainder of a / b for integers, which has the sign of b."""
+    if fmod:
+        raise unsupported("fmod", fmod, "0")
+    return torch.remainder(a, b)
+
+
 @operator("Pow")
 def power(base: Tensor, exponent: Tensor) -> Tensor:
     """Return base ** exponent, in the dtype of `base`."""

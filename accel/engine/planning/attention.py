@@ -219,7 +219,7 @@ def _cache(matcher: Matcher, name: str, transposed: bool) -> Cache:
     if node is not None and node.kind == WRITE:
         past = node.inputs[0]
         axis, mode = node.attributes.get("axis", -2), node.attributes.get("mode", "linear")
-        if axis % 4 != 2 or mode != "linear" or trace.shape(node.inputs[1])[2] != 1:
+        if axis % 4 != 2 or mode not in ("linear", "circular") or trace.shape(node.inputs[1])[2] != 1:
             raise NoMatchError(f"{node.name} does not write one entry along the third axis")
     if (past or region.root) not in trace.graph.inputs:
         raise NoMatchError(f"{name} is no view of a cache")

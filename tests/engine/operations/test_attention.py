@@ -97,6 +97,28 @@ def test_a_soft_cap() -> None:
     compare(spec_of(4, 2, 16, softcap=0.2), 2)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 0.3])
+def test_caches_that_are_filled_in_turn(softcap: float) -> None:
+    """Behind their end, positions take the place of the oldest ones, and all entries are seen; before it, only some."""
+    spec = spec_of(4, 2, 16, biases=(Bias(True, False),), softcap=softcap)
+    tensors = tensors_of(spec, Numbers(), 4)
+    tensors[3] = torch.tensor([LENGTH - 1, LENGTH, 3 * LENGTH + 5, 4])
+    expected = reference(*arrays(tensors), spec=spec)
+    assert expected[1] is not None
+    caches = tensors[4].clone()
+    found = attention(*tensors, spec=spec)
+    check(found[0], expected[0], torch.float32)
+    for row, (entry, seen) in enumerate(((LENGTH - 1, LENGTH), (0, LENGTH), (5, LENGTH), (4, 5))):
+        changed = (tensors[4][row] != caches[row]).any(-1).any(0)
+        assert changed.nonzero().flatten().tolist() == [entry]
+        check(tensors[4][row], expected[1][row], torch.float32)
+        changed_values = [each.clone() for each in tensors]
+        changed_values[5][row, :, seen:] = 9.0
+        assert torch.equal(attention(*changed_values, spec=spec)[0], found[0])
+        changed_values[5][row, :, seen - 2] += 1.0
+        assert not torch.allclose(attention(*changed_values, spec=spec)[0][row], found[0][row])
+
+
 def test_masks_of_infinity() -> None:
     """Entries beyond the position, which are masked, don't count."""
     spec = spec_of(2, 1, 16, biases=(Bias(True, False),))

@@ -35,6 +35,8 @@ OTHERS = [
     Case("Sub", [ints(1, 2), ints([5], [7])]),
     Case("Mul", [ints(1, 2).int(), ints([5], [7]).int()]),
     Case("Div", [ints(-7, 7, -7, 7), ints(2, 2, -2, -2)]),
+    Case("Mod", [ints(-7, 7, -7, 7, 3), ints(2, 2, -2, -2, 5)]),
+    Case("Mod", [ints([-9], [4]), ints(8)]),
     Case("Pow", [normal(3), ints(2)]),
     Case("Pow", [ints(4, 3), torch.tensor([0.5, 2.0])]),
     Case("Neg", [ints(1, -2)]),

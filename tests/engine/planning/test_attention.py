@@ -14,8 +14,8 @@ from accel.engine.planning.patterns import NORMS
 from accel.engine.planning.planner import SKIP_NORMS
 from accel.engine.planning.trace import PRODUCTS
 from accel.engine.registry import OPERATORS
-from tests.engine.planning.attention import ROTARY, attention_of, run
-from tests.engine.planning.graphs import operations, others, specs
+from tests.engine.planning.attention import BODY, ROTARY, WEIGHTS, attention_of, run
+from tests.engine.planning.graphs import LENGTHS, compared, operations, others, specs
 
 
 def test_only_operators_of_the_engine_are_matched() -> None:
@@ -308,10 +308,6 @@ MISSES = {
         ],
         "not written at the same position",
     ),
-    "a cache that is written in a circle": (
-        [("TensorScatter<axis = 2>(past_key", 'TensorScatter<axis = 2, mode = "circular">(past_key')],
-        "does not write one entry",
-    ),
     "scores that are rounded to integers": (
         [("masked = Add(scaled, bias)", "i = Cast<to = 7>(scaled) f = Cast<to = 1>(i) masked = Add(f, bias)")],
         "lies between",
@@ -327,6 +323,18 @@ MISSES = {
         "depends on present_key",
     ),
 }
+
+
+def test_a_cache_that_is_filled_in_turn(tmp_path: Path) -> None:
+    """Positions behind its end take the place of the oldest ones."""
+    body = BODY.replace("TensorScatter<axis = 2>", 'TensorScatter<axis = 2, mode = "circular">')
+    assert body.count("circular") == 2
+    length = LENGTHS["S"]
+    position = torch.tensor([0, 3, length, 3 * length - 2])
+    mask = torch.arange(length) <= position[:, None]
+    mask[2, 4] = False
+    result = compared(body, WEIGHTS, tmp_path, {"position": position, "mask": mask})
+    assert operations(result) == ["product", "attention", "product"]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
