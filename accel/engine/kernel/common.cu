@@ -5,7 +5,7 @@
 // that blocks exchange are 64-bit words of data and a tag that counts launches, so there is no barrier over the grid.
 //
 // The files are compiled as one: macros (ROWS, BLOCKS, BF16, BULK, MEMORY in bytes of shared memory, RECORD_BYTES, MAX_K, MAX_NORM, WIDE_X,
-// MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS), common.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
+// MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS, LEAST_SLOTS), common.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
 // lists CONSUME and PRODUCE of their cases, main.cu. `launch.py` puts them together. Tests set two more: MISSING_STORE, the
 // address of a word that is never written, and DELAYS, the most nanoseconds that warps wait before an operation.
 
@@ -97,7 +97,7 @@ __device__ __forceinline__ void async_copy(void* to, const void* from, u64 polic
 __device__ __forceinline__ void async_arrive(u64* b) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(address(b)) : "memory"); }
 __device__ __forceinline__ void begin_copies(u64*, int) {}
 __device__ __forceinline__ void copy(void* to, const void* from, int bytes, u64*, u64 policy) {
-#pragma unroll 4
+#pragma unroll 1
   for (int at = threadIdx.x % 32 * 16; at < bytes; at += 512) async_copy((char*)to + at, (const char*)from + at, policy);
 }
 __device__ __forceinline__ void end_copies(u64* b) { async_arrive(b); }
@@ -107,6 +107,15 @@ __device__ __forceinline__ bool this_lane_copies() { return !BULK || threadIdx.x
 __device__ __forceinline__ void wait(u64* b, u32 parity) {
   asm volatile("{\n.reg .pred p;\nAGAIN: " WAIT ".parity.shared::cta.b64 p, [%0], %1;\n@!p bra AGAIN;\n}" ::"r"(address(b)), "r"(parity) : "memory");
 }
+// The indices of thread and block, from which nothing is computed ahead for other operations: kept for all shapes, that would take
+// more registers than there are.
+__device__ __forceinline__ int unhoisted(int v) {
+  asm volatile("" : "+r"(v));
+  __builtin_assume(v >= 0);                        // so that divisions by powers of two stay shifts
+  return v;
+}
+__device__ __forceinline__ int this_thread() { return unhoisted(threadIdx.x); }
+__device__ __forceinline__ int this_block() { return unhoisted(blockIdx.x); }
 __device__ __forceinline__ void sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }  // consumers
 __device__ __forceinline__ ulonglong2 load2(const u64* p) { ulonglong2 v; asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory"); return v; }
 __device__ __forceinline__ u64 load1(const u64* p) { u64 v; asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory"); return v; }

@@ -80,7 +80,8 @@ def source(program: Program, target: Target, switches: Mapping[str, int] | None 
         "MAX_BIAS": program.max_bias,
         "MAX_GROUP": max((group for _, group in program.heads), default=1),
         "MAX_HEAD": max((size for size, _ in program.heads), default=8),
-        "MAX_KEYS": max((16384 // (2 * size) // 8 for size, _ in program.heads), default=4),
+        "MAX_KEYS": max((records.keys_in_slot(size) // 8 for size, _ in program.heads), default=4),
+        "LEAST_SLOTS": records.LEAST_SLOTS,
     }
     macros = [f"#define {name} {value}" for name, value in (values | dict(switches or {})).items()]
     shapes: list[str] = []

@@ -86,9 +86,13 @@ class Placement:
             raise NotRunnableError(f"{name} has {width} features, no multiple of 4")
         self._dtypes[name] = dtype
         numbers = 1 if dtype == torch.float32 else 2
-        self._words[name] = torch.zeros(self._rows * width // numbers, dtype=torch.int64, device=self._device)
-        self.keep.append(self._words[name])
+        self._words[name] = self.words(self._rows * width // numbers)
         return self._words[name].data_ptr(), self.format(name, words=True)
+
+    def words(self, count: int) -> Tensor:
+        """Return new words for what blocks exchange."""
+        self.keep.append(torch.zeros(count, dtype=torch.int64, device=self._device))
+        return self.keep[-1]
 
     def width(self, name: str) -> int:
         """Return the number of features in a row of a value."""

@@ -16,15 +16,16 @@ struct Producer {
 template <class C> __device__ __forceinline__ void produce_attention(Shared& s, const Record& op, Producer& to, u64 keep) {
   constexpr int CHUNK = keys_in_slot(C::D);
 #pragma unroll 1
-  for (int task = BLOCKS - 1 - blockIdx.x; task < C::KV * ROWS; task += BLOCKS) {
-    const int keys = C::SELF ? s.position[task / C::KV] : op.length;
+  for (int item = BLOCKS - 1 - this_block(); item < C::KV * ROWS * C::SPLITS; item += BLOCKS) {
+    const Share share = share_of_keys<C>(s, op, item);
+    if (share.part >= share.parts) continue;
 #pragma unroll 1
-    for (int k0 = 0; k0 < keys; k0 += CHUNK) for (int which = 0; which < 2; which++) {
-      const int bytes = min(CHUNK, keys - k0) * C::D * 2;
+    for (int k0 = share.begin; k0 < share.end; k0 += CHUNK) for (int which = 0; which < 2; which++) {
+      const int bytes = min(CHUNK, share.end - k0) * C::D * 2;
       to.acquire(s);
       u64* const full = &s.full[to.ring.slot];
       begin_copies(full, bytes);
-      if (this_lane_copies()) copy(s.ring[to.ring.slot], (const T*)op.p[which ? VALUES : KEYS] + ((size_t)task * op.length + k0) * C::D, bytes, full, keep);
+      if (this_lane_copies()) copy(s.ring[to.ring.slot], (const T*)op.p[which ? VALUES : KEYS] + ((size_t)share.task * op.length + k0) * C::D, bytes, full, keep);
       end_copies(full);
       to.ring.next();
     }
@@ -47,7 +48,7 @@ template <class C> __device__ __forceinline__ void produce_normalize(Shared& s, 
   if (blockIdx.x < ROWS) produce_norm<C>(s, op, norms, keep);
 }
 template <class C> __device__ __forceinline__ void produce_product(Shared& s, const Record& op, Producer& to, Ring<2>& norms, u64 once, u64 keep) {
-  const int lane = threadIdx.x % 32;
+  const int lane = this_thread() % 32;
   int first, count;
   share<C>(first, count);
   if (!count) return;

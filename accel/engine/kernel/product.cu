@@ -5,7 +5,7 @@ template <class C> __device__ __forceinline__ void load_x(Shared& s, const Recor
   constexpr int TILES = (C::K + 127) / 128, MINE = (ROWS * TILES + WARPS - 1) / WARPS, PADDED = (C::K + 31) & ~31;
   constexpr int FLIGHT = MINE < 4 ? MINE : 4;  // tiles of a warp that are loaded at once
   constexpr bool WIDE = C::NORM != NO_NORM && (C::IN == WORDS_F32 || C::IN == PLAIN_F32);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int tid = this_thread(), warp = tid / 32, lane = tid % 32;
   const u64* const from = (const u64*)op.p[0];
   if (C::IN == WORDS) {
     // Polling slows everyone's memory: where much is to be read, a few lanes look first, at one word of each tile.
@@ -84,8 +84,9 @@ template <class C> __device__ __forceinline__ void load_x(Shared& s, const Recor
 // The groups of units that a block computes of a product: [first, first + count).
 template <class C> __device__ __forceinline__ void share(int& first, int& count) {
   constexpr int EACH = C::GROUPS / BLOCKS, EXTRA = C::GROUPS % BLOCKS;
-  first = blockIdx.x * EACH + min((int)blockIdx.x, EXTRA);
-  count = EACH + ((int)blockIdx.x < EXTRA);
+  const int block = this_block();
+  first = block * EACH + min(block, EXTRA);
+  count = EACH + (block < EXTRA);
 }
 // The part that group `group` belongs to; `group` becomes its index there.
 template <class C> __device__ __forceinline__ int part_of(int& group) {
@@ -101,7 +102,7 @@ __device__ __forceinline__ constexpr int pointer(int part, int which) { return 3
 // Products of x [ROWS, K] with the rows of weights that are this block's.
 template <class C> __device__ __forceinline__ void product(Shared& s, const Record& op, Ring<SLOTS>& ring, Ring<2>& norms, u32 tag, const Watch& watch) {
   constexpr int SEGMENTS = (C::K + SEGMENT - 1) / SEGMENT, CHUNKS = (C::K + 31) / 32;
-  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
+  const int tid = this_thread(), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   int first, count;
   share<C>(first, count);
   if (!count) { sync(); return; }

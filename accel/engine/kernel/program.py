@@ -259,10 +259,10 @@ class Builder:
             body.append(f"struct {name} {{ {_heads(heads, form, self._place.width(row), repeat, index < 2)} }};")
         group = spec.query.count // spec.kv_heads
         self.program.heads.add((spec.query.size, group))
+        splits = self._splits(record, spec, group)
         body += [
-            records.enum(
-                D=spec.query.size, G=group, KV=spec.kv_heads, SELF=spec.key is not None, OUT_FORMAT=out_format
-            ),
+            records.enum(D=spec.query.size, G=group, KV=spec.kv_heads, SELF=spec.key is not None),
+            records.enum(OUT_FORMAT=out_format, SPLITS=splits),
             records.number("scale", spec.scale),
             records.enum(SOFT=spec.softcap > 0),
             records.number("softcap", spec.softcap),
@@ -270,6 +270,19 @@ class Builder:
             self._biases(record, spec, rest),
         ]
         return records.Shape("attention", "\n  ".join(body))
+
+    def _splits(self, record: records.Record, spec: attention.Attention, group: int) -> int:
+        """Set where blocks that share keys of one head and row put their parts; return how many they are at most.
+
+        As many as there are blocks for, so that none has two parts of one operation, and waits for what it is to write.
+        """
+        tasks = spec.kv_heads * self.program.rows
+        splits = max(1, min(records.MAX_SPLITS, self.program.blocks // tasks))
+        slots = -(-record.length // records.keys_in_slot(spec.query.size))
+        parts = max(1, min(splits, slots // records.LEAST_SLOTS))
+        words = self._place.words((parts - 1) * tasks * group * (spec.query.size + 2))
+        record.pointers[10] = words.data_ptr()
+        return splits
 
     def _check_caches(self, node: Node, keys: Tensor, values: Tensor) -> None:
         """Raise `NotRunnableError` if the kernel can't read an attention's caches, or update them in place."""
@@ -309,7 +322,7 @@ class Builder:
             tensor = self._place.plain(name)
             if tensor.shape[-1] != record.length:
                 raise NotRunnableError(f"the bias {name} has {tensor.shape[-1]} numbers for {record.length} keys")
-            record.pointers[10 + index] = tensor.data_ptr()
+            record.pointers[11 + index] = tensor.data_ptr()
             formats.append(self._place.format(name, words=False))
         per_head = any(bias.per_head for bias in spec.biases)
         needed = record.length * (spec.query.count // spec.kv_heads if per_head else 1)

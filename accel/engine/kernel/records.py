@@ -12,6 +12,9 @@ ANGLES = ("full", "halves", "pairs")
 MAX_POINTERS = 30
 PART = ("weight", "gate", "bias", "gate_bias", "out")
 FIRST_PART = 3  # after x, weight and bias of the norm
+KV_BYTES = 16384  # of keys or values in a slot of the ring
+MAX_SPLITS = 8  # parts that the keys of one head and row are cut into, each for a block of its own
+LEAST_SLOTS = 2  # slots of keys in each of several parts: an exchange between blocks takes as long as some such slots
 
 
 class Record(ctypes.Structure):
@@ -34,6 +37,11 @@ class Shape:
 
     kind: str
     body: str
+
+
+def keys_in_slot(size: int) -> int:
+    """Return how many keys of `size` features are in a slot of the ring: as many for each of eight warps."""
+    return KV_BYTES // (2 * size) // 8 * 8
 
 
 def enum(**values: int) -> str:

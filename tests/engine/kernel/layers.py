@@ -117,8 +117,11 @@ def layered(sizes: Sizes, seed: int = 0) -> Plan:
     return Plan(graph, cast("Trace", trace), {})
 
 
-def tensors_of(plan: Plan, sizes: Sizes, rows: int, device: torch.device) -> dict[str, Tensor]:
-    """Return inputs and outputs of the plan at step 0: row i has 2 i random tokens in its caches, then NaN."""
+def tensors_of(plan: Plan, sizes: Sizes, rows: int, device: torch.device, filled: bool = False) -> dict[str, Tensor]:
+    """Return inputs and outputs of the plan at step 0.
+
+    Row i has 2 i random tokens in its caches, then NaN; with `filled` random tokens everywhere.
+    """
     generator = torch.Generator().manual_seed(1)
     lengths = {"batch_size": rows, "bucket": sizes.length, "source": sizes.source}
     tensors: dict[str, Tensor] = {}
@@ -126,7 +129,7 @@ def tensors_of(plan: Plan, sizes: Sizes, rows: int, device: torch.device) -> dic
         axes = [axis if isinstance(axis, int) else lengths[str(axis)] for axis in shape]
         tensors[name] = torch.randn(axes, generator=generator).to(plan.graph.inputs[name]).to(device)
         if name.endswith((".keys", ".values")) and ".cross." not in name:
-            for row in range(rows):
+            for row in range(0 if filled else rows):
                 tensors[name][row, :, 2 * row :] = torch.nan
             tensors[f"{name}.new"] = tensors[name]  # updated in place
     tensors["logits"] = torch.empty(rows, 1, sizes.vocabulary, dtype=FP16, device=device)

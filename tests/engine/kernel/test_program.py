@@ -19,6 +19,7 @@ from accel.engine.planning.plan import DOMAIN, Plan
 from accel.engine.planning.planner import OPERATIONS
 from accel.engine.planning.trace import Trace
 from accel.engine.registry import OPERATORS
+from tests.engine.kernel.layers import Sizes, layered, tensors_of
 
 CPU, ROWS, BLOCKS = torch.device("cpu"), 3, 4
 WIDTH, INNER = 32, 24
@@ -132,6 +133,21 @@ def test_caches(keys: tuple[int, ...], values: tuple[int, ...], present: str | N
     else:
         with pytest.raises(NotRunnableError, match=message):
             builder._check_caches(attention, caches["k"], caches["v"])
+
+
+@pytest.mark.parametrize(("rows", "blocks", "splits"), [(1, 132, 8), (8, 132, 8), (3, 24, 4), (3, 4, 1)])
+def test_attention_over_several_blocks(rows: int, blocks: int, splits: int) -> None:
+    """As many parts as there are blocks for; words for those that the cache is long enough for, but the first."""
+    sizes = Sizes(layers=1, length=600, source=1500)  # 5 and 12 slots of 128 keys
+    made = layered(sizes)
+    program = Builder(made, tensors_of(made, sizes, rows, CPU), rows, CPU, {}, blocks).program
+    assert sum(f"SPLITS = {splits} " in shape.body for shape in program.shapes) == 2
+    counts = {each.data_ptr(): each.numel() for each in program.keep}
+    records_of = [each for each in program.operations if program.shapes[each.shape].kind == "attention"]
+    parts = [min(splits, most) for most in (2, 6)]
+    assert [counts[each.pointers[10]] if count > 1 else 0 for each, count in zip(records_of, parts, strict=True)] == [
+        (count - 1) * rows * sizes.heads * (sizes.size + 2) for count in parts
+    ]
 
 
 def test_more_rows_than_the_kernel_computes() -> None:
