@@ -1,7 +1,7 @@
-"""Content of initializers, and its comparison, to find the weights that graphs have in common."""
+"""Content of initializers: read, compared to find the weights that graphs have in common, and transposed."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
 from types import SimpleNamespace
 
@@ -53,3 +53,21 @@ def shared_bytes(first: Iterable[ir.Value], second: Iterable[ir.Value]) -> int:
         if value.const_value is not None and fingerprint(value) in fingerprints:
             total += value.const_value.nbytes
     return total
+
+
+def transpose(weight: ir.Value, order: Sequence[int]) -> None:
+    """Exchange the axes of an initializer, in place. Its content is transposed whenever it is read, and not kept.
+
+    Raises:
+        ValueError: `weight` has no content.
+    """
+    tensor = weight.const_value
+    if tensor is None:
+        raise ValueError(f"{weight.name} is not an initializer with a value")
+    weight.shape = ir.Shape([tensor.shape.numpy()[axis] for axis in order])
+    weight.const_value = ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(tensor_content(tensor).transpose(order)), dtype=tensor.dtype),
+        dtype=tensor.dtype,
+        shape=weight.shape,
+        name=weight.name,
+    )

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir import convenience
 from onnx_ir.passes import PassResult
 
 from accel.graph.passes import GraphPass
 from accel.graph.shapes import permutation
-from accel.graph.weights import tensor_content
+from accel.graph.weights import transpose
 
 
 class FoldTransposes(GraphPass):
@@ -35,9 +34,8 @@ class FoldTransposes(GraphPass):
         for name, weight in model.graph.initializers.items():
             orders = self._orders[name]
             order = next(iter(orders)) if len(orders) == 1 else None
-            tensor = weight.const_value
-            if order is not None and tensor is not None:
-                _transpose(weight, tensor, order)
+            if order is not None:
+                _remove_transposes(weight, order)
                 modified = True
         return PassResult(model, modified)
 
@@ -54,15 +52,9 @@ def _order_read(weight: ir.Value) -> tuple[int, ...] | None:
     return orders.pop() if len(orders) == 1 else None
 
 
-def _transpose(weight: ir.Value, tensor: ir.TensorProtocol, order: tuple[int, ...]) -> None:
-    """Transpose a weight's content, when it is read, and remove the `Transpose` nodes behind it."""
-    weight.shape = ir.Shape([tensor.shape.numpy()[axis] for axis in order])
-    weight.const_value = ir.LazyTensor(
-        lambda: ir.tensor(np.ascontiguousarray(tensor_content(tensor).transpose(order)), dtype=tensor.dtype),
-        dtype=tensor.dtype,
-        shape=weight.shape,
-        name=weight.name,
-    )
+def _remove_transposes(weight: ir.Value, order: tuple[int, ...]) -> None:
+    """Transpose a weight's content and remove the `Transpose` nodes behind it."""
+    transpose(weight, order)
     for node in weight.consumers():
         convenience.replace_all_uses_with(node.outputs[0], weight)
         if node.graph is not None:
