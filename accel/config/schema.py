@@ -73,6 +73,7 @@ class RuntimeConfig:
         fuse_attention: Default of `ConvertConfig.fuse_attention` on this runtime.
         fuse_causal_attention: Default of `ConvertConfig.fuse_causal_attention` on this runtime.
         fuse_transposed_matmul: Default of `ConvertConfig.fuse_transposed_matmul` on this runtime.
+        transpose_weights: Default of `ConvertConfig.transpose_weights` on this runtime.
         static: Decode over static caches: of fixed length, written in place.
         buckets: Lengths of static caches, in decoder tokens. A full cache is copied into the next longer one. Longer
             ones follow by themselves, up to the model's number of positions and as memory allows; caches that grow with
@@ -99,6 +100,7 @@ class RuntimeConfig:
     fuse_attention: list[str] = field(default_factory=list)
     fuse_causal_attention: bool = False
     fuse_transposed_matmul: bool = False
+    transpose_weights: bool = False
     static: bool = False
     buckets: list[int] = numbers()
     engine: str = choice(ONNXRUNTIME, ENGINES)
@@ -175,6 +177,8 @@ class ConvertConfig:
         fuse_rotary: Rotary position embeddings become `com.microsoft.RotaryEmbedding`.
         fuse_transposed_matmul: Multiply with a tied embedding by `FusedMatMul(transB=1)`, without a transposed
             copy of it.
+        transpose_weights: Store the weights of products as [out, in], as the fused engine's kernel reads them, and
+            multiply with them by `FusedMatMul(transB=1)`.
         static_decode: Make a static_decode graph too: one new token, over caches of fixed length.
         decode_passes: Graph passes over decode graphs of exactly one new token, which are static_decode and the branch
             that `merge.strategy=three_branch` adds. Pass -> whether it runs.
@@ -184,6 +188,7 @@ class ConvertConfig:
     fuse_causal_attention: bool = "${runtime.fuse_causal_attention}"  # type: ignore[assignment]
     fuse_rotary: bool = True
     fuse_transposed_matmul: bool = "${runtime.fuse_transposed_matmul}"  # type: ignore[assignment]
+    transpose_weights: bool = "${runtime.transpose_weights}"  # type: ignore[assignment]
     static_decode: bool = "${runtime.static}"  # type: ignore[assignment]
     decode_passes: dict[str, bool] = field(default_factory=dict)
 

@@ -29,6 +29,7 @@ from accel.graph.fusion.fuse_rotary import FuseRotary
 from accel.graph.fusion.fuse_silu import FuseSilu
 from accel.graph.fusion.fuse_transposed_matmul import FuseTransposedMatmul
 from accel.graph.fusion.skip_causal_mask import SkipCausalMask
+from accel.graph.fusion.transpose_weights import TransposeWeights
 from accel.graph.precision.convert import convert_half, half_share
 from accel.graph.precision.formats import FORMATS
 from accel.graph.registry import DECODE
@@ -74,9 +75,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     convert = config.convert
     attention_fused = {Component(name) for name in convert.fuse_attention}
     plans = audit.read_plans(inputs["audit"].folder) if half else {}
+    models = {component: files.load(source / f"{component}.onnx") for component in architecture.components()}
+    transpose_weights = TransposeWeights()
+    transpose_weights.prepare(list(models.values()))
     shares = {}
     for component in progress.track(architecture.components(), "converting"):
-        model = files.load(source / f"{component}.onnx")
+        model = models.pop(component)
         if half:
             convert_half(model, plans[component], FORMATS[config.precision.dtype])
             shares[str(component)] = half_share(model)
@@ -84,6 +88,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         EliminateNoopCast()(model)  # in FP32 as well: models cast to the dtype of their weights
         if convert.fuse_transposed_matmul:
             FuseTransposedMatmul()(model)
+        if convert.transpose_weights:
+            transpose_weights(model)
         static_decode = None
         if component is Component.DECODE and convert.static_decode:
             static_decode = _static_decode(model, convert, inputs, architecture)

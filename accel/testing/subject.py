@@ -139,7 +139,8 @@ class Subject:
 FP16 = (
     "precision=fp16",
     "verify.min_token_agreement=0",  # rounding changes tokens of random weights: only the outputs' errors are judged
-    "merge.strategy=three_branch",  # the strategy that GPUs use
+    "merge.strategy=three_branch",  # as for a GPU
+    "convert.transpose_weights=true",
 )
 
 

@@ -114,6 +114,8 @@ def test_variants(family: str, shared: Path, build: Build, tmp_path: Path, reque
     both, fp16 = tmp_path / "both", tmp_path / "fp16"
     for precision in ("fp32", "fp16"):
         overrides = [*FEW, f"precision={precision}", "verify.min_token_agreement=0"]
+        if precision == "fp16":  # with the weights as a deployable for a GPU has them
+            overrides += ["convert.transpose_weights=true", "merge.strategy=three_branch"]
         deployable = build(checkpoint, "verify", overrides)[1]["verify"].folder
         delivery.deliver(deployable, both)
     delivery.deliver(deployable, fp16)

@@ -34,7 +34,7 @@ STATIC = (  # as `accel.testing` makes it
     "convert.fuse_transposed_matmul=true",
     "convert.fuse_attention=[static_decode]",
 )
-FP16 = ("precision=fp16", "merge.strategy=three_branch")
+FP16 = ("precision=fp16", "merge.strategy=three_branch", "convert.transpose_weights=true")  # as for a GPU
 FAST = {"gpt2", "whisper"}  # exported in the fast tier anyway
 
 Make = Callable[..., DeployableFiles]

@@ -39,6 +39,7 @@ STATIC = runtime_preset("cpu", static=True, buckets=[8, 12, 32])
 FUSED = (  # as on a GPU
     "convert.fuse_attention=[encoder,static_decode]",
     "convert.fuse_transposed_matmul=true",
+    "convert.transpose_weights=true",
     "merge.strategy=three_branch",
 )
 
@@ -274,7 +275,8 @@ def test_attention_is_one_node_where_it_is_fused(folder: Path) -> None:
     )
     fused = found["MultiHeadAttention"] == 2 * 2
     assert fused is (found["Softmax"] == 0)
-    assert found["FusedMatMul"] == (1 if fused else 0)  # with the tied embedding
+    assert found["FusedMatMul"] == (2 * 6 + 1 if fused else 0)  # all weights are stored [out, in]
+    assert found["MatMul"] == (0 if fused else 2 * (6 + 4) + 1)
     assert found["TensorScatter"] == 2 * 2
     assert found["Split"] == 2
     assert found["Transpose"] <= (2 if fused else 6)  # of the bias and the head; of keys
@@ -320,13 +322,17 @@ def test_a_deployable_without_a_static_decode_graph(deployable: Path, caplog: py
 
 
 def test_weights_are_stored_in_the_decoders_file(build: Build) -> None:
-    """The static graphs store no copy of weights that are in the decoder's data file."""
-    folder = build("accel://t5-g2p", "merge", ("runtime.static=true",))[1]["merge"].folder
-    files = first_variant(folder)
-    assert files.decoder.with_suffix(".onnx_data").stat().st_size > 1_000_000
-    for path in (files.static_decode, files.cross_cache):
-        assert path.stat().st_size < 300_000
-        assert not path.with_suffix(".onnx_data").exists()
+    """The static graphs store no copy of weights that are in the decoder's data file, in either layout."""
+    sizes = set()
+    for more in ((), FUSED):
+        _, made = build("accel://t5-g2p", "merge", ("runtime.static=true", *more))
+        files = first_variant(made["merge"].folder)
+        sizes.add(made["merge"].summary["shared_bytes"])
+        assert files.decoder.with_suffix(".onnx_data").stat().st_size > 1_000_000
+        for path in (files.static_decode, files.cross_cache):
+            assert path.stat().st_size < 300_000
+            assert not path.with_suffix(".onnx_data").exists()
+    assert len(sizes) == 1  # prefill and decode have the same weights in common
 
 
 def test_both_decoders_read_the_same_weights(build: Build) -> None:

@@ -1,11 +1,15 @@
 """The kernel compiles for the plans of whole families, without a GPU, and keeps all that threads hold in registers."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
 from accel.engine.kernel.launch import Target, source
 from accel.engine.kernel.program import Builder
 from accel.engine.nodes import value_specs
+from accel.engine.planning.plan import Plan
 from tests.engine.kernel.nvrtc import compile_for
 from tests.engine.planning.test_families import EXPERTS, plan_of
 from tests.engine.test_families import CPU, FP16, LENGTHS, Make, Steps, families, make
@@ -23,9 +27,14 @@ BLOCKS = 132
 KINDS = ("t5", "whisper", "gpt2", "llama", "gemma2", "bloom", "falcon-alibi", "gptj", "qwen3")  # one of each kind
 
 
-def source_of(make: Make, rows: int, target: Target = SM_90) -> str:
-    """Return the kernel's source for a family's static decode graph in FP16."""
-    path = make(*FP16).static_decode
+def builder_of(path: Path, rows: int, weights: dict[str, Tensor]) -> tuple[Plan, Builder]:
+    """Return the plan of a static decode graph, and what builds the kernel's program of it.
+
+    Args:
+        path: The graph.
+        rows: Rows of the batch.
+        weights: Filled with the weights in the kernel's layout.
+    """
     lengths = {**LENGTHS, "batch_size": rows}
     steps = Steps(path)
     tensors = dict(steps.inputs)
@@ -34,7 +43,13 @@ def source_of(make: Make, rows: int, target: Target = SM_90) -> str:
             shape = [lengths[axis] if isinstance(axis, str) else axis for axis in spec.axes]
             tensors[name] = torch.zeros(shape, dtype=spec.dtype)
     tensors |= {output: tensors[name] for name, output in steps.cache.items()}  # updated in place
-    return source(Builder(plan_of(path), tensors, rows, CPU, {}, BLOCKS).program, target)
+    plan = plan_of(path)
+    return plan, Builder(plan, tensors, rows, CPU, weights, BLOCKS)
+
+
+def source_of(make: Make, rows: int, target: Target = SM_90) -> str:
+    """Return the kernel's source for a family's static decode graph in FP16."""
+    return source(builder_of(make(*FP16).static_decode, rows, {})[1].program, target)
 
 
 def check(make: Make, rows: int, architecture: str) -> None:
