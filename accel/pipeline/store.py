@@ -63,7 +63,7 @@ class Manifest:
         config: Section of the config -> its values.
         packages: Package -> version.
         seconds: Wall time of the stage.
-        peak_memory: Largest resident memory of the process during the stage, in bytes.
+        peak_memory: Largest resident memory of the process and its children during the stage, in bytes.
         added_memory: The same, less the memory at the stage's start, in bytes.
         summary: Summary that the stage returned, as JSON values.
         files: Relative path -> size and hash of every file.

@@ -1,22 +1,39 @@
-"""Physical memory of this process, in bytes."""
+"""Physical memory of this process and its children, in bytes."""
 
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Event, Thread
 from types import TracebackType
 
 import psutil
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
+INTERVAL_S = 0.2  # between samples of the child processes' memory
+GROWTH = 1.02  # factor by which the processes' memory must have grown to be counted again
 
 
 def resident() -> int:
     """Return the bytes of physical memory that this process holds now, files mapped into memory included."""
     return int(psutil.Process().memory_info().rss)
+
+
+def resident_together(processes: Sequence[psutil.Process]) -> int:
+    """Return the bytes of physical memory that processes hold together, on Linux; pages of a file count once.
+
+    The kernel's own sum of shares (PSS) doesn't do: it divides pages among all processes of the machine.
+    """
+    private, files = 0, Counter[str]()
+    for process in processes:
+        for mapping in process.memory_maps():  # one for each file
+            private += mapping.anonymous
+            files |= Counter({mapping.path: mapping.rss - mapping.anonymous})  # the largest counts
+    return private + files.total()
 
 
 def peak_resident() -> int:
@@ -60,7 +77,10 @@ def frozen_objects() -> Iterator[None]:
 
 
 class PeakMemory:
-    """Context that measures this process's peak memory.
+    """Context that measures the peak memory of this process and the processes that it starts.
+
+    The peak of this process alone is the kernel's own figure. While it has child processes, their memory is sampled,
+    and pages that several of them hold, such as those of libraries, count once.
 
     Attributes:
         peak: Bytes at the peak.
@@ -72,10 +92,33 @@ class PeakMemory:
         reset_peak()
         self._before = resident()
         self.peak = self.added = 0
+        self._with_children = self._largest_sum = 0
+        self._ended = Event()
+        self._sampler = Thread(target=self._sample, daemon=True)
+        self._sampler.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.peak = peak_resident()
+        self._ended.set()
+        self._sampler.join()
+        self.peak = max(peak_resident(), self._with_children)
         self.added = max(0, self.peak - self._before)
+
+    def _sample(self) -> None:
+        """Measure this process with its children until the context ends."""
+        process = psutil.Process()
+        while not self._ended.wait(INTERVAL_S):
+            with suppress(psutil.Error):  # a process that ended meanwhile
+                children = process.children(recursive=True)
+                if children:
+                    self._measure([process, *children])
+
+    def _measure(self, processes: Sequence[psutil.Process]) -> None:
+        """Count the pages of all processes if these hold more than ever; it takes too long for every sample."""
+        total = sum(process.memory_info().rss for process in processes)  # pages of files once for each process
+        if total > GROWTH * self._largest_sum:
+            self._largest_sum = total
+            counted = resident_together(processes) if sys.platform == "linux" else total
+            self._with_children = max(self._with_children, counted)

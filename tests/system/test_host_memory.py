@@ -1,0 +1,52 @@
+"""Peak memory: of this process and its children together, with pages that they share counted once."""
+
+import mmap
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from accel.system import host_memory
+from accel.system.host_memory import PeakMemory
+
+MB = 1_000_000
+CHILD = """
+import mmap, sys
+kept = []
+with open(sys.argv[1], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    kept = sum(mapped[::4096])
+own = b"x" * int(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems don't tell shared pages")
+
+
+def test_memory_that_was_freed_counts() -> None:
+    """The kernel knows the peak between samples, too."""
+    with PeakMemory() as memory:
+        block = b"x" * (200 * MB)
+        del block
+    assert 190 * MB < memory.added < 230 * MB
+    assert memory.peak > memory.added
+
+
+def test_children_count_and_what_they_share_counts_once(tmp_path: Path) -> None:
+    """A file that this process and two children map, and memory of each child's own."""
+    shared = tmp_path / "shared"
+    shared.write_bytes(b"x" * (300 * MB))
+    with PeakMemory() as memory, shared.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        sum(mapped[::4096])
+        command = [sys.executable, "-c", CHILD, str(shared), str(100 * MB)]
+        children = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+        for child in children:
+            assert child.stdout is not None
+            child.stdout.readline()
+        time.sleep(5 * host_memory.INTERVAL_S)
+        for child in children:
+            child.communicate(b"\n")
+    assert 490 * MB < memory.added < 580 * MB  # 300 shared, twice 100, and the children's interpreters
