@@ -20,7 +20,10 @@ WARMUP_TOKENS = 2  # beyond the generation of full length that memory is measure
 def compare_with_torch(
     deployable: Path, config: Config, inputs: Mapping[str, Artifact], architecture: Architecture
 ) -> dict[str, Any] | None:
-    """Time greedy generation of `verify.max_new_tokens` tokens, by PyTorch with a cache and by the deployable in turn.
+    """Time greedy generation of `verify.max_new_tokens` tokens, by PyTorch with a cache and then by the deployable.
+
+    Only one of them is in memory at a time, as in all of `verify`, so that it takes no more memory than the rest. The
+    stage `benchmark` lets them generate in turn, which a slow minute of the machine affects alike.
 
     Args:
         deployable: Folder of the merged decoder.
@@ -53,9 +56,9 @@ def compare_with_torch(
         repeats=REPEATS,
         warmup_tokens=WARMUP_TOKENS,
     )
-    measured = time_backends(names, sources, model_inputs, benchmark, generate_first=True)
     figures: dict[str, dict[str, Any]] = {}
     for name in names:
+        measured = time_backends((name,), sources, model_inputs, benchmark, generate_first=True)
         figures[name] = {
             "seconds": spread([timing.total for timing in measured.timings[name]]),
             **token_times(measured.timings[name], measured.first_tokens[name], benchmark.new_tokens),
