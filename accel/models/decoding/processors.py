@@ -75,9 +75,11 @@ def as_filters(
 
     Returns:
         The filters and, for each one that forbids ids, from which number of chosen ids on each id is allowed,
-        int64 [forbidding filters, vocabulary]. None if a processor is no filter, for example because it reads the ids.
+        int64 [forbidding filters, vocabulary]. Processors next to each other that forbid ids are one filter.
+        None if a processor is no filter, for example because it reads the ids.
     """
-    filters, allowed_from = [], []
+    filters: list[Filter] = []
+    allowed_from: list[Tensor] = []
     for processor in processors:
         if type(processor) in FILTERS:
             filters.append(FILTERS[type(processor)](processor))
@@ -86,8 +88,12 @@ def as_filters(
         if until is None:
             return None
         forbidden = getattr(processor, FORBIDDING[type(processor)]).to(device)
-        filters.append(Filter(FORBID))
-        allowed_from.append(torch.isin(torch.arange(vocabulary, device=device), forbidden) * until)
+        numbers = torch.isin(torch.arange(vocabulary, device=device), forbidden) * until
+        if filters and filters[-1].name == FORBID:
+            allowed_from[-1] = torch.maximum(allowed_from[-1], numbers)
+        else:
+            filters.append(Filter(FORBID))
+            allowed_from.append(numbers)
     none = torch.empty(0, vocabulary, dtype=torch.int64, device=device)
     return tuple(filters), torch.stack(allowed_from) if allowed_from else none
 

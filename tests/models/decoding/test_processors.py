@@ -80,6 +80,16 @@ def test_all() -> None:
     compare(list(reversed(PROCESSORS.values())), scores("ties"))
 
 
+def test_neighbours_that_forbid_are_one_filter() -> None:
+    names = ("least length", "least number", "suppressed", "top k", "suppressed at the beginning")
+    processors = [PROCESSORS[name] for name in names]
+    compare(processors, scores("spread"))
+    known = as_filters(LogitsProcessorList(processors), PROMPT, VOCABULARY, torch.device("cpu"))
+    assert known is not None
+    assert [each.name for each in known[0]] == ["forbid", "top k", "forbid"]
+    assert known[1].shape == (2, VOCABULARY)
+
+
 def test_every_class_is_compared() -> None:
     assert {type(processor) for processor in PROCESSORS.values()} == FILTERS.keys() | FORBIDDING.keys()
 
