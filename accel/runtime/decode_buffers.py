@@ -16,7 +16,7 @@ from accel.runtime.layout import BUCKET, IDS, POSITION
 from accel.runtime.padding import Shape, copy_padded
 from accel.runtime.protocol import C
 from accel.runtime.ring_cache import copy_entries, in_order, ring_length, windows
-from accel.runtime.token_graph import MAX_TOKEN_GRAPHS, TokenGraph, decode_token
+from accel.runtime.token_graph import MAX_TOKEN_GRAPHS, TokenGraph
 
 LOGITS = "logits"
 ONE_TOKEN = {"new": 1, "kept": 1}  # lengths of the axes of new tokens and of the tokens whose logits are returned
@@ -217,10 +217,10 @@ class DecodeBuffers:
         if graph is None or graph.selection is not selection:
             graph = self._token_graph(selection)
             if graph.selection is not selection:
-                graph.selection.copy_from(selection)
+                graph.begin(selection)
             self.write_inputs(inputs(), length)
             self._current = graph
-        graph.run()
+        graph()
         following: C = graph.selection
         return following
 
@@ -231,9 +231,9 @@ class DecodeBuffers:
         if key not in graphs:
             own = selection.like(self.bucket + 1, self.inputs[IDS])
             reorder = partial(self.ancestry.reorder, stacks=self._cache_stacks)
-            token = partial(decode_token, self._decode, self.inputs, self.logits, reorder, own)
-            name = f"the graph of a token for batch size {self.batch} and bucket {self.bucket}"
-            graphs[key] = TokenGraph(own, CudaGraphCallable(token, self._step.device, name))
+            name = f"for batch size {self.batch} and bucket {self.bucket}"
+            steps = self._decode, self.run_decode
+            graphs[key] = TokenGraph(*steps, self.inputs, self.logits, reorder, own, name)
         graphs.move_to_end(key)
         if len(graphs) > MAX_TOKEN_GRAPHS:
             graphs.popitem(last=False)

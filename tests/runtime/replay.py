@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from accel.runtime import beam_cache, decode_buffers
+from accel.runtime import beam_cache, token_graph
 from accel.runtime.decode_buffers import DecodeBuffers
 
 SYNCHRONIZING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select")
@@ -59,7 +59,8 @@ class Recorder(TorchDispatchMode):
 class ReplayedCallable:
     """Function that is run, then recorded, then replayed, as `CudaGraphCallable` does on a GPU."""
 
-    recorded: ClassVar[int] = 0
+    recorded: ClassVar[list[str]] = []
+    """Names of the functions that were recorded."""
 
     def __init__(self, function: Callable[[], None], device: torch.device, name: str) -> None:
         self._function, self._name = function, name
@@ -81,7 +82,7 @@ class ReplayedCallable:
             with Recorder() as recorder:
                 self._function()
             self._tape = recorder.tape
-            ReplayedCallable.recorded += 1
+            ReplayedCallable.recorded.append(self._name)
 
 
 def replay_token_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +104,7 @@ def replay_token_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    monkeypatch.setattr(ReplayedCallable, "recorded", 0)
+    monkeypatch.setattr(ReplayedCallable, "recorded", [])
     monkeypatch.setattr(DecodeBuffers, "_bind", recordable)
-    monkeypatch.setattr(decode_buffers, "CudaGraphCallable", ReplayedCallable)
+    monkeypatch.setattr(token_graph, "CudaGraphCallable", ReplayedCallable)
     monkeypatch.setattr(beam_cache, "row_mover", lambda device: beam_cache.copy_rows)

@@ -21,7 +21,7 @@ from accel.models.generation import AcceleratedModel
 from accel.models.loading import open_model
 from accel.runtime.cuda_graph import CudaGraphCallable
 from accel.runtime.layout import IDS, MASK, POSITION, POSITION_IDS
-from accel.runtime.token_graph import MAX_TOKEN_GRAPHS, decode_token
+from accel.runtime.token_graph import MAX_TOKEN_GRAPHS, TokenGraph
 from tests.conftest import Build
 from tests.models.test_decoding import OPTIONS, TEXTS, generate_with_both_loops
 from tests.runtime.replay import Recorder, ReplayedCallable, replay_token_graphs
@@ -58,6 +58,11 @@ def batch(folder: Path) -> dict[str, Tensor]:
     return dict(AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt"))
 
 
+def captures(kind: str = "the graph of a token") -> int:
+    """Return how many tokens, or other functions, were recorded so far."""
+    return sum(name.startswith(kind) for name in ReplayedCallable.recorded)
+
+
 def graphs(model: AcceleratedModel) -> list[Any]:
     """Return all graphs that are kept with spare buffers."""
     runtime: Any = model.runtime
@@ -71,12 +76,13 @@ def test_tokens_are_equal(
     """Over three buckets; a later generation replays the graphs of earlier ones, and draws what transformers draws."""
     options = {"max_new_tokens": 40} | OPTIONS[name]
     recorded = []
-    for _ in range(3):
+    for _ in range(4):
         expected, found = generate_with_both_loops(model, monkeypatch, **batch, **options)
         assert torch.equal(found, expected), (found.tolist(), expected.tolist())
-        recorded.append(ReplayedCallable.recorded)
-    assert recorded[1] == recorded[2]
-    assert (recorded[2] == 0) == (name in ON_THE_HOST)
+        recorded.append(captures())
+    assert recorded[0] == 0
+    assert recorded[2] == recorded[3]
+    assert (recorded[3] == 0) == (name in ON_THE_HOST)
 
 
 def test_graphs_serve_other_generations(
@@ -84,8 +90,9 @@ def test_graphs_serve_other_generations(
 ) -> None:
     """Other lengths, end ids and inputs of the same method replay the same graphs, though they hold no such value."""
     first = {"max_new_tokens": 40, "min_new_tokens": 20}
-    generate_with_both_loops(model, monkeypatch, **batch, **first)
-    recorded = ReplayedCallable.recorded
+    for _ in range(2):
+        generate_with_both_loops(model, monkeypatch, **batch, **first)
+    recorded = captures()
     reverse = {each: tensor.flip(0) for each, tensor in batch.items()}
     for options in (
         {"max_new_tokens": 30, "min_new_tokens": 12},
@@ -95,7 +102,7 @@ def test_graphs_serve_other_generations(
     ):
         expected, found = generate_with_both_loops(model, monkeypatch, **reverse, **options)
         assert torch.equal(found, expected)
-    assert ReplayedCallable.recorded == recorded > 0
+    assert captures() == recorded == len(BUCKETS)
 
 
 def test_methods_have_graphs_of_their_own(
@@ -107,18 +114,22 @@ def test_methods_have_graphs_of_their_own(
     for options in (*methods, {}, methods[-1]):
         expected, found = generate_with_both_loops(model, monkeypatch, **batch, **options, max_new_tokens=7)
         assert torch.equal(found, expected)
-    assert ReplayedCallable.recorded == len(methods) + 1  # the first one was dropped
+    assert captures("the selection") == len(methods) + 1  # the first one was dropped, and began anew
+    assert captures() == 1  # the last one recurs
     assert len(graphs(model)) == MAX_TOKEN_GRAPHS
     assert len({graph.selection.method for graph in graphs(model)}) == MAX_TOKEN_GRAPHS
 
 
 def test_short_generations_capture_nothing(model: AcceleratedModel, batch: dict[str, Tensor]) -> None:
-    """A first generation with one decode step runs it; the second one captures it, and no later one does."""
+    """Neither do generations with parameters that don't recur; those that recur are captured once."""
+    for number in range(1, 9):
+        model.generate(**batch, max_new_tokens=5, do_sample=True, temperature=1 + number / 10)
+    assert captures() == 0
     seen = []
-    for _ in range(4):
-        model.generate(**batch, max_new_tokens=2)
-        seen.append(ReplayedCallable.recorded)
-    assert seen == [0, 1, 1, 1]
+    for _ in range(5):
+        model.generate(**batch, max_new_tokens=2)  # one decode step
+        seen.append(captures())
+    assert seen == [0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
@@ -131,9 +142,10 @@ def test_static_caches_that_end_midway(
     monkeypatch.setattr(
         runtime, "take_buffers", lambda rows, capacity, shapes: None if capacity > 8 else take(rows, capacity, shapes)
     )
-    expected, found = generate_with_both_loops(model, monkeypatch, **batch, **options, max_new_tokens=40)
-    assert torch.equal(found, expected)
-    assert ReplayedCallable.recorded == 1
+    for _ in range(3):
+        expected, found = generate_with_both_loops(model, monkeypatch, **batch, **options, max_new_tokens=40)
+        assert torch.equal(found, expected)
+    assert captures() == 1
     assert found.shape[1] > 10
 
 
@@ -186,11 +198,12 @@ def test_masks_and_positions(gpt2: testing.Subject, monkeypatch: pytest.MonkeyPa
     shifted = without_mask | {"attention_mask": torch.ones(2, 7, dtype=torch.int64)}
     shifted["position_ids"] = torch.arange(200, 207).repeat(2, 1)
     results, settings = [], {"max_new_tokens": 40, "min_new_tokens": 40, **options}
-    for inputs in (gpt2.inputs(3), without_mask, shifted):
+    for inputs in (gpt2.inputs(3), without_mask, shifted, without_mask):
         expected, found = generate_with_both_loops(model, monkeypatch, **inputs, **settings)
         assert torch.equal(found, expected)
         results.append(found[:, -40:].tolist())
-    assert ReplayedCallable.recorded > 0
+    assert captures() > 0
+    assert results[1] == results[3]
     assert results[1] != results[2] or not options  # random weights repeat their best token
     model.runtime.spare_buffers.clear()
 
@@ -201,6 +214,9 @@ class LastRow:
     def __init__(self, next_ids: Tensor) -> None:
         self.next_ids, self.parents = next_ids, torch.tensor([1, 1])
 
+    def copy_from(self, other: "LastRow") -> None:
+        assert other is self
+
     def select(self, logits: Tensor) -> None:
         self.next_ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
@@ -210,7 +226,7 @@ def test_order_of_a_token(position: Tensor) -> None:
     """Caches are reordered, the mask shows the token, the step runs, its ids are selected; then the inputs advance."""
     inputs = {IDS: torch.tensor([[7], [8]]), POSITION: position.clone(), POSITION_IDS: torch.tensor([[1], [3]])}
     inputs[MASK] = torch.tensor([[0, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0]])
-    logits, seen = torch.zeros(2, 1, 5), []
+    logits, seen = torch.zeros(2, 1, 5), list[Any]()
 
     def step() -> None:
         seen.append({name: tensor.tolist() for name, tensor in inputs.items()})
@@ -221,8 +237,10 @@ def test_order_of_a_token(position: Tensor) -> None:
         seen.append((index.tolist(), length.tolist()))
 
     selection: Any = LastRow(inputs[IDS])
+    graph = TokenGraph(step, step, inputs, logits, reorder, selection, "of a test")
     for _ in range(2):
-        decode_token(step, inputs, logits, reorder, selection)
+        graph.begin(selection)  # two graphs at first, then one
+        graph()
     first, second = seen[1], seen[3]
     assert (seen[0], seen[2]) == (([1, 1], [3]), ([1, 1], [4]))
     assert first[IDS] == [[7], [8]]
@@ -252,4 +270,4 @@ def test_on_the_cpu_tokens_are_not_captured(opened: AcceleratedModel, batch: dic
     runtime.spare_buffers.clear()
     opened.generate(**batch, max_new_tokens=9)
     assert graphs(opened)
-    assert all(isinstance(graph.run, CudaGraphCallable) and not graph.run.captured for graph in graphs(opened))
+    assert all(type(graph.token) is CudaGraphCallable and not graph.token.captured for graph in graphs(opened))
