@@ -66,7 +66,7 @@ class Backend:
 
         It must where the first generation of a length compiles or captures what later ones of that length reuse.
         Transformers (5.17 to 5.23) compiles the decoder in greedy search, never in beam search. The static cache's
-        decode step is captured once per bucket.
+        decode step is captured once per bucket, and with the selection of tokens in the second generation.
         """
         return self.needs_capture or (self.compiled and num_beams == 1)
 

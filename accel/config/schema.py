@@ -264,7 +264,7 @@ class BenchmarkConfig:
         repeats: Timed generations per backend, of all new tokens and of one.
         time_budget_s: Seconds per backend after which no further repeat begins (one always runs), for generations of
             all new tokens and of one; None: no limit.
-        warmup: Generations before the timed ones.
+        warmup: Generations before the timed ones. The second one captures whole tokens: see `TokenGraph`.
         warmup_tokens: New tokens of a warm-up generation; None: as many as `new_tokens`.
         backends: Backends to measure; empty: all that fit the runtime.
         memory: Measure each backend's memory, in a process of its own.
@@ -278,7 +278,7 @@ class BenchmarkConfig:
     batch_size: int = number(1)
     repeats: int = number(5)
     time_budget_s: float | None = number(60.0, 0)
-    warmup: int = number(1, 0)
+    warmup: int = number(2, 0)
     warmup_tokens: int | None = number(16)
     backends: list[str] = field(default_factory=list)
     memory: bool = True

@@ -92,7 +92,8 @@ class BeamAncestry:
 
         Args:
             index: Source row of every row, int32 or int64 [B], on the device of the caches.
-            length: Number of tokens in use; on the device, int64 [1], where a CUDA graph must not hold its value.
+            length: Number of tokens in use; on the device, int64 [1], where a CUDA graph must not hold its value. Then
+                unused tokens may be copied, too.
             stacks: All caches of this batch and bucket. Those shorter than the bucket are filled in turn.
         """
         index = index.long()  # transformers' beam search passes int32

@@ -1,5 +1,6 @@
 """End-to-end runs on a GPU: native counterparts of the CPU's tests, CUDA graphs, streams and device memory."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from accel.models.generation import AcceleratedModel
 from accel.models.loading import load, open_model, verification_of
 from accel.runtime.cuda_graph import CudaGraphCallable
 from accel.runtime.dlpack import run_with_cupy, run_with_dlpack
+from accel.runtime.token_graph import MAX_TOKEN_GRAPHS, TokenGraph
 from accel.testing.row_checks import rows_alone
 from tests.conftest import Build
 from tests.families import FAMILIES
@@ -227,6 +229,16 @@ def captured(build: Build, tiny: Path) -> Iterator[AcceleratedModel]:
         yield opened
 
 
+ON_THE_HOST = {"no_repeat_ngram_size", "repetition_penalty", "prompt_lookup_num_tokens"}
+
+
+def token_graphs(model: AcceleratedModel) -> list[TokenGraph]:
+    """Return the graphs that are kept with spare buffers and that more than one generation used."""
+    runtime: Any = model.runtime
+    graphs = [graph for _, buffers in runtime.spare_buffers for graph in buffers.token_graphs.values()]
+    return [graph for graph in graphs if graph._generations > 1]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -237,13 +249,20 @@ def captured(build: Build, tiny: Path) -> Iterator[AcceleratedModel]:
         {"prompt_lookup_num_tokens": 2},
         {"min_new_tokens": 80, "max_new_tokens": 90},
         {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 0},
+        {"no_repeat_ngram_size": 0, "num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5},
+        {"no_repeat_ngram_size": 0, "num_beams": 3, "min_new_tokens": 80, "max_new_tokens": 90},
+        {"no_repeat_ngram_size": 0, "num_beams": 3, "do_sample": True},
     ],
-    ids=["greedy", "beams", "sampling", "beam-sample", "prompt lookup", "buckets", "processor"],
+    ids=[
+        *("greedy", "beams", "sampling", "beam-sample", "prompt lookup", "buckets", "processor"),
+        *("greedy, whole tokens", "beams, whole tokens", "beams, buckets", "beam-sample, whole tokens"),
+    ],
 )
 def test_captured_steps_give_the_same_tokens(
     captured: AcceleratedModel, eager: T5ForConditionalGeneration, options: dict[str, object]
 ) -> None:
-    """Two generations are PyTorch's: the second reuses the first one's decode buffers and replays its graphs."""
+    """Generations are PyTorch's: later ones reuse the first one's buffers and graphs, then replay whole tokens."""
     given = inputs()
     if "prompt_lookup_num_tokens" in options:
         given = {name: tensor[:1] for name, tensor in given.items()}
@@ -251,15 +270,70 @@ def test_captured_steps_give_the_same_tokens(
     if "top_p" in options or "min_new_tokens" in options:
         del settings["no_repeat_ngram_size"]  # so that token selection is captured as well
     found = []
-    for subject in (eager, captured, captured):
+    for subject in (eager, captured, captured, captured):
         torch.manual_seed(5)
         found.append(subject.generate(**given, **settings))
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    assert all(torch.equal(found[0], each) for each in found[1:])
     runtime: Any = captured.runtime
     assert all(buffers.run_decode.captured for _, buffers in runtime.spare_buffers)
+    if not any(settings.get(name) for name in ON_THE_HOST):
+        assert all(graph.token.captured for graph in token_graphs(captured))
+        assert token_graphs(captured)
     assert any(buffers.run_cross.captured for _, buffers in runtime.spare_buffers)
     assert any(entry.run.captured for entry in runtime.captured_encoder.graphs.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "top_k": 9, "temperature": 1.3, "top_p": 0.9, "min_p": 0.01}, {"num_beams": 4}],
+    ids=["greedy", "sampling", "beams"],
+)
+def test_one_launch_a_token(captured: AcceleratedModel, options: dict[str, object]) -> None:
+    """A longer generation of a method that recurs takes one more launch, and one more copy of a flag, per token."""
+    counts = []
+    for length in (50, 50, 50, 20, 40):
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            captured.generate(**inputs(), max_new_tokens=length, min_new_tokens=length, **options)
+            torch.cuda.synchronize()
+        counts.append(Counter(event.name for event in profiler.events()))
+    short, long = counts[-2:]
+    assert long["cudaGraphLaunch"] - short["cudaGraphLaunch"] == 20
+    assert long["cudaLaunchKernel"] == short["cudaLaunchKernel"]
+    from_host = [sum(each[name] for name in each if "HtoD" in name) for each in (short, long)]
+    to_host = [sum(each[name] for name in each if "DtoH" in name) for each in (short, long)]
+    assert from_host[0] == from_host[1]
+    assert to_host[1] - to_host[0] == 20
+    assert long["cudaStreamSynchronize"] == short["cudaStreamSynchronize"]
+
+
+def test_other_lengths_replay_the_same_graphs(captured: AcceleratedModel, eager: T5ForConditionalGeneration) -> None:
+    """Least lengths and end ids change between replays; the random numbers are those of the seed of each generation."""
+    seen = []
+    for number, least in enumerate((5, 5, 9, 1, 14)):
+        options = {"max_new_tokens": 14 + number, "min_new_tokens": least, "do_sample": True, "top_k": 30}
+        found = []
+        for subject in (eager, captured):
+            torch.manual_seed(number)
+            found.append(subject.generate(**inputs(), **options, eos_token_id=[30 + number, 60]))
+        assert torch.equal(*found)
+        seen.append(len(token_graphs(captured)))
+    assert seen[1:] == seen[1:2] * 4
+
+
+def test_token_graphs_are_limited(captured: AcceleratedModel) -> None:
+    """Methods that don't recur are not captured, and the device memory they take is limited."""
+    runtime: Any = captured.runtime
+    runtime.spare_buffers.clear()
+    used = []
+    for number in range(1, 13):
+        captured.generate(**inputs(), max_new_tokens=9, do_sample=True, temperature=1 + number / 10)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        used.append(torch.cuda.mem_get_info()[0])
+    ((_, buffers),) = runtime.spare_buffers
+    assert len(buffers.token_graphs) == MAX_TOKEN_GRAPHS
+    assert not any(graph.token.captured for graph in buffers.token_graphs.values())
+    assert used[MAX_TOKEN_GRAPHS + 2 :] == used[-1:] * len(used[MAX_TOKEN_GRAPHS + 2 :])
 
 
 def test_bucket_that_does_not_fit_into_device_memory(
