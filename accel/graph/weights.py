@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from copy import copy
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,7 +28,7 @@ def fingerprint(value: ir.Value) -> tuple[str, tuple[int, ...], str]:
     Raises:
         ValueError: `value` has no content.
     """
-    tensor = value.const_value
+    tensor: Any = value.const_value  # its protocol lacks `tofile`
     if tensor is None:
         raise ValueError(f"{value.name} is not an initializer with a value")
     sha256 = tensor.meta.get(SHA256)

@@ -1,7 +1,7 @@
 """Decode buffers: tensors that the static decode graph of one batch reads and writes, at constant addresses."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -103,16 +103,17 @@ class DecodeBuffers:
         return torch.zeros(shape, dtype=self._step.dtype(name), device=self._step.device)
 
     def _allocate_stacks(self) -> dict[tuple[str, ...], Tensor]:
-        """Allocate the self-attention caches: one tensor [N, B, H, S, D] for all of one dtype, shape and token axis.
+        """Allocate the self-attention caches: one tensor [N, B, H, S, D] for all of one dtype, axes and token axis.
 
-        One tensor can be cleared, or reordered by one kernel, with a single launch for all layers.
+        One tensor can be cleared, copied, or reordered by one kernel, with a single launch for all layers. The groups
+        are the same for all buckets.
         """
-        groups: dict[tuple[torch.dtype, Shape, int], list[str]] = {}
+        groups: dict[tuple[torch.dtype, Sequence[int | str], int], list[str]] = {}
         for name, axis in self.axes.items():
-            groups.setdefault((self._step.dtype(name), self._shape(name), axis), []).append(name)
+            groups.setdefault((self._step.dtype(name), tuple(self._step.inputs[name]), axis), []).append(name)
         stacks = {}
-        for (_, shape, _), names in groups.items():
-            stacks[tuple(names)] = self._zeros(names[0], (len(names), *shape))
+        for names in groups.values():
+            stacks[tuple(names)] = self._zeros(names[0], (len(names), *self._shape(names[0])))
         return stacks
 
     def _bind(self, step: DecodeStep, outputs: Mapping[str, Tensor]) -> Callable[[], None]:
@@ -142,11 +143,14 @@ class DecodeBuffers:
             copy_padded(self.constants[name], tensor)
         self.ancestry.reset(0)
 
-    def write(self, caches: Mapping[str, Tensor], length: int) -> None:
-        """Copy the entries of the first `length` tokens, as many as there is room for, out of `caches` [B, H, S, D].
+    def take_over(self, other: "DecodeBuffers", length: int) -> None:
+        """Copy the entries of the first `length` tokens, as many as there is room for, of another bucket."""
+        for (stack, axis), (theirs, _) in zip(self._cache_stacks, other._cache_stacks, strict=True):
+            copy_entries(theirs, stack, axis, length)  # of all layers at once
+        self.ancestry.copy_from(other.ancestry, length)
 
-        These may be dynamic caches, or the static caches of another bucket.
-        """
+    def write(self, caches: Mapping[str, Tensor], length: int) -> None:
+        """Copy the entries of the first `length` tokens, as many as there is room for, out of `caches` [B, H, S, D]."""
         for name, axis in self.axes.items():
             copy_entries(caches[name], self.self_caches[name], axis, length)
         self.ancestry.reset(0)

@@ -97,6 +97,9 @@ class DynamicCacheState:
             name: tensor.narrow(self.axes[name], 0, length).contiguous() for name, tensor in self.self_caches.items()
         }
 
+    def reserve(self, tokens: int) -> None:
+        """Do nothing: the caches grow with their tokens."""
+
     def expand(self, times: int) -> None:
         """Repeat every sequence `times` times: [batch, ...] -> [batch * times, ...]."""
         self.select(torch.arange(self.batch).repeat_interleave(times))

@@ -28,6 +28,10 @@ class State(Protocol):
         """Drop all but the first `length` decoder tokens."""
         ...
 
+    def reserve(self, tokens: int) -> None:
+        """Note that the generation ends with `tokens` decoder tokens in the caches, or earlier."""
+        ...
+
     def expand(self, times: int) -> None:
         """Repeat every sequence `times` times, copies adjacent: [batch, ...] -> [batch * times, ...]."""
         ...

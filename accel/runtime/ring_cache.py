@@ -42,7 +42,7 @@ def copy_entries(source: Tensor, target: Tensor, axis: int, tokens: int) -> None
     """Copy the last entries of `tokens` that both caches have slots for.
 
     Args:
-        source: [batch, heads, slots, head_size]
+        source: [batch, heads, slots, head_size], or several of them, stacked.
         target: The same with another number of slots.
         axis: Axis of the slots.
         tokens: Number of positions written to `source`.

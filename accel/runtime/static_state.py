@@ -52,7 +52,7 @@ class StaticCacheState:
     ) -> None:
         self.runtime, self.dynamic, self.buffers = runtime, dynamic, buffers
         self._constant_shapes = dict(constants or {})
-        self._length = 0
+        self._length = self._reserved = 0
         self._held = HeldEntries(runtime.windows)
         self._history = history
 
@@ -101,6 +101,10 @@ class StaticCacheState:
         else:
             self._length = length
             self._static.ancestry.reset(length)
+
+    def reserve(self, tokens: int) -> None:
+        """Let the next static caches have room for `tokens` tokens, where a long cache costs no time."""
+        self._reserved = tokens
 
     def expand(self, times: int) -> None:
         """Repeat every sequence `times` times: [batch, ...] -> [batch * times, ...]."""
@@ -158,15 +162,15 @@ class StaticCacheState:
         if self.dynamic is None and length <= self._static.bucket:
             return self._static
         constants = (self.dynamic or self._view()).constants
-        buffers = self.runtime.take_buffers(self.batch, length, shapes(constants))
+        room = self.runtime.room(self.batch, length, self._reserved)
+        buffers = self.runtime.take_buffers(self.batch, room, shapes(constants))
         if buffers is None:
             self.make_dynamic()
             return None
         tokens = self.length
         buffers.reset(constants)
         if self.dynamic is None:
-            buffers.write(self._static.self_caches, tokens)
-            buffers.ancestry.copy_from(self._static.ancestry, tokens)
+            buffers.take_over(self._static, tokens)
         else:
             buffers.write(self.dynamic.self_caches, tokens)
         self._release()

@@ -52,6 +52,9 @@ class TableState:
     def crop(self, length: int) -> None:
         self.length = length
 
+    def reserve(self, tokens: int) -> None:
+        pass
+
     def expand(self, times: int) -> None:
         self.select(torch.arange(self.batch).repeat_interleave(times))
 

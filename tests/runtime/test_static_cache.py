@@ -378,3 +378,22 @@ def test_a_generation_makes_each_cache_a_tensor_a_few_times(
     model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=6, min_new_tokens=6)
     assert made, "caches are made tensors for transformers' cache object"
     assert max(made.values()) <= 4, "else every layer makes the tensors of all layers"
+
+
+def test_the_fused_engine_makes_room_for_a_generation_at_once(
+    model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    original = StaticCacheRuntime.take_buffers
+
+    def noted(runtime: StaticCacheRuntime, batch: int, capacity: int, constants: Any) -> Any:
+        buffers = original(runtime, batch, capacity, constants)
+        taken.append(buffers.bucket if buffers else 0)
+        return buffers
+
+    monkeypatch.setattr(StaticCacheRuntime, "take_buffers", noted)
+    ids = model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=24, min_new_tokens=24)
+    assert taken == ([8, 32] if model.runtime.engine == "fused" else [8, 12, 32])
+    monkeypatch.setattr(model.runtime, "room", lambda batch, tokens, reserved: tokens)
+    assert torch.equal(ids, model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=24, min_new_tokens=24))
+    assert taken[-3:] == [8, 12, 32]

@@ -214,6 +214,7 @@ class DecodingLoops:
             mixin.get_compiled_call(config.compile_config)
         model_kwargs = mixin._update_model_kwargs_for_generation(outputs, model_kwargs, self.config.is_encoder_decoder)
         max_new_tokens = (criteria.max_length or 0) - ids.shape[1]
+        _state(outputs).reserve(_state(outputs).length + max_new_tokens)
         return outputs, self._decode_inputs(model_kwargs, _state(outputs), max_new_tokens)
 
     def _copies_of_prompts(self, ids: Tensor, config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> int:
