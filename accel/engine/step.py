@@ -60,8 +60,10 @@ class PlannedStep:
         self._watchdog: Watchdog | None = None  # of all sets of buffers
         self._warned = False
 
-    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
-        """Return a call that computes a step over these tensors, by whatever runs the plan fastest.
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None] | None:
+        """Return a call that computes a step over these tensors: by the kernel on a GPU, else by torch.
+
+        None, and once a warning with the reason, if the kernel can't.
 
         The first call with tensors of new shapes can't be captured, all others can where there is no `obstacle`.
 
@@ -75,8 +77,9 @@ class PlannedStep:
                 return self._by_kernel(inputs, outputs)
             except NotRunnableError as reason:
                 if not self._warned:
-                    logger.warning(f"decode steps run in torch, many times slower than in the kernel: {reason}")
+                    logger.warning(f"decode steps run on ONNX Runtime, slower than in the kernel: {reason}")
                 self._warned = True
+                return None
         return partial(self._run, dict(inputs), dict(outputs))
 
     def _by_kernel(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:

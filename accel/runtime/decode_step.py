@@ -99,6 +99,7 @@ class FusedStep:
         graph: Path of the static decode graph.
         weights: Its weights, shared with the sessions of the other graphs.
         capture: Calls are to be captured as CUDA graphs. If they can't be, a warning names the reason.
+        open_bound: Opens a session of ONNX Runtime, for what the kernel can't run, such as more sequences.
 
     Raises:
         AccelError: The engine can't run the graph.
@@ -106,10 +107,14 @@ class FusedStep:
 
     engine = FUSED
 
-    def __init__(self, graph: Path, weights: SharedWeights, capture: bool) -> None:
+    def __init__(
+        self, graph: Path, weights: SharedWeights, capture: bool, open_bound: Callable[[Path], BoundSession]
+    ) -> None:
         from accel.engine.step import PlannedStep  # here, as it brings onnx_ir and the planner along
 
         self.device = weights.device
+        self._graph, self._open_bound = graph, open_bound
+        self._session: SessionStep | None = None
         self.planned = PlannedStep(graph, self.device, weights.tensors(graph), {KEPT: torch.tensor([0])})
         specs = self.planned.inputs | self.planned.outputs
         self._dtypes = {name: spec.dtype for name, spec in specs.items()}
@@ -129,12 +134,21 @@ class FusedStep:
         """Return a call over these tensors: see `DecodeStep.bind`."""
         with self._on_stream():
             call = self.planned.bind(inputs, outputs)
+        if call is None:
+            return self._bind_session(inputs, outputs)
 
         def run() -> None:
             with self._on_stream():
                 call()
 
         return run
+
+    def _bind_session(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Return a call over these tensors by a session of ONNX Runtime, opened when it is first needed."""
+        if self._session is None:
+            self._session = SessionStep(self._open_bound(self._graph))
+        only_token = torch.zeros(1, dtype=torch.int64, device=self.device)
+        return self._session.bind({KEPT: only_token, **inputs}, outputs)
 
     def check(self) -> None:
         """Raise `AccelError` if the kernel gave up: see `DecodeStep.check`."""
@@ -167,7 +181,7 @@ def open_decode_step(
     if preferred(engine) == ONNXRUNTIME:
         return SessionStep(open_bound(graph))
     try:
-        return FusedStep(graph, weights, capture)
+        return FusedStep(graph, weights, capture, open_bound)
     except DeviceMemoryError:
         raise
     except AccelError as error:

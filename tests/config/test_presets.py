@@ -33,7 +33,7 @@ def test_values_of_the_build() -> None:
         ("cpu", {"bucket": [8]}, ("bucket", "Did you mean buckets?", *OPTIONS[:3])),
         ("cpu", {"threads": "many"}, ("runtime=cpu", "many")),
         ("cpu", {"buckets": 8}, ("runtime=cpu",)),
-        ("gpu", {}, ("unknown runtime: 'gpu'", "cpu, cuda, cuda-graph")),
+        ("gpu", {}, ("unknown runtime: 'gpu'", "cpu, cuda, cuda-fused, cuda-graph")),
     ],
 )
 def test_invalid_options(name: str, options: dict[str, object], named: tuple[str, ...]) -> None:

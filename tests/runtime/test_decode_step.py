@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import onnx
 import pytest
@@ -16,6 +16,7 @@ import accel
 from accel.config import engines
 from accel.config.presets import runtime_preset
 from accel.engine.planning.plan import DOMAIN
+from accel.engine.step import PlannedStep
 from accel.errors import AccelError, DeviceMemoryError
 from accel.models.loading import open_model, verification_of
 from accel.runtime import decode_step, dynamic_cache, static_cache
@@ -90,7 +91,7 @@ def test_weights_are_in_memory_once(folder: Path) -> None:
     """What the plan's executor holds are views of what ONNX Runtime's sessions read, but for small constants."""
     path, weights = first_variant(folder).static_decode, SharedWeights(CPU)
     shared = {value.data_ptr() for value in weights.initializers(first_variant(folder).decoder).values()}
-    step = FusedStep(path, weights, capture=False)
+    step = FusedStep(path, weights, False, no_session)
     lengths = {"batch_size": 2, "bucket": 8, "source": 16}
     inputs = {name: zeros(step, name, axes, lengths) for name, axes in step.inputs.items()}
     outputs = {name: zeros(step, name, axes, {**lengths, "new": 1, "kept": 1}) for name, axes in step.outputs.items()}
@@ -102,6 +103,32 @@ def test_weights_are_in_memory_once(folder: Path) -> None:
     large = [tensor for tensor in held if tensor.untyped_storage().nbytes() > 4096]
     assert sum(tensor.numel() for tensor in {tensor.data_ptr(): tensor for tensor in large}.values()) > 100_000
     assert {tensor.untyped_storage().data_ptr() for tensor in large} <= shared
+
+
+def no_session(path: Path) -> NoReturn:
+    raise AssertionError(f"a session is opened for {path.name}")
+
+
+def test_what_the_kernel_cannot_run(folder: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session of ONNX Runtime takes these steps, opened once, when the first of them comes."""
+    static_decode, bound = first_variant(folder).static_decode.name, []
+
+    def bind(step: PlannedStep, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> Any:
+        rows = len(inputs["input_ids"])
+        bound.append(rows)
+        return None if rows > 1 else by_plan(step, inputs, outputs)
+
+    by_plan = PlannedStep.bind
+    monkeypatch.setattr(PlannedStep, "bind", bind)
+    with open_model(folder, STATIC) as model:
+        expected = model.generate(IDS, max_new_tokens=20, num_beams=2), model.generate(IDS, max_new_tokens=20)
+    opened.clear()
+    with open_model(folder, FUSED) as model:
+        assert torch.equal(model.generate(IDS, max_new_tokens=20), expected[1])
+        assert static_decode not in opened
+        assert torch.equal(model.generate(IDS, max_new_tokens=20, num_beams=2), expected[0])
+        assert set(bound) == {1, 2}
+        assert opened.count(static_decode) == 1
 
 
 def zeros(step: FusedStep, name: str, axes: tuple[int | str, ...], lengths: Mapping[str, int]) -> torch.Tensor:
