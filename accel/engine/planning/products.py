@@ -1,6 +1,6 @@
 """Pattern: a product of the hidden state with a weight, the norm before it, and what follows it feature by feature."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from accel.engine.nodes import Node
@@ -165,10 +165,14 @@ def halves(matcher: Matcher, draft: Draft) -> list[Draft]:
     is_last_axis = split is not None and split.attributes.get("axis", 0) in (-1, len(trace.shape(draft.output)) - 1)
     if split is None or split.kind != ("", "Split") or not is_last_axis or len(split.outputs) != 2:
         return [draft]
-    if any(not name or trace.shape(name)[-1] * 2 != width for name in split.outputs) or not _is_activated(trace, split):
+    if any(not name or trace.shape(name)[-1] * 2 != width for name in split.outputs):
+        return [draft]
+    selections = [_selections(trace, name) for name in split.outputs]
+    outputs = [nodes[-1].outputs[0] if nodes else name for nodes, name in zip(selections, split.outputs, strict=True)]
+    if not _is_activated(trace, outputs):
         return [draft]
     parts = []
-    for index, output in enumerate(split.outputs):
+    for index, output in enumerate(outputs):
         tensors = []
         for name in draft.tensors:
             tensor, half = trace.graph.constants[name], f"{name}.half{index}"
@@ -176,13 +180,25 @@ def halves(matcher: Matcher, draft: Draft) -> list[Draft]:
             trace.graph.constants[half] = tensor.narrow(axis, index * (width // 2), width // 2)
             trace.values[half] = trace.values[name].narrow(axis, index * (width // 2), width // 2)
             tensors.append(half)
-        parts.append(replace(draft, tensors=tensors, output=output, nodes=[*draft.nodes, split]))
+        parts.append(replace(draft, tensors=tensors, output=output, nodes=[*draft.nodes, split, *selections[index]]))
     return parts
 
 
-def _is_activated(trace: Trace, split: Node) -> bool:
-    """Return whether an activation reads one of the parts."""
-    for name in split.outputs:
+def _selections(trace: Trace, name: str) -> list[Node]:
+    """Return the nodes behind a value that select its only token, such as the one whose logits are computed."""
+    found: list[Node] = []
+    while (node := trace.only_consumer(name)) is not None and node.kind == ("", "Gather") and node.inputs[0] == name:
+        axis = node.attributes.get("axis", 0)
+        if {trace.shape(name)[axis], trace.others[name][axis]} != {1} or trace.shape(node.outputs[0]) != trace.shape(name):
+            break
+        found.append(node)
+        name = node.outputs[0]
+    return found
+
+
+def _is_activated(trace: Trace, values: Sequence[str]) -> bool:
+    """Return whether an activation reads one of the values."""
+    for name in values:
         try:
             match_activation(trace, name)
         except NoMatchError:

@@ -35,6 +35,8 @@ WEIGHTS = {
     "first": torch.tensor(0),
     "sizes": torch.tensor([10, 14]),
     "halves": torch.tensor([12, 12]),
+    "only": torch.tensor([0]),
+    "reversed": torch.arange(11, -1, -1),
 }
 
 
@@ -66,6 +68,12 @@ FUSED = {
     "a gate of one weight": (
         """g = MatMul(x, w) first_half, second_half = Split<axis = -1>(g, halves) a = Relu(second_half)
         y = Mul(first_half, a)""",
+        ["product"],
+        [],
+    ),
+    "a gate behind the selection of the only token": (
+        """g = MatMul(x, w) a, b = Split<axis = -1>(g, halves) first_half = Gather<axis = 1>(a, only)
+        second_half = Gather<axis = 1>(b, only) r = Relu(second_half) y = Mul(first_half, r)""",
         ["product"],
         [],
     ),
@@ -151,6 +159,12 @@ MISSED = {
         "g = MatMul(x, w) r = Relu(g) v = MatMul(x, u) y = Mul(r, v) z = Neg(r)",
         ["product"],
         ["Mul", "Neg"],
+    ),
+    "a gate whose halves are in other orders": (
+        """g = MatMul(x, w) a, b = Split<axis = -1>(g, halves) c = Gather<axis = -1>(b, reversed) r = Relu(c)
+        y = Mul(a, r)""",
+        ["product"],
+        ["Split", "Gather", "Relu", "Mul"],
     ),
     "an activation with a limit": ("p = MatMul(x, w) r = Relu(p) y = Min(r, six)", ["product"], ["Min"]),
     "almost an activation": (
