@@ -10,7 +10,7 @@ enum { ROW_Q, ROW_K, ROW_V, HEADS_OUT, KEYS, VALUES, COS, SIN, WEIGHT_Q, WEIGHT_
 struct Share { int task, keys, part, parts, begin, end; };
 template <class C> __device__ __forceinline__ Share share_of_keys(const Shared& s, const Record& op, int item) {
   constexpr int CHUNK = keys_in_slot(C::D), TASKS = C::KV * ROWS;
-  const int task = item % TASKS, keys = C::SELF ? s.position[task / C::KV] : op.length;
+  const int task = item % TASKS, keys = C::SELF ? min(s.position[task / C::KV], op.length) : op.length;
   if (C::SPLITS == 1) return {task, keys, 0, 1, 0, keys};
   const int chunks = (keys + CHUNK - 1) / CHUNK, part = item / TASKS, parts = max(1, min(C::SPLITS, chunks / LEAST_SLOTS));
   return {task, keys, part, parts, chunks * part / parts * CHUNK, min(keys, chunks * (part + 1) / parts * CHUNK)};
@@ -79,7 +79,9 @@ template <class C> __device__ __forceinline__ void attend(Shared& s, const Recor
   constexpr int LANES = D % 32 == 0 ? 4 : D % 16 == 0 ? 2 : 1;          // lanes that share a key
   constexpr int PAIRS_EACH = (D / 2 + 31) / 32;                         // pairs of features of a value a lane sums
   const int tid = this_thread(), warp = tid / 32, lane = tid % 32;
-  const int task = share.task, head = task % C::KV, b = task / C::KV, keys = share.keys, seen = C::SELF ? keys + 1 : keys;
+  const int task = share.task, head = task % C::KV, b = task / C::KV, keys = share.keys;
+  const int seen = C::SELF ? min(keys + 1, op.length) : keys;
+  const int place = C::SELF ? s.position[b] % op.length : -1;  // of the new key; of a full cache that of the oldest one
   const bool is_first = C::SPLITS == 1 || share.part == 0;
   const int heads = is_first ? HEADS : G;       // to be loaded
   float* const biases = s.bias[op.set & 1];
@@ -145,7 +147,7 @@ template <class C> __device__ __forceinline__ void attend(Shared& s, const Recor
 #pragma unroll
       for (int d = lane; d < D; d += 32) dot += s.query[z][d] * wide(s.fresh[0][d]);
       dot = total(dot);
-      if (!lane) { s.top[z][WARPS] = score(dot, z, keys); s.mass[z][WARPS] = 1; }
+      if (!lane) { s.top[z][WARPS] = score(dot, z, place); s.mass[z][WARPS] = 1; }
     }
   }
   const int sub = lane % LANES, own = lane / LANES;
@@ -180,7 +182,8 @@ template <class C> __device__ __forceinline__ void attend(Shared& s, const Recor
       for (int z = 0; z < G; z++) {
 #pragma unroll
         for (int o = 1; o < LANES; o <<= 1) dot[z] += __shfl_xor_sync(~0u, dot[z], o);
-        const float v = k < here ? score(dot[z], z, k0 + warp * KEYS_EACH + k) : -1e30f;
+        const int at = k0 + warp * KEYS_EACH + k;
+        const float v = k < here && at != place ? score(dot[z], z, at) : -1e30f;
         best[z] = fmaxf(best[z], v);
         if (k < here && !sub) s.weights[warp][z][k] = v;
       }
@@ -277,7 +280,7 @@ template <class C> __device__ __forceinline__ void attend(Shared& s, const Recor
     if (is_first && tid >= THREADS - D / 4) {      // threads that write no output where there are few
       const int e = tid - (THREADS - D / 4), which = e / (D / 8), d = e % (D / 8) * 8;
       T* cache = (T*)op.p[which ? VALUES : KEYS];
-      *(int4*)(cache + ((size_t)task * op.length + keys) * D + d) = *(const int4*)(s.fresh[which] + d);
+      *(int4*)(cache + ((size_t)task * op.length + place) * D + d) = *(const int4*)(s.fresh[which] + d);
     }
   }
 }
