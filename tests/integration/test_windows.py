@@ -192,17 +192,25 @@ def test_prompt_cache(subject: testing.Subject) -> None:
         assert torch.equal(found, expected)
 
 
+SAMPLING = {"do_sample": True, "top_k": 30, "temperature": 2.0, "no_repeat_ngram_size": 0}
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLING], ids=["processors", "sampling on the device"])
 @pytest.mark.parametrize("kept", [58, 30, 5])
 def test_a_cache_that_is_cropped(
-    family: testing.Subject, subject: testing.Subject, kept: int, monkeypatch: pytest.MonkeyPatch
+    family: testing.Subject,
+    subject: testing.Subject,
+    kept: int,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A second turn continues from few of the first one's tokens: within the slack, and far behind it."""
     again: list[Any] = []
     runtime: Any = subject.model.runtime
     prefill = runtime.dynamic.prefill
     monkeypatch.setattr(runtime.dynamic, "prefill", lambda inputs: again.append(inputs) or prefill(inputs))
-    expected, _ = second_turn(family.model, subject.inputs(3), kept, again)
-    found, given = second_turn(subject.model, subject.inputs(3), kept, again)
+    expected, _ = second_turn(family.model, subject.inputs(3), kept, options, again)
+    found, given = second_turn(subject.model, subject.inputs(3), kept, options, again)
     assert len(again) == (kept < 58)
     assert torch.equal(found, expected)
     if not subject.has_encoder:  # beside an encoder, PyTorch generates others from its own caches as well
@@ -210,11 +218,15 @@ def test_a_cache_that_is_cropped(
             assert torch.equal(found, subject.eager.generate(**given))  # type: ignore[operator]
 
 
-def second_turn(model: Any, inputs: Any, kept: int, again: list[Any]) -> tuple[torch.Tensor, Any]:
+def second_turn(
+    model: Any, inputs: Any, kept: int, options: dict[str, Any], again: list[Any]
+) -> tuple[torch.Tensor, Any]:
     """The tokens that follow the first `kept` ones of a generation, and what they follow from."""
-    options = UNIQUE_TOKENS | {"max_new_tokens": NEW, "min_new_tokens": NEW}
+    options = UNIQUE_TOKENS | {"max_new_tokens": NEW, "min_new_tokens": NEW} | options
+    torch.manual_seed(0)
     with torch.inference_mode():
         first = model.generate(**inputs, **options, return_dict_in_generate=True)
+        assert len(set(first.sequences[0].tolist())) > 20
         again.clear()
         cache, sequences = first.past_key_values, first.sequences[:, : kept + 1]
         cache.crop(kept)
