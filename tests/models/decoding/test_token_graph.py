@@ -116,8 +116,36 @@ def test_methods_have_graphs_of_their_own(
         assert torch.equal(found, expected)
     assert captures("the selection") == len(methods) + 1  # the first one was dropped, and began anew
     assert captures() == 1  # the last one recurs
+    for options in (methods[2], methods[1], methods[2]):
+        model.generate(**batch, **options, max_new_tokens=7)
+    assert captures("the selection") == len(methods) + 2  # the second one was dropped, the third was used later
     assert len(graphs(model)) == MAX_TOKEN_GRAPHS
     assert len({graph.selection.method for graph in graphs(model)}) == MAX_TOKEN_GRAPHS
+
+
+def test_beam_searches_have_graphs_of_their_own(
+    model: AcceleratedModel, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for each length penalty and way of stopping; scores don't take another one's penalties."""
+    methods = [{}, {"length_penalty": -3.0}, {"early_stopping": True}, {"num_return_sequences": 3}]
+    for options in methods * 2:
+        settings: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 7, **options}
+        expected, found = generate_with_both_loops(model, monkeypatch, **batch, **settings)
+        assert torch.equal(found, expected)
+    assert len(graphs(model)) == captures() == len(methods)
+
+
+def test_prompts_of_several_tokens(
+    model: AcceleratedModel, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They don't run in the decode buffers, whose inputs are still those of the generation before."""
+    for beginning in ([0, 5], [0, 9], [0, 7], [0, 30]):
+        prompt = torch.tensor(beginning).repeat(len(TEXTS), 1)
+        expected, found = generate_with_both_loops(
+            model, monkeypatch, **batch, decoder_input_ids=prompt, max_new_tokens=40
+        )
+        assert torch.equal(found, expected)
+    assert captures() > 0
 
 
 def test_short_generations_capture_nothing(model: AcceleratedModel, batch: dict[str, Tensor]) -> None:
