@@ -63,6 +63,17 @@ def captures(kind: str = "the graph of a token") -> int:
     return sum(name.startswith(kind) for name in ReplayedCallable.recorded)
 
 
+def end_static_caches(model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+    """Let no static cache be longer than `longest` tokens."""
+    runtime: Any = model.runtime
+    take = runtime.take_buffers
+
+    def take_short(rows: int, capacity: int, shapes: Any) -> Any:
+        return None if capacity > longest else take(rows, capacity, shapes)
+
+    monkeypatch.setattr(runtime, "take_buffers", take_short)
+
+
 def graphs(model: AcceleratedModel) -> list[Any]:
     """Return all graphs that are kept with spare buffers."""
     runtime: Any = model.runtime
@@ -139,13 +150,13 @@ def test_prompts_of_several_tokens(
     model: AcceleratedModel, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They don't run in the decode buffers, whose inputs are still those of the generation before."""
-    for beginning in ([0, 5], [0, 9], [0, 7], [0, 30]):
-        prompt = torch.tensor(beginning).repeat(len(TEXTS), 1)
-        expected, found = generate_with_both_loops(
-            model, monkeypatch, **batch, decoder_input_ids=prompt, max_new_tokens=40
-        )
-        assert torch.equal(found, expected)
-    assert captures() > 0
+    prompts = [torch.tensor([0, second]).repeat(len(TEXTS), 1) for second in (5, 9, 7, 30)]
+    with monkeypatch.context() as patch:
+        patch.setattr(AcceleratedModel, "_supports", lambda *_: False)
+        expected = [model.generate(**batch, decoder_input_ids=prompt, max_new_tokens=6) for prompt in prompts]
+    found = [model.generate(**batch, decoder_input_ids=prompt, max_new_tokens=6) for prompt in prompts]
+    assert [each.tolist() for each in found] == [each.tolist() for each in expected]
+    assert captures() == 1
 
 
 def test_short_generations_capture_nothing(model: AcceleratedModel, batch: dict[str, Tensor]) -> None:
@@ -166,14 +177,21 @@ def test_static_caches_that_end_midway(
 ) -> None:
     """Where no longer static cache fits, the generation goes on with caches that grow, from the ids selected so far."""
     runtime: Any = model.runtime
-    take = runtime.take_buffers
-    monkeypatch.setattr(
-        runtime, "take_buffers", lambda rows, capacity, shapes: None if capacity > 8 else take(rows, capacity, shapes)
-    )
+    end_static_caches(model, monkeypatch, 8)
+    refused: list[int] = []
+    decode_and_select = runtime.decode_and_select
+
+    def count(inputs: Any, state: Any, selection: Any) -> Any:
+        following = decode_and_select(inputs, state, selection)
+        refused.extend([state.length] * (following is None))
+        return following
+
+    monkeypatch.setattr(runtime, "decode_and_select", count)
     for _ in range(3):
         expected, found = generate_with_both_loops(model, monkeypatch, **batch, **options, max_new_tokens=40)
         assert torch.equal(found, expected)
     assert captures() == 1
+    assert refused == [8] * 3  # once in a generation
     assert found.shape[1] > 10
 
 
@@ -187,8 +205,12 @@ def test_returned_caches(model: AcceleratedModel, batch: dict[str, Tensor], monk
     torch.testing.assert_close(views[0], views[1], rtol=1e-5, atol=1e-5)
 
 
-def test_one_latency_a_token(model: AcceleratedModel, batch: dict[str, Tensor]) -> None:
-    """Tokens are timed one by one, whichever call of the runtime computes them."""
+@pytest.mark.parametrize("longest", [8, 64])
+def test_one_latency_a_token(
+    model: AcceleratedModel, batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, longest: int
+) -> None:
+    """Tokens are timed one by one, whichever call of the runtime computes them, and one that does nothing isn't."""
+    end_static_caches(model, monkeypatch, longest)
     with GenerationTimer(model) as timing:
         model.generate(**batch, max_new_tokens=20, min_new_tokens=20)
     assert len(timing.latencies) == 20
