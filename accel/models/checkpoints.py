@@ -14,6 +14,7 @@ from accel.errors import AccelError
 from accel.models import peft_adapter
 from accel.models.model_class import model_class, obstacle
 from accel.system import remote_code
+from accel.system.process_state import environment
 
 BUILT_IN = Path(__file__).parents[1] / "data" / "checkpoints"  # folders of the checkpoints that ship with accel
 BUILT_IN_PREFIX = "accel://"
@@ -21,6 +22,8 @@ BUILT_IN_PREFIX = "accel://"
 WEIGHTS = ("*.safetensors", "*.bin")
 CONFIG_AND_TOKENIZER = ("*.json", "*.model", "*.txt", "*.tsv", "*.jinja", "README.md")  # the card names the licence
 CODE = "*.py"  # downloaded only where the user trusts it
+# Threads load weights into heaps of their own, which keep 100 MB when the model is freed.
+ONE_LOADING_THREAD = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
 
 
 def locate(model: ModelConfig, *, weights: bool = True) -> Path:
@@ -124,9 +127,10 @@ def load_model(
     if transformers_class is None:
         raise AccelError(f"{folder / 'config.json'}: {obstacle(config)}")
     try:
-        model: PreTrainedModel = transformers_class.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code.is_allowed()
-        )
+        with environment(ONE_LOADING_THREAD):
+            model: PreTrainedModel = transformers_class.from_pretrained(
+                folder, dtype=dtype, attn_implementation=attention, trust_remote_code=remote_code.is_allowed()
+            )
     except Exception as error:  # of any class, depending on where a file is damaged
         damaged = _damaged_weights(folder)
         if damaged is None:

@@ -41,10 +41,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     model = load_model(inputs["checkpoint"].folder, dtype)
     model.to(device=config.runtime.device)  # type: ignore[call-arg]
     evaluate = Evaluator(model, signatures(architecture, model.config), torch_run(architecture, model), dtype)
-    calls = list(reference_data.read_calls(folder))
+    calls, count = reference_data.read_calls(folder), inputs["reference"].summary["calls"]
     errors: dict[str, Tensor] = {}
     try:
-        for number, call in enumerate(progress.track(calls, "PyTorch's own error")):
+        for number, call in enumerate(progress.track(calls, "PyTorch's own error", count)):
             outputs = evaluate(call.component, call.inputs)
             for name, expected in call.expected.items():
                 errors[f"{number}.{name}"] = root_mean_square(outputs[name], expected, SAMPLES)

@@ -47,3 +47,12 @@ def test_damaged_weights(tiny: Path, tmp_path: Path, name: str, damage: str) -> 
 def test_another_error_is_not_blamed_on_the_file(tiny: Path) -> None:
     with pytest.raises(ValueError, match="dtype"):
         load_model(tiny, dtype="no dtype")  # type: ignore[arg-type]
+
+
+def test_one_thread_loads(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others would leave heaps of their own behind; the weights are those of the file."""
+    monkeypatch.setattr("transformers.core_model_loading.ThreadPoolExecutor", None)  # raises if it is called
+    weights = load_model(tiny).state_dict()
+    assert weights
+    for name, tensor in random_t5().state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0)
