@@ -14,7 +14,7 @@ import psutil
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
-INTERVAL_S = 0.2  # between samples of the child processes' memory
+INTERVAL_S = 0.3  # between samples of the child processes' memory
 GROWTH = 1.02  # factor by which the processes' memory must have grown to be counted again
 
 
