@@ -189,7 +189,9 @@ def _selections(trace: Trace, name: str) -> list[Node]:
     found: list[Node] = []
     while (node := trace.only_consumer(name)) is not None and node.kind == ("", "Gather") and node.inputs[0] == name:
         axis = node.attributes.get("axis", 0)
-        if {trace.shape(name)[axis], trace.others[name][axis]} != {1} or trace.shape(node.outputs[0]) != trace.shape(name):
+        if {trace.shape(name)[axis], trace.others[name][axis]} != {1} or trace.shape(node.outputs[0]) != trace.shape(
+            name
+        ):
             break
         found.append(node)
         name = node.outputs[0]
