@@ -109,9 +109,11 @@ def run(composed: DictConfig, overrides: list[str]) -> dict[str, Mapping[str, An
     """
     with interrupter.at_once():
         from accel.cli import compose, report
+        from accel.system.host_memory import return_large_blocks
         from accel.system.quiet import quiet
 
     quiet()
+    return_large_blocks()
     config = compose.settle(composed, overrides)
     artifacts = compose.execute(config)
     report.finish(config, artifacts)

@@ -50,3 +50,24 @@ def test_children_count_and_what_they_share_counts_once(tmp_path: Path) -> None:
         for child in children:
             child.communicate(b"\n")
     assert 490 * MB < memory.added < 580 * MB  # 300 shared, twice 100, and the children's interpreters
+
+
+FREEING = """
+import sys
+from accel.system.host_memory import release, resident, return_large_blocks
+if sys.argv[1] == "fixed":
+    return_large_blocks()
+block = bytearray(16 * 2**20)
+del block
+before = resident()
+blocks = [bytearray(16 * 2**20) for _ in range(10)]
+del blocks[:-1]
+print(resident() - before)
+"""
+
+
+@pytest.mark.parametrize(("mode", "blocks"), [("fixed", 1), ("default", 10)])
+def test_large_blocks_are_returned(mode: str, blocks: int) -> None:
+    """Even below one that is in use, which by default keeps all of them."""
+    done = subprocess.run([sys.executable, "-c", FREEING, mode], capture_output=True, text=True, check=True)
+    assert int(done.stdout) / (16 * 2**20) == pytest.approx(blocks, abs=0.3)
