@@ -35,12 +35,15 @@ class WorkerProcess:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        started = False
         try:
             with uninterrupted():
                 self._pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (remote_code.is_allowed(),))
                 self._pid: Future[int] = self._pool.submit(os.getpid)
-        except KeyboardInterrupt:  # raised at the end of that context
-            self._kill()
+                started = True
+        except KeyboardInterrupt:  # raised before that context, or at its end
+            if started:
+                self._kill()
             raise
 
     @property

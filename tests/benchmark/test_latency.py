@@ -11,6 +11,7 @@ from accel.adapters import registry
 from accel.benchmark import latency, schedule
 from accel.benchmark.timer import Timing
 from accel.cli.compose import compose
+from accel.config.schema import BenchmarkConfig
 
 
 def test_one_model_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +48,7 @@ def test_one_model_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "torch_cache": 5,
         "onnx_merged": 5,
     }
-    generations = 2 * (latency.REPEATS + 1)  # with a warm-up, all tokens and one token
+    generations = 2 * (latency.REPEATS + BenchmarkConfig().warmup)  # of all tokens, and of one
     assert events == [
         *("begin torch", *["torch_cache"] * generations, "end torch"),
         *("begin merged", *["onnx_merged"] * generations, "end merged"),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from accel.engine.planning.plan import Row
+from accel.engine.planning.plan import CHOICE, Row
 from tests.engine.one_node import normal
 from tests.engine.planning.attention import run
 from tests.engine.planning.graphs import planned
@@ -33,6 +33,7 @@ def test_rows(tmp_path: Path) -> None:
         Row("product", "0.5 * 24 x 16 layer_0_down_weight + b + residual", "B x 1 x 16", 24 * 16 * 4, "fused", 256),
         Row("4 nodes", "2 Neg, Cos, Sin", "B x 1 x 16", 0, "torch", 256),
         Row("normalize", "layer norm", "B x 1 x 16", 0, "fused", None),
+        CHOICE,
     ]
     assert result.coverage() == {
         "product_bytes": 3 * 16 * 24 * 4, "fused_share": 1.0, "torch_nodes": 4, "torch_softmaxes": 0,
@@ -53,6 +54,5 @@ def test_what_is_left(tmp_path: Path) -> None:
     assert result.coverage()["torch_softmaxes"] == 1
     body = "agraph (float[B,2,16] x) => (float[B,2,24] y) { y = MatMul(x, w) }"
     result = planned(body, {"w": normal(16, 24)}, tmp_path)
-    (row,) = result.table({"B": 2})
-    assert row == Row("1 node", "MatMul", "B x 2 x 24", 16 * 24 * 4, "torch", None)
+    assert result.table({"B": 2}) == [Row("1 node", "MatMul", "B x 2 x 24", 16 * 24 * 4, "torch", None), CHOICE]
     assert result.coverage()["fused_share"] == 0
