@@ -34,10 +34,12 @@ def fingerprint(value: ir.Value) -> tuple[str, tuple[int, ...], str]:
     sha256 = tensor.meta.get(SHA256)
     if sha256 is None:
         digest = hashlib.sha256()
-        tensor.tofile(SimpleNamespace(write=digest.update))  # in parts, where it is external, and not mapped
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.tofile(SimpleNamespace(write=digest.update))  # in parts, and not mapped
+            tensor.meta[SHA256] = digest.hexdigest()  # its file is read-only, unlike arrays in memory
+        else:
+            digest.update(tensor.tobytes())
         sha256 = digest.hexdigest()
-        if isinstance(tensor, ir.ExternalTensor):  # read-only, unlike arrays in memory
-            tensor.meta[SHA256] = sha256
     return (tensor.dtype.name, tuple(tensor.shape.numpy()), sha256)
 
 
