@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from copy import copy
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +27,7 @@ def fingerprint(value: ir.Value) -> tuple[str, tuple[int, ...], str]:
     Raises:
         ValueError: `value` has no content.
     """
-    tensor: Any = value.const_value  # its protocol lacks `tofile`
+    tensor = value.const_value
     if tensor is None:
         raise ValueError(f"{value.name} is not an initializer with a value")
     sha256 = tensor.meta.get(SHA256)
