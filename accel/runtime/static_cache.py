@@ -113,8 +113,9 @@ class StaticCacheRuntime:
 
     def _new_history(self) -> TokenHistory | None:
         """Return the history of a new generation; None where all entries of the caches are kept."""
-        axes = {name: spec.shape for name, spec in self.dynamic.decoder.inputs.items()}
-        return TokenHistory(axes) if self.windows else None
+        if not self.windows:
+            return None
+        return TokenHistory({name: spec.shape for name, spec in self.dynamic.decoder.inputs.items()})
 
     def _empty_state(self, inputs: Mapping[str, Tensor]) -> StaticCacheState | None:
         """Return a state without tokens, its constants taken from `inputs` and its cross-attention caches computed.
