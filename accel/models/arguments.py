@@ -67,7 +67,7 @@ def check_ids(name: str, ids: Tensor, vocabulary: int) -> None:
         raise ValueError(f"{name} has shape {list(ids.shape)}, expected [batch, length]")
     if ids.numel() == 0:
         return
-    low, high = (int(bound) for bound in torch.aminmax(ids))
+    low, high = torch.stack(torch.aminmax(ids)).tolist()  # one wait for a device, not two
     if low < 0 or high >= vocabulary:
         raise ValueError(f"{name} contains {low if low < 0 else high}, expected ids from 0 to {vocabulary - 1}")
 
