@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from accel.config import bounds
@@ -13,6 +14,7 @@ from accel.config.generate_options import OWN_OPTIONS, check_types, generation_o
 from accel.config.schema import AuditConfig, Config, RuntimeConfig, VerifyConfig
 from accel.data.corpus import read_lines, read_texts
 from accel.data.texts import References, has_tokenizer
+from accel.engine.kernel.launch import unsupported
 from accel.errors import AccelError, unknown
 from accel.evaluation import metrics
 from accel.evaluation.component_runner import max_positions
@@ -100,6 +102,9 @@ def _check_static(runtime: RuntimeConfig, static_decode: bool) -> None:
                 f"runtime.engine={FUSED} needs {key}=true: it computes decode steps over static caches. "
                 f"Or take runtime.engine={ONNXRUNTIME}"
             )
+    device = torch.device(runtime.device)
+    if runtime.engine == FUSED and device.type == "cuda" and (reason := unsupported(device)) is not None:
+        raise AccelError(f"runtime.engine={FUSED}: {reason}. Take runtime.engine={ONNXRUNTIME}")
 
 
 def _check_audit(audit_config: AuditConfig) -> None:

@@ -2,12 +2,6 @@
 
 ONNXRUNTIME = "onnxruntime"
 FUSED = "fused"  # fused operations planned from the static decode graph; what they leave runs in torch
-AUTO = "auto"
+AUTO = "auto"  # the engine that a deployable was verified with, where the device can run it: else `onnxruntime`
+INDUCTOR = "inductor"  # PyTorch's compiler: computes a baseline of the benchmark, and is no choice of `runtime.engine`
 ENGINES = (ONNXRUNTIME, FUSED, AUTO)  # choices of `runtime.engine`
-
-FASTEST = ONNXRUNTIME  # what `auto` stands for. Where `fused` can't run a model, `onnxruntime` takes its place
-
-
-def preferred(engine: str) -> str:
-    """Return the engine that a choice stands for, where it can run the model."""
-    return FASTEST if engine == AUTO else engine

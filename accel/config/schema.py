@@ -79,7 +79,7 @@ class RuntimeConfig:
             ones follow by themselves, up to the model's number of positions and as memory allows; caches that grow with
             every token take their place beyond that.
         engine: What computes decode steps over static caches: `onnxruntime`; `fused`, fused operations planned from the
-            static decode graph; or `auto`, the fastest that can run the model.
+            static decode graph; or `auto`, the one that the deployable was verified with, where the device can run it.
         static_session: Session entries of the static decode graph, in place of those of `session`.
         static_environment: Environment variables for that session, in place of those of `environment`.
         capture: Capture the static decode graph as a CUDA graph and replay it.

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from accel.engine.executor import Executor
 from accel.engine.kernel.launch import Kernel, unsupported
+from accel.engine.kernel.limits import check_rows, weights_dtype
 from accel.engine.kernel.placement import NotRunnableError
-from accel.engine.kernel.program import Builder
+from accel.engine.kernel.program import Builder, split
 from accel.engine.kernel.watchdog import Watchdog
 from accel.engine.nodes import read_graph, value_specs
 from accel.engine.planning.plan import DOMAIN
@@ -59,6 +60,25 @@ class PlannedStep:
         self._kernel_weights: dict[str, Tensor] = {}  # as the kernel reads them, for all sets of buffers
         self._watchdog: Watchdog | None = None  # of all sets of buffers
         self._warned = False
+        self._obstacles: dict[int, str | None] = {}  # number of rows -> why the kernel can't run them
+
+    def in_kernel(self, rows: int) -> bool:
+        """Return whether the kernel computes steps of so many rows, as far as is known before tensors are bound.
+
+        Only the kernel reads no more of a cache than is written: torch and ONNX Runtime read all of it at each step.
+        """
+        if rows not in self._obstacles:
+            self._obstacles[rows] = self._kernel_obstacle(rows)
+        return self._device.type == "cuda" and self._obstacles[rows] is None
+
+    def _kernel_obstacle(self, rows: int) -> str | None:
+        """Return the reason why the kernel can't run the plan over any tensors of so many rows; None without one."""
+        try:
+            check_rows(rows)
+            weights_dtype(self.plan, split(self.plan)[1])
+        except NotRunnableError as error:
+            return str(error)
+        return None
 
     def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None] | None:
         """Return a call that computes a step over these tensors: by the kernel on a GPU, else by torch.
@@ -79,6 +99,7 @@ class PlannedStep:
                 if not self._warned:
                     logger.warning(f"decode steps run on ONNX Runtime, slower than in the kernel: {reason}")
                 self._warned = True
+                self._obstacles[len(next(iter(inputs.values())))] = str(reason)
                 return None
         return partial(self._run, dict(inputs), dict(outputs))
 

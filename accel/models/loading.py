@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import GenerationConfig, PretrainedConfig
 
+from accel.config.engines import AUTO as VERIFIED_ENGINE
 from accel.config.engines import FUSED, ONNXRUNTIME
 from accel.config.packages import group_files
 from accel.config.presets import runtime_preset
@@ -215,7 +216,7 @@ def load(
         folder: A deployable, or an unverified bundle, for which a warning is logged; or the id of a repository on the
             Hugging Face hub that holds one.
         runtime: Preset: name of a YAML file in a config group `runtime`. `auto` is the preset that the deployable was
-            built for, if this machine can run it; otherwise `cuda` on a machine with a GPU and `cpu` elsewhere.
+            built for, if this machine can run it; otherwise `cuda-graph` on a machine with a GPU and `cpu` elsewhere.
         dtype: Variant to open where the folder holds several, such as `"float16"`; by default the widest.
         check: Compare the folder's files with its manifest first. `fast`: large files are hashed at the first load and
             after each change only. `full`: all are hashed now. False: nothing is compared.
@@ -242,6 +243,8 @@ def load(
     built = built_runtime(files)
     preset = _preset_for(built) if runtime == AUTO else runtime
     config = runtime_preset(preset, built, **options)
+    if runtime == AUTO and "engine" not in options and config.engine == FUSED and config.device != "cpu":
+        config = replace(config, engine=VERIFIED_ENGINE)  # nobody asked for it by name: fall back where it can't run
     check_provider(config.provider)
     integrity.warn_if_unverified(files)
     with remote_code.allowing(trust_remote_code):

@@ -9,11 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from accel.config.engines import AUTO, FUSED, ONNXRUNTIME, preferred
+from accel.config.engines import AUTO, FUSED, ONNXRUNTIME
 from accel.errors import AccelError, DeviceMemoryError
 from accel.runtime.device_memory import translate_out_of_memory
+from accel.runtime.engine_choice import choose_engine
 from accel.runtime.io_binding import BoundSession, FixedCall
-from accel.runtime.layout import KEPT
+from accel.runtime.layout import KEPT, DeployableFiles
 from accel.runtime.streams import on_shared_stream
 from accel.runtime.weights import SharedWeights
 
@@ -57,6 +58,13 @@ class DecodeStep(Protocol):
         """
         ...
 
+    def reads_prefix(self, batch: int) -> bool:
+        """Return whether a step of `batch` sequences reads only the cache entries that are written.
+
+        Such a step takes no longer with longer caches. Others read all entries, and mask those that aren't written.
+        """
+        ...
+
     def check(self) -> None:
         """Raise `AccelError` if an earlier call is known to have failed on the device. Doesn't synchronise."""
         ...
@@ -87,6 +95,10 @@ class SessionStep:
         if self.capturable:
             call.warm_up()
         return call
+
+    def reads_prefix(self, batch: int) -> bool:
+        """Return False: attention in ONNX Runtime reads whole caches."""
+        return False
 
     def check(self) -> None:
         """Do nothing: ONNX Runtime's calls raise their errors."""
@@ -150,6 +162,10 @@ class FusedStep:
         only_token = torch.zeros(1, dtype=torch.int64, device=self.device)
         return self._session.bind({KEPT: only_token, **inputs}, outputs)
 
+    def reads_prefix(self, batch: int) -> bool:
+        """Return whether the kernel computes such a step, not torch or a session of ONNX Runtime."""
+        return self.planned.in_kernel(batch)
+
     def check(self) -> None:
         """Raise `AccelError` if the kernel gave up: see `DecodeStep.check`."""
         self.planned.check()
@@ -162,23 +178,28 @@ class FusedStep:
 
 
 def open_decode_step(
-    graph: Path, engine: str, weights: SharedWeights, capture: bool, open_bound: Callable[[Path], BoundSession]
+    files: DeployableFiles,
+    engine: str,
+    weights: SharedWeights,
+    capture: bool,
+    open_bound: Callable[[Path], BoundSession],
 ) -> DecodeStep:
     """Open a static decode graph for an engine.
 
     Args:
-        graph: Path of the ONNX file.
-        engine: One of `accel.config.engines.ENGINES`. If `auto` stands for `fused`, and that can't run the graph, a
-            warning says why, and ONNX Runtime takes its place.
+        files: Files of the bundle or deployable, with the static decode graph.
+        engine: One of `accel.config.engines.ENGINES`; `auto` is resolved by `engine_choice.choose_engine`. If it stands
+            for `fused`, and that can't run the graph, a warning says why, and ONNX Runtime takes its place.
         weights: Its weights, shared with the sessions of the other graphs.
         capture: Steps are to be captured as CUDA graphs.
         open_bound: Opens a session of ONNX Runtime.
 
     Raises:
-        AccelError: `engine=fused` can't run the graph.
+        AccelError: `engine=fused` can't run the graph, or not on this device.
         DeviceMemoryError: The device is out of memory.
     """
-    if preferred(engine) == ONNXRUNTIME:
+    graph = files.static_decode
+    if choose_engine(engine, files, weights.device) == ONNXRUNTIME:
         return SessionStep(open_bound(graph))
     try:
         return FusedStep(graph, weights, capture, open_bound)

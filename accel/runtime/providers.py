@@ -41,8 +41,8 @@ def operator_names() -> frozenset[str]:
 
 
 def fastest() -> str:
-    """Return the preset that `runtime=auto` stands for: `cuda` if ONNX Runtime can use a GPU, else `cpu`."""
-    return "cuda" if CUDA in available_providers() and torch.cuda.is_available() else "cpu"
+    """Return the preset that `runtime=auto` stands for: `cuda-graph` if ONNX Runtime can use a GPU, else `cpu`."""
+    return "cuda-graph" if CUDA in available_providers() and torch.cuda.is_available() else "cpu"
 
 
 def check_provider(provider: str) -> None:

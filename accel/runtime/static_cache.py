@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from accel import progress
-from accel.config.engines import FUSED, ONNXRUNTIME
+from accel.config.engines import ONNXRUNTIME
 from accel.errors import AccelError, DeviceMemoryError
 from accel.runtime.buckets import Buckets
 from accel.runtime.cuda_graph import free_dropped_graphs
@@ -185,11 +185,21 @@ class StaticCacheRuntime:
         state.advance()
         return selection
 
+    def take_room(self, batch: int, tokens: int, reserved: int, constants: Mapping[str, Shape]) -> DecodeBuffers | None:
+        """Return decode buffers with the room that `room` gives; arguments are those of it and of `take_buffers`."""
+        room = self.room(batch, tokens, reserved)
+        buffers = self.take_buffers(batch, room, constants)
+        shorter = self.room(batch, tokens, reserved)
+        if buffers is None or shorter == room:
+            return buffers
+        self.release(buffers)  # binding them showed that the step reads whole caches
+        return self.take_buffers(batch, shorter, constants)
+
     def room(self, batch: int, tokens: int, reserved: int) -> int:
         """Return the number of tokens to make room for: all that are reserved, where that costs neither time nor much.
 
-        ONNX Runtime's attention reads the whole bucket at each step, the fused engine's only what is written. So that
-        one moves from bucket to bucket, which takes milliseconds, and this one doesn't.
+        For a step that reads whole caches, these move from bucket to bucket, which takes milliseconds. For one that
+        reads only what is written (`DecodeStep.reads_prefix`) a long cache costs no time.
 
         Args:
             batch: Number of sequences, beams counted.
@@ -197,7 +207,9 @@ class StaticCacheRuntime:
             reserved: Number that a generation may reach; 0 if unknown.
         """
         reserved = min(reserved, self.buckets.limit or reserved)
-        bucket = self.buckets.smallest(reserved) if self.engine == FUSED and reserved > tokens else None
+        if reserved <= tokens or not self._graphs.decode.reads_prefix(batch):
+            return tokens
+        bucket = self.buckets.smallest(reserved)
         affordable = bucket is not None and self.cache_bytes(batch, bucket) <= free_device_memory(self.device) / 2
         return reserved if affordable else tokens
 
@@ -375,6 +387,6 @@ def open_static(
         """Open a session of a static graph."""
         return BoundSession(open_graph(path, static_settings, weights.initializers(path)), torch_device)
 
-    decode = open_decode_step(files.static_decode, engine, weights, capture, open_bound)
+    decode = open_decode_step(files, engine, weights, capture, open_bound)
     cross = SessionStep(open_bound(files.cross_cache)) if files.cross_cache.is_file() else None
     return StaticCacheRuntime(dynamic, DecodeGraphs(decode, cross), buckets, capture_batch_sizes)

@@ -162,8 +162,7 @@ class StaticCacheState:
         if self.dynamic is None and length <= self._static.bucket:
             return self._static
         constants = (self.dynamic or self._view()).constants
-        room = self.runtime.room(self.batch, length, self._reserved)
-        buffers = self.runtime.take_buffers(self.batch, room, shapes(constants))
+        buffers = self.runtime.take_room(self.batch, length, self._reserved, shapes(constants))
         if buffers is None:
             self.make_dynamic()
             return None

@@ -68,7 +68,7 @@ def test_padded_batch(subject: testing.Subject) -> None:
     names = windowed(subject)
     assert len(names) == 2 * LAYERS.get(subject.eager.config.model_type, 1)
     runtime: Any = subject.model.runtime
-    used_buckets = (80,) if runtime.engine == "fused" else (48, 80)  # the fused engine reserves the largest at once
+    used_buckets = (48, 80)
     for bucket in used_buckets:
         used = buffers(subject, bucket)
         for name, cache in used.self_caches.items():

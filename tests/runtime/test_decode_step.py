@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import accel
-from accel.config import engines
 from accel.config.presets import runtime_preset
+from accel.engine.kernel import launch
 from accel.engine.planning.plan import DOMAIN
 from accel.engine.step import PlannedStep
 from accel.errors import AccelError, DeviceMemoryError
 from accel.models.loading import open_model, verification_of
-from accel.runtime import decode_step, dynamic_cache, static_cache
+from accel.runtime import decode_step, dynamic_cache, engine_choice, static_cache
 from accel.runtime.cuda_graph import CudaGraphCallable
 from accel.runtime.decode_step import FusedStep
 from accel.runtime.layout import DeployableFiles, first_variant
@@ -61,9 +61,10 @@ def copied(folder: Path, tmp_path: Path) -> DeployableFiles:
 
 
 @pytest.fixture
-def fused_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `auto` stand for `fused`."""
-    monkeypatch.setattr(engines, "FASTEST", engines.FUSED)
+def verified_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `auto` stand for `fused`, as on a GPU that can run the kernel, for a deployable verified with it."""
+    monkeypatch.setattr(engine_choice, "verified_engine", lambda files: "fused")
+    monkeypatch.setattr(launch, "unsupported", lambda device: None)
 
 
 def rename_operator(files: DeployableFiles) -> None:
@@ -155,7 +156,7 @@ def test_without_static_caches(folder: Path) -> None:
 
 
 def test_without_a_static_decode_graph(
-    copied: DeployableFiles, fused_is_fastest: None, caplog: pytest.LogCaptureFixture
+    copied: DeployableFiles, verified_fused: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     copied.static_decode.unlink()
     with pytest.raises(
@@ -170,7 +171,7 @@ def test_without_a_static_decode_graph(
 
 
 def test_a_graph_that_it_cannot_run(
-    copied: DeployableFiles, fused_is_fastest: None, caplog: pytest.LogCaptureFixture
+    copied: DeployableFiles, verified_fused: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The operator is named; `auto` warns once and takes ONNX Runtime, which runs the graph."""
     rename_operator(copied)
@@ -186,7 +187,7 @@ def test_a_graph_that_it_cannot_run(
 
 
 def test_no_memory_is_no_reason_to_fall_back(
-    folder: Path, fused_is_fastest: None, monkeypatch: pytest.MonkeyPatch
+    folder: Path, verified_fused: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second copy of the engine's memory wouldn't fit either."""
 
@@ -211,7 +212,7 @@ def test_a_kernel_that_gave_up_is_an_error(folder: Path, monkeypatch: pytest.Mon
         assert torch.equal(model.generate(IDS, max_new_tokens=4), expected)
 
 
-def test_auto(folder: Path, fused_is_fastest: None) -> None:
+def test_auto(folder: Path, verified_fused: None) -> None:
     with open_model(folder, replace(FUSED, engine="auto")) as model:
         assert model.runtime.engine == "fused"
 

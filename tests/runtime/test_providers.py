@@ -3,10 +3,13 @@
 import ctypes
 from typing import Any
 
+import hydra
 import pytest
 import torch
 from onnxruntime.capi import build_and_package_info
 
+from accel.cli.compose import resolved_overrides
+from accel.config.hydra_setup import composing
 from accel.errors import AccelError
 from accel.runtime import providers
 
@@ -49,3 +52,23 @@ def test_a_provider_that_does_not_load_is_reported_before_any_stage(monkeypatch:
         providers.check_provider(providers.CUDA)
     providers._loads.cache_clear()
     assert providers._loads(providers.CPU)
+
+
+@pytest.mark.parametrize(
+    ("listed", "found", "preset"), [(True, True, "cuda-graph"), (True, False, "cpu"), (False, True, "cpu")]
+)
+def test_the_preset_that_auto_stands_for(
+    listed: bool, found: bool, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU static graphs are built, and steps captured; in FP16."""
+    names = [providers.CUDA, providers.CPU] if listed else [providers.CPU]
+    monkeypatch.setattr(providers, "available_providers", lambda: names)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+    assert providers.fastest() == preset
+    assert resolved_overrides(["model=t5-g2p"])[1:3] == [
+        f"runtime={preset}",
+        f"precision={'fp32' if preset == 'cpu' else 'fp16'}",
+    ]
+    with composing():
+        composed = hydra.compose("config", resolved_overrides(["model=t5-g2p"]))
+    assert composed.convert.static_decode is (preset != "cpu")

@@ -380,20 +380,52 @@ def test_a_generation_makes_each_cache_a_tensor_a_few_times(
     assert max(made.values()) <= 4, "else every layer makes the tensors of all layers"
 
 
-def test_the_fused_engine_makes_room_for_a_generation_at_once(
-    model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: list[int] = []
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Buckets of the decode buffers that are taken."""
+    buckets: list[int] = []
     original = StaticCacheRuntime.take_buffers
 
     def noted(runtime: StaticCacheRuntime, batch: int, capacity: int, constants: Any) -> Any:
         buffers = original(runtime, batch, capacity, constants)
-        taken.append(buffers.bucket if buffers else 0)
+        buckets.append(buffers.bucket if buffers else 0)
         return buffers
 
     monkeypatch.setattr(StaticCacheRuntime, "take_buffers", noted)
-    ids = model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=24, min_new_tokens=24)
-    assert taken == ([8, 32] if model.runtime.engine == "fused" else [8, 12, 32])
-    monkeypatch.setattr(model.runtime, "room", lambda batch, tokens, reserved: tokens)
-    assert torch.equal(ids, model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=24, min_new_tokens=24))
-    assert taken[-3:] == [8, 12, 32]
+    return buckets
+
+
+TWENTY_FOUR = {"max_new_tokens": 24, "min_new_tokens": 24}
+
+
+def test_steps_that_read_whole_caches_move_from_bucket_to_bucket(model: AcceleratedModel, taken: list[int]) -> None:
+    """Those of both engines do on the CPU: only the fused engine's kernel reads no more than is written."""
+    model.generate(torch.tensor([[5, 6, 7, 8]]), **TWENTY_FOUR)
+    assert taken == [8, 12, 32]
+
+
+def test_steps_that_read_what_is_written_get_room_at_once(
+    model: AcceleratedModel, taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is asked for each number of sequences: here those of two are handed over to ONNX Runtime."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = model.generate(ids, **TWENTY_FOUR)
+    monkeypatch.setattr(model.runtime._graphs.decode, "reads_prefix", lambda batch: batch == 1)
+    taken.clear()
+    assert torch.equal(model.generate(ids, **TWENTY_FOUR), expected)
+    assert taken == [8, 32]  # the first token's, before it is known how many follow
+    taken.clear()
+    model.generate(ids.repeat(2, 1), **TWENTY_FOUR)
+    assert taken == [8, 12, 32]
+
+
+def test_room_is_given_back_where_binding_shows_that_whole_caches_are_read(
+    model: AcceleratedModel, taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel can't run may show only when tensors are bound."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = model.generate(ids, **TWENTY_FOUR)
+    monkeypatch.setattr(model.runtime._graphs.decode, "reads_prefix", lambda batch: 32 not in taken)
+    taken.clear()
+    assert torch.equal(model.generate(ids, **TWENTY_FOUR), expected)
+    assert taken == [8, 32, 12, 32]

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from accel.engine.executor import Executor
 from accel.engine.kernel import records
+from accel.engine.kernel.limits import check_rows, weights_dtype
 from accel.engine.kernel.placement import NotRunnableError, Placement
 from accel.engine.nodes import Graph, Node, classify
 from accel.engine.operations import attention, normalize, product
 from accel.engine.planning.plan import DOMAIN, Plan
 
 UNITS, GATED_UNITS = 8, 4  # rows of weights, and of each of two weights, in a group
-MAX_ROWS = 8  # rows of the batch that the kernel was run with; its products hold no more than 16
 
 
 @dataclass
@@ -102,11 +102,10 @@ class Builder:
         weights: dict[str, Tensor],
         blocks: int,
     ) -> None:
-        if rows > MAX_ROWS:
-            raise NotRunnableError(f"{rows} sequences at once, beams counted: the kernel decodes up to {MAX_ROWS}")
+        check_rows(rows)
         before, self._fused = split(plan)
         self._plan, self._device = plan, device
-        dtype = self._dtype()
+        dtype = weights_dtype(plan, self._fused)
         self.program = Program(rows, dtype, blocks)
         self.run_before: Callable[[], object]
         known = {**tensors, **self._compute_before(before, tensors)}
@@ -117,19 +116,6 @@ class Builder:
         for node in self._fused:
             self._add(node)
         self.program.keep = self._place.keep
-
-    def _dtype(self) -> torch.dtype:
-        """Return the dtype of the weights."""
-        constants = self._plan.graph.constants
-        products = [node for node in self._fused if isinstance(node.attributes["spec"], product.Product)]
-        read = {name for node in products for name in node.inputs if name in constants}
-        dtypes = {
-            constants[name].dtype for name in read if constants[name].ndim == 2 and min(constants[name].shape) > 1
-        }
-        if len(dtypes) != 1 or not dtypes <= {torch.float16, torch.bfloat16}:
-            found = ", ".join(sorted(map(str, dtypes))) or "no dtype"
-            raise NotRunnableError(f"weights are of {found}, and the kernel needs one of 16 bits")
-        return dtypes.pop()
 
     def _compute_before(self, before: Graph, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the nodes before the kernel once, and return what operations read of it, at constant addresses."""

@@ -1,0 +1,52 @@
+"""The engine that `runtime.engine=auto` stands for: what ships is what is verified."""
+
+import json
+import logging
+
+import torch
+
+from accel.config.engines import AUTO, FUSED, ONNXRUNTIME
+from accel.runtime.layout import DeployableFiles
+
+logger = logging.getLogger(__name__)
+
+
+def choose_engine(requested: str, files: DeployableFiles, device: torch.device) -> str:
+    """Return the engine that is to compute decode steps over static caches.
+
+    `auto` is the fused engine where the deployable's verification result names it and the device can run its kernel
+    (compute capability 8.0, CuPy, NVRTC of CUDA 12). If only the latter is missing, a warning says why. In all other
+    cases it is ONNX Runtime, also in a bundle that nobody verified: to be verified with the fused engine, and so to
+    become `auto`'s choice, a deployable must be built with `runtime.engine=fused`.
+
+    Args:
+        requested: One of `accel.config.engines.ENGINES`.
+        files: Files of the bundle or deployable.
+        device: Device of the decode step.
+
+    Returns:
+        `onnxruntime` or `fused`.
+    """
+    if requested != AUTO:
+        return requested
+    if verified_engine(files) != FUSED:
+        return ONNXRUNTIME
+    from accel.engine.kernel.launch import unsupported  # here, as it brings the planner along
+
+    reason = unsupported(device)
+    if reason is None:
+        return FUSED
+    logger.warning(
+        f"{files.folder} was verified with the engine {FUSED}, which can't run here: {reason}. "
+        f"{ONNXRUNTIME} takes its place, slower"
+    )
+    return ONNXRUNTIME
+
+
+def verified_engine(files: DeployableFiles) -> str | None:
+    """Return the engine that a variant passed its verification with; None if it has no such result."""
+    try:
+        result = json.loads(files.verification.read_text(encoding="utf-8"))
+        return str(result["engine"]) if result["passed"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
