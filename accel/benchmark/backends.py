@@ -25,8 +25,11 @@ from accel.runtime.io_binding import BoundSession
 from accel.runtime.session import SessionSettings, open_session
 from accel.system import host_memory
 
-# Models that a benchmark loads. Several backends may share one.
+# Models that a benchmark loads, each in a process of its own. Several backends may share one, but none that compiles:
+# the compiler's threads, memory and streams must not change the figures of others.
 TORCH = "torch"  # PyTorch in the benchmark's precision
+TORCH_STATIC = "torch compiled by transformers"
+TORCH_MAX = "torch compiled with max-autotune"  # under accel's decoding loops: see `compiled_model`
 TORCH_FP32 = "torch in FP32"
 MERGED = "merged"  # the deployable with a dynamic cache
 TWO_FILES = "two files"  # prefill and decode graph in separate ONNX files
@@ -38,12 +41,14 @@ class Backend:
     """One row of the benchmark's table: a loaded model and a way to call its `generate`.
 
     Attributes:
-        model: The loaded model that `generate` is called on: `TORCH`, `TORCH_FP32`, `MERGED`, `TWO_FILES` or `STATIC`.
+        model: The loaded model that `generate` is called on, one of the names above.
         use_cache: Whether `generate` uses a KV cache.
         generate_options: Further options of `generate`, in which this backend differs from others of the same model.
         autocast: Run FP32 weights under `torch.autocast`, which picks the operators that compute in FP16.
-        compiled: Let transformers compile the decoder where it supports that.
+        compiled: Its decoder is compiled: by transformers where it supports that, or always with `TORCH_MAX`.
         needs_cuda: Include this backend on CUDA devices only.
+        named_on_cpu: On the CPU, include this backend only where `benchmark.backends` names it: compiling needs a C++
+            compiler, and takes minutes.
         needs_capture: Include this backend only where the runtime captures CUDA graphs.
     """
 
@@ -53,6 +58,7 @@ class Backend:
     autocast: bool = False
     compiled: bool = False
     needs_cuda: bool = False
+    named_on_cpu: bool = False
     needs_capture: bool = False
 
     def fits(self, runtime: RuntimeConfig) -> bool:
@@ -68,7 +74,8 @@ class Backend:
         Transformers (5.17 to 5.23) compiles the decoder in greedy search, never in beam search. The static cache's
         decode step is captured once per bucket, and with the selection of tokens in the second generation.
         """
-        return self.needs_capture or (self.compiled and num_beams == 1)
+        compiles = self.model == TORCH_MAX or (self.compiled and num_beams == 1)
+        return self.needs_capture or compiles
 
     def options(self, new_tokens: int, num_beams: int) -> dict[str, Any]:
         """Return the options of `generate` for exactly `new_tokens` tokens."""
@@ -99,12 +106,13 @@ BACKENDS: dict[str, Backend] = {
     BASELINE: Backend(TORCH, use_cache=True),
     "torch_autocast": Backend(TORCH_FP32, use_cache=True, autocast=True, needs_cuda=True),
     "torch_static_compiled": Backend(
-        TORCH,
+        TORCH_STATIC,
         use_cache=True,
         generate_options={"cache_implementation": "static"},
         compiled=True,
         needs_cuda=True,
     ),
+    "torch_compiled_max": Backend(TORCH_MAX, use_cache=True, compiled=True, named_on_cpu=True),
     "onnx_no_cache": Backend(MERGED, use_cache=False),
     OURS: Backend(MERGED, use_cache=True),
     SEPARATE: Backend(TWO_FILES, use_cache=True),
@@ -118,7 +126,7 @@ def deployable_backend(runtime: RuntimeConfig) -> str:
 
 
 def select_backends(names: Sequence[str], runtime: RuntimeConfig) -> list[str]:
-    """Return the backends to compare: `names`, or all that fit `runtime` if `names` is empty.
+    """Return the backends to compare: `names`, or if it is empty all that fit `runtime` and needn't be named there.
 
     Args:
         names: The value of `benchmark.backends`.
@@ -136,7 +144,8 @@ def select_backends(names: Sequence[str], runtime: RuntimeConfig) -> list[str]:
             raise AccelError(f"benchmark.backends: {name!r} needs {needed}. Choices here: {', '.join(fitting)}")
     if len(set(names)) < len(names):
         raise AccelError(f"benchmark.backends={list(names)} lists a backend twice: list each once")
-    return list(names) or fitting
+    on_cpu = not runtime.device.startswith("cuda")
+    return list(names) or [name for name in fitting if not (on_cpu and BACKENDS[name].named_on_cpu)]
 
 
 @dataclass(frozen=True)
@@ -174,16 +183,20 @@ def loaded_model(name: str, sources: Sources) -> Iterator[Generates]:
     """Load a model, and free it at the end. All ONNX models open their sessions with the same settings.
 
     Args:
-        name: `TORCH`, `TORCH_FP32`, `MERGED`, `TWO_FILES` or `STATIC`.
+        name: `Backend.model`.
         sources: Files and settings of the benchmark.
 
     Yields:
         A model with transformers' `generate`.
     """
-    if name in (TORCH, TORCH_FP32):
+    if name in (TORCH, TORCH_STATIC, TORCH_FP32):
         yield torch_model(sources, torch.float32 if name == TORCH_FP32 else None)
         return
-    if name == TWO_FILES:
+    if name == TORCH_MAX:
+        from accel.benchmark.compiled_model import compiled_model  # here, as torch's compiler takes long to import
+
+        opened = compiled_model(torch_model(sources))
+    elif name == TWO_FILES:
         opened = open_two_files(sources)
     else:
         runtime = sources.runtime

@@ -13,6 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from accel.config.engines import INDUCTOR
 from accel.models.generation import AcceleratedModel, Generates
 
 Method: TypeAlias = Callable[..., Any]
@@ -39,8 +40,9 @@ class Timing:
         latencies: One entry per generated token: the time from the end of the previous decoder call (for the first
             token from the start of the generation, encoder included) to the end of its own.
         tokens: Generated ids, per sequence.
-        compiled: Whether transformers compiled the decoder.
-        engine: What computed decode steps of one token: see `accel.runtime.protocol.Runtime`. None for PyTorch.
+        compiled: Whether PyTorch's compiler compiled the decoder.
+        engine: What computed decode steps of one token: see `accel.runtime.protocol.Runtime`. None for PyTorch, unless
+            it runs under accel's decoding loops.
     """
 
     total: float = 0.0
@@ -73,6 +75,7 @@ class GenerationTimer:
         if isinstance(model, AcceleratedModel):
             self._patches = self._runtime_patches(model)
             self.timing.engine = model.runtime.engine
+            self.timing.compiled = model.runtime.engine == INDUCTOR
         else:
             self._patches = self._torch_patches(model)
 

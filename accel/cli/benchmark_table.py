@@ -9,6 +9,7 @@ from accel.benchmark.backends import BACKENDS
 from accel.cli import console
 from accel.config.engines import FUSED
 from accel.stages.benchmark import describe
+from accel.system.memory_bandwidth import COPY
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ COLUMNS = (
     "x\ntorch_cache",
     "x\ntwo_files",
     "x\nroofline",
+    "MBU",
 )  # at most 120 characters wide with the longest name of a backend
 TOKEN_TIMES = ("time_to_first_token_ms", "time_per_output_token_ms")  # missing from results of old versions
 RATIOS = ("vs_torch_cache", "vs_two_files", "over_roofline")
@@ -44,6 +46,7 @@ def rows(summary: Mapping[str, Any]) -> list[list[str]]:
         row = [_label(name, values), str(values["repeats"]), _seconds(values["total"]["median"])]
         row += [_spread(values.get(key)) for key in TOKEN_TIMES]
         row += [_ratio(values.get(key)) for key in RATIOS]
+        row.append(_percentage(values.get("bandwidth_utilization")))
         table_rows.append(row)
     return table_rows
 
@@ -100,9 +103,27 @@ def _ratio(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.2f}x"
 
 
+def _percentage(value: float | None) -> str:
+    """Format a share as a percentage; `ABSENT` if it was not measured."""
+    return ABSENT if value is None else f"{value:.0%}"
+
+
 def _megabytes(value: int | None) -> str:
     """Format bytes as megabytes; `ABSENT` if they were not measured."""
     return ABSENT if value is None else f"{value / 1e6:.0f}"
+
+
+def _about_roofline(roofline: Mapping[str, Any]) -> str:
+    """Return what the columns about memory bandwidth mean."""
+    copied = roofline.get("measured", COPY) == COPY  # results of old versions don't say so: they are of GPUs
+    bandwidth = f"{roofline['bandwidth'] / 1e12:.2f} TB/s" if copied else f"{roofline['bandwidth'] / 1e9:.1f} GB/s"
+    of = "the bandwidth of a copy on the device" if copied else "the bandwidth at which the processor reads memory"
+    return (
+        f"x roofline: total time per token relative to {roofline['seconds'] * 1000:.3f} ms, the time it takes to read "
+        f"{roofline['bytes'] / 1e6:.0f} MB of weights and caches once at {bandwidth}, {of} measured in this run. "
+        "MBU (memory bandwidth utilization): the share of it that these bytes are read at in a time of TPOT"
+        f"{'' if copied else '; weights that fit into caches of the processor can exceed 100%'}"
+    )
 
 
 def show(summary: Mapping[str, Any]) -> None:
@@ -123,11 +144,7 @@ def show(summary: Mapping[str, Any]) -> None:
         )
     roofline = summary["roofline"]
     if roofline is not None:
-        console.out.print(
-            f"x roofline: total time per token relative to {roofline['seconds'] * 1000:.3f} ms, the time it takes to "
-            f"read {roofline['bytes'] / 1e6:.0f} MB of weights and caches at {roofline['bandwidth'] / 1e12:.2f} TB/s, "
-            "the bandwidth of a copy on the device measured in this run"
-        )
+        console.out.print(_about_roofline(roofline), markup=False)
     if summary["torch_fp32"]:
         modules = ", ".join(f"{count} x {name}" for name, count in summary["torch_fp32"].items())
         console.out.print(f"modules that PyTorch's FP16 model keeps in FP32: {modules}")

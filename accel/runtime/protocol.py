@@ -98,7 +98,7 @@ class Runtime(Protocol[S]):
     Attributes:
         device: Device of logits and caches.
         dtype: Dtype of the logits.
-        engine: What computes decode steps of one token: `onnxruntime` or `fused`.
+        engine: What computes decode steps of one token: one of `accel.config.engines`, such as `onnxruntime`.
         exclusive: True if calls of several threads must take turns.
         positions_from_mask: True if the model, called without positions, counts only the tokens that the mask shows.
     """

@@ -38,8 +38,9 @@ from accel.graph import files
 from accel.graph.bandwidth import bytes_read
 from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact
-from accel.system.environment import command, copy_bandwidth, machine
+from accel.system.environment import command, machine
 from accel.system.hashing import DISTRIBUTION, versions
+from accel.system.memory_bandwidth import measure_bandwidth
 
 MEASUREMENT = "measurement.json"
 PLOTS = ("latency.png", "accumulated.png")
@@ -171,15 +172,16 @@ def last_over_first(positions: Sequence[float]) -> float | None:
     return statistics.median(rest[-tenth:]) / statistics.median(rest[:tenth])
 
 
-def measure_roofline(sources: Sources, benchmark: BenchmarkConfig) -> dict[str, float] | None:
+def measure_roofline(sources: Sources, benchmark: BenchmarkConfig) -> dict[str, Any] | None:
     """Compute the least time of a decode step, as its memory traffic over the measured bandwidth.
 
     Returns:
-        `bytes` that a decode step reads with half of the new tokens in the cache, `bandwidth` in bytes per second that
-        a copy on the device reads and writes, and `seconds`, their ratio. None on the CPU.
+        `bytes` that a decode step reads with half of the new tokens in the cache; `bandwidth` in bytes per second, and
+        what it is that of, `measured`: a `copy` on a GPU, which reads and writes, or `read` by the processor; and
+        `seconds`, the ratio of bytes and bandwidth. None where the device computes in another dtype than the graph's.
     """
-    device = torch.device(sources.runtime.device)
-    if device.type != "cuda":
+    runtime = sources.runtime
+    if runtime.compute_dtype.get(sources.dtype) != sources.dtype:
         return None
     lengths = {
         "batch_size": benchmark.batch_size * benchmark.num_beams,
@@ -187,8 +189,31 @@ def measure_roofline(sources: Sources, benchmark: BenchmarkConfig) -> dict[str, 
         "past": benchmark.new_tokens // 2,
     }
     decode = files.load(Path(sources.graphs) / f"{Component.DECODE}.onnx")
-    size, bandwidth = bytes_read(decode, sources.cache, lengths), copy_bandwidth(device)
-    return {"bytes": size, "bandwidth": bandwidth, "seconds": size / bandwidth}
+    size = bytes_read(decode, sources.cache, lengths)
+    measured, bandwidth = measure_bandwidth(torch.device(runtime.device), runtime.threads)
+    return {"bytes": size, "measured": measured, "bandwidth": bandwidth, "seconds": size / bandwidth}
+
+
+def add_bandwidth(backends: Mapping[str, dict[str, Any]], roofline: Mapping[str, Any] | None, new_tokens: int) -> None:
+    """Add to each backend's figures how far it is from the roofline; None where there is none.
+
+    The bytes are the same for all: weights and caches, once a token. A backend that reads more, such as one without a
+    cache or with weights in FP32, is that much further away.
+
+    Args:
+        backends: Backend -> figures of `summarize`. Gets `over_roofline`, total time per token over the roofline's; and
+            `bandwidth_utilization` (MBU): the bytes over the median time per output token, as a share of the bandwidth;
+            see https://www.databricks.com/blog/llm-inference-performance-engineering-best-practices. That one is None
+            as well if there is only one token.
+        roofline: What `measure_roofline` returned.
+        new_tokens: Tokens generated in each repeat.
+    """
+    for values in backends.values():
+        each = values["time_per_output_token_ms"]
+        limit = None if roofline is None else roofline["seconds"]
+        total = values["total"]["median"] / new_tokens
+        values["over_roofline"] = None if limit is None else total / limit
+        values["bandwidth_utilization"] = None if limit is None or each is None else 1000 * limit / each["median"]
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
@@ -212,10 +237,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     memory = measure_memory(names, sources, model_inputs, benchmark) if benchmark.memory else {}
     backends = summarize(measured, benchmark.new_tokens)
     roofline = measure_roofline(sources, benchmark)
-    if roofline is not None:
-        for name, values in backends.items():
-            ratio = values["total"]["median"] / benchmark.new_tokens / roofline["seconds"]
-            values["over_roofline"] = ratio if BACKENDS[name].use_cache else None  # without a cache, more is read
+    add_bandwidth(backends, roofline, benchmark.new_tokens)
     summary = {
         "roofline": roofline,
         "point": {key: value for key, value in asdict(benchmark).items() if key not in ("backends", "memory")},

@@ -5,7 +5,6 @@ import json
 import platform
 import shlex
 import shutil
-import statistics
 import subprocess
 from collections.abc import Sequence
 from functools import cache
@@ -35,31 +34,6 @@ def machine(device: str, threads: int) -> dict[str, Any]:
         facts["cuda"] = torch.version.cuda
         facts["driver"] = _driver()
     return facts
-
-
-def copy_bandwidth(device: torch.device, size: int = 1 << 30, repeats: int = 20) -> float:
-    """Measure the memory bandwidth of a GPU by copies within its memory.
-
-    Args:
-        device: The GPU.
-        size: Bytes per copy.
-        repeats: Number of copies, of whose durations the median counts.
-
-    Returns:
-        Bytes per second, those read and those written added up.
-    """
-    source = torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(repeats):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1000)
-    return 2 * size / float(statistics.median(seconds))
 
 
 @cache

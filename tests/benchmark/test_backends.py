@@ -25,7 +25,7 @@ from accel.config.schema import BenchmarkConfig, RuntimeConfig
 from accel.errors import AccelError
 from accel.models.checkpoints import load_model
 
-COMPILED, AUTOCAST = "torch_static_compiled", "torch_autocast"
+COMPILED, MAX, AUTOCAST = "torch_static_compiled", "torch_compiled_max", "torch_autocast"
 
 
 def test_backends_fit_the_device() -> None:
@@ -33,10 +33,20 @@ def test_backends_fit_the_device() -> None:
     cpu, cuda = RuntimeConfig(name="cpu"), RuntimeConfig(name="cuda", device="cuda:0")
     assert select_backends([], replace(cuda, capture=True)) == list(BACKENDS)
     assert set(BACKENDS) - set(select_backends([], cuda)) == {CAPTURED}
-    assert set(BACKENDS) - set(select_backends([], cpu)) == {COMPILED, AUTOCAST, CAPTURED}
+    assert set(BACKENDS) - set(select_backends([], cpu)) == {COMPILED, MAX, AUTOCAST, CAPTURED}
     assert select_backends([COMPILED], cuda) == [COMPILED]
+    assert select_backends([MAX], cpu) == [MAX], "minutes, for who asks for it"
     with pytest.raises(AccelError, match="'onnx_captured' needs runtime=cuda-graph"):
         select_backends([CAPTURED], cuda)
+
+
+def test_what_compiles_shares_no_process() -> None:
+    """A process holds one model: the compiler's threads and streams can't touch another backend's figures."""
+    compiled = [name for name, backend in BACKENDS.items() if backend.compiled]
+    assert sorted(compiled) == [MAX, COMPILED]
+    for name in compiled:
+        sharing = [other for other, backend in BACKENDS.items() if backend.model == BACKENDS[name].model]
+        assert sharing == [name]
 
 
 def test_captured_is_compared_with_a_dynamic_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +112,10 @@ def test_one_new_token_is_measured_once() -> None:
 
 def test_warm_up_of_compiled_backends_has_full_length() -> None:
     point = BenchmarkConfig(new_tokens=100, warmup_tokens=16)
-    assert [warmup_tokens(name, point) for name in ("torch_cache", COMPILED, CAPTURED)] == [16, 100, 100]
+    names = ("torch_cache", COMPILED, MAX, CAPTURED)
+    assert [warmup_tokens(name, point) for name in names] == [16, 100, 100, 100]
     point.num_beams = 4  # transformers' beam search doesn't compile
-    assert warmup_tokens(COMPILED, point) == 16
+    assert [warmup_tokens(name, point) for name in (COMPILED, MAX)] == [16, 100]
     assert warmup_tokens("torch_no_cache", BenchmarkConfig(new_tokens=100, warmup_tokens=None)) == 100
     assert warmup_tokens("torch_no_cache", BenchmarkConfig(new_tokens=4, warmup_tokens=16)) == 4
 

@@ -41,6 +41,11 @@ def test_figures(build: Build, tiny: Path) -> None:
     assert summary["packages"]["torch"] == torch.__version__
     assert summary["torch_fp32"] == {}
     assert "command" in summary
+    roofline = summary["roofline"]
+    assert roofline["measured"] == "read"
+    assert roofline["seconds"] == pytest.approx(roofline["bytes"] / roofline["bandwidth"])
+    decode = (artifacts["convert"].folder / "decode.onnx").stat().st_size
+    assert 0.5 * decode < roofline["bytes"] < 2 * decode  # a tiny model: little but weights
     totals = {name: values["total"]["median"] for name, values in summary["backends"].items()}
     for name, values in summary["backends"].items():
         assert values["same_tokens"]
@@ -57,6 +62,9 @@ def test_figures(build: Build, tiny: Path) -> None:
         assert statistics.median(1000 * single["total"] for single in singles) == pytest.approx(first["median"])
         assert [(len(single["latencies"]), len(single["tokens"][0])) for single in singles] == [(1, 2)] * 3
         assert values["vs_torch_cache"] == pytest.approx(totals["torch_cache"] / totals[name])
+        limit = summary["roofline"]["seconds"]
+        assert values["over_roofline"] == pytest.approx(totals[name] / 6 / limit)
+        assert values["bandwidth_utilization"] == pytest.approx(1000 * limit / later["median"])
         assert values["vs_two_files"] == pytest.approx(totals["onnx_two_files"] / totals[name])
         repeats = measured["repeats"][name]
         assert len(repeats) == 3
@@ -167,12 +175,12 @@ def test_rows() -> None:
     figures = benchmark.summarize(measured, 4)
     drawn = benchmark_table.rows({"point": point, "backends": figures, "memory": {}})
     assert drawn == [
-        ["torch_cache", "1", "2.00", "500 [200-1250]", "500 [500-500]", "1.00x", "-", "-"],
+        ["torch_cache", "1", "2.00", "500 [200-1250]", "500 [500-500]", "1.00x", "-", "-", "-"],
         [
             *(f"{COMPILED} (other tokens, not compiled)", "1", "1.00"),
-            *("40.0 [40.0-40.0]", "320 [320-320]", "2.00x", "-", "-"),
+            *("40.0 [40.0-40.0]", "320 [320-320]", "2.00x", "-", "-", "-"),
         ],
-        ["onnx_merged", "2", "0.500", "12.5 [12.5-12.5]", "162 [162-162]", "4.00x", "-", "-"],
+        ["onnx_merged", "2", "0.500", "12.5 [12.5-12.5]", "162 [162-162]", "4.00x", "-", "-", "-"],
     ]
     assert [values["engine"] for values in figures.values()] == [None, None, None]
     timings["onnx_merged"] = [Timing(0.5, 0.4, [0.1] * 4, [[1, 2]], engine="fused")]
@@ -189,7 +197,7 @@ def test_rows() -> None:
     old = {"backends": {"torch_cache": dict(figures["torch_cache"])}, "memory": {}}
     for key in benchmark_table.TOKEN_TIMES:
         del old["backends"]["torch_cache"][key]
-    assert benchmark_table.rows(old) == [["torch_cache", "1", "2.00", "-", "-", "1.00x", "-", "-"]]
+    assert benchmark_table.rows(old) == [["torch_cache", "1", "2.00", "-", "-", "1.00x", "-", "-", "-"]]
     timings[COMPILED][0].compiled = True
     assert benchmark.summarize(measured, 4)[COMPILED]["compiled"]
 
@@ -200,12 +208,43 @@ def test_width(capsys: pytest.CaptureFixture[str]) -> None:
     figures = {name: {"repeats": 5, "total": figure, "same_tokens": True, "compiled": True} for name in BACKENDS}
     for values in figures.values():
         values |= dict.fromkeys(benchmark_table.TOKEN_TIMES, figure) | dict.fromkeys(benchmark_table.RATIOS, 123.45)
+        values["bandwidth_utilization"] = 1.234
     console.table("", benchmark_table.COLUMNS, benchmark_table.rows({"backends": figures}))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= console.FILE_WIDTH
     for name in BACKENDS:
         line = next(line for line in lines if f"│ {name} " in line)
         assert line.count("1234 [1111-2345]") == 2
+        assert line.endswith(" 123.45x │ 123% │")
+
+
+def test_every_backend_gets_its_share_of_the_bandwidth() -> None:
+    """From the time of the total, and from the time per output token; None where there is no roofline, or no token."""
+
+    def figures(each: float | None) -> dict[str, Any]:
+        times = None if each is None else {"median": each, "min": each, "max": each}
+        return {"total": {"median": 0.4}, "time_per_output_token_ms": times}
+
+    backends = {"torch_no_cache": figures(80.0), "torch_cache": figures(20.0), "onnx_merged": figures(None)}
+    benchmark.add_bandwidth(backends, {"seconds": 0.01}, 4)
+    found = [[values["over_roofline"], values["bandwidth_utilization"]] for values in backends.values()]
+    assert found == [[10.0, 0.125], [10.0, 0.5], [10.0, None]]
+    benchmark.add_bandwidth(backends, None, 4)
+    assert {values[key] for values in backends.values() for key in ("over_roofline", "bandwidth_utilization")} == {None}
+
+
+def test_no_roofline_where_the_graph_is_computed_in_another_dtype() -> None:
+    sources = Sources("", "", "nowhere", {}, RuntimeConfig(name="cpu"), dtype="float16")
+    assert benchmark.measure_roofline(sources, BenchmarkConfig()) is None
+
+
+def test_the_processors_bandwidth_is_explained() -> None:
+    roofline = {"seconds": 1e-2, "bytes": 1e8, "bandwidth": 1e10, "measured": "read"}
+    text = benchmark_table._about_roofline(roofline)
+    assert (
+        "10.000 ms, the time it takes to read 100 MB of weights and caches once at 10.0 GB/s, the bandwidth at" in text
+    )
+    assert "TB/s, the bandwidth of a copy" in benchmark_table._about_roofline(roofline | {"measured": "copy"})
 
 
 def test_command() -> None:
