@@ -17,6 +17,9 @@ Interfaces of transformers that `accel.models` relies on beyond its documented o
   `is_remote_code`, `get_encoder`, `get_experts_implementation`, and the parameters' names of `forward` and of
   `prepare_inputs_for_generation`, which it reads with `inspect.signature`.
 - Methods that it calls on a cache, and that a cache calls on its layers: all those that `cache.StateLayer` overrides.
+- What `generate` prepares a generation with, which decoding/sequence.py does for a row of a running batch:
+  `_prepare_generation_config`, `_prepare_special_tokens`, `_prepare_decoder_input_ids_for_generation`,
+  `_prepare_generated_length`, `_get_logits_processor`.
 - `GenerationMixin._get_logits_processor`, called on an object that has a config only, with
   `GenerationConfig._eos_token_tensor` set: option_check.py tries options on it before anything is exported.
 - Attributes that accel reads: `GenerationConfig._pad_token_tensor` (decoding/token_selector.py); the parameters of

@@ -10,7 +10,7 @@ from accel.errors import AccelError
 from accel.models import arguments
 from accel.models.prompt_cache import PromptCache
 from accel.models.rope import angles_depend_on_length
-from accel.runtime.decoder_inputs import decoder_inputs
+from accel.models.row_prefill import RowPrefill
 from accel.runtime.dynamic_cache import DynamicCacheState
 from accel.runtime.rows import CacheRows
 from accel.runtime.static_cache import StaticCacheRuntime
@@ -30,22 +30,39 @@ class Rows:
         runtime: Its runtime.
         cache: The rows' caches.
         capacity: Number of rows.
+        source_length: Beside an encoder, the longest input of a row, in tokens.
 
     Attributes:
+        model: The model.
+        runtime: Its runtime.
+        cache: The rows' caches.
         capacity: Number of rows.
         max_length: Largest number of tokens in a row, its prompt counted: at least what was asked for.
+        source_length: Beside an encoder, the longest input of a row, in tokens.
     """
 
-    def __init__(self, model: "AcceleratedModel", runtime: StaticCacheRuntime, cache: CacheRows, capacity: int) -> None:
-        self._model, self._runtime, self._cache = model, runtime, cache
-        self.capacity, self.max_length = capacity, cache.bucket
-        self._free = list(reversed(range(capacity)))  # the next one is at the end
+    def __init__(
+        self,
+        model: "AcceleratedModel",
+        runtime: StaticCacheRuntime,
+        cache: CacheRows,
+        capacity: int,
+        source_length: int,
+    ) -> None:
+        self.model, self.runtime = model, runtime
+        self._claimed: set[int] = set()
+        self._prefills: dict[int, RowPrefill] = {}
         self._closed = False
+        self._use(cache, capacity, source_length)
+
+    def _use(self, cache: CacheRows, capacity: int, source_length: int) -> None:
+        """Go on over these caches."""
+        self.cache, self.capacity, self.max_length, self.source_length = cache, capacity, cache.bucket, source_length
 
     @property
     def free(self) -> int:
         """Number of rows that can be claimed."""
-        return len(self._free)
+        return self.capacity - len(self._claimed)
 
     def length(self, row: int) -> int:
         """Return the number of tokens in a row, 0 before its prefill.
@@ -53,8 +70,8 @@ class Rows:
         Raises:
             ValueError: The row isn't claimed.
         """
-        self._check(row)
-        return self._cache.lengths.get(row, 0)
+        self.check_claimed(row)
+        return self.cache.lengths.get(row, 0)
 
     def claim(self) -> int:
         """Reserve a row and return its number.
@@ -64,9 +81,11 @@ class Rows:
             RuntimeError: The rows are closed.
         """
         self._check_open()
-        if not self._free:
+        if not self.free:
             raise AccelError(f"no row is free: all {self.capacity} are claimed. Release one, or open more")
-        return self._free.pop()
+        row = next(row for row in range(self.capacity) if row not in self._claimed)
+        self._claimed.add(row)
+        return row
 
     def prefill(self, row: int, **inputs: Any) -> Tensor:
         """Begin a sequence in a row; what the row held is lost. The other rows stay as they are.
@@ -87,34 +106,116 @@ class Rows:
             DeviceMemoryError: The device is out of memory. The row is as before.
             RuntimeError: The rows or the model are closed.
         """
-        self._check(row)
-        prompt_cache = inputs.pop("past_key_values", None)
-        with self._model.call():
-            first_inputs = self._model.prefill_inputs(**inputs)
-            batch, length = first_inputs["input_ids"].shape
-            if batch != 1:
-                raise ValueError(f"{batch} sequences were given: a row takes one")
-            if not 0 < length <= self.max_length:
-                raise ValueError(f"the prompt has {length} tokens, a row holds 1 to {self.max_length}: max_length")
-            if prompt_cache is None:
-                logits, state = self._runtime.dynamic.prefill(first_inputs)
-            else:
-                logits, state = self._continue(prompt_cache, first_inputs)
-            self._cache.fill(row, state, first_inputs.get("attention_mask"))
-        return logits[0, -1]
+        logits = self.begin(row, **inputs).advance()
+        assert logits is not None  # noqa: S101  # all tokens are computed
+        return logits
 
-    def _continue(self, cache: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, DynamicCacheState]:
-        """Run a prompt behind the tokens that it shares with a prompt cache."""
-        if not isinstance(cache, PromptCache) or self._model.config.is_encoder_decoder:
+    def begin(self, row: int, **inputs: Any) -> RowPrefill:
+        """Begin a sequence in a row, whose prompt is then computed in parts by `RowPrefill.advance`.
+
+        Other rows can be prefilled and stepped between two parts. An encoder runs at once, here.
+
+        Args:
+            row: A claimed row.
+            inputs: As for `prefill`.
+
+        Raises:
+            As `prefill`.
+        """
+        self.check_claimed(row)
+        prompt_cache = inputs.pop("past_key_values", None)
+        with self.model.call():
+            first_inputs = self.model.prefill_inputs(**inputs)
+            if len(first_inputs["input_ids"]) != 1:
+                raise ValueError(f"{len(first_inputs['input_ids'])} sequences were given: a row takes one")
+            self._check_length(first_inputs)
+            prefill = RowPrefill(self, row, first_inputs, self._shared_state(prompt_cache, first_inputs))
+        self._prefills[row] = prefill
+        return prefill
+
+    def prefill_together(self, rows: Sequence[int], **inputs: Any) -> Tensor:
+        """Begin sequences in several rows at once, which takes less time than one by one where they are short.
+
+        Args:
+            rows: Claimed rows.
+            inputs: One input for each row, as for `prefill`, in a batch: shorter ones are padded, and `attention_mask`
+                [rows, length] is 0 there. Padding of a decoder-only model's prompts is on the left, and takes room.
+
+        Returns:
+            Logits of the first new tokens, [rows, vocabulary].
+
+        Raises:
+            As `prefill`, and ValueError if there aren't as many inputs as rows.
+        """
+        for row in rows:
+            self.check_claimed(row)
+        with self.model.call():
+            first_inputs = self.model.prefill_inputs(**inputs)
+            if len(first_inputs["input_ids"]) != len(rows):
+                raise ValueError(f"{len(first_inputs['input_ids'])} sequences were given for {len(rows)} rows")
+            self._check_length(first_inputs)
+            logits, state = self.runtime.dynamic.prefill(first_inputs)
+            for sequence, row in enumerate(rows):
+                self.cache.fill(row, state, first_inputs.get("attention_mask"), sequence)
+        return logits[:, -1]
+
+    def _check_length(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise `ValueError` if a prompt is empty or longer than a row."""
+        length = inputs["input_ids"].shape[1]
+        if not 0 < length <= self.max_length:
+            raise ValueError(f"the prompt has {length} tokens, a row holds 1 to {self.max_length}: max_length")
+
+    def _shared_state(self, cache: Any, inputs: Mapping[str, Tensor]) -> DynamicCacheState | None:
+        """Return a state of the tokens that a prompt shares with a prompt cache; None without one."""
+        if cache is None:
+            return None
+        if not isinstance(cache, PromptCache) or self.model.config.is_encoder_decoder:
             raise ValueError(
                 f"past_key_values of type {type(cache).__name__}: a row begins without, or with a PromptCache made by "
                 "model.cache_prompt, which decoder-only models have"
             )
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        prefix = cache.prefix_of(ids, mask)
-        shared: Any = prefix.copy(1)
-        state = shared.make_dynamic()
-        return self._runtime.dynamic.decode(decoder_inputs(ids[:, prefix.length :], mask, 1), state), state
+        shared: Any = cache.prefix_of(inputs["input_ids"], inputs["attention_mask"]).copy(1)
+        state: DynamicCacheState = shared.make_dynamic()
+        return state
+
+    def resize(self, capacity: int, max_length: int, source_length: int | None = None) -> dict[int, int]:
+        """Move to another number or length of rows. A decode step takes the time of all rows at their full length.
+
+        Args:
+            capacity: Number of rows, at least those that are claimed.
+            max_length: As for `AcceleratedModel.rows`; no prefilled row may be longer.
+            source_length: Likewise; by default as before.
+
+        Returns:
+            Claimed row before -> the same row now. Prefills that have begun go on there.
+
+        Raises:
+            AccelError: The model has fewer positions, or `capacity` isn't one of the runtime's `capture_batch_sizes`.
+            DeviceMemoryError: The device has too little memory beside the present rows. They are as before.
+            ValueError: The claimed rows don't fit, or a number is less than 1.
+            RuntimeError: The rows or the model are closed.
+        """
+        self._check_open()
+        source_length = self.source_length if source_length is None else source_length
+        check_sizes(capacity=capacity, max_length=max_length, source_length=source_length)
+        longest = max(self.cache.lengths.values(), default=0)
+        longest_source = max(self.cache.source_lengths.values(), default=0)
+        if capacity < len(self._claimed) or max_length < longest or source_length < longest_source:
+            raise ValueError(
+                f"{capacity} rows of {max_length} tokens with inputs of {source_length} can't hold the "
+                f"{len(self._claimed)} claimed rows of up to {longest} tokens with inputs of up to {longest_source}"
+            )
+        with self.model.call():
+            cache = self.runtime.open_rows(capacity, max_length, source_length)
+            moved = {old: new for new, old in enumerate(sorted(self._claimed))}
+            cache.take_over(self.cache, {old: moved[old] for old in self.cache.lengths})
+            self.cache.close()
+        self._claimed = set(moved.values())
+        self._prefills = {moved[row]: prefill for row, prefill in self._prefills.items()}
+        for row, prefill in self._prefills.items():
+            prefill.row = row
+        self._use(cache, capacity, source_length)
+        return moved
 
     def step(self, tokens: Tensor | Sequence[int]) -> Tensor:
         """Decode the next token of every prefilled row, each at its own position.
@@ -130,7 +231,7 @@ class Rows:
             RuntimeError: The rows or the model are closed.
         """
         self._check_open()
-        lengths = self._cache.lengths
+        lengths = self.cache.lengths
         tokens = torch.as_tensor(tokens)
         if tuple(tokens.shape) != (self.capacity,):
             raise ValueError(f"tokens has shape {list(tokens.shape)}, expected [{self.capacity}], one for each row")
@@ -140,10 +241,10 @@ class Rows:
         if full:
             raise ValueError(f"full rows: {full}. Release them: a row holds {self.max_length} tokens, its max_length")
         if tokens.device.type == "cpu":  # a check on another device would wait for it
-            _, vocabulary = arguments.vocabulary_sizes(self._model.config)
+            _, vocabulary = arguments.vocabulary_sizes(self.model.config)
             arguments.check_ids("tokens", tokens[None, list(lengths)], vocabulary)
-        with self._model.call():
-            return self._cache.step(tokens.to(self._model.device, torch.int64))
+        with self.model.call():
+            return self.cache.step(tokens.to(self.model.device, torch.int64))
 
     def release(self, row: int) -> None:
         """End a row's sequence and free the row.
@@ -152,16 +253,17 @@ class Rows:
             ValueError: The row isn't claimed.
             RuntimeError: The rows or the model are closed.
         """
-        self._check(row)
-        with self._model.call():
-            self._cache.clear(row)
-        self._free.append(row)
+        self.check_claimed(row)
+        with self.model.call():
+            self.cache.clear(row)
+        self._claimed.remove(row)
+        self._prefills.pop(row, None)
 
     def close(self) -> None:
         """Give the caches back to the model. Further calls raise `RuntimeError`."""
         if not self._closed:
             self._closed = True
-            self._cache.close()
+            self.cache.close()
 
     def __enter__(self) -> "Rows":
         return self
@@ -174,19 +276,23 @@ class Rows:
         if self._closed:
             raise RuntimeError("these rows are closed: open others with model.rows")
 
-    def _check(self, row: int) -> None:
-        """Raise `ValueError` if a row isn't claimed."""
+    def check_claimed(self, row: int) -> None:
+        """Raise `ValueError` if a row isn't claimed, `RuntimeError` if the rows are closed."""
         self._check_open()
-        if not 0 <= row < self.capacity or row in self._free:
-            claimed = sorted(set(range(self.capacity)) - set(self._free))
-            raise ValueError(f"row {row} is not claimed: claimed are {claimed}")
+        if row not in self._claimed:
+            raise ValueError(f"row {row} is not claimed: claimed are {sorted(self._claimed)}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise `ValueError` if one of these numbers is less than 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected at least 1")
 
 
 def open_rows(model: "AcceleratedModel", capacity: int, max_length: int, source_length: int) -> Rows:
     """Open rows; arguments, result and errors as of `AcceleratedModel.rows`."""
-    for name, value in (("capacity", capacity), ("max_length", max_length), ("source_length", source_length)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected at least 1")
+    check_sizes(capacity=capacity, max_length=max_length, source_length=source_length)
     runtime = model.runtime
     if not isinstance(runtime, StaticCacheRuntime):
         raise AccelError(
@@ -199,4 +305,5 @@ def open_rows(model: "AcceleratedModel", capacity: int, max_length: int, source_
             "embeddings depend on the length of the whole input"
         )
     with model.call():
-        return Rows(model, runtime, runtime.open_rows(capacity, max_length, source_length), capacity)
+        cache = runtime.open_rows(capacity, max_length, source_length)
+        return Rows(model, runtime, cache, capacity, source_length)

@@ -78,7 +78,8 @@ def _prefill(
     kept_logits: list[Tensor] = []
     for start, end in pairwise([*starts, length]):
         chunk_keep = 1 if keep and end < length else keep
-        chunk = _chunk(runtime, inputs, start, end, past) | kept_logits_inputs(end - start, chunk_keep, runtime.device)
+        chunk = chunk_inputs(runtime, inputs, start, end, past)
+        chunk |= kept_logits_inputs(end - start, chunk_keep, runtime.device)
         if state is None:
             logits, state = runtime.prefill_at_once(chunk)
             if runtime.in_place:
@@ -92,7 +93,7 @@ def _prefill(
     return torch.cat(kept_logits, dim=1), state
 
 
-def _chunk(
+def chunk_inputs(
     runtime: "DynamicCacheRuntime", inputs: Mapping[str, Tensor], start: int, end: int, past: int
 ) -> dict[str, Tensor]:
     """Return the inputs for the tokens from `start` to `end`, behind `past` cached ones."""

@@ -165,6 +165,15 @@ class DecodeBuffers:
         for name, axis in self.axes.items():
             copy_entries(caches[name], self.self_caches[name][row : row + 1], axis, length)
 
+    def copy_row(self, row: int, other: "DecodeBuffers", other_row: int, length: int) -> None:
+        """Replace the entries of one row by those of the first `length` tokens of another row, and clear the others.
+
+        As many are copied as there is room for in the other buffers' bucket and in this one.
+        """
+        for (stack, axis), (theirs, _) in zip(self._cache_stacks, other._cache_stacks, strict=True):
+            stack[:, row].zero_()
+            copy_entries(theirs[:, other_row : other_row + 1], stack[:, row : row + 1], axis, length)
+
     def read(self, length: int) -> CacheViews:
         """Return the first `length` tokens' entries of the self-attention caches, [B, H, length, D].
 

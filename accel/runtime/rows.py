@@ -3,6 +3,7 @@
 Iteration-level scheduling, as in Orca: https://www.usenix.org/conference/osdi22/presentation/yu
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from accel.runtime.decode_buffers import DecodeBuffers
 from accel.runtime.dynamic_cache import DynamicCacheState
 from accel.runtime.layout import IDS, MASK, POSITION, POSITION_IDS
-from accel.runtime.padding import Padding, copy_padded
+from accel.runtime.padding import Padding, copy_padded, leading_view
 
 if TYPE_CHECKING:
     from accel.runtime.static_cache import StaticCacheRuntime
@@ -30,12 +31,14 @@ class CacheRows:
     Attributes:
         bucket: Largest number of tokens in a row.
         lengths: Tokens in each filled row.
+        source_lengths: Length of each filled row's constants along masked axes; 0 where there are none.
     """
 
     def __init__(self, runtime: "StaticCacheRuntime", buffers: DecodeBuffers, padding: Padding) -> None:
         self._runtime, self._buffers, self._padding = runtime, buffers, padding
         self.bucket = buffers.bucket
         self.lengths: dict[int, int] = {}
+        self.source_lengths: dict[int, int] = {}
         self._filled = torch.zeros(buffers.batch, dtype=torch.int64, device=runtime.device)  # 1 where a row is filled
         buffers.reset({})
         for name, tensor in buffers.constants.items():
@@ -45,13 +48,14 @@ class CacheRows:
         for row in range(buffers.batch):
             self.clear(row)
 
-    def fill(self, row: int, state: DynamicCacheState, mask: Tensor | None = None) -> None:
+    def fill(self, row: int, state: DynamicCacheState, mask: Tensor | None = None, sequence: int = 0) -> None:
         """Continue a sequence in a row.
 
         Args:
             row: The row. What it held is lost.
-            state: Caches and constants of the one sequence, of at most `bucket` tokens.
-            mask: Attention mask of its tokens, [1, length], where the graph takes one.
+            state: Caches and constants of at most `bucket` tokens.
+            mask: Attention mask of its tokens, [batch, length], where the graph takes one.
+            sequence: Index of the sequence in `state` and `mask`.
 
         Raises:
             ValueError: A constant is longer than the rows' ones, or shorter along an axis that isn't masked. The row
@@ -61,16 +65,54 @@ class CacheRows:
             self._check_constant(name, tensor)
         length, inputs = state.length, self._buffers.inputs
         self.clear(row)
-        self._buffers.write_row(row, state.self_caches, length)
+        caches = {name: tensor[sequence : sequence + 1] for name, tensor in state.self_caches.items()}
+        self._buffers.write_row(row, caches, length)
         for name, tensor in state.constants.items():
-            copy_padded(self._buffers.constants[name][row], tensor[0])
+            copy_padded(self._buffers.constants[name][row], tensor[sequence])
         inputs[POSITION][row] = length
         if mask is not None and MASK in inputs:
-            inputs[MASK][row, :length] = mask[0]
+            inputs[MASK][row, :length] = mask[sequence]
         if mask is not None and POSITION_IDS in inputs:
-            inputs[POSITION_IDS][row] = mask.sum()
+            inputs[POSITION_IDS][row] = mask[sequence].sum()
         self._filled[row] = 1
         self.lengths[row] = length
+        self.source_lengths[row] = self._source_length(state.constants)
+
+    def _source_length(self, constants: Mapping[str, Tensor]) -> int:
+        """Return the length of constants along masked axes; 0 where there are none."""
+        return max(
+            (
+                length
+                for name, tensor in constants.items()
+                for axis, length in zip(self._padding.axes[name], tensor.shape, strict=True)
+                if axis in self._padding.masked
+            ),
+            default=0,
+        )
+
+    def take_over(self, other: "CacheRows", rows: Mapping[int, int]) -> None:
+        """Continue sequences of other rows, whose buffers may have other lengths.
+
+        Args:
+            other: The other rows. They stay as they are.
+            rows: Filled row of `other` -> row here. Its tokens and its constants must fit.
+        """
+        inputs, theirs = self._buffers.inputs, other._buffers.inputs
+        for old, new in rows.items():
+            length = other.lengths[old]
+            self.clear(new)
+            self._buffers.copy_row(new, other._buffers, old, length)
+            for name, tensor in other._buffers.constants.items():
+                target = self._buffers.constants[name][new]
+                common = tuple(min(sizes) for sizes in zip(target.shape, tensor.shape[1:], strict=True))
+                copy_padded(target, leading_view(tensor[old], common))
+            for name in (POSITION, POSITION_IDS):
+                if name in inputs:
+                    inputs[name][new] = theirs[name][old]
+            if MASK in inputs:
+                inputs[MASK][new, :length] = theirs[MASK][old, :length]
+            self._filled[new] = 1
+            self.lengths[new], self.source_lengths[new] = length, other.source_lengths[old]
 
     def _check_constant(self, name: str, tensor: Tensor) -> None:
         """Raise `ValueError` if a constant [1, ...] of one sequence has no place in a row."""
@@ -86,6 +128,7 @@ class CacheRows:
         """Make a row idle."""
         inputs = self._buffers.inputs
         self.lengths.pop(row, None)
+        self.source_lengths.pop(row, None)
         self._filled[row] = 0
         inputs[POSITION][row] = 0
         if MASK in inputs:

@@ -200,8 +200,8 @@ def test_rows_at_different_positions(family: testing.Subject) -> None:
     rows_alone(family)
     assert family.static is not None
     with family.static.rows(capacity=3, max_length=24, source_length=16) as rows:  # the same buffers
-        assert isinstance(rows._cache._buffers.run_decode, CudaGraphCallable)
-        assert rows._cache._buffers.run_decode.captured
+        assert isinstance(rows.cache._buffers.run_decode, CudaGraphCallable)
+        assert rows.cache._buffers.run_decode.captured
 
 
 @pytest.mark.parametrize("family", [kind for kind in KINDS if kind != "mixtral"], indirect=True, scope="module")

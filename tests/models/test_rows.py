@@ -88,7 +88,7 @@ def test_caches_go_back_to_the_model(model: AcceleratedModel) -> None:
     runtime: Any = model.runtime
     spare = [buffers for _, buffers in runtime.spare_buffers]
     with model.rows(2, 16) as rows:
-        assert rows._cache._buffers in spare
+        assert rows.cache._buffers in spare
 
 
 def test_encoder_outputs_and_first_tokens(model: AcceleratedModel) -> None:
@@ -189,3 +189,104 @@ def test_deployable_with_one_position_for_all_rows(folder: Path, model: Accelera
         assert torch.equal(opened.generate(ids, max_new_tokens=12), expected)
         with pytest.raises(AccelError, match="one position for all rows: an earlier version of accel made it"):
             opened.rows(2, 8)
+
+
+def choose(logits: torch.Tensor, used: list[int]) -> int:
+    """Append the most likely token that the sequence doesn't have yet."""
+    used.append(int(logits.index_fill(0, torch.tensor(used), -torch.inf).argmax()))
+    return used[-1]
+
+
+def test_rows_that_move(model: AcceleratedModel) -> None:
+    """More, fewer, longer and shorter rows midway, with inputs of other lengths: each sequence is what it is alone."""
+    sources = [torch.arange(5, 14), torch.arange(30, 34), torch.arange(50, 70)]
+    expected = [
+        model.generate(source[None], max_new_tokens=12, min_new_tokens=12, no_repeat_ngram_size=1)[0].tolist()
+        for source in sources
+    ]
+    found: list[list[int]] = [[0], [0], [0]]
+    with model.rows(3, 8, source_length=16) as rows:
+        spare, first, second = rows.claim(), rows.claim(), rows.claim()
+        rows.release(spare)
+        of = {first: 0, second: 1}
+        last = {row: choose(rows.prefill(row, input_ids=sources[of[row]]), found[of[row]]) for row in of}
+        for step in range(11):
+            if step == 3:
+                moved = rows.resize(2, 16, source_length=32)
+                of, last = ({moved[row]: value for row, value in each.items()} for each in (of, last))
+                assert sorted(of) == [0, 1]
+            if step == 5:
+                rows.resize(4, 16)
+                row = rows.claim()
+                of[row] = 2
+                last[row] = choose(rows.prefill(row, input_ids=sources[2]), found[2])
+            if step == 7:
+                row = next(row for row in of if of[row] == 2)
+                rows.release(row)
+                del of[row], last[row]
+                rows.resize(2, 16, source_length=16)
+            logits = rows.step([last.get(row, 0) for row in range(rows.capacity)])
+            last = {row: choose(logits[row], found[of[row]]) for row in of}
+        with pytest.raises(ValueError, match="1 rows of 8 tokens with inputs of 16 can't hold the 2 claimed rows"):
+            rows.resize(1, 8)
+    assert found[:2] == [tokens[:13] for tokens in expected[:2]]
+    assert found[2] == expected[2][: len(found[2])]
+    assert len(found[2]) == 4
+
+
+def test_sources_prefilled_together(model: AcceleratedModel) -> None:
+    """Padded to the longest, each has the logits that it has alone, then and one token later."""
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    ids[0], ids[1, :4] = IDS, torch.arange(40, 44)
+    with model.rows(3, 8, source_length=16) as rows:
+        taken = [rows.claim() for _ in range(3)]
+        with pytest.raises(ValueError, match="2 sequences were given for 3 rows"):
+            rows.prefill_together(taken, input_ids=ids)
+        alone = [rows.prefill(row, input_ids=source) for row, source in zip(taken, (ids[0], ids[1, :4]), strict=False)]
+        expected = torch.stack([*alone, *rows.step([7, 9, 0])[:2]])
+        together = rows.prefill_together(taken[:2], input_ids=ids, attention_mask=(ids != 0).long())
+        found = torch.cat([together, rows.step([7, 9, 0])[:2]])
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_in_parts(gpt2: testing.Subject) -> None:
+    """Another row is stepped between the parts, and the rows move; a snapshot of a part serves another prompt."""
+    model = gpt2.static
+    assert model is not None
+    prompt, other = gpt2.ids(1, 20, seed=1)[0], gpt2.ids(1, 5, seed=2)[0]
+    similar = torch.cat([prompt[:12], gpt2.ids(1, 6, seed=3)[0]])
+    with model.rows(3, 64) as rows:
+        idle, first, second = rows.claim(), rows.claim(), rows.claim()
+        rows.release(idle)
+        rows.prefill(first, input_ids=other)
+        expected = rows.prefill(second, input_ids=prompt), rows.step([0, 7, 9])[1:], rows.step([0, 8, 5])[1:]
+        similar_alone = rows.prefill(second, input_ids=similar)
+    with model.rows(3, 64) as rows:
+        idle, first, second = rows.claim(), rows.claim(), rows.claim()
+        rows.release(idle)
+        rows.prefill(first, input_ids=other)
+        parts = rows.begin(second, input_ids=prompt)
+        with pytest.raises(ValueError, match="a snapshot needs a prefill that has begun"):
+            parts.snapshot()
+        assert parts.advance(7) is None
+        assert parts.advance(5) is None
+        snapshot = parts.snapshot()
+        logits = rows.step([0, 7, 0])[first]
+        moved = rows.resize(2, 64)
+        assert (parts.row, parts.computed, parts.remaining) == (moved[second], 12, 8)
+        first, second = moved[first], moved[second]
+        found = parts.advance()
+        assert found is not None
+        torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, expected[1][0], rtol=1e-4, atol=1e-4)
+        tokens = torch.zeros(2, dtype=torch.int64)
+        tokens[first], tokens[second] = 8, 9
+        logits = rows.step(tokens)
+        torch.testing.assert_close(logits[first], expected[2][0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits[second], expected[1][1], rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="is complete"):
+            parts.advance()
+        assert snapshot.get_seq_length() == 12
+        found = rows.prefill(second, input_ids=similar, past_key_values=snapshot)
+        torch.testing.assert_close(found, similar_alone, rtol=1e-4, atol=1e-4)

@@ -82,9 +82,12 @@ def choice(logits: Tensor, *tensors: Tensor, spec: Choice) -> Tensor:
     return ids
 
 
-def draw(scores: Tensor, count: int) -> Tensor:
-    """Draw `count` different indices of every row by the softmax of `scores`: [B, V] -> [B, count]."""
-    return torch.multinomial(scores.softmax(-1), count)
+def draw(scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw `count` different indices of every row by the softmax of `scores`: [B, V] -> [B, count].
+
+    Random numbers are `generator`'s, by default those of the device's own.
+    """
+    return torch.multinomial(scores.softmax(-1), count, generator=generator)
 
 
 def filtered(scores: Tensor, tensors: Sequence[Tensor], filters: Sequence[Filter]) -> Tensor:

@@ -26,6 +26,7 @@ from accel.models.decoding.acceptance import Acceptance, count_acceptance
 from accel.models.decoding.beam_search import BeamSearch
 from accel.models.decoding.processors import PURE
 from accel.models.decoding.sampling import Sampler
+from accel.models.decoding.step_observer import StepObserver
 from accel.models.decoding.stop_poller import StopPoller
 from accel.models.decoding.token_selector import TokenSelector
 from accel.runtime.protocol import Runtime, State
@@ -37,7 +38,7 @@ InputsFor: TypeAlias = Callable[[Tensor, int], Mapping[str, Tensor]]
 
 PREPARE_INPUTS = "prepare_inputs_for_generation"
 
-SUPPORTED_CRITERIA = {MaxLengthCriteria, EosTokenCriteria}
+SUPPORTED_CRITERIA = {MaxLengthCriteria, EosTokenCriteria, StepObserver}
 TOKENIZERS = ("tokenizer", "assistant_tokenizer")  # transformers leaves them among the model's inputs
 UNSUPPORTED_OPTIONS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "is_assistant")
 
@@ -109,7 +110,7 @@ class DecodingLoops:
         prefilled = cache.get_seq_length()
         vocabulary = outputs.logits.shape[-1]
         selector = TokenSelector(Sampler, input_ids, logits_processor, stopping_criteria, generation_config, vocabulary)
-        sequences = self._decode(selector, outputs, inputs_for)
+        sequences = self._decode(selector, outputs, inputs_for, stopping_criteria)
         if not generation_config.return_dict_in_generate:
             return sequences
         # The caches hold every token but the last, which was selected but not decoded. On a GPU they hold more: tokens
@@ -142,24 +143,32 @@ class DecodingLoops:
         selector = TokenSelector(
             BeamSearch, input_ids, logits_processor, stopping_criteria, generation_config, vocabulary
         )
-        return self._decode(selector, outputs, inputs_for)
+        return self._decode(selector, outputs, inputs_for, stopping_criteria)
 
-    def _decode(self, selector: TokenSelector, outputs: Any, inputs_for: InputsFor) -> Tensor:
+    def _decode(
+        self, selector: TokenSelector, outputs: Any, inputs_for: InputsFor, criteria: StoppingCriteriaList
+    ) -> Tensor:
         """Decode until all sequences have ended.
 
         Args:
             selector: Selects the next ids and collects the sequences.
             outputs: Outputs of the prompt, with logits [rows, new, vocabulary].
             inputs_for: See `_decode_inputs`.
+            criteria: Those of the generation, of which observers are shown each step's ids.
 
         Returns:
             The sequences, [returned rows, length].
         """
+        observers = [each for each in criteria if isinstance(each, StepObserver)]
+
+        def observed_end() -> bool:
+            return selector.selected > 0 and any(each.step(selector.selection.next_ids) for each in observers)
+
         poller, state = StopPoller(selector.device), _state(outputs)
         at_once = selector.on_device
         if not selector.at_max_length:
             selector(outputs.logits)
-        while not selector.at_max_length and not poller(selector.selection.finished):
+        while not observed_end() and not selector.at_max_length and not poller(selector.selection.finished):
             selection = selector.selection
             inputs = partial(inputs_for, selection.next_ids, selector.selected - 1)
             following = self.runtime.decode_and_select(inputs, state, selection) if at_once else None

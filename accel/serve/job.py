@@ -1,0 +1,95 @@
+"""A submitted request: its events on the scheduler's thread, its cancellation from any thread."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from accel.models.decoding.sequence import Sequence
+from accel.serve.protocol import Event, Finished, FinishReason, Listener, Request, TokenLogprobs, Tokens
+
+logger = logging.getLogger(__name__)
+
+
+class Job:
+    """A submitted request. Implements `protocol.Ticket`; all other methods are for the scheduler's thread.
+
+    Args:
+        request: The request.
+        listener: Gets its events.
+        sequence: Its options and tokens.
+        wake: Called when the request is cancelled.
+
+    Attributes:
+        alone: Why `generate` has to run the request by itself; None if it can be a row of a batch.
+        submitted: Time of its submission on `time.monotonic()`'s clock.
+        finished: True once it has its last event.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        listener: Listener,
+        sequence: Sequence,
+        alone: str | None,
+        wake: Callable[[], None],
+    ) -> None:
+        self.request, self.sequence, self.alone = request, sequence, alone
+        self._listener, self._wake = listener, wake
+        self._cancelled = threading.Event()
+        self.submitted = time.monotonic()
+        self.finished = False
+
+    def cancel(self) -> None:
+        """End the request with `CANCELLED` soon; of no effect once it has ended. Callable from any thread."""
+        self._cancelled.set()
+        self._wake()
+
+    @property
+    def reason_to_end(self) -> FinishReason | None:
+        """Why the request ends before its last token: it was cancelled or its deadline is over; None if it goes on."""
+        if self._cancelled.is_set():
+            return FinishReason.CANCELLED
+        deadline = self.request.deadline
+        return FinishReason.TIMEOUT if deadline is not None and time.monotonic() >= deadline else None
+
+    def add(self, token: int, logits: Tensor) -> bool:
+        """Append a token to the sequence, report it, and finish the request if it was the last one.
+
+        Args:
+            token: The token.
+            logits: The model's logits that it was chosen from, [vocabulary].
+
+        Returns:
+            True if the request is finished.
+        """
+        self.sequence.append(token)
+        logprobs = () if self.request.logprobs is None else (logprobs_of(logits, token, self.request.logprobs),)
+        self.report(Tokens((token,), logprobs))
+        if not self.finished and self.sequence.finished:
+            self.finish(FinishReason.STOP if self.sequence.ended else FinishReason.LENGTH)
+        return self.finished
+
+    def report(self, event: Event) -> None:
+        """Pass an event to the listener. A listener that raises gets no further ones, and its request is cancelled."""
+        if self.finished:
+            return
+        try:
+            self._listener(event)
+        except Exception:  # of the HTTP side: the other requests go on
+            logger.exception("the listener of a request failed: the request is cancelled")
+            self.finished = True
+
+    def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
+        """Report the last event; of no effect if the request has finished."""
+        self.report(Finished(reason, error))
+        self.finished = True
+
+
+def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Return the log probability of a token and of the `count` most likely ones, from logits [vocabulary]."""
+    scores = logits.float().log_softmax(-1)
+    best = scores.topk(min(count, len(scores)))
+    return TokenLogprobs(float(scores[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
