@@ -186,6 +186,7 @@ def _captured_memory(task: Task, device: torch.device) -> int:
         session=config.static_session,
         environment=config.static_environment,
         engine=config.engine,
+        tune=config.tune,
         capture=True,
         capture_batch_sizes=[rows],
         with_encoder=False,

@@ -80,6 +80,8 @@ class RuntimeConfig:
             every token take their place beyond that.
         engine: What computes decode steps over static caches: `onnxruntime`; `fused`, fused operations planned from the
             static decode graph; or `auto`, the one that the deployable was verified with, where the device can run it.
+        tune: On a GPU, let the fused engine measure settings of its kernel before the first step of each number of
+            sequences and length of caches, for up to 30 s each. They are kept in the user's cache.
         static_session: Session entries of the static decode graph, in place of those of `session`.
         static_environment: Environment variables for that session, in place of those of `environment`.
         capture: Capture the static decode graph as a CUDA graph and replay it.
@@ -104,6 +106,7 @@ class RuntimeConfig:
     static: bool = False
     buckets: list[int] = numbers()
     engine: str = choice(ONNXRUNTIME, ENGINES)
+    tune: bool = False
     static_session: dict[str, str] = field(default_factory=dict)
     static_environment: dict[str, str] = field(default_factory=dict)
     capture: bool = False

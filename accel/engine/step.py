@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from accel.engine.executor import Executor
-from accel.engine.kernel.launch import Kernel, unsupported
+from accel.engine.kernel import tuning
+from accel.engine.kernel.launch import Kernel, settings_for, unsupported
 from accel.engine.kernel.limits import check_rows, weights_dtype
 from accel.engine.kernel.placement import NotRunnableError
-from accel.engine.kernel.program import Builder, split
+from accel.engine.kernel.program import Builder, Program, split
 from accel.engine.kernel.watchdog import Watchdog
 from accel.engine.nodes import read_graph, value_specs
 from accel.engine.planning.plan import DOMAIN
@@ -32,6 +33,8 @@ class PlannedStep:
         device: Device to run on.
         weights: Initializer -> tensor on that device, for all weights in external data files. None is copied.
         fixed: Inputs that have the same value at every step, and that value.
+        tune: On a GPU, measure settings of the kernel for each number of rows and length of caches that isn't known
+            from earlier measurements, before its first step. It takes up to 30 s and overwrites the bound tensors.
 
     Attributes:
         inputs: Input that isn't fixed -> what the graph says of it.
@@ -45,7 +48,12 @@ class PlannedStep:
     """
 
     def __init__(
-        self, path: Path, device: torch.device, weights: Mapping[str, Tensor], fixed: Mapping[str, Tensor]
+        self,
+        path: Path,
+        device: torch.device,
+        weights: Mapping[str, Tensor],
+        fixed: Mapping[str, Tensor],
+        tune: bool = False,
     ) -> None:
         if device.type == "cuda" and (reason := unsupported(device)) is not None:
             raise AccelError(reason)
@@ -59,7 +67,7 @@ class PlannedStep:
         self._device = device
         self._kernel_weights: dict[str, Tensor] = {}  # as the kernel reads them, for all sets of buffers
         self._watchdog: Watchdog | None = None  # of all sets of buffers
-        self._warned = False
+        self._warned, self._tune = False, tune
         self._obstacles: dict[int, str | None] = {}  # number of rows -> why the kernel can't run them
 
     def in_kernel(self, rows: int) -> bool:
@@ -112,8 +120,22 @@ class PlannedStep:
         self._watchdog = self._watchdog or Watchdog(self._device)
         blocks = torch.cuda.get_device_properties(self._device).multi_processor_count
         rows = len(next(iter(inputs.values())))
-        builder = Builder(self.plan, {**inputs, **outputs}, rows, self._device, self._kernel_weights, blocks)
-        kernel = Kernel(builder.program, self._device, self._watchdog)
+        watchdog = self._watchdog
+
+        def build(settings: tuning.Tuning) -> Builder:
+            tensors = {**inputs, **outputs}
+            return Builder(self.plan, tensors, rows, self._device, self._kernel_weights, blocks, settings)
+
+        def seconds(settings: tuning.Tuning) -> float:
+            program = build(settings).program
+            _fill_caches(program, inputs)
+            return tuning.launch_seconds(Kernel(program, self._device, watchdog), self._device)
+
+        builder = build(tuning.DEFAULT)
+        settings = settings_for(builder.program, self._device, seconds if self._tune else None)
+        if settings != tuning.DEFAULT:
+            builder = build(settings)
+        kernel = Kernel(builder.program, self._device, watchdog)
 
         def call() -> None:
             builder.run_before()
@@ -132,3 +154,11 @@ class PlannedStep:
     def _run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Compute a step in torch, which runs any plan."""
         self._executor.run(inputs, outputs)
+
+
+def _fill_caches(program: Program, inputs: Mapping[str, Tensor]) -> None:
+    """Let the kernel's launches be at the last position of its caches, where attention reads all of them."""
+    longest = max((operation.length for operation in program.operations), default=0)
+    for tensor in inputs.values():
+        if tensor.data_ptr() == program.position:
+            tensor.fill_(longest - 1)

@@ -139,6 +139,7 @@ def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runt
         session=runtime.static_session,
         environment=runtime.static_environment,
         engine=runtime.engine,
+        tune=runtime.tune,
         capture=runtime.capture,
         capture_batch_sizes=runtime.capture_batch_sizes,
         prefill_chunk=chunk,

@@ -6,11 +6,13 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 import gc
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
+from accel import progress
 from accel.errors import DeviceMemoryError
 
 logger = logging.getLogger(__name__)
@@ -22,8 +24,8 @@ class CudaGraphCallable:
     """Wrapper that captures a function as a CUDA graph and replays it.
 
     On CUDA the first call runs the function, the second captures it, and the graph is replayed for this call and all
-    later ones. If the capture fails, a warning names the reason once and every call runs the function. On other devices
-    every call runs the function.
+    later ones. A message says what was captured and how long it took. If the capture fails, a warning names the reason
+    once and every call runs the function. On other devices every call runs the function.
 
     Args:
         function: Takes no arguments. Reads and writes tensors whose addresses stay the same; results must be copied
@@ -55,7 +57,7 @@ class CudaGraphCallable:
 
     def _capture(self) -> None:
         """Capture the function and replay it; if that fails, run it now and give up capturing."""
-        graph = torch.cuda.CUDAGraph()
+        graph, start = torch.cuda.CUDAGraph(), time.perf_counter()
         try:
             with _garbage_collection_disabled():
                 graph.capture_begin(capture_error_mode="thread_local")
@@ -71,6 +73,7 @@ class CudaGraphCallable:
             self._function()
         else:
             self._graph = graph
+            progress.note(f"captured {self._name} in {time.perf_counter() - start:.2f} s")
             graph.replay()
 
 

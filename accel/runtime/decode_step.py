@@ -1,6 +1,7 @@
 """What computes decode steps over static caches: a session of ONNX Runtime, or the engine of fused operations."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from accel import progress
 from accel.config.engines import AUTO, FUSED, ONNXRUNTIME
 from accel.errors import AccelError, DeviceMemoryError
 from accel.runtime.device_memory import translate_out_of_memory
@@ -19,6 +21,8 @@ from accel.runtime.streams import on_shared_stream
 from accel.runtime.weights import SharedWeights
 
 logger = logging.getLogger(__name__)
+
+NOTABLE_S = 0.5  # seconds of a graph's first run from which on a message says so
 
 Axes = tuple[int | str, ...]
 """Length of each axis, or its name where the length isn't fixed."""
@@ -93,7 +97,10 @@ class SessionStep:
         """Return a call over these tensors: see `DecodeStep.bind`."""
         call = FixedCall(self.session, inputs, outputs)
         if self.capturable:
+            start = time.perf_counter()
             call.warm_up()
+            if (seconds := time.perf_counter() - start) > NOTABLE_S:
+                progress.note(f"ONNX Runtime chose its kernels for a graph to be captured in {seconds:.1f} s")
         return call
 
     def reads_prefix(self, batch: int) -> bool:
@@ -112,6 +119,7 @@ class FusedStep:
         weights: Its weights, shared with the sessions of the other graphs.
         capture: Calls are to be captured as CUDA graphs. If they can't be, a warning names the reason.
         open_bound: Opens a session of ONNX Runtime, for what the kernel can't run, such as more sequences.
+        tune: Measure settings of the kernel: see `PlannedStep`.
 
     Raises:
         AccelError: The engine can't run the graph.
@@ -120,14 +128,19 @@ class FusedStep:
     engine = FUSED
 
     def __init__(
-        self, graph: Path, weights: SharedWeights, capture: bool, open_bound: Callable[[Path], BoundSession]
+        self,
+        graph: Path,
+        weights: SharedWeights,
+        capture: bool,
+        open_bound: Callable[[Path], BoundSession],
+        tune: bool = False,
     ) -> None:
         from accel.engine.step import PlannedStep  # here, as it brings onnx_ir and the planner along
 
         self.device = weights.device
         self._graph, self._open_bound = graph, open_bound
         self._session: SessionStep | None = None
-        self.planned = PlannedStep(graph, self.device, weights.tensors(graph), {KEPT: torch.tensor([0])})
+        self.planned = PlannedStep(graph, self.device, weights.tensors(graph), {KEPT: torch.tensor([0])}, tune)
         specs = self.planned.inputs | self.planned.outputs
         self._dtypes = {name: spec.dtype for name, spec in specs.items()}
         axes = {name: tuple(axis for axis in spec.axes if axis is not None) for name, spec in specs.items()}
@@ -183,6 +196,7 @@ def open_decode_step(
     weights: SharedWeights,
     capture: bool,
     open_bound: Callable[[Path], BoundSession],
+    tune: bool = False,
 ) -> DecodeStep:
     """Open a static decode graph for an engine.
 
@@ -193,6 +207,7 @@ def open_decode_step(
         weights: Its weights, shared with the sessions of the other graphs.
         capture: Steps are to be captured as CUDA graphs.
         open_bound: Opens a session of ONNX Runtime.
+        tune: Let the fused engine measure settings of its kernel.
 
     Raises:
         AccelError: `engine=fused` can't run the graph, or not on this device.
@@ -202,7 +217,7 @@ def open_decode_step(
     if choose_engine(engine, files, weights.device) == ONNXRUNTIME:
         return SessionStep(open_bound(graph))
     try:
-        return FusedStep(graph, weights, capture, open_bound)
+        return FusedStep(graph, weights, capture, open_bound, tune)
     except DeviceMemoryError:
         raise
     except AccelError as error:

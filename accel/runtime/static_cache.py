@@ -7,7 +7,6 @@ copied into the static caches.
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -314,7 +313,6 @@ class StaticCacheRuntime:
         """
         pairs = [(batch, bucket) for batch in self.capture_batch_sizes for bucket in self.buckets.lengths]
         for batch, bucket in progress.track(pairs, "capturing"):
-            start = time.perf_counter()
             constants = self._constant_shapes(batch, source)
             with on_shared_stream(self.device):
                 buffers = self.take_buffers(batch, bucket, constants)
@@ -324,7 +322,6 @@ class StaticCacheRuntime:
                     buffers.compute_cross_caches()
                     buffers.run()
             self.release(buffers)
-            logger.info("captured %d x %d in %.3f s", batch, bucket, time.perf_counter() - start)
 
     def close(self) -> None:
         """Drop all buffers and sessions."""
@@ -343,6 +340,7 @@ def open_static(
     session: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
     engine: str = ONNXRUNTIME,
+    tune: bool = False,
     capture: bool = False,
     capture_batch_sizes: Sequence[int] = (),
     with_encoder: bool = True,
@@ -360,6 +358,7 @@ def open_static(
         session: Session configuration entries of the static graphs, in place of those in `settings`.
         environment: Environment variables of the static graphs, in place of those in `settings`.
         engine: What computes decode steps of one token: one of `accel.config.engines.ENGINES`.
+        tune: Let the fused engine measure settings of its kernel.
         capture: Capture the encoder and the static graphs as CUDA graphs.
         capture_batch_sizes: Numbers of sequences, beams counted, that may be decoded at once; empty for any.
         with_encoder: Open the encoder.
@@ -387,6 +386,6 @@ def open_static(
         """Open a session of a static graph."""
         return BoundSession(open_graph(path, static_settings, weights.initializers(path)), torch_device)
 
-    decode = open_decode_step(files, engine, weights, capture, open_bound)
+    decode = open_decode_step(files, engine, weights, capture, open_bound, tune)
     cross = SessionStep(open_bound(files.cross_cache)) if files.cross_cache.is_file() else None
     return StaticCacheRuntime(dynamic, DecodeGraphs(decode, cross), buckets, capture_batch_sizes)

@@ -1,5 +1,7 @@
 """Captured work gives the same results when it is replayed, and work that can't be captured still runs."""
 
+import re
+
 import pytest
 import torch
 
@@ -31,6 +33,33 @@ def test_on_the_cpu_it_is_called() -> None:
     assert work.calls == 4
     assert set(work.sum.tolist()) == {8.0}
     assert not captured.captured
+
+
+def test_a_capture_is_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Once, with what was captured and its time: on the console, or as a record where nothing displays progress."""
+
+    class Graph:
+        """Stands for a CUDA graph, and calls nothing."""
+
+        replays = 0
+
+        def capture_begin(self, capture_error_mode: str) -> None:
+            pass
+
+        def capture_end(self) -> None:
+            pass
+
+        def replay(self) -> None:
+            Graph.replays += 1
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    captured = CudaGraphCallable(lambda: None, CUDA, "the decode graph for batch size 2 and bucket 64")
+    with caplog.at_level("INFO", "accel.progress"):
+        for _ in range(4):
+            captured()
+    assert Graph.replays == 3
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(r"captured the decode graph for batch size 2 and bucket 64 in \d+\.\d\d s", message)
 
 
 @pytest.mark.gpu

@@ -3,8 +3,8 @@
 import ctypes
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from accel import progress
-from accel.engine.kernel import compiler, records
+from accel.engine.kernel import compiler, records, tuning
 from accel.engine.kernel.placement import NotRunnableError
 from accel.engine.kernel.program import Program
 from accel.engine.kernel.watchdog import Watchdog
@@ -81,7 +81,7 @@ def source(program: Program, target: Target, switches: Mapping[str, int] | None 
         "MAX_GROUP": max((group for _, group in program.heads), default=1),
         "MAX_HEAD": max((size for size, _ in program.heads), default=8),
         "MAX_KEYS": max((records.keys_in_slot(size) // 8 for size, _ in program.heads), default=4),
-        "LEAST_SLOTS": records.LEAST_SLOTS,
+        "LEAST_SLOTS": program.tuning.least_slots,
     }
     macros = [f"#define {name} {value}" for name, value in (values | dict(switches or {})).items()]
     shapes: list[str] = []
@@ -126,6 +126,7 @@ class Kernel:
         self._operations = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         self._device = self._operations.device  # with its index
         target = target or Target.of(self._device)
+        target = replace(target, memory=target.memory - program.tuning.spare_slots * records.SLOT_BYTES)
         self._memory = target.memory
         self._function = _load(source(program, target, switches), program.rows, self._device, target.memory)
         self.state = torch.zeros(2, dtype=torch.int32, device=device)
@@ -144,6 +145,30 @@ class Kernel:
         grid, block = (self._program.blocks,), (THREADS,)
         with torch.cuda.device(self._device), cupy_stream(torch.cuda.current_stream()):
             self._function(grid, block, arguments, shared_mem=self._memory, enable_cooperative_groups=True)
+
+
+def settings_for(
+    program: Program, device: torch.device, measure: Callable[[tuning.Tuning], float] | None = None
+) -> tuning.Tuning:
+    """Return the settings for a program: those that are kept of a measurement, or measured now, or the defaults.
+
+    Args:
+        program: The program, with default settings.
+        device: The device.
+        measure: As for `tuning.tune`; None: nothing is measured.
+    """
+    properties: Any = torch.cuda.get_device_properties(device)
+    name = f"{properties.name} {properties.major}.{properties.minor}, {program.blocks} blocks"
+    lengths = [operation.length for operation in program.operations]
+    key = tuning.key(name, source(program, Target.of(device)), lengths)
+    kept = tuning.kept(key)
+    if kept is not None or measure is None:
+        return kept or tuning.DEFAULT
+    start = time.perf_counter()
+    found = tuning.tune(measure)
+    tuning.keep(key, found)
+    progress.note(f"tuned the decode kernel for {program.rows} rows in {time.perf_counter() - start:.1f} s: {found}")
+    return found
 
 
 @cache

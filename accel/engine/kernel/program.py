@@ -12,6 +12,7 @@ from accel.engine.executor import Executor
 from accel.engine.kernel import records
 from accel.engine.kernel.limits import check_rows, weights_dtype
 from accel.engine.kernel.placement import NotRunnableError, Placement
+from accel.engine.kernel.tuning import DEFAULT, Tuning
 from accel.engine.nodes import Graph, Node, classify
 from accel.engine.operations import attention, normalize, product
 from accel.engine.planning.plan import DOMAIN, Plan
@@ -27,6 +28,7 @@ class Program:
         rows: Rows of the batch.
         dtype: Dtype of weights and exchanged values.
         blocks: Blocks that the kernel runs as.
+        tuning: Its settings.
         position: Address of the positions, int64 [rows], that new keys and values are written at; 0 if none are.
         operations: The list.
         shapes: Shapes of its operations; a record has the index of its own.
@@ -41,6 +43,7 @@ class Program:
     rows: int
     dtype: torch.dtype
     blocks: int
+    tuning: Tuning = DEFAULT
     position: int = 0
     operations: list[records.Record] = field(default_factory=list)
     shapes: list[records.Shape] = field(default_factory=list)
@@ -84,6 +87,7 @@ class Builder:
         device: The device.
         weights: Weights in the kernel's layout made so far, by name; shared by all sets of buffers.
         blocks: Blocks that the kernel runs as, one a multiprocessor.
+        tuning: Settings of the kernel.
 
     Attributes:
         program: The program.
@@ -101,12 +105,13 @@ class Builder:
         device: torch.device,
         weights: dict[str, Tensor],
         blocks: int,
+        tuning: Tuning = DEFAULT,
     ) -> None:
         check_rows(rows)
         before, self._fused = split(plan)
         self._plan, self._device = plan, device
         dtype = weights_dtype(plan, self._fused)
-        self.program = Program(rows, dtype, blocks)
+        self.program = Program(rows, dtype, blocks, tuning)
         self.run_before: Callable[[], object]
         known = {**tensors, **self._compute_before(before, tensors)}
         dtypes = {name: value.dtype for name, value in plan.trace.values.items()}
@@ -263,9 +268,9 @@ class Builder:
         As many as there are blocks for, so that none has two parts of one operation, and waits for what it is to write.
         """
         tasks = spec.kv_heads * self.program.rows
-        splits = max(1, min(records.MAX_SPLITS, self.program.blocks // tasks))
+        splits = max(1, min(self.program.tuning.max_splits, self.program.blocks // tasks))
         slots = -(-record.length // records.keys_in_slot(spec.query.size))
-        parts = max(1, min(splits, slots // records.LEAST_SLOTS))
+        parts = max(1, min(splits, slots // self.program.tuning.least_slots))
         words = self._place.words((parts - 1) * tasks * group * (spec.query.size + 2))
         record.pointers[10] = words.data_ptr()
         return splits

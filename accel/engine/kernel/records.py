@@ -13,8 +13,7 @@ MAX_POINTERS = 30
 PART = ("weight", "gate", "bias", "gate_bias", "out")
 FIRST_PART = 3  # after x, weight and bias of the norm
 KV_BYTES = 16384  # of keys or values in a slot of the ring
-MAX_SPLITS = 8  # parts that the keys of one head and row are cut into, each for a block of its own
-LEAST_SLOTS = 2  # slots of keys in each of several parts: an exchange between blocks takes as long as some such slots
+SLOT_BYTES = 8 * (1024 * 2 + 64) + 16  # of a slot of the ring, with its barriers: see common.cu
 
 
 class Record(ctypes.Structure):
