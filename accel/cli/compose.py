@@ -188,7 +188,7 @@ def _execute(config: Config) -> dict[str, Artifact]:
     if config.model.peft_adapter is not None:
         peft_adapter.check_fits(config.model.peft_adapter, description)
     check_generate(config.generate, description)
-    stages = select_stages(config.stage, mixed=config.precision.dtype != "float32")
+    stages = select_stages(config.stage, mixed=not config.precision.exact)
     check_lengths(config, description, stages)
     if "generate" in stages:
         generate.check(config, description)

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from accel.config import bounds
 from accel.config.engines import FUSED, ONNXRUNTIME
 from accel.config.generate_options import OWN_OPTIONS, check_types, generation_options
-from accel.config.schema import AuditConfig, Config, RuntimeConfig, VerifyConfig
+from accel.config.schema import AuditConfig, Config, PrecisionConfig, RuntimeConfig, VerifyConfig
 from accel.data.corpus import read_lines, read_texts
 from accel.data.texts import References, has_tokenizer
 from accel.engine.kernel.launch import unsupported
@@ -19,6 +19,7 @@ from accel.errors import AccelError, unknown
 from accel.evaluation import metrics
 from accel.evaluation.component_runner import max_positions
 from accel.graph.precision.formats import FORMATS
+from accel.graph.quantization.formats import BITS, formats
 from accel.models import checkpoints
 from accel.models.option_check import check_options, option_names
 from accel.pipeline.runner import select_stages
@@ -141,6 +142,7 @@ def _check_precision(config: Config) -> None:
     dtype, runtime = config.precision.dtype, config.runtime
     if dtype not in FORMATS:
         raise unknown("precision.dtype", dtype, FORMATS)
+    _check_weights(config.precision, runtime)
     if config.precision.plan not in audit.RULES:
         raise unknown("precision.plan", config.precision.plan, audit.RULES)
     for operator in config.precision.operators:
@@ -160,6 +162,30 @@ def _check_precision(config: Config) -> None:
         f"precision.dtype={dtype}: {reason}, which {', '.join(stages) or 'verify'} would run. "
         f"Use a precision of dtype {supported}; or run stage=verify with runtime=cpu, which emulates {dtype}"
     )
+
+
+def _check_weights(precision: PrecisionConfig, runtime: RuntimeConfig) -> None:
+    """Raise `AccelError` on weights in a number of bits, or in a format, that doesn't exist or can't be used here."""
+    bits, names = precision.weight_bits, precision.weight_formats
+    if bits is None:
+        return
+    if bits not in BITS:
+        raise unknown("precision.weight_bits", bits, [str(each) for each in BITS])
+    choices = formats(bits)
+    if not names:
+        raise AccelError(f"precision.weight_formats=[] names no format. Choices: {', '.join(choices)}")
+    for name in names:
+        if name not in choices:
+            raise unknown(f"format of {bits} bits in precision.weight_formats", name, choices)
+    if precision.dtype != "float32":
+        raise AccelError(
+            f"precision.weight_bits={bits} with precision.dtype={precision.dtype}: the other values must be float32"
+        )
+    if runtime.device != "cpu":
+        raise AccelError(
+            f"precision.weight_bits={bits}: weights of {bits} bits are verified on the CPU only, and runtime="
+            f"{runtime.name} computes on {runtime.device}. Use runtime=cpu, or precision=fp16"
+        )
 
 
 def check_lengths(config: Config, description: PretrainedConfig, stages: Collection[str]) -> None:

@@ -40,19 +40,42 @@ class ModelConfig:
 
 @dataclass
 class PrecisionConfig:
-    """Number format of the graphs.
+    """Number format of the graphs, and of the weights of their matrix products.
 
     Attributes:
         name: Name of the preset, that of its YAML file.
         dtype: `float32`, `float16` or `bfloat16`.
         plan: How the nodes that stay in FP32 are chosen: a key of `accel.stages.audit.RULES`.
         operators: Operators that stay in FP32 under `plan=operators`.
+        weight_bits: Bits of the weights of matrix products, 8 or 4; None: as `dtype`.
+        weight_formats: Candidates of their format: names of `accel.graph.quantization.formats.formats`.
+        max_product_error: Error of a product on the model's activations, relative to its norm, beyond which its weight
+            stays in FP32.
+        max_token_changes: Share of the tokens of a trial that may differ from FP32's.
+        max_divergence: Kullback-Leibler divergence of the next token's distribution in a trial from FP32's, in nats.
+        max_output_error: Relative error of a component's other outputs in a trial.
     """
 
     name: str = MISSING
     dtype: str = "float32"
     plan: str = "minimized"
     operators: list[str] = field(default_factory=list)
+    weight_bits: int | None = None
+    weight_formats: list[str] = field(default_factory=list)
+    max_product_error: float = number(0.25, 0)
+    max_token_changes: float = number(0.02, 0, 1)
+    max_divergence: float = number(0.02, 0)
+    max_output_error: float = number(0.1, 0)
+
+    @property
+    def variant(self) -> str:
+        """Name of the variant of a deployable: `int8` or `int4`, or else `dtype`."""
+        return self.dtype if self.weight_bits is None else f"int{self.weight_bits}"
+
+    @property
+    def exact(self) -> bool:
+        """True where nothing is lowered: all is FP32."""
+        return self.variant == "float32"
 
 
 @dataclass

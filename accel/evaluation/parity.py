@@ -52,7 +52,8 @@ class VerificationResult:
 
     Attributes:
         passed: No check failed.
-        precision: `precision.dtype` of the bundle.
+        precision: `PrecisionConfig.variant` of the bundle.
+        dtype: Dtype of the values between operators, in which PyTorch's own error is measured.
         execution: "native", or "emulated" where the runtime can't compute in that precision.
         runtime: Name of the runtime.
         engine: What computed decode steps of one token: see `accel.runtime.protocol.Runtime`.
@@ -75,6 +76,7 @@ class VerificationResult:
 
     passed: bool = False
     precision: str = "float32"
+    dtype: str = "float32"
     execution: str = "native"
     runtime: str = "cpu"
     engine: str = ONNXRUNTIME
@@ -331,6 +333,6 @@ def measure(
         torch_text = "unknown" if relative_torch_error is None else f"{relative_torch_error:.1e}"
         verification.failures.append(
             f"{name} is off by {difference.error:.1e} of its largest value, allowed {difference.allowed:.1e}, "
-            f"PyTorch's own {verification.precision} {torch_text} ({difference.location})"
+            f"PyTorch's own {verification.dtype} {torch_text} ({difference.location})"
         )
     return finite

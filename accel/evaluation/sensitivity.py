@@ -59,17 +59,20 @@ class Recorder:
     Attributes:
         folder: Folder of the files.
         kinds: Kind of each batch, by its index.
+        decode_steps: Decode steps of each batch that are recorded.
         calls: Component -> (kind of batch, file) of each recorded call.
     """
 
-    def __init__(self, folder: Path, kinds: Sequence[str]) -> None:
-        self.folder, self.kinds = folder, kinds
+    def __init__(
+        self, folder: Path, kinds: Sequence[str], decode_steps: Container[int] = RECORDED_DECODE_STEPS
+    ) -> None:
+        self.folder, self.kinds, self.decode_steps = folder, kinds, decode_steps
         self.calls: dict[Component, list[tuple[str, Path]]] = {}
 
     def open(self, component: Component, path: Path, settings: SessionSettings) -> Call:
         """Open a component's graph and return a function that runs it and records some of its calls.
 
-        All calls of encoder and prefill are recorded, and of decode those at `RECORDED_DECODE_STEPS`.
+        All calls of encoder and prefill are recorded, and of decode those at `decode_steps`.
         """
         session = HostSession(path, settings)
         recorded = self.calls.setdefault(component, [])
@@ -79,7 +82,7 @@ class Recorder:
             outputs = session(inputs)
             step = next_step.get(index, 0)
             next_step[index] = step + 1
-            if component is not Component.DECODE or step in RECORDED_DECODE_STEPS:
+            if component is not Component.DECODE or step in self.decode_steps:
                 file = self.folder / f"{component}-{index}-{step}.call"
                 recorded.append((self.kinds[index], file))
                 tensors = {f"in.{name}": inputs[name] for name in session.inputs}

@@ -14,6 +14,7 @@ from accel.evaluation.parity import how_verified
 from accel.runtime.layout import README, variants
 
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
+JS_DTYPES = {"float16": "fp16", "int8": "int8", "int4": "q4"}  # variant -> dtype of Transformers.js
 TAGS = ["onnx", "accel", "optimum", "transformers.js"]
 SPEECH, SEQ2SEQ, CAUSAL = "automatic-speech-recognition", "text2text-generation", "text-generation"
 CLASSES = {
@@ -100,7 +101,7 @@ def write(folder: Path) -> None:
         folder="FOLDER",
         optimum=optimum,
         js=js,
-        js_dtype="fp16" if files[0].dtype == "float16" else "fp32",
+        js_dtype=JS_DTYPES.get(files[0].dtype, "fp32"),
     )
     (folder / README).write_text(f"---\n{data.to_yaml()}\n---\n\n{body}", encoding="utf-8")
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GRAPHS = "onnx"
-SUFFIXES = {"float32": "", "float16": "_fp16", "bfloat16": "_bf16"}  # dtype -> suffix, as Transformers.js names them
+# Dtype, or format of the products' weights -> suffix, as Transformers.js names them.
+SUFFIXES = {"float32": "", "float16": "_fp16", "bfloat16": "_bf16", "int8": "_int8", "int4": "_q4"}
 EXTERNAL_DATA = "_data"  # ends the name of a graph's external data file
 CONFIG, README = "config.json", "README.md"
 JS_CONFIG = "transformers.js_config"  # key in config.json

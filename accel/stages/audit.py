@@ -5,7 +5,8 @@ Reads:
     statistics that `calibrate` recorded.
 
 Writes:
-    `plan.json`: for each component the nodes, weights, inputs and outputs kept in FP32, each with its reason.
+    `plan.json`: for each component the nodes, weights, inputs and outputs kept in FP32, each with its reason. Where
+    weights have fewer than 16 bits, `weights.json` instead: see `accel.stages.weight_audit`.
 """
 
 import json
@@ -30,8 +31,9 @@ from accel.graph import files
 from accel.graph.precision import baselines, minimize, observer, plan
 from accel.graph.precision.convert import convert_half, half_share
 from accel.graph.precision.formats import FORMATS, FP16, Format
-from accel.pipeline.stage import SESSION, Stage, takes
+from accel.pipeline.stage import SESSION, Stage
 from accel.pipeline.store import Artifact
+from accel.stages import weight_audit
 from accel.stages.answers import read_answers
 from accel.stages.calibrate import ComponentStatistics, low_memory_settings, read_statistics, text_files
 
@@ -179,6 +181,8 @@ def unify_decoder_plans(
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Write `plan.json`. Return the mix of precisions after each phase, and the nodes kept by each rule."""
+    if config.precision.weight_bits is not None:
+        return weight_audit.run(config, inputs, architecture, out)
     graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
     statistics, rows = read_statistics(inputs["calibrate"].folder)
     format = target_format(config)
@@ -257,10 +261,15 @@ def read_plans(folder: Path) -> dict[Component, plan.Plan]:
     return {Component(component): plan.Plan.parse(values) for component, values in record.items()}
 
 
+def _inputs(config: Config) -> tuple[str, ...]:
+    statistics = ("calibrate",) if config.precision.weight_bits is None else ()
+    return ("checkpoint", "answers", "optimize", *statistics)
+
+
 STAGE = Stage(
     name="audit",
     run=run,
-    inputs=takes("checkpoint", "answers", "optimize", "calibrate"),
+    inputs=_inputs,
     sections=("audit", "precision", "model.references", *SESSION),
     packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "networkx"),
     files=text_files,

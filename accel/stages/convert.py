@@ -1,6 +1,6 @@
 """Convert the optimized graphs to mixed precision, and fuse what would hide values from the audit or suits one runtime.
 
-Reads the graphs of `optimize` and, in 16 bits, the precision plans of `audit`. Writes `<component>.onnx` for every
+Reads the graphs of `optimize` and, unless all stays in FP32, the plans of `audit`. Writes `<component>.onnx` for every
 component, and `static_decode.onnx` where the decode graph allows caches of fixed length.
 """
 
@@ -32,11 +32,12 @@ from accel.graph.fusion.skip_causal_mask import SkipCausalMask
 from accel.graph.fusion.transpose_weights import TransposeWeights
 from accel.graph.precision.convert import convert_half, half_share
 from accel.graph.precision.formats import FORMATS
+from accel.graph.quantization.quantize_products import QuantizedWeights, QuantizeProducts, low_bit_share
 from accel.graph.registry import DECODE
 from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact
 from accel.runtime.layout import BUCKET, POSITION
-from accel.stages import audit
+from accel.stages import audit, weight_audit
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +69,18 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     """Convert every component's graph.
 
     Returns:
-        In 16 bits, which share of each graph is in that format; empty in FP32.
+        Which share of each graph is in 16 bits, or which of its products in low bits; empty in FP32.
     """
     source = inputs["optimize"].folder
+    low_bits = config.precision.weight_bits is not None
     half = config.precision.dtype != "float32"
     convert = config.convert
     attention_fused = {Component(name) for name in convert.fuse_attention}
     plans = audit.read_plans(inputs["audit"].folder) if half else {}
+    quantize = None
+    if low_bits:
+        formats = weight_audit.read_plan(inputs["audit"].folder).formats()
+        quantize = QuantizeProducts(formats, QuantizedWeights())
     models = {component: files.load(source / f"{component}.onnx") for component in architecture.components()}
     transpose_weights = TransposeWeights()
     transpose_weights.prepare(list(models.values()))
@@ -84,6 +90,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         if half:
             convert_half(model, plans[component], FORMATS[config.precision.dtype])
             shares[str(component)] = half_share(model)
+        if quantize is not None:
+            quantize(model)
+            shares[str(component)] = low_bit_share(model)
         FuseSilu()(model)
         EliminateNoopCast()(model)  # in FP32 as well: models cast to the dtype of their weights
         if convert.fuse_transposed_matmul:
@@ -129,7 +138,7 @@ def _static_decode(
 
 
 def _inputs(config: Config) -> tuple[str, ...]:
-    plans = () if config.precision.dtype == "float32" else ("audit",)
+    plans = () if config.precision.exact else ("audit",)
     return ("checkpoint", "optimize", *plans)
 
 
@@ -137,6 +146,6 @@ STAGE = Stage(
     name="convert",
     run=run,
     inputs=_inputs,
-    sections=("precision.dtype", "convert"),
+    sections=("precision.dtype", "precision.weight_bits", "convert"),
     packages=("onnx", "onnx-ir"),
 )

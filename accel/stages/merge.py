@@ -123,7 +123,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     source, checkpoint = inputs["convert"].folder, inputs["checkpoint"].folder
     hf_config = load_config(checkpoint)
     has_encoder = Component.ENCODER in architecture.components()
-    target = layout.DeployableFiles(out, config.precision.dtype, has_encoder)
+    target = layout.DeployableFiles(out, config.precision.variant, has_encoder)
     target.decoder.parent.mkdir()
     if has_encoder:
         files.save(files.load(source / f"{Component.ENCODER}.onnx"), target.encoder)
@@ -195,6 +195,13 @@ STAGE = Stage(
     name="merge",
     run=run,
     inputs=takes("checkpoint", "export", "convert"),
-    sections=("merge", "convert.decode_passes", "convert.fuse_attention", "model.trust_remote_code", "precision.dtype"),
+    sections=(
+        "merge",
+        "convert.decode_passes",
+        "convert.fuse_attention",
+        "model.trust_remote_code",
+        "precision.dtype",
+        "precision.weight_bits",
+    ),
     packages=("onnx", "onnx-ir"),
 )

@@ -36,7 +36,7 @@ from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact, folder_files
 from accel.reporting import card, certificate, delivery
 from accel.runtime import layout
-from accel.stages import audit, calibrate, reference, torch_error
+from accel.stages import audit, calibrate, reference, torch_error, weight_audit
 from accel.stages.checkpoint import reference_files
 from accel.stages.prompts import PROMPTS
 
@@ -46,31 +46,39 @@ DEFAULT_MIN_AGREEMENT = 0.5  # of the sequences, in 16 bits, where `verify.min_t
 # makes it pick others, and logits jump there and at the tokens that attend to it. A fault that affects every token,
 # such as a stale cache, still shows in the rest.
 REROUTED = 0.5
+# Error of one layer with quantized weights, relative to an output's largest magnitude, at its worst token.
+LOW_BIT_ERRORS = {"int8": 0.125, "int4": 0.5}
 MAX_DIFFERING = 20  # differing sequences that a verification result holds
+LOW_BIT_ADVICE = (
+    "Try audit.texts=FILE with inputs like yours, a smaller precision.max_divergence={precision.max_divergence} (more "
+    "weights stay in FP32), smaller blocks in precision.weight_formats, precision=int8 instead of int4, or precision=fp32"
+)
 MAX_FAILURES = 7  # failures that a message lists
 
 
-def threshold(dtype: str, layers: int) -> float:
+def threshold(variant: str, layers: int) -> float:
     """Return the largest error allowed, relative to an output's largest magnitude.
 
     Rounding errors of independent operations add up like a random walk, hence the square root of the depth. The factors
     allow for the few units in the last place that the operations of one layer lose.
 
     Args:
-        dtype: Precision of the graphs.
+        variant: Precision of the graphs, as `PrecisionConfig.variant` names it.
         layers: Depth of the decoder.
     """
-    return float((64 if dtype == "float32" else 16) * FORMATS[dtype].epsilon * max(1, layers) ** 0.5)
+    if variant in LOW_BIT_ERRORS:
+        return float(LOW_BIT_ERRORS[variant] * max(1, layers) ** 0.5)
+    return float((64 if variant == "float32" else 16) * FORMATS[variant].epsilon * max(1, layers) ** 0.5)
 
 
 def min_token_agreement(config: Config) -> float:
     """Return the smallest share of sequences that must be identical to PyTorch's, from 0 to 1.
 
-    By default all in FP32. In 16 bits none for random weights, whose tokens depend on rounding.
+    By default all in FP32. In other precisions none for random weights, whose tokens depend on rounding.
     """
     if config.verify.min_token_agreement is not None:
         return config.verify.min_token_agreement
-    if config.precision.dtype == "float32":
+    if config.precision.exact:
         return 1.0
     return 0.0 if config.model.weights == "random" else DEFAULT_MIN_AGREEMENT
 
@@ -193,8 +201,10 @@ def judge(config: Config, verification: VerificationResult) -> None:
 
 def advice(config: Config) -> str:
     """Return what to try after a failed verification."""
-    if config.precision.dtype == "float32":
+    if config.precision.exact:
         return "FP32 parity failed: likely a bug in the adapter or a graph pass"
+    if config.precision.weight_bits is not None:
+        return LOW_BIT_ADVICE.format(precision=config.precision)
     options = ["audit.texts=FILE with inputs like yours", "a larger audit.overflow_margin (more stays in FP32)"]
     if config.precision.plan != "rules":
         options.append("precision=fp16-rules" if config.precision.plan == "minimized" else "precision=fp16")
@@ -252,11 +262,11 @@ def examine(
     with open_model(folder, config.runtime) as model:
         verification.engine = model.runtime.engine
         layers = len(architecture.signature(model.config, Component.DECODE).outputs) // 2
-        verification.threshold = threshold(config.precision.dtype, layers)
+        verification.threshold = threshold(config.precision.variant, layers)
         model_inputs, _ = reference.verification_inputs(config, checkpoint, architecture, model.config, prompts)
         if not compare_outputs(model, architecture, expected, torch_errors, verification):
             return
-        rerouted = REROUTED if config.precision.dtype != "float32" and routes_experts(folder) else 0.0
+        rerouted = REROUTED if not config.precision.exact and routes_experts(folder) else 0.0
         if not compare_paths(model, architecture, expected, torch_errors, verification, rerouted):
             return
         tokens = json.loads((expected / reference.TOKENS).read_text())
@@ -277,16 +287,17 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     bundle, dtype = inputs["merge"].folder, config.precision.dtype
     native = config.runtime.compute_dtype.get(dtype) == dtype
     verification = VerificationResult(
-        precision=dtype, execution="native" if native else "emulated", runtime=config.runtime.name
+        precision=config.precision.variant,
+        dtype=dtype,
+        execution="native" if native else "emulated",
+        runtime=config.runtime.name,
     )
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         tested = bundle if native else emulate_bundle(bundle, Path(scratch), FORMATS[dtype])
         examine(tested, config, inputs, architecture, verification)
     if not verification.passed:
         failures = "\n".join(list(dict.fromkeys(verification.failures))[:MAX_FAILURES])
-        message = (
-            f"verification of the bundle failed ({dtype}, {verification.execution}):\n{failures}\n{advice(config)}"
-        )
+        message = f"verification of the bundle failed ({verification.precision}, {verification.execution}):\n{failures}\n{advice(config)}"
         raise VerificationError(message, summarize(verification, inputs, None))
     # Copied: onnx refuses weights in a file with more than one hard link.
     shutil.copytree(bundle, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(layout.MANIFEST))
@@ -295,7 +306,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     deployable.verification.write_text(json.dumps(asdict(verification), indent=1))
     measured = latency.compare_with_torch(out, config, inputs, architecture) if config.verify.latency else None
     explained = {}
-    if "audit" in inputs:
+    if "audit" in inputs and config.precision.weight_bits is not None:
+        explained = certificate.explain_weights(weight_audit.read_plan(inputs["audit"].folder))
+    elif "audit" in inputs:
         plans = audit.read_plans(inputs["audit"].folder)
         statistics, rows = calibrate.read_statistics(inputs["calibrate"].folder)
         explained = certificate.explain(plans, statistics, rows)
@@ -322,8 +335,8 @@ def summarize(
         "identical": verification.identical,
         "metrics": verification.metrics,
         "worst_logits": max(verification.drift.worst, default=None),
-        "fp32_nodes": sum(mix["fp32_nodes"] for mix in mixes) if mixes else "all",
-        "casts": sum(mix["casts"] for mix in mixes),
+        "fp32_nodes": sum(mix.get("fp32_nodes", 0) for mix in mixes) if mixes else "all",
+        "casts": sum(mix.get("casts", 0) for mix in mixes),
         "decoder_bytes": inputs["merge"].summary["merged_bytes"],
         "speed": measured,
     }
@@ -338,8 +351,10 @@ def deliver(config: Config, folder: Path) -> None:
 
 def input_stages(config: Config) -> tuple[str, ...]:
     """Return the stages whose artifacts this one reads; `calibrate` and `audit` only in 16 bits."""
-    mixed = ("calibrate", "audit") if config.precision.dtype != "float32" else ()
-    return ("checkpoint", "prompts", "convert", "merge", "reference", "torch_error", *mixed)
+    precision = config.precision
+    audit = () if precision.exact else ("audit",)
+    statistics = ("calibrate",) if precision.dtype != "float32" else ()
+    return ("checkpoint", "prompts", "convert", "merge", "reference", "torch_error", *statistics, *audit)
 
 
 STAGE = Stage(

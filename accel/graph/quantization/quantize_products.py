@@ -181,19 +181,26 @@ def _replace_products(weight: ProductWeight, make: Callable[[Product], ir.Node])
             )
 
 
-def low_bit_bytes(model: ir.Model) -> tuple[int, int]:
-    """Return the bytes of the weights of products with quantized weights, and of those with FP32 weights.
+def low_bit_share(model: ir.Model) -> dict[str, float]:
+    """Measure how much of the products of a graph, subgraphs included, is in low bits.
 
-    Both are counted as FP32, so that their ratio is the share of a model's products that is in low bits.
+    Returns:
+        `products`: number of products with a weight; `low_bit_products`: those with a quantized one; `weight_bytes`:
+        the share of their weights' bytes, all counted as FP32, that is quantized, from 0 to 1; `fp32_bytes`: the bytes
+        of the others.
     """
-    low = full = 0
+    low_sizes: list[int] = []
     for node in model.graph.all_nodes():
         if node.op_type == blockwise.OPERATOR:
-            low += 4 * node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
+            low_sizes.append(node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0))
         elif node.op_type == channelwise.OPERATOR and node.inputs[1] is not None:
             tensor = node.inputs[1].const_value
-            low += 4 * tensor.size if tensor is not None else 0
-    for weight in find_weights(model).values():
-        if weight.products and weight.value.const_value is not None:
-            full += weight.value.const_value.nbytes * len(weight.products)
-    return low, full
+            low_sizes.append(tensor.size if tensor is not None else 0)
+    full_sizes = [weight.shape[0] * weight.shape[1] for weight in find_weights(model).values() for _ in weight.products]
+    low, full = 4 * sum(low_sizes), 4 * sum(full_sizes)
+    return {
+        "products": len(low_sizes) + len(full_sizes),
+        "low_bit_products": len(low_sizes),
+        "weight_bytes": low / max(1, low + full),
+        "fp32_bytes": full,
+    }

@@ -10,6 +10,7 @@ from accel.config.schema import Config
 from accel.graph.precision.minimize import DROPPABLE
 from accel.graph.precision.observer import ValueStatistics
 from accel.graph.precision.plan import Plan
+from accel.graph.quantization.plan import WeightPlan
 from accel.models.checkpoints import hub_commit
 from accel.pipeline.store import Artifact
 from accel.reporting.card import source_of
@@ -18,7 +19,7 @@ from accel.runtime.layout import DeployableFiles
 from accel.system.environment import commit, machine
 from accel.system.hashing import DISTRIBUTION, versions
 
-# Key of the certificate -> stage whose summary it holds, in mixed precision.
+# Key of the certificate -> stage whose summary it holds, in other precisions than FP32 and where the stage ran.
 MIXED = {"mix": "convert", "plan": "audit", "audited": "calibrate"}
 PACKAGES = (
     DISTRIBUTION,
@@ -51,7 +52,9 @@ def write(
         config: Configuration of the stage `verify`.
         inputs: Artifacts that the stage was given.
     """
-    mixed = {name: inputs[stage].summary for name, stage in MIXED.items()} if explained else {}
+    mixed = {}
+    if explained:
+        mixed = {name: inputs[stage].summary for name, stage in MIXED.items() if stage in inputs}
     certificate = gather(verification, speed, config, inputs) | mixed | dict(explained)
     files.certificate.write_text(json.dumps(certificate, indent=1, allow_nan=False))
     files.certificate_page.write_text(page.render(certificate), encoding="utf-8")
@@ -133,6 +136,11 @@ def explain(
         for component, values in statistics.items()
     }
     return {"kept": kept, "statistics": magnitudes}
+
+
+def explain_weights(plan: WeightPlan) -> dict[str, Any]:
+    """Return the format of each weight of products, with the errors and times of the candidates, as JSON."""
+    return {"weight_formats": plan.dump()["weights"]}
 
 
 def _finite(number: float) -> float | None:

@@ -42,6 +42,9 @@ def render(certificate: Mapping[str, Any]) -> str:
         statistics=_range_plots(certificate),
         kept=certificate.get("kept", [])[:MAX_ROWS],
         left_out=max(0, len(certificate.get("kept", [])) - MAX_ROWS),
+        dtype=verification.get("dtype", verification["precision"]),
+        weights=_weights(certificate)[:MAX_ROWS],
+        weights_left_out=max(0, len(certificate.get("weight_formats", {})) - MAX_ROWS),
     )
 
 
@@ -75,6 +78,25 @@ def _first_differences(verification: Mapping[str, Any]) -> dict[str, list[int]]:
         method, _, _ = key.rpartition(".")  # the key is <decoding method>.<number of the input>
         positions[method].append(position)
     return {name: sorted(values) for name, values in positions.items()}
+
+
+def _weights(certificate: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of the table of weights in low bits: those that stay in FP32 first, then by error."""
+    rows = []
+    for name, choice in certificate.get("weight_formats", {}).items():
+        errors, times = choice["errors"], choice["microseconds"]
+        shown = choice["format"] or min(errors, key=errors.get, default=None)
+        rows.append(
+            {
+                "name": name,
+                "format": choice["format"],
+                "reason": choice["reason"],
+                "error": errors.get(shown),
+                "time": times.get(shown),
+                "fp32_time": times.get("float32"),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["format"] is not None, -(row["error"] or 0.0)))
 
 
 def _range_plots(certificate: Mapping[str, Any]) -> dict[str, str]:

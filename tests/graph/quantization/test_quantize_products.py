@@ -6,7 +6,7 @@ import pytest
 from accel.graph.quantization.blocks import BlockFormat
 from accel.graph.quantization.channels import ChannelFormat
 from accel.graph.quantization.products import find_weights
-from accel.graph.quantization.quantize_products import QuantizedWeights, QuantizeProducts, low_bit_bytes
+from accel.graph.quantization.quantize_products import QuantizedWeights, QuantizeProducts, low_bit_share
 from tests.graph.text import numbers, parse, run
 
 INT8 = BlockFormat(8, 32)
@@ -41,7 +41,7 @@ def test_every_spelling_of_a_product(text: str, format: BlockFormat | ChannelFor
     np.testing.assert_allclose(found, format.round_activations(X) @ restored + bias, atol=0.02)
     np.testing.assert_allclose(found, before, atol=0.03 * np.abs(before).max())
     assert not {"w", "v"} & set(model.graph.initializers)
-    assert low_bit_bytes(model) == (40 * 24 * 4, 0)
+    assert low_bit_share(model)["weight_bytes"] == 1
 
 
 TIED = """g (float[n, m, 40] x, int64[n, k] ids) => (float[n, m, 24] y, float[n, k, 40] e)

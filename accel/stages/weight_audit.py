@@ -1,0 +1,209 @@
+"""Choose the format of every weight of 8 or 4 bits: by evidence on the model's own activations, then by trials.
+
+The part of stage `audit` that runs where `precision.weight_bits` is set.
+
+Reads:
+    The checkpoint's config and tokenizer; `answers.json` of `answers`; `<component>.onnx` of `optimize` (FP32).
+
+Writes:
+    `weights.json`: the format of each weight that products read, or why it stays in FP32, with the errors and times of
+    the candidates and the results of the trials.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from accel import progress
+from accel.adapters.types import Architecture, Component, Signature
+from accel.config.schema import Config, PrecisionConfig
+from accel.data.pretrained import load_config
+from accel.errors import AccelError
+from accel.evaluation import product_cost
+from accel.evaluation.calibration_data import Batch, batches, run_batches
+from accel.evaluation.component_runner import signatures
+from accel.evaluation.product_inputs import ProductInputs
+from accel.evaluation.sensitivity import Recorder
+from accel.evaluation.weight_trials import WeightTrial, WeightTrialResult
+from accel.graph import files
+from accel.graph.precision.minimize import find_droppable
+from accel.graph.quantization.formats import WeightFormat, formats
+from accel.graph.quantization.plan import WeightChoice, WeightPlan
+from accel.graph.quantization.products import ProductWeight, find_weights
+from accel.graph.quantization.quantize_products import QuantizedWeights, matrix
+from accel.pipeline.store import Artifact
+from accel.runtime.session import SessionSettings
+from accel.stages.answers import read_answers
+from accel.stages.calibrate import low_memory_settings
+
+PLAN = "weights.json"
+BATCHES = 8  # calibration batches, half of them of texts
+DECODE_STEPS = (0, 1, 3, 7, 11, 15, 23, 31)  # decode steps of each batch that trials compare
+ERROR, TRIALS = "the error of its products", "trials"
+
+
+def candidates(precision: PrecisionConfig) -> dict[str, WeightFormat]:
+    """Return the formats that `precision.weight_formats` names, by their names in plans.
+
+    Raises:
+        KeyError: No such format exists: see `accel.cli.validate`.
+    """
+    known = formats(precision.weight_bits or 8)
+    return {known[name].name: known[name] for name in precision.weight_formats}
+
+
+def product_weights(graphs: Path, components: Sequence[Component]) -> dict[str, ProductWeight]:
+    """Return the weights that products of any component read, by name, each with whatever is in its way anywhere.
+
+    Args:
+        graphs: Folder of the FP32 graphs.
+        components: The components.
+    """
+    weights: dict[str, ProductWeight] = {}
+    obstacles: dict[str, str] = {}
+    for component in components:
+        for name, weight in find_weights(files.load(graphs / f"{component}.onnx")).items():
+            if weight.products:
+                weights.setdefault(name, weight)
+            if weight.obstacle:
+                obstacles.setdefault(name, weight.obstacle)
+    for name, weight in weights.items():
+        weight.obstacle = obstacles.get(name, "")
+    return weights
+
+
+def choose_formats(
+    config: Config, weights: Mapping[str, ProductWeight], inputs: ProductInputs, settings: SessionSettings
+) -> WeightPlan:
+    """Choose a format for each weight by the error on recorded activations and by measured times.
+
+    Args:
+        config: The configuration; its section `precision` is read.
+        weights: Weights by name.
+        inputs: Recorded activations.
+        settings: Settings of the sessions that are timed.
+    """
+    precision = config.precision
+    names = candidates(precision)
+    plan = WeightPlan()
+    times: dict[tuple[int, int], dict[str, float]] = {}
+    for name, weight in progress.track(list(weights.items()), "weights"):
+        choice = plan.weights[name] = WeightChoice(*weight.shape)
+        if weight.obstacle:
+            choice.keep(weight.obstacle)
+            continue
+        if weight.shape not in times:
+            times[weight.shape] = product_cost.times(*weight.shape, names, settings)
+        choice.microseconds = times[weight.shape]
+        choice.errors = product_cost.relative_errors(matrix(weight), inputs.rows[name], names)
+        choice.choose(names)
+        if choice.format is not None and choice.errors[choice.format] > precision.max_product_error:
+            choice.keep(ERROR)
+    return plan
+
+
+def passes(precision: PrecisionConfig, result: WeightTrialResult) -> bool:
+    """Return whether a trial's tokens and logits are near enough to FP32."""
+    return (
+        result.changed_share <= precision.max_token_changes
+        and result.divergence <= precision.max_divergence
+        and result.error <= precision.max_output_error
+    )
+
+
+def apply_trials(config: Config, plan: WeightPlan, trial: WeightTrial) -> None:
+    """Keep weights in FP32 until a trial passes; those with the largest errors are tried last.
+
+    Raises:
+        AccelError: No trial passed within `audit.trials`.
+    """
+    precision = config.precision
+
+    def passing(names: list[str]) -> bool:
+        result = trial(names)
+        passed = passes(precision, result)
+        plan.trials.append({"weights": len(names), "passed": passed, **asdict(result)})
+        return passed
+
+    chosen = plan.formats()
+    ranked = sorted(chosen, key=lambda name: plan.weights[name].errors[plan.weights[name].format or ""])
+    quantized = set(find_droppable([[name] for name in ranked], passing, config.audit.trials))
+    if not quantized and chosen:
+        worst = ", ".join(ranked[::-1][:5])
+        raise AccelError(
+            f"precision={precision.name}: no plan passed within audit.trials={config.audit.trials} trials; the weights "
+            f"with the largest errors are {worst}. Raise audit.trials or precision.max_divergence="
+            f"{precision.max_divergence}, or take precision=int8 or fp32"
+        )
+    for name in chosen:
+        if name not in quantized:
+            plan.weights[name].keep(TRIALS)
+
+
+def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
+    """Write `weights.json`. Return the formats of the weights and the results of the trials, for the certificate."""
+    graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
+    hf_config = load_config(checkpoint)
+    specs = signatures(architecture, hf_config)
+    prompts = read_answers(inputs["answers"].folder)
+    work = list(islice(batches(config, architecture, hf_config, checkpoint, prompts), BATCHES))
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        sample = _product_inputs(config, specs, work, graphs, Path(scratch))
+    weights = product_weights(graphs, list(specs))
+    plan = choose_formats(config, weights, sample, SessionSettings.of(config.runtime))
+    if config.audit.trials:
+        with tempfile.TemporaryDirectory(dir=out) as scratch:
+            trial = _trial(config, architecture, work, graphs, checkpoint, plan, Path(scratch))
+            apply_trials(config, plan, trial)
+    (out / PLAN).write_text(json.dumps(plan.dump(), indent=1))
+    counts: dict[str, int] = {}
+    for choice in plan.weights.values():
+        key = choice.format or f"float32: {choice.reason}"
+        counts[key] = counts.get(key, 0) + 1
+    for key, count in counts.items():
+        progress.note(f"{count} weights in {key}")
+    return {"weights": counts, "trials": plan.trials}
+
+
+def _product_inputs(
+    config: Config, specs: Mapping[Component, Signature], work: Sequence[Batch], graphs: Path, scratch: Path
+) -> ProductInputs:
+    """Run the FP32 graphs on `work` and return the inputs that their products saw."""
+    sample, settings = ProductInputs(), low_memory_settings(config.runtime, graphs)
+    run_batches(specs, work, lambda each: sample.open(each, graphs / f"{each}.onnx", settings), scratch)
+    return sample
+
+
+def _trial(
+    config: Config,
+    architecture: Architecture,
+    work: Sequence[Batch],
+    graphs: Path,
+    checkpoint: Path,
+    plan: WeightPlan,
+    scratch: Path,
+) -> WeightTrial:
+    """Record calls of the FP32 graphs in `scratch` and return the trial that compares quantized graphs with them."""
+    specs = signatures(architecture, load_config(checkpoint))
+    recorder = Recorder(scratch, [batch.kind for batch in work], DECODE_STEPS)
+    settings = low_memory_settings(config.runtime, graphs)
+    run_batches(specs, work, lambda each: recorder.open(each, graphs / f"{each}.onnx", settings), scratch)
+    # Without prepacking, MatMulNBits would fall back to a path a hundred times as slow.
+    keys = {name: value for name, value in settings.session.items() if name != "session.disable_prepacking"}
+    return WeightTrial(
+        graphs,
+        recorder.calls,
+        SessionSettings.of(config.runtime, session=keys, arena=False, fuse=False),
+        plan.formats(),
+        QuantizedWeights(),
+        {spec.name for spec in specs[Component.DECODE].outputs},
+    )
+
+
+def read_plan(folder: Path) -> WeightPlan:
+    """Return the plan in the `weights.json` of `folder`."""
+    return WeightPlan.parse(json.loads((folder / PLAN).read_text()))
