@@ -19,9 +19,9 @@ COLUMNS = (
     "total s",
     "TTFT ms",
     "TPOT ms",
-    "x\ntorch_cache",
-    "x\ntwo_files",
-    "x\nroofline",
+    "x torch\n_cache",
+    "x two_\nfiles",
+    "x roof-\nline",
     "MBU",
 )  # at most 120 characters wide with the longest name of a backend
 TOKEN_TIMES = ("time_to_first_token_ms", "time_per_output_token_ms")  # missing from results of old versions
@@ -118,11 +118,11 @@ def _about_roofline(roofline: Mapping[str, Any]) -> str:
     copied = roofline.get("measured", COPY) == COPY  # results of old versions don't say so: they are of GPUs
     bandwidth = f"{roofline['bandwidth'] / 1e12:.2f} TB/s" if copied else f"{roofline['bandwidth'] / 1e9:.1f} GB/s"
     of = "the bandwidth of a copy on the device" if copied else "the bandwidth at which the processor reads memory"
+    exceeding = "" if copied else ", more than 100% where weights fit into caches of the processor"
     return (
         f"x roofline: total time per token relative to {roofline['seconds'] * 1000:.3f} ms, the time it takes to read "
         f"{roofline['bytes'] / 1e6:.0f} MB of weights and caches once at {bandwidth}, {of} measured in this run. "
-        "MBU (memory bandwidth utilization): the share of it that these bytes are read at in a time of TPOT"
-        f"{'' if copied else '; weights that fit into caches of the processor can exceed 100%'}"
+        f"MBU (memory bandwidth utilization): that time relative to TPOT{exceeding}"
     )
 
 
