@@ -134,8 +134,11 @@ class RowScheduler(SchedulerThread):
             return
         needed = self._needed(jobs)
         size = self._sizing.next(self._rows, needed, empty=not self._active)
-        present = BatchSize(self._rows.capacity, self._rows.max_length, self._rows.source_length)
-        if size != present and not self._resize(size, jobs):
+        error = self._resize(size)
+        if error is not None and size != needed:
+            error = self._resize(needed)
+        if error is not None:
+            self._give_way(jobs, needed, error)
             return
         self._active = [*self._active, *(RowJob(job, self._rows.claim()) for job in jobs)]
 
@@ -147,22 +150,24 @@ class RowScheduler(SchedulerThread):
         sources = [each.source for each in self._active] + [job.request.inputs["input_ids"].shape[1] for job in jobs]
         return self._sizing.rounded(len(self._active) + len(jobs), max(lengths), max(sources) if self._encoder else 1)
 
-    def _resize(self, size: BatchSize, jobs: list[Job]) -> bool:
-        """Move to another size. Without memory for it return False, after the requests were put back or have ended."""
+    def _resize(self, size: BatchSize) -> DeviceMemoryError | None:
+        """Move to a size, if it is another one; return the error if there is no memory for it."""
+        if size == BatchSize(self._rows.capacity, self._rows.max_length, self._rows.source_length):
+            return None
         try:
             moved = self._rows.resize(size.rows, size.tokens, size.source)
         except DeviceMemoryError as error:
-            self._give_way(jobs, error)
-            return False
+            return error
         for each in self._active:
             each.row = moved[each.row]
-        return True
+        return None
 
-    def _give_way(self, jobs: list[Job], error: DeviceMemoryError) -> None:
-        """Decode fewer requests at once: put new ones back; without new ones, end the longest with an error."""
-        if jobs and len(jobs) + len(self._active) > 1:
-            self._row_limit = len(self._active) or (len(jobs) + 1) // 2
-            logger.warning("%s. From now on, %d rows at most", error, self._row_limit)
+    def _give_way(self, jobs: list[Job], refused: BatchSize, error: DeviceMemoryError) -> None:
+        """Put new requests back, for fewer rows until the batch is empty; without new ones, end the longest one."""
+        smaller = [rows for rows in self._sizing.choices if rows < refused.rows]
+        if jobs and (self._active or smaller):
+            self._row_limit = max(len(self._active), *smaller[-1:], 1)
+            logger.warning("%s. Until the batch is empty, it has %d rows at most", error, self._row_limit)
             with self.changed:
                 self.waiting.extendleft(reversed(jobs))
             return
@@ -274,10 +279,12 @@ class RowScheduler(SchedulerThread):
 
     def forget_finished(self) -> None:
         """Free the rows of requests that have finished."""
-        for each in self._active:
-            if each.job.finished:
-                self._rows.release(each.row)
+        finished = [each for each in self._active if each.job.finished]
+        for each in finished:
+            self._rows.release(each.row)
         self._active = [each for each in self._active if not each.job.finished]
+        if finished and not self._active:
+            self._row_limit = self.limits.rows
 
     def release(self) -> None:
         """Give the rows' caches back to the model."""
