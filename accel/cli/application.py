@@ -109,12 +109,17 @@ def run(composed: DictConfig, overrides: list[str]) -> dict[str, Mapping[str, An
     """
     with interrupter.at_once():
         from accel.cli import compose, report
+        from accel.pipeline.runner import serves
         from accel.system.host_memory import return_large_blocks
         from accel.system.quiet import quiet
 
     quiet()
     return_large_blocks()
     config = compose.settle(composed, overrides)
+    if serves(config.stage):
+        from accel.cli import serving
+
+        return serving.run(config, overrides)
     artifacts = compose.execute(config)
     report.finish(config, artifacts)
     return {name: artifact.summary for name, artifact in artifacts.items()}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
@@ -29,12 +29,13 @@ def load_extractor(folder: Path) -> Any:
     return pretrained.load_extractor(folder)
 
 
-def read(path: Path, rate: int) -> np.ndarray[Any, Any]:
+def read(source: Path | BinaryIO, rate: int, name: str | None = None) -> np.ndarray[Any, Any]:
     """Read a mono sound file.
 
     Args:
-        path: The file, in any format that soundfile reads.
+        source: The file's path, or the file itself, in any format that soundfile reads.
         rate: Sampling rate that the model takes, in Hz.
+        name: Name of the file in messages; None: its path.
 
     Returns:
         Samples from -1 to 1, [samples], float32.
@@ -42,43 +43,53 @@ def read(path: Path, rate: int) -> np.ndarray[Any, Any]:
     Raises:
         AccelError: soundfile isn't installed, the file can't be read, is empty, isn't mono or has another rate.
     """
-    with _reading(path) as soundfile:
-        samples, file_rate = soundfile.read(path, dtype="float32")  # [samples] or [samples, channels]
+    name = name or str(source)
+    with _reading(source, name) as soundfile:
+        samples, file_rate = soundfile.read(source, dtype="float32")  # [samples] or [samples, channels]
     channels = 1 if samples.ndim == 1 else samples.shape[1]
     if file_rate != rate or channels != 1:
         plural = "s" if channels > 1 else ""
+        path, stem = (source, source.stem) if isinstance(source, Path) else ("FILE", "FILE")
         raise AccelError(
-            f"{path} has {channels} channel{plural} at {file_rate} Hz, but the model takes 1 channel at {rate} Hz. "
-            f"Convert it: ffmpeg -i {path} -ac 1 -ar {rate} {path.stem}-{rate}.wav"
+            f"{name} has {channels} channel{plural} at {file_rate} Hz, but the model takes 1 channel at {rate} Hz. "
+            f"Convert it: ffmpeg -i {path} -ac 1 -ar {rate} {stem}-{rate}.wav"
         )
     if not len(samples):
-        raise AccelError(f"{path} holds no sound: it has 0 samples")
+        raise AccelError(f"{name} holds no sound: it has 0 samples")
     return np.asarray(samples)
 
 
-def seconds(path: Path) -> float:
+def seconds(source: Path | BinaryIO, name: str | None = None) -> float:
     """Return the length of a sound file, from its header.
+
+    Args:
+        source: The file's path, or the file itself, which is left at its beginning.
+        name: Name of the file in messages; None: its path.
 
     Raises:
         AccelError: soundfile isn't installed, or the file can't be read.
     """
-    with _reading(path) as soundfile:
-        return float(soundfile.info(path).duration)
+    with _reading(source, name or str(source)) as soundfile:
+        length = float(soundfile.info(source).duration)
+    if not isinstance(source, Path):
+        source.seek(0)
+    return length
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[Any]:
+def _reading(source: Path | BinaryIO, name: str) -> Iterator[Any]:
     """Open a context with the module soundfile, whose errors become an `AccelError` that names the file."""
     try:
         import soundfile
     except ImportError as error:
         raise AccelError("generate.audio needs the package soundfile: pip install 'accel-onnx[audio]'") from error
-    if not path.is_file():
-        raise AccelError(f"can't read {path}: no such file")
+    if isinstance(source, Path) and not source.is_file():
+        raise AccelError(f"can't read {name}: no such file")
     try:
         yield soundfile
     except soundfile.SoundFileError as error:
-        raise AccelError(f"can't read {path} as sound: {error}") from error
+        reason = str(error) if isinstance(source, Path) else getattr(error, "error_string", "no known format")
+        raise AccelError(f"can't read {name} as sound: {reason}") from error
 
 
 def encode(extractor: Any, sounds: Sequence[np.ndarray[Any, Any]]) -> dict[str, Tensor]:

@@ -1,0 +1,49 @@
+"""Section `serve`: the address and the limits of the HTTP server."""
+
+from dataclasses import dataclass, field
+
+from accel.config.bounds import number
+
+
+@dataclass
+class ServeConfig:
+    """HTTP server of `stage=serve`.
+
+    Attributes:
+        models: Name -> folder of a deployable. Empty: serve the deployable of the run's own `model`, built first.
+        host: Address to listen on. The default can be reached from this machine only.
+        port: Port to listen on; 0: any free one, which the startup message names.
+        api_key_variable: Environment variable with the key that clients must send as `Authorization: Bearer KEY`. Where
+            it isn't set, no key is asked for.
+        max_waiting: Requests of a model that wait for their turn; more are answered with 429.
+        max_prompt_tokens: Tokens of a prompt; a longer one is answered with 413.
+        max_new_tokens: New tokens that a request may ask for.
+        default_new_tokens: New tokens of a request that doesn't say, unless the generation config does.
+        max_sequences: Sequences that one HTTP request may ask for: prompts x `n` x beams.
+        timeout_s: Seconds that a request may take, its time in the queue included; then it is answered with 504.
+        max_body_mb: Size of a body, in units of 10^6 bytes; a larger one is answered with 413.
+        head_timeout_s: Seconds within which a client must send the head of a request, or be idle between two.
+        body_timeout_s: Seconds within which a client must send the body.
+        unread_timeout_s: Seconds that a client may leave a reply unread before its connection is cut.
+        max_unread_tokens: Tokens that are kept for a client that doesn't read them; then its request is cancelled.
+        drain_s: Seconds that requests in progress are given to end after SIGTERM or Ctrl-C.
+        log_requests: Write a line of JSON for each request to standard error. It holds no text of prompts or outputs.
+    """
+
+    models: dict[str, str] = field(default_factory=dict)
+    host: str = "127.0.0.1"
+    port: int = number(8000, 0, 65535)
+    api_key_variable: str = "ACCEL_API_KEY"
+    max_waiting: int = number(256)
+    max_prompt_tokens: int = number(8192)
+    max_new_tokens: int = number(4096)
+    default_new_tokens: int = number(256)
+    max_sequences: int = number(16)
+    timeout_s: float = number(300.0, 0.01)
+    max_body_mb: float = number(25.0, 0.001, 10_000)
+    head_timeout_s: float = number(10.0, 0.01)
+    body_timeout_s: float = number(60.0, 0.01)
+    unread_timeout_s: float = number(30.0, 0.01)
+    max_unread_tokens: int = number(2048)
+    drain_s: int = number(30, 0)
+    log_requests: bool = True

@@ -1,0 +1,84 @@
+"""Options of a generation: from OpenAI's fields to those of transformers' `GenerationConfig`, checked."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from accel.config.serve import ServeConfig
+from accel.errors import AccelError
+from accel.serve.bodies import IGNORED, ChatBody, GenerationBody
+from accel.serve.errors import invalid
+from accel.serve.option_checker import FORBIDDEN
+from accel.serve.served_model import ServedModel
+
+
+def from_openai(body: GenerationBody, served: ServedModel, limits: ServeConfig) -> dict[str, Any]:
+    """Return the options that a body of OpenAI's routes asks for.
+
+    Sampling is on where `temperature` (above 0) or `top_p` is given, off with `temperature=0`, and otherwise as the
+    deployable's generation config has it.
+
+    Raises:
+        ApiError: A field can't be used.
+    """
+    options = {name: value for name, value in (body.model_extra or {}).items() if name not in IGNORED}
+    for name in ("presence_penalty", "frequency_penalty"):
+        if getattr(body, name):
+            raise invalid(f"{name} isn't supported; transformers' repetition_penalty is (1: none)", name)
+    if body.temperature == 0:
+        options["do_sample"] = False
+    elif body.temperature is not None or body.top_p is not None:
+        options["do_sample"] = True
+        options |= {} if body.temperature is None else {"temperature": body.temperature}
+        options |= {} if body.top_p is None else {"top_p": body.top_p}
+    if body.logit_bias:
+        options["sequence_bias"] = _biases(body.logit_bias)
+    limit = body.max_tokens
+    if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
+        limit = body.max_completion_tokens
+    if limit is not None:
+        options["max_new_tokens"] = limit
+    names = {"max_new_tokens": "max_completion_tokens" if isinstance(body, ChatBody) else "max_tokens"}
+    return checked(options, served, limits, names)
+
+
+def _biases(logit_bias: Mapping[str, float]) -> list[list[Any]]:
+    """Return OpenAI's `logit_bias`, token id -> bias, as transformers' `sequence_bias`."""
+    for token, bias in logit_bias.items():
+        if not token.isdecimal() or not -100 <= bias <= 100:
+            raise invalid(f"logit_bias: {token!r}: {bias} is no token id with a bias from -100 to 100", "logit_bias")
+    return [[[int(token)], float(bias)] for token, bias in logit_bias.items()]
+
+
+def checked(
+    options: Mapping[str, Any], served: ServedModel, limits: ServeConfig, names: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Check options, and complete them with the number of new tokens.
+
+    Args:
+        options: By the names of `GenerationConfig`.
+        served: The model.
+        limits: Largest and default number of new tokens.
+        names: Option -> the field that holds it in the body, where they differ.
+
+    Returns:
+        The options, without those that are null.
+
+    Raises:
+        ApiError: An option is unknown, is not for clients, or has a value that can't be used.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name in FORBIDDEN:
+            raise invalid(f"{name} can't be set: {FORBIDDEN[name]}", name)
+    try:
+        served.check_options(json.dumps(given, sort_keys=True))
+    except AccelError as error:
+        param = next((name for name in given if name in str(error)), None)
+        raise invalid(str(error).replace("generate.", ""), param) from error
+    default = served.model.generation_config.max_new_tokens or limits.default_new_tokens
+    new_tokens = given.setdefault("max_new_tokens", min(default, limits.max_new_tokens))
+    if new_tokens > limits.max_new_tokens:
+        name = (names or {}).get("max_new_tokens", "max_new_tokens")
+        raise invalid(f"{name}={new_tokens}: this server allows {limits.max_new_tokens} at most", name)
+    return given
