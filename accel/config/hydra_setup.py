@@ -33,8 +33,8 @@ class InstalledConfigs(SearchPathPlugin):
 def register() -> None:
     """Register the schema and the installed configuration packages with Hydra. Idempotent.
 
-    Only the section `generate` accepts keys that the schema lacks: `accel.cli.validate` checks them against
-    transformers' `GenerationConfig`.
+    Only `generate` and `serve.models` accept keys that the schema lacks: `accel.cli.validate` checks the former against
+    transformers' `GenerationConfig`, and the latter are names that the user chooses.
 
     Raises:
         AccelError: If a package can't be read, or holds a file that another one holds too: Hydra would silently take
@@ -42,6 +42,7 @@ def register() -> None:
     """
     node = OmegaConf.structured(Config)
     OmegaConf.set_struct(node.generate, False)
+    OmegaConf.set_struct(node.serve.models, False)
     ConfigStore.instance().store(name="schema", node=node)
     if InstalledConfigs not in Plugins.instance().discover(SearchPathPlugin):
         Plugins.instance().register(InstalledConfigs)

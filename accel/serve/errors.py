@@ -3,13 +3,14 @@
 https://platform.openai.com/docs/guides/error-codes
 """
 
+import json
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from accel.errors import AccelError
@@ -47,9 +48,9 @@ class ApiError(HTTPException):
         kind = TYPES.get(self.status_code, "server_error" if server_side else "invalid_request_error")
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        """Return the reply."""
-        return JSONResponse(self.body(), self.status_code, self.headers)
+    def response(self) -> Response:
+        """Return the reply, in ASCII: the message may quote a name that no UTF-8 can be written for."""
+        return Response(json.dumps(self.body()), self.status_code, self.headers, "application/json")
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
@@ -95,7 +96,7 @@ def refused(error: Exception, param: str | None) -> ApiError:
 def install(app: FastAPI) -> None:
     """Have `app` answer every error in OpenAI's shape."""
 
-    async def http_error(request: Request, error: Exception) -> JSONResponse:
+    async def http_error(request: Request, error: Exception) -> Response:
         if isinstance(error, ApiError):
             return error.response()
         if not isinstance(error, HTTPException):
@@ -107,7 +108,7 @@ def install(app: FastAPI) -> None:
             message = f"{request.url.path} doesn't take {request.method}"
         return ApiError(error.status_code, message, headers=error.headers).response()
 
-    async def invalid_body(request: Request, error: Exception) -> JSONResponse:
+    async def invalid_body(request: Request, error: Exception) -> Response:
         if not isinstance(error, RequestValidationError):
             raise error
         return _first_mistake(error).response()

@@ -7,11 +7,12 @@ from functools import lru_cache
 from transformers import PretrainedConfig
 
 from accel.config.generate_options import check_types
-from accel.errors import unknown
-from accel.models.option_check import check_options, option_names
+from accel.models.option_check import check_options
 
 # Options that clients can't set: what `generate` returns, how it computes, and what `accel.serve` itself does.
 FORBIDDEN = {
+    "stop_strings": "use stop",
+    "num_return_sequences": "use n",
     **dict.fromkeys(("max_length", "min_length"), "use max_new_tokens or min_new_tokens, which don't count the prompt"),
     **dict.fromkeys(("max_time",), "the server limits the time of requests"),
     **dict.fromkeys(
@@ -33,16 +34,12 @@ def checker(config: PretrainedConfig) -> Callable[[str], None]:
         config: Hugging Face config of the model.
 
     Returns:
-        Function of the options as JSON, which raises `AccelError` if a name is unknown or a value can't be used.
+        Function of the options as JSON, which raises `AccelError` if a value can't be used.
     """
-    names = option_names(config) - FORBIDDEN.keys()
 
     @lru_cache(maxsize=1024)
     def check(options: str) -> None:
         values = json.loads(options)
-        for name in values:
-            if name not in names:
-                raise unknown("field", name, names)
         check_types(values)
         check_options(values, config)
 

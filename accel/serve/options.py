@@ -1,11 +1,11 @@
 """Options of a generation: from OpenAI's fields to those of transformers' `GenerationConfig`, checked."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from accel.config.serve import ServeConfig
-from accel.errors import AccelError
+from accel.errors import AccelError, unknown
 from accel.serve.bodies import IGNORED, ChatBody, GenerationBody
 from accel.serve.errors import invalid
 from accel.serve.option_checker import FORBIDDEN
@@ -39,7 +39,7 @@ def from_openai(body: GenerationBody, served: ServedModel, limits: ServeConfig) 
     if limit is not None:
         options["max_new_tokens"] = limit
     names = {"max_new_tokens": "max_completion_tokens" if isinstance(body, ChatBody) else "max_tokens"}
-    return checked(options, served, limits, names)
+    return checked(options, served, limits, names, type(body).model_fields)
 
 
 def _biases(logit_bias: Mapping[str, float]) -> list[list[Any]]:
@@ -51,7 +51,11 @@ def _biases(logit_bias: Mapping[str, float]) -> list[list[Any]]:
 
 
 def checked(
-    options: Mapping[str, Any], served: ServedModel, limits: ServeConfig, names: Mapping[str, str] | None = None
+    options: Mapping[str, Any],
+    served: ServedModel,
+    limits: ServeConfig,
+    names: Mapping[str, str] | None = None,
+    other_fields: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Check options, and complete them with the number of new tokens.
 
@@ -60,6 +64,7 @@ def checked(
         served: The model.
         limits: Largest and default number of new tokens.
         names: Option -> the field that holds it in the body, where they differ.
+        other_fields: Fields that the body may have beside options, for the message about one that is unknown.
 
     Returns:
         The options, without those that are null.
@@ -71,6 +76,8 @@ def checked(
     for name in given:
         if name in FORBIDDEN:
             raise invalid(f"{name} can't be set: {FORBIDDEN[name]}", name)
+        if name not in served.option_names:
+            raise invalid(str(unknown("field", name, {*served.option_names, *other_fields})), name)
     try:
         served.check_options(json.dumps(given, sort_keys=True))
     except AccelError as error:

@@ -91,10 +91,11 @@ def _encode(text: str, served: ServedModel, limits: ServeConfig, param: str, *, 
     """Return the ids of a text. Raises `ApiError` if there are none or too many."""
     _check_characters(len(text), limits, param)
     try:
-        with served.tokenizing:
-            ids: Ids = served.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write and UTF-8 can't
         raise invalid(f"{param}: the text is no valid Unicode: {error.reason}", param) from error
+    with served.tokenizing:
+        ids: Ids = served.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     if not ids:
         raise invalid(f"{param}: the text is empty, and the model needs a token to begin with", param)
     _check_length(len(ids), limits, param)

@@ -16,7 +16,8 @@ from accel.errors import AccelError
 from accel.evaluation.component_runner import max_positions
 from accel.models.generation import AcceleratedModel
 from accel.models.loading import load, open_model, verification_of
-from accel.serve.option_checker import checker
+from accel.models.option_check import option_names
+from accel.serve.option_checker import FORBIDDEN, checker
 from accel.serve.protocol import Scheduler
 
 OpenScheduler = Callable[[AcceleratedModel], Scheduler]
@@ -50,6 +51,11 @@ class ServedModel:
     def check_options(self) -> Callable[[str], None]:
         """Function that checks options, as JSON, against the model: see `option_checker.checker`."""
         return checker(self.model.config)
+
+    @cached_property
+    def option_names(self) -> frozenset[str]:
+        """Options that clients can set."""
+        return frozenset(option_names(self.model.config) - FORBIDDEN.keys())
 
     @property
     def has_encoder(self) -> bool:

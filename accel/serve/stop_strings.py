@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on up to the first stop string, which may lie across pieces.
+    """Passes text on up to the stop string that is complete first, which may lie across pieces.
 
     Args:
         stops: The strings, none of them empty.
@@ -23,10 +23,10 @@ class StopStrings:
         if self.found:
             return ""
         held = self._held + text
-        places = [place for place in (held.find(stop) for stop in self._stops) if place >= 0]
-        if places:
+        found = [(place + len(stop), place) for stop in self._stops if (place := held.find(stop)) >= 0]
+        if found:
             self.found, self._held = True, ""
-            return held[: min(places)]
+            return held[: min(found)[1]]
         keep = max((_overlap(held, stop) for stop in self._stops), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

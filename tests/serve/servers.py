@@ -1,0 +1,207 @@
+"""Servers on a free port of this machine, over real models and over a scheduler that the test plays."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, T5Config
+
+import accel
+from accel.config.serve import ServeConfig
+from accel.serve.app import create_app
+from accel.serve.lifecycle import Server, listen
+from accel.serve.protocol import Event, Listener, QueueFullError, Request, Status
+from accel.serve.sequential_scheduler import SequentialScheduler
+from accel.serve.served_model import ServedModel, open_served
+from accel.serve.service import Service
+from accel.testing import random_model
+from tests.conftest import Build
+from tests.families import FAMILIES
+
+G2P = Path(accel.__file__).parent / "data" / "checkpoints" / "t5-g2p"
+LIMITS = ServeConfig(port=0, log_requests=False, drain_s=5)
+TEMPLATE = (
+    "{% if messages[0]['role'] == 'bad' %}{{ raise_exception('no such role') }}{% endif %}"
+    "{% for tool in tools or [] %}[{{ tool['function']['name'] }}]{% endfor %}"
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}{{ 'dictate' if dictate }}"
+)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A running server.
+
+    Attributes:
+        address: Scheme, host and port.
+        port: The port.
+        models: Its models, by name.
+        openai: OpenAI's own client, which doesn't retry.
+        http: A client without a timeout.
+        server: The server itself.
+    """
+
+    address: str
+    port: int
+    models: dict[str, ServedModel]
+    openai: openai.OpenAI
+    http: httpx2.Client
+    server: Server
+
+    def post(self, path: str, **body: Any) -> httpx2.Response:
+        """Send a JSON body."""
+        return self.http.post(path, json=body)
+
+
+@contextmanager
+def running(
+    served: Sequence[ServedModel], limits: ServeConfig = LIMITS, api_key: str | None = None
+) -> Iterator[Running]:
+    """Serve models on a free port, in a thread, and stop at the end."""
+    listener = listen("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    service = Service(served, limits)
+    ready = threading.Event()
+    server = Server(create_app(service, limits, api_key), service, listener, limits, ready.set)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    address = f"http://127.0.0.1:{port}"
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key=api_key or "none", max_retries=0)
+    try:
+        assert ready.wait(60)
+        with httpx2.Client(base_url=address, timeout=60) as http:
+            yield Running(address, port, service.models, client, http, server)
+    finally:
+        client.close()
+        server.stop()
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token per byte, as GPT-2's has, so that most characters of this test have several."""
+    letters = sorted(ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    inner = Tokenizer(models.BPE(vocabulary, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def llama_folder(build: Build, shared: Path) -> Path:
+    """Tiny Llama with random weights and a byte-level tokenizer with a chat template."""
+    folder = shared / "serve-llama"
+    with FileLock(shared / "serve-llama.lock"):
+        if not (folder / "config.json").exists():
+            byte_tokenizer().save_pretrained(folder)
+            random_model(FAMILIES["llama"] | {"vocab_size": 259}).save_pretrained(folder)
+        return build(folder, "merge")[1]["merge"].folder
+
+
+@pytest.fixture(scope="session")
+def g2p_folder(build: Build) -> Path:
+    """The embedded T5, trained."""
+    return build(G2P, "merge")[1]["merge"].folder
+
+
+@pytest.fixture(scope="session")
+def real(llama_folder: Path, g2p_folder: Path) -> Iterator[Running]:
+    """Server over the tiny Llama and the embedded T5."""
+    scheduler = partial(SequentialScheduler, max_waiting=64)
+    folders = {"llama": llama_folder, "g2p": g2p_folder}
+    with running([open_served(name, folder, None, scheduler) for name, folder in folders.items()]) as server:
+        yield server
+
+
+class PlayedScheduler:
+    """Scheduler whose events a test sends.
+
+    Attributes:
+        requests: What was submitted.
+        listeners: Their listeners.
+        cancelled: Set once a request was cancelled.
+        submitted: Set once a request was submitted.
+        room: Requests that it takes.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.listeners: list[Listener] = []
+        self.cancelled, self.submitted = threading.Event(), threading.Event()
+        self.room = 100
+        self.on_submit: Callable[[int], Sequence[Event]] = lambda _: ()
+        self.cancels = 0
+
+    def warm_up(self) -> None:
+        """Do nothing."""
+
+    def submit(self, request: Request, listener: Listener) -> "PlayedScheduler":
+        """Remember a request, and answer it if the test said how."""
+        if len(self.requests) >= self.room:
+            raise QueueFullError("2 requests are waiting already: try again later")
+        self.requests.append(request)
+        self.listeners.append(listener)
+        for event in self.on_submit(len(self.requests) - 1):
+            listener(event)
+        self.submitted.set()
+        return self
+
+    def cancel(self) -> None:
+        """Remember that a request was cancelled."""
+        self.cancels += 1
+        self.cancelled.set()
+
+    def status(self) -> Status:
+        """Return a state that no other scheduler has."""
+        return Status(3, 5, 8, 77, 512, 1234)
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Do nothing."""
+
+
+class Played(SimpleNamespace):
+    """A model of which only the configuration exists."""
+
+    main_input_name = "input_ids"
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@pytest.fixture
+def play() -> Iterator[Callable[..., Any]]:
+    """Function that starts a server over a `PlayedScheduler`, and returns both."""
+    opened: list[Any] = []
+
+    def start(api_key: str | None = None, tokenizer: Any = None, **limits: Any) -> tuple[Running, PlayedScheduler]:
+        scheduler = PlayedScheduler()
+        config = T5Config(vocab_size=259)
+        model: Any = Played(config=config, generation_config=GenerationConfig(eos_token_id=2))
+        served = ServedModel("played", model, scheduler, tokenizer or byte_tokenizer())
+        context = running([served], replace(LIMITS, **limits), api_key)
+        opened.append(context)
+        return context.__enter__(), scheduler
+
+    yield start
+    for context in opened:
+        context.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def reference_tokenizer(llama_folder: Path) -> Any:
+    """Tokenizer of the tiny Llama."""
+    return AutoTokenizer.from_pretrained(llama_folder)
