@@ -85,8 +85,8 @@ def run(config: Config, overrides: Sequence[str]) -> dict[str, Mapping[str, Any]
     check(config, overrides)
     from accel.serve.app import create_app
     from accel.serve.lifecycle import Server, listen
-    from accel.serve.sequential_scheduler import SequentialScheduler
-    from accel.serve.served_model import open_served
+    from accel.serve.opening import open_scheduler
+    from accel.serve.served_model import open_served, scheduler_limits
     from accel.serve.service import Service
 
     with ExitStack() as stack:
@@ -101,7 +101,7 @@ def run(config: Config, overrides: Sequence[str]) -> dict[str, Mapping[str, Any]
                 name,
                 Path(folder),
                 config.runtime if chosen else None,
-                partial(SequentialScheduler, max_waiting=config.serve.max_waiting),
+                partial(open_scheduler, limits=scheduler_limits(config.serve)),
             )
             stack.callback(served.close)
             models.append(served)

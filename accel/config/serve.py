@@ -16,9 +16,13 @@ class ServeConfig:
         api_key_variable: Environment variable with the key that clients must send as `Authorization: Bearer KEY`. Where
             it isn't set, no key is asked for.
         max_waiting: Requests of a model that wait for their turn; more are answered with 429.
+        max_rows: Sequences of a model that are decoded at once.
         max_prompt_tokens: Tokens of a prompt; a longer one is answered with 413.
         max_new_tokens: New tokens that a request may ask for.
-        default_new_tokens: New tokens of a request that doesn't say, unless the generation config does.
+        max_total_tokens: Tokens that a sequence may have in the decoder: its new ones and, without an encoder, its
+            prompt. A row of the running batch has caches for so many.
+        default_new_tokens: New tokens of a request that doesn't say, unless the generation config does; fewer where
+            `max_total_tokens` or the model's positions leave less.
         max_sequences: Sequences that one HTTP request may ask for: prompts x `n` x beams.
         timeout_s: Seconds that a request may take, its time in the queue included; then it is answered with 504.
         max_body_mb: Size of a body, in units of 10^6 bytes; a larger one is answered with 413.
@@ -35,8 +39,10 @@ class ServeConfig:
     port: int = number(8000, 0, 65535)
     api_key_variable: str = "ACCEL_API_KEY"
     max_waiting: int = number(256)
-    max_prompt_tokens: int = number(8192)
-    max_new_tokens: int = number(4096)
+    max_rows: int = number(32)
+    max_prompt_tokens: int = number(4096)
+    max_new_tokens: int = number(2048)
+    max_total_tokens: int = number(4096, 2)
     default_new_tokens: int = number(256)
     max_sequences: int = number(16)
     timeout_s: float = number(300.0, 0.01)

@@ -124,6 +124,8 @@ def _first_mistake(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return invalid(f"the body is no valid JSON: {reason} at character {path[0] if path else 0}")
+    if first["type"] == "value_error":  # of a whole body, or a whole part of one: the message names the fields
+        return invalid(first["msg"].removeprefix("Value error, "), path[0] if path else None)
     if not path:
         return invalid("the body must be a JSON object, with the header Content-Type: application/json")
     same = [first, *(other for other in others if other["loc"][:2] == first["loc"][:2])]  # of a field with many types

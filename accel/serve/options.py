@@ -57,12 +57,12 @@ def checked(
     names: Mapping[str, str] | None = None,
     other_fields: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Check options, and complete them with the number of new tokens.
+    """Check options.
 
     Args:
         options: By the names of `GenerationConfig`.
         served: The model.
-        limits: Largest and default number of new tokens.
+        limits: Largest number of new tokens.
         names: Option -> the field that holds it in the body, where they differ.
         other_fields: Fields that the body may have beside options, for the message about one that is unknown.
 
@@ -83,9 +83,8 @@ def checked(
     except AccelError as error:
         param = next((name for name in given if name in str(error)), None)
         raise invalid(str(error).replace("generate.", ""), param) from error
-    default = served.model.generation_config.max_new_tokens or limits.default_new_tokens
-    new_tokens = given.setdefault("max_new_tokens", min(default, limits.max_new_tokens))
-    if new_tokens > limits.max_new_tokens:
+    if given.get("max_new_tokens", 0) > limits.max_new_tokens:
         name = (names or {}).get("max_new_tokens", "max_new_tokens")
-        raise invalid(f"{name}={new_tokens}: this server allows {limits.max_new_tokens} at most", name)
+        message = f"{name}={given['max_new_tokens']}: this server allows {limits.max_new_tokens} at most"
+        raise invalid(message, name)
     return given

@@ -11,12 +11,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from accel.config.schema import RuntimeConfig
+from accel.config.serve import ServeConfig
 from accel.data import audio, texts
 from accel.errors import AccelError
 from accel.evaluation.component_runner import max_positions
 from accel.models.generation import AcceleratedModel
 from accel.models.loading import load, open_model, verification_of
 from accel.models.option_check import option_names
+from accel.serve.limits import SchedulerLimits
 from accel.serve.option_checker import FORBIDDEN, checker
 from accel.serve.protocol import Scheduler
 
@@ -83,6 +85,16 @@ class ServedModel:
         """End the scheduler's thread and free the model."""
         self.scheduler.close()
         self.model.close()
+
+
+def scheduler_limits(limits: ServeConfig) -> SchedulerLimits:
+    """Return what a scheduler has to know of the server's limits."""
+    return SchedulerLimits(
+        rows=limits.max_rows,
+        queue=limits.max_waiting,
+        prompt_tokens=limits.max_prompt_tokens,
+        total_tokens=limits.max_total_tokens,
+    )
 
 
 def open_served(name: str, folder: Path, runtime: RuntimeConfig | None, open_scheduler: OpenScheduler) -> ServedModel:

@@ -144,7 +144,7 @@ class Service:
         return [
             Request(
                 item,
-                generation,
+                {"max_new_tokens": self._default_new_tokens(served, item), **generation},
                 None if seed is None else (seed + index) % 2**63,
                 logprobs,
                 self._grammars[served.name].processor(response_format),
@@ -153,6 +153,14 @@ class Service:
             for item in inputs
             for index in range(n)
         ]
+
+    def _default_new_tokens(self, served: ServedModel, inputs: Mapping[str, Tensor]) -> int:
+        """Return the number of new tokens of a request that doesn't say."""
+        limits = self.limits
+        default = served.model.generation_config.max_new_tokens or limits.default_new_tokens
+        prompt = 1 if served.has_encoder else inputs["input_ids"].shape[1]
+        room = min(limits.max_total_tokens, served.positions or limits.max_total_tokens) - prompt
+        return max(1, min(default, limits.max_new_tokens, room))
 
     async def answer(self, http: HttpRequest, served: ServedModel, plan: Plan, form: Form, stream: bool) -> Response:
         """Generate, and return the reply.

@@ -3,31 +3,24 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import openai
-import pytest
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, T5Config
+from transformers import PreTrainedTokenizerFast
 
 import accel
 from accel.config.serve import ServeConfig
 from accel.serve.app import create_app
 from accel.serve.lifecycle import Server, listen
 from accel.serve.protocol import Event, Listener, QueueFullError, Request, Status
-from accel.serve.sequential_scheduler import SequentialScheduler
-from accel.serve.served_model import ServedModel, open_served
+from accel.serve.served_model import ServedModel
 from accel.serve.service import Service
-from accel.testing import random_model
-from tests.conftest import Build
-from tests.families import FAMILIES
 
 G2P = Path(accel.__file__).parent / "data" / "checkpoints" / "t5-g2p"
 LIMITS = ServeConfig(port=0, log_requests=False, drain_s=5)
@@ -101,32 +94,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def llama_folder(build: Build, shared: Path) -> Path:
-    """Tiny Llama with random weights and a byte-level tokenizer with a chat template."""
-    folder = shared / "serve-llama"
-    with FileLock(shared / "serve-llama.lock"):
-        if not (folder / "config.json").exists():
-            byte_tokenizer().save_pretrained(folder)
-            random_model(FAMILIES["llama"] | {"vocab_size": 259}).save_pretrained(folder)
-        return build(folder, "merge")[1]["merge"].folder
-
-
-@pytest.fixture(scope="session")
-def g2p_folder(build: Build) -> Path:
-    """The embedded T5, trained."""
-    return build(G2P, "merge")[1]["merge"].folder
-
-
-@pytest.fixture(scope="session")
-def real(llama_folder: Path, g2p_folder: Path) -> Iterator[Running]:
-    """Server over the tiny Llama and the embedded T5."""
-    scheduler = partial(SequentialScheduler, max_waiting=64)
-    folders = {"llama": llama_folder, "g2p": g2p_folder}
-    with running([open_served(name, folder, None, scheduler) for name, folder in folders.items()]) as server:
-        yield server
-
-
 class PlayedScheduler:
     """Scheduler whose events a test sends.
 
@@ -180,28 +147,3 @@ class Played(SimpleNamespace):
 
     def close(self) -> None:
         """Do nothing."""
-
-
-@pytest.fixture
-def play() -> Iterator[Callable[..., Any]]:
-    """Function that starts a server over a `PlayedScheduler`, and returns both."""
-    opened: list[Any] = []
-
-    def start(api_key: str | None = None, tokenizer: Any = None, **limits: Any) -> tuple[Running, PlayedScheduler]:
-        scheduler = PlayedScheduler()
-        config = T5Config(vocab_size=259)
-        model: Any = Played(config=config, generation_config=GenerationConfig(eos_token_id=2))
-        served = ServedModel("played", model, scheduler, tokenizer or byte_tokenizer())
-        context = running([served], replace(LIMITS, **limits), api_key)
-        opened.append(context)
-        return context.__enter__(), scheduler
-
-    yield start
-    for context in opened:
-        context.__exit__(None, None, None)
-
-
-@pytest.fixture(scope="session")
-def reference_tokenizer(llama_folder: Path) -> Any:
-    """Tokenizer of the tiny Llama."""
-    return AutoTokenizer.from_pretrained(llama_folder)
