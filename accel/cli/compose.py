@@ -17,6 +17,7 @@ from accel.config.schema import Config
 from accel.errors import AccelError, unknown
 from accel.models import peft_adapter
 from accel.pipeline import estimate
+from accel.pipeline.replan import run_and_replan
 from accel.pipeline.runner import Pipeline, select_stages
 from accel.pipeline.store import Artifact
 from accel.runtime.providers import fastest
@@ -195,7 +196,7 @@ def _execute(config: Config) -> dict[str, Artifact]:
     check_texts(config, stages)
     pipeline = Pipeline(config, architecture)
     estimate.announce(config, description, pipeline.pending(stages))
-    return pipeline.run(stages)
+    return run_and_replan(config, architecture, stages)
 
 
 def compose(overrides: Sequence[str]) -> Config:

@@ -51,8 +51,6 @@ class PrecisionConfig:
         operators: Operators that stay in FP32 under `plan=operators`.
         weight_bits: Bits of the weights of matrix products, 8 or 4; None: as `dtype`.
         weight_formats: Candidates of their format: names of `accel.graph.quantization.formats.formats`.
-        max_product_error: Error of a product on the model's activations, relative to its norm, beyond which its weight
-            stays in FP32.
         max_token_changes: Share of the tokens of a trial that may differ from FP32's.
         max_divergence: Kullback-Leibler divergence of the next token's distribution in a trial from FP32's, in nats.
         max_output_error: Relative error of a component's other outputs in a trial.
@@ -64,7 +62,6 @@ class PrecisionConfig:
     operators: list[str] = field(default_factory=list)
     weight_bits: int | None = None
     weight_formats: list[str] = field(default_factory=list)
-    max_product_error: float = number(0.25, 0)
     max_token_changes: float = number(0.02, 0, 1)
     max_divergence: float = number(0.02, 0)
     max_output_error: float = number(0.1, 0)

@@ -1,7 +1,7 @@
 """Sensitivity trials of weight formats: the quantized graphs, on inputs whose FP32 outputs are recorded."""
 
 import math
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,6 @@ class WeightTrial:
         graphs: Folder of the FP32 graphs.
         calls: Component -> (kind of batch, file) of each recorded call.
         settings: Settings of the sessions.
-        formats: Weight -> format.
         quantized: Weights that were quantized before.
         self_attention_caches: Names of the outputs that are caches of the decoder's own keys and values.
     """
@@ -59,16 +58,15 @@ class WeightTrial:
     graphs: Path
     calls: Mapping[Component, Sequence[tuple[str, Path]]]
     settings: SessionSettings
-    formats: Mapping[str, WeightFormat]
     quantized: QuantizedWeights
     self_attention_caches: Container[str]
 
-    def __call__(self, names: Collection[str]) -> WeightTrialResult:
-        """Run the recorded calls with the weights `names` quantized, and compare the outputs with FP32."""
+    def __call__(self, formats: Mapping[str, WeightFormat]) -> WeightTrialResult:
+        """Run the recorded calls with the weights in `formats` quantized, and compare the outputs with FP32."""
         result, divergences, errors = WeightTrialResult(), 0.0, []
         for component, calls in self.calls.items():
             model = files.load(self.graphs / f"{component}.onnx")
-            QuantizeProducts({name: self.formats[name] for name in names}, self.quantized)(model)
+            QuantizeProducts(formats, self.quantized)(model)
             session = HostSession(files.dump(model), self.settings)
             del model
             for kind, path in calls:

@@ -50,8 +50,9 @@ REROUTED = 0.5
 LOW_BIT_ERRORS = {"int8": 0.125, "int4": 0.5}
 MAX_DIFFERING = 20  # differing sequences that a verification result holds
 LOW_BIT_ADVICE = (
-    "Try audit.texts=FILE with inputs like yours, a smaller precision.max_divergence={precision.max_divergence} (more "
-    "weights stay in FP32), smaller blocks in precision.weight_formats, precision=int8 instead of int4, or precision=fp32"
+    "Try audit.texts=FILE with inputs like yours, a smaller precision.max_divergence (now "
+    "{precision.max_divergence}; more weights stay in FP32), smaller blocks in precision.weight_formats, or "
+    "precision=fp32"
 )
 MAX_FAILURES = 7  # failures that a message lists
 
@@ -297,7 +298,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         examine(tested, config, inputs, architecture, verification)
     if not verification.passed:
         failures = "\n".join(list(dict.fromkeys(verification.failures))[:MAX_FAILURES])
-        message = f"verification of the bundle failed ({verification.precision}, {verification.execution}):\n{failures}\n{advice(config)}"
+        how = f"{verification.precision}, {verification.execution}"
+        message = f"verification of the bundle failed ({how}):\n{failures}\n{advice(config)}"
+        if config.precision.weight_bits is not None:
+            message += f"; {weight_audit.read_plan(inputs['audit'].folder).describe_worst()}"
         raise VerificationError(message, summarize(verification, inputs, None))
     # Copied: onnx refuses weights in a file with more than one hard link.
     shutil.copytree(bundle, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(layout.MANIFEST))

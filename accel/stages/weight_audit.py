@@ -31,6 +31,7 @@ from accel.evaluation.sensitivity import Recorder
 from accel.evaluation.weight_trials import WeightTrial, WeightTrialResult
 from accel.graph import files
 from accel.graph.precision.minimize import find_droppable
+from accel.graph.quantization.blocks import BlockFormat
 from accel.graph.quantization.formats import WeightFormat, formats
 from accel.graph.quantization.plan import WeightChoice, WeightPlan
 from accel.graph.quantization.products import ProductWeight, find_weights
@@ -43,7 +44,8 @@ from accel.stages.calibrate import low_memory_settings
 PLAN = "weights.json"
 BATCHES = 8  # calibration batches, half of them of texts
 DECODE_STEPS = (0, 1, 3, 7, 11, 15, 23, 31)  # decode steps of each batch that trials compare
-ERROR, TRIALS = "the error of its products", "trials"
+TRIALS = "trials"  # reason why a weight stays in FP32, or in more bits than asked for
+FALLBACK = BlockFormat(8, 32)  # of weights that trials don't allow 4 bits
 
 
 def candidates(precision: PrecisionConfig) -> dict[str, WeightFormat]:
@@ -87,8 +89,7 @@ def choose_formats(
         inputs: Recorded activations.
         settings: Settings of the sessions that are timed.
     """
-    precision = config.precision
-    names = candidates(precision)
+    names = candidates(config.precision)
     plan = WeightPlan()
     times: dict[tuple[int, int], dict[str, float]] = {}
     for name, weight in progress.track(list(weights.items()), "weights"):
@@ -101,8 +102,6 @@ def choose_formats(
         choice.microseconds = times[weight.shape]
         choice.errors = product_cost.relative_errors(matrix(weight), inputs.rows[name], names)
         choice.choose(names)
-        if choice.format is not None and choice.errors[choice.format] > precision.max_product_error:
-            choice.keep(ERROR)
     return plan
 
 
@@ -116,32 +115,40 @@ def passes(precision: PrecisionConfig, result: WeightTrialResult) -> bool:
 
 
 def apply_trials(config: Config, plan: WeightPlan, trial: WeightTrial) -> None:
-    """Keep weights in FP32 until a trial passes; those with the largest errors are tried last.
+    """Take weights back until a trial passes: in `plan` and in place, to 8 bits if they had 4, or else to FP32.
+
+    Weights with the smallest errors are tried first, so that those that trials take back are the worst.
 
     Raises:
         AccelError: No trial passed within `audit.trials`.
     """
-    precision = config.precision
+    precision, chosen = config.precision, plan.formats()
 
-    def passing(names: list[str]) -> bool:
-        result = trial(names)
+    def passing(formats: Mapping[str, WeightFormat]) -> bool:
+        result = trial(formats)
         passed = passes(precision, result)
-        plan.trials.append({"weights": len(names), "passed": passed, **asdict(result)})
+        plan.trials.append({"weights": len(formats), "passed": passed, **asdict(result)})
         return passed
 
-    chosen = plan.formats()
-    ranked = sorted(chosen, key=lambda name: plan.weights[name].errors[plan.weights[name].format or ""])
-    quantized = set(find_droppable([[name] for name in ranked], passing, config.audit.trials))
-    if not quantized and chosen:
-        worst = ", ".join(ranked[::-1][:5])
-        raise AccelError(
-            f"precision={precision.name}: no plan passed within audit.trials={config.audit.trials} trials; the weights "
-            f"with the largest errors are {worst}. Raise audit.trials or precision.max_divergence="
-            f"{precision.max_divergence}, or take precision=int8 or fp32"
+    ranked = sorted(chosen, key=plan.error)
+    quantized = set(
+        find_droppable(
+            [[name] for name in ranked],
+            lambda names: passing({name: chosen[name] for name in names}),
+            config.audit.trials,
         )
-    for name in chosen:
-        if name not in quantized:
-            plan.weights[name].keep(TRIALS)
+    )
+    if not quantized and chosen:
+        raise AccelError(
+            f"precision={precision.name}: no plan passed within audit.trials={config.audit.trials} trials; "
+            f"{plan.describe_worst()}. Raise audit.trials or precision.max_divergence={precision.max_divergence}, or "
+            "take precision=fp32"
+        )
+    rest = [name for name in ranked if name not in quantized]
+    wider = {name: chosen[name] for name in quantized} | dict.fromkeys(rest, FALLBACK)
+    fallback = FALLBACK.name if rest and precision.weight_bits == 4 and passing(wider) else None
+    for name in rest:
+        plan.weights[name].format, plan.weights[name].reason = fallback, TRIALS
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
@@ -198,7 +205,6 @@ def _trial(
         graphs,
         recorder.calls,
         SessionSettings.of(config.runtime, session=keys, arena=False, fuse=False),
-        plan.formats(),
         QuantizedWeights(),
         {spec.name for spec in specs[Component.DECODE].outputs},
     )

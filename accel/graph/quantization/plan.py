@@ -18,7 +18,7 @@ class WeightChoice:
         inputs: Input features.
         outputs: Output features.
         format: Name of the format, such as `int8 block-128`; None for FP32.
-        reason: Why it stays in FP32; empty if it has a format.
+        reason: Why it stays in FP32, or has more bits than asked for; else empty.
         errors: Candidate -> error of the product on the model's own activations, relative to its norm.
         microseconds: Candidate, or `float32` -> time of a product of one row plus one of four rows.
     """
@@ -62,6 +62,18 @@ class WeightPlan:
     def formats(self) -> dict[str, WeightFormat]:
         """Return the formats of the weights that don't stay in FP32."""
         return {name: format_named(each.format) for name, each in self.weights.items() if each.format is not None}
+
+    def error(self, name: str) -> float:
+        """Return the error that a weight's format has, or in FP32 the smallest of its candidates'; 0 if unknown."""
+        choice = self.weights[name]
+        smallest = min(choice.errors.values(), default=0.0)
+        return smallest if choice.format is None else choice.errors.get(choice.format, smallest)
+
+    def describe_worst(self, count: int = 3) -> str:
+        """Name the quantized weights with the largest errors, for a message."""
+        worst = sorted(self.formats(), key=self.error, reverse=True)[:count]
+        named = ", ".join(f"{name} ({self.weights[name].format}, error {self.error(name):.2g})" for name in worst)
+        return f"the weights in low bits with the largest errors are {named}"
 
     def dump(self) -> dict[str, Any]:
         """Return the plan as JSON-serialisable dictionaries."""

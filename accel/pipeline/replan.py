@@ -1,0 +1,51 @@
+"""Repetition of a run whose low-bit weights failed the verification, with a plan that keeps more of them in FP32."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from accel.adapters.types import Architecture
+from accel.config.schema import Config
+from accel.errors import VerificationError
+from accel.pipeline.runner import Pipeline
+from accel.pipeline.store import Artifact
+
+logger = logging.getLogger(__name__)
+
+REPLANS = 2  # times that a plan goes back to the trials, each time with stricter limits
+STRICTER = 4.0  # factor by which each of the trials' limits shrinks
+
+
+def run_and_replan(config: Config, architecture: Architecture, stages: Sequence[str]) -> dict[str, Artifact]:
+    """Run `stages`; if `verify` refuses quantized weights, again with stricter limits for the trials.
+
+    Returns:
+        Stage -> artifact, of the run that passed.
+
+    Raises:
+        AccelError: A stage failed, or the verification with the strictest limits, or without trials.
+    """
+    replannable = config.precision.weight_bits is not None and config.audit.trials > 0
+    for _ in range(REPLANS if replannable else 0):
+        try:
+            return Pipeline(config, architecture).run(stages)
+        except VerificationError as error:
+            config = with_stricter_trials(config)
+            logger.warning(
+                f"{error}\nBack to the trials, with precision.max_divergence={config.precision.max_divergence:g}, "
+                f"precision.max_token_changes={config.precision.max_token_changes:g} and "
+                f"precision.max_output_error={config.precision.max_output_error:g}"
+            )
+    return Pipeline(config, architecture).run(stages)
+
+
+def with_stricter_trials(config: Config) -> Config:
+    """Return the configuration with each limit of the trials divided by `STRICTER`."""
+    precision = config.precision
+    stricter = replace(
+        precision,
+        max_token_changes=precision.max_token_changes / STRICTER,
+        max_divergence=precision.max_divergence / STRICTER,
+        max_output_error=precision.max_output_error / STRICTER,
+    )
+    return replace(config, precision=stricter)
