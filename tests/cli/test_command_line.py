@@ -100,6 +100,7 @@ def assert_names(message: str, *parts: str) -> None:
         ("architecture=t6", ("t6", "t5", "auto")),
         ("precision=fp8", ("fp8", "fp16", "fp32", "auto")),
         ("precision.dtype=int8", ("int8", "float16", "float32")),
+        ("precision.weight_bits=3", ("precision.weight_bits", "3", "4, 8")),
         ("runtime=gpu", ("gpu", "cuda", "cpu")),
         ("merge.strategy=other", ("other", "shared", "three_branch", "two_branch")),
         ("merge.flag='two words'", ("two words", "use_cache_branch")),
@@ -114,6 +115,27 @@ def assert_names(message: str, *parts: str) -> None:
 def test_unknown_name(error_message: ErrorMessage, override: str, named: tuple[str, ...]) -> None:
     """A stage, key, group choice or option that doesn't exist is named, with the existing ones."""
     assert_names(error_message(override), *named)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["precision=int4", "precision.weight_formats=[block-48]"], ("block-48", "block-64", "4 bits")),
+        (["precision=int4", "precision.weight_formats=[channel]"], ("channel", "block-32-zero-point")),
+        (["precision=int8", "precision.weight_formats=[]"], ("precision.weight_formats=[]", "channel", "block-256")),
+        (["precision=fp16", "precision.weight_bits=8", "precision.weight_formats=[block-32]"], ("float16", "float32")),
+    ],
+)
+def test_weights_of_few_bits(error_message: ErrorMessage, overrides: list[str], named: tuple[str, ...]) -> None:
+    """A format that doesn't exist in that many bits, or a combination that can't be used, is named with the choices."""
+    assert_names(error_message(*overrides), *named)
+
+
+def test_weights_of_few_bits_on_a_gpu(error_message: ErrorMessage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are verified on the CPU only, and the message says what to use instead."""
+    monkeypatch.setattr("accel.cli.validate.check_device", lambda device: None)
+    message = error_message("precision=int8", "runtime.device=cuda:0")
+    assert_names(message, "precision.weight_bits=8", "cuda:0", "runtime=cpu", "precision=fp16")
 
 
 def test_unknown_model(error_message: ErrorMessage) -> None:
