@@ -123,12 +123,15 @@ def apply_trials(config: Config, plan: WeightPlan, trial: WeightTrial) -> None:
         AccelError: No trial passed within `audit.trials`.
     """
     precision, chosen = config.precision, plan.formats()
+    known: dict[frozenset[tuple[str, WeightFormat]], bool] = {}  # the search asks for some sets again
 
     def passing(formats: Mapping[str, WeightFormat]) -> bool:
-        result = trial(formats)
-        passed = passes(precision, result)
-        plan.trials.append({"weights": len(formats), "passed": passed, **asdict(result)})
-        return passed
+        key = frozenset(formats.items())
+        if key not in known:
+            result = trial(formats)
+            known[key] = passes(precision, result)
+            plan.trials.append({"weights": len(formats), "passed": known[key], **asdict(result)})
+        return known[key]
 
     ranked = sorted(chosen, key=plan.error)
     quantized = set(
