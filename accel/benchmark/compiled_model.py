@@ -71,11 +71,10 @@ class StaticBuffers:
             self.constants[name].copy_(tensor)
 
     def write_inputs(self, inputs: Mapping[str, Tensor]) -> None:
-        """Copy the inputs of one token; the mask is as long as the tokens so far, and 0 behind them."""
+        """Copy the inputs of one token; the mask is as long as the tokens so far, and the model hides what follows."""
         for name, buffer in self.inputs.items():
             if name == MASK:
                 buffer[:, : inputs[name].shape[1]].copy_(inputs[name])
-                buffer[:, inputs[name].shape[1] :] = 0
             else:
                 buffer.copy_(inputs[name])
 
