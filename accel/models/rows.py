@@ -52,6 +52,7 @@ class Rows:
         self.model, self.runtime = model, runtime
         self._claimed: set[int] = set()
         self._prefills: dict[int, RowPrefill] = {}
+        _, self._vocabulary = arguments.vocabulary_sizes(model.config)  # which takes as long as a step of a small model
         self._closed = False
         self._use(cache, capacity, source_length)
 
@@ -241,8 +242,7 @@ class Rows:
         if full:
             raise ValueError(f"full rows: {full}. Release them: a row holds {self.max_length} tokens, its max_length")
         if tokens.device.type == "cpu":  # a check on another device would wait for it
-            _, vocabulary = arguments.vocabulary_sizes(self.model.config)
-            arguments.check_ids("tokens", tokens[None, list(lengths)], vocabulary)
+            arguments.check_ids("tokens", tokens[None, list(lengths)], self._vocabulary)
         with self.model.call():
             return self.cache.step(tokens.to(self.model.device, torch.int64))
 

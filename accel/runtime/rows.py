@@ -31,7 +31,7 @@ class CacheRows:
     Attributes:
         bucket: Largest number of tokens in a row.
         lengths: Tokens in each filled row.
-        source_lengths: Length of each filled row's constants along masked axes; 0 where there are none.
+        source_lengths: Source tokens of each filled row, up to the last one that its mask shows; 0 without a mask.
     """
 
     def __init__(self, runtime: "StaticCacheRuntime", buffers: DecodeBuffers, padding: Padding) -> None:
@@ -76,19 +76,12 @@ class CacheRows:
             inputs[POSITION_IDS][row] = mask[sequence].sum()
         self._filled[row] = 1
         self.lengths[row] = length
-        self.source_lengths[row] = self._source_length(state.constants)
+        self.source_lengths[row] = self._source_length(state.constants, sequence)
 
-    def _source_length(self, constants: Mapping[str, Tensor]) -> int:
-        """Return the length of constants along masked axes; 0 where there are none."""
-        return max(
-            (
-                length
-                for name, tensor in constants.items()
-                for axis, length in zip(self._padding.axes[name], tensor.shape, strict=True)
-                if axis in self._padding.masked
-            ),
-            default=0,
-        )
+    def _source_length(self, constants: Mapping[str, Tensor], sequence: int) -> int:
+        """Return the number of source tokens up to the last one that the mask of a sequence shows; 0 without a mask."""
+        masks = (constants[name] for name, axes in self._padding.axes.items() if axes[1:] and name.endswith("mask"))
+        return max((int(mask[sequence].nonzero().max()) + 1 for mask in masks), default=0)
 
     def take_over(self, other: "CacheRows", rows: Mapping[int, int]) -> None:
         """Continue sequences of other rows, whose buffers may have other lengths.

@@ -16,7 +16,7 @@ class SchedulerLimits:
         total_tokens: Most tokens that a row holds: decoder prompt and new tokens. At most the positions of the model.
         stall_s: Time that running requests may wait between two tokens for the prompts of others, in seconds. Parts of
             prompts are as long as the measured speed allows.
-        window_s: Time that padded batching waits for further requests, in seconds.
+        window_s: Time that a request waits for further ones to be encoded or batched with, in seconds.
         shared_prefixes: Number of prompt beginnings kept that several prompts share; 0 for none.
     """
 

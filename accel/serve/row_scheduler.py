@@ -26,6 +26,8 @@ from accel.serve.shared_prefixes import SharedPrefixes
 
 logger = logging.getLogger(__name__)
 
+GROUP = 8  # inputs that an encoder takes at once, if as many come in time
+GROUP_STEPS = 3  # steps that the first of them waits for the others
 WARM_UP_TOKENS = 64  # of the prompt that the speed is measured with
 WARM_UP_STEPS = 3  # the second captures a CUDA graph, the third replays it
 
@@ -75,6 +77,7 @@ class RowScheduler(SchedulerThread):
         self._encoder = bool(model.config.is_encoder_decoder)
         self._row_limit = limits.rows
         self._active: list[RowJob] = []  # replaced, never changed, since other threads read it
+        self._step_s = 0.0  # of the last step
         self._budget = PrefillBudget(limits.stall_s)
         self._prefixes = SharedPrefixes(0 if self._encoder else limits.shared_prefixes)
         self._rows: Rows = model.rows(1, 2, 16)
@@ -118,7 +121,7 @@ class RowScheduler(SchedulerThread):
     def work(self) -> None:
         """Run a cycle, or a request that needs `generate` with cycles between its steps."""
         self._cycle()
-        for job in self.take(lambda job: job.alone is not None, 1):
+        for job in self.take(lambda job: not is_row(job), 1):
             self.run_alone(job, lambda: self.guarded(self._cycle))
 
     def _cycle(self) -> None:
@@ -129,7 +132,7 @@ class RowScheduler(SchedulerThread):
 
     def _admit(self) -> None:
         """Give waiting requests rows. The batch moves to another size where it has to."""
-        jobs = self.take(lambda job: job.alone is None, self._row_limit - len(self._active))
+        jobs = [] if self._gathers() else self.take(is_row, self._row_limit - len(self._active))
         if not jobs and not self._active:
             return
         needed = self._needed(jobs)
@@ -141,6 +144,17 @@ class RowScheduler(SchedulerThread):
             self._give_way(jobs, needed, error)
             return
         self._active = [*self._active, *(RowJob(job, self._rows.claim()) for job in jobs)]
+
+    def _gathers(self) -> bool:
+        """Return whether new requests wait for more of them, to be encoded in one batch while others are decoded."""
+        if not self._encoder or not self._active:
+            return False
+        with self.changed:
+            waiting = [job for job in self.waiting if is_row(job)]
+        group = min(GROUP, self._row_limit - len(self._active))
+        if not 0 < len(waiting) < group:
+            return False
+        return time.monotonic() < waiting[0].submitted + max(self.limits.window_s, GROUP_STEPS * self._step_s)
 
     def _needed(self, jobs: list[Job]) -> BatchSize:
         """Return the smallest size for the requests in rows and for further ones."""
@@ -255,7 +269,9 @@ class RowScheduler(SchedulerThread):
         tokens = [0] * self._rows.capacity
         for each in running:
             tokens[each.row] = each.token
+        start = time.perf_counter()
         logits = self._rows.step(tokens)
+        self._step_s = time.perf_counter() - start
         self._select(running, logits[[each.row for each in running]])
         self.forget_finished()
 
@@ -289,3 +305,8 @@ class RowScheduler(SchedulerThread):
     def release(self) -> None:
         """Give the rows' caches back to the model."""
         self._rows.close()
+
+
+def is_row(job: Job) -> bool:
+    """Return whether a request can be a row of the batch."""
+    return job.alone is None

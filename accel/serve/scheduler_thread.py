@@ -43,6 +43,9 @@ class SchedulerThread(ABC):
         self.model, self.limits = model, limits
         self.waiting: deque[Job] = deque()
         self.changed = threading.Condition()
+        source, target = arguments.vocabulary_sizes(model.config)
+        first = source if model.config.is_encoder_decoder else target
+        self._vocabularies = {"input_ids": first, "decoder_input_ids": target}
         self.generated = 0
         self.alone: Job | None = None
         self._calls: deque[Callable[[], None]] = deque()
@@ -148,9 +151,7 @@ class SchedulerThread(ABC):
 
     def _check_ids(self, request: Request) -> None:
         """Check the ids of a prompt, so that a wrong one fails here and not in a batch with others."""
-        sizes = arguments.vocabulary_sizes(self.model.config)
-        names = {"input_ids": sizes[not self.model.config.is_encoder_decoder], "decoder_input_ids": sizes[1]}
-        for name, vocabulary in names.items():
+        for name, vocabulary in self._vocabularies.items():
             ids = request.inputs.get(name)
             if ids is None:
                 continue
