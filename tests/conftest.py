@@ -109,6 +109,13 @@ def build(artifacts: Path) -> Build:
 
 
 @pytest.fixture(scope="session")
+def g2p_folder(build: Build) -> Path:
+    """Unverified bundle of the embedded T5, trained, with the graph for static caches."""
+    overrides = ["model.checkpoint=accel://t5-g2p", "runtime.static=true"]  # the former replaces the tiny one's
+    return build(Path("t5-g2p"), "merge", overrides)[1]["merge"].folder
+
+
+@pytest.fixture(scope="session")
 def deployable(build: Build, tiny: Path) -> Path:
     """Deployable of the tiny T5."""
     return build(tiny, "verify")[1]["verify"].folder

@@ -17,7 +17,7 @@ from accel.serve.opening import open_scheduler
 from accel.serve.served_model import ServedModel, open_served, scheduler_limits
 from tests.conftest import Build
 from tests.families import FAMILIES
-from tests.serve.servers import G2P, LIMITS, Played, PlayedScheduler, Running, byte_tokenizer, running
+from tests.serve.servers import LIMITS, Played, PlayedScheduler, Running, byte_tokenizer, running
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,6 @@ def llama_folder(build: Build, shared: Path) -> Path:
             byte_tokenizer().save_pretrained(folder)
             testing.random_model(FAMILIES["llama"] | {"vocab_size": 259}).save_pretrained(folder)
         return build(folder, "merge", ["runtime.static=true"])[1]["merge"].folder
-
-
-@pytest.fixture(scope="session")
-def g2p_folder(build: Build) -> Path:
-    """The embedded T5, trained."""
-    return build(G2P, "merge", ["model.checkpoint=accel://t5-g2p", "runtime.static=true"])[1]["merge"].folder
 
 
 @pytest.fixture(scope="session")

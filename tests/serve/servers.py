@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
-import accel
 from accel.config.serve import ServeConfig
 from accel.serve.app import create_app
 from accel.serve.lifecycle import Server, listen
@@ -22,7 +20,6 @@ from accel.serve.protocol import Event, Listener, QueueFullError, Request, Statu
 from accel.serve.served_model import ServedModel
 from accel.serve.service import Service
 
-G2P = Path(accel.__file__).parent / "data" / "checkpoints" / "t5-g2p"
 LIMITS = ServeConfig(port=0, log_requests=False, drain_s=5)
 TEMPLATE = (
     "{% if messages[0]['role'] == 'bad' %}{{ raise_exception('no such role') }}{% endif %}"

@@ -43,7 +43,7 @@ STOP = Finished(FinishReason.STOP)
         (COMPLETION | {"prompt": "\ud800"}, "prompt", ("Unicode",)),
         (COMPLETION | {"max_tokns": 3}, "max_tokns", ("max_tokns", "max_tokens")),
         (COMPLETION | {"max_tokens": 0}, "max_tokens", ("max_tokens", "1")),
-        (COMPLETION | {"max_tokens": 99999}, "max_tokens", ("max_tokens=99999", "4096")),
+        (COMPLETION | {"max_tokens": 99999}, "max_tokens", ("max_tokens=99999", "2048")),
         (COMPLETION | {"temperature": -1}, "temperature", ("temperature", "0")),
         (COMPLETION | {"temperature": "hot"}, "temperature", ("temperature", "number")),
         (COMPLETION | {"top_p": 0}, "top_p", ("top_p",)),
