@@ -1,1 +1,1 @@
-"""HTTP server over deployables: `app` speaks HTTP, `scheduler` decodes, `protocol` is what they know of each other."""
+"""HTTP server over deployables: `app` speaks HTTP, `opening` chooses what decodes, `protocol` is what they know of each other."""

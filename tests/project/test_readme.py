@@ -2,7 +2,7 @@
 
 Fenced blocks marked `bash` or `python` are run in order of appearance, in one folder, with the artifacts of this run.
 A block is skipped if an HTML comment before it says so: `<!-- test: needs hub -->`, `<!-- test: needs gpu -->`,
-`<!-- test: tests -->` for the test run itself, `<!-- test: installs -->` for what `.ci/run` does in a clean clone, and
+`<!-- test: tests -->` for the test run itself, `<!-- test: server -->` for what ends by a signal only, `<!-- test: installs -->` for what `.ci/run` does in a clean clone, and
 `<!-- test: large -->` for what takes a quarter of an hour.
 """
 
@@ -22,7 +22,7 @@ PAGES = (README, ROOT / "docs" / "precision.md")
 BLOCK = re.compile(
     r"(?:^<!-- test: (?P<mark>[^>]*?) -->\s*\n)?^```(?P<kind>bash|python)\n(?P<code>.*?)^```$", re.M | re.S
 )
-SKIPPED = {"needs hub", "needs gpu", "installs", "tests", "large"}
+SKIPPED = {"needs hub", "needs gpu", "installs", "tests", "large", "server"}
 
 
 @dataclass(frozen=True)
