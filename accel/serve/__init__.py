@@ -1,1 +1,4 @@
-"""HTTP server over deployables: `app` speaks HTTP, `opening` chooses what decodes, `protocol` is what they know of each other."""
+"""HTTP server over deployables.
+
+`app` speaks HTTP, `opening` chooses the scheduler that decodes, `protocol` is what the two know of each other.
+"""

@@ -2,8 +2,9 @@
 
 Fenced blocks marked `bash` or `python` are run in order of appearance, in one folder, with the artifacts of this run.
 A block is skipped if an HTML comment before it says so: `<!-- test: needs hub -->`, `<!-- test: needs gpu -->`,
-`<!-- test: tests -->` for the test run itself, `<!-- test: server -->` for what ends by a signal only, `<!-- test: installs -->` for what `.ci/run` does in a clean clone, and
-`<!-- test: large -->` for what takes a quarter of an hour.
+`<!-- test: tests -->` for the test run itself, `<!-- test: server -->` for what ends by a signal only,
+`<!-- test: installs -->` for what `.ci/run` does in a clean clone, and `<!-- test: large -->` for what takes a quarter
+of an hour.
 """
 
 import os
