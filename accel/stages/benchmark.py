@@ -204,7 +204,7 @@ def add_bandwidth(backends: Mapping[str, dict[str, Any]], roofline: Mapping[str,
         backends: Backend -> figures of `summarize`. Gets `over_roofline`, total time per token over the roofline's; and
             `bandwidth_utilization` (MBU): the bytes over the median time per output token, as a share of the bandwidth;
             see https://www.databricks.com/blog/llm-inference-performance-engineering-best-practices. That one is None
-            as well if there is only one token.
+            as well where there is no such time.
         roofline: What `measure_roofline` returned.
         new_tokens: Tokens generated in each repeat.
     """
@@ -213,7 +213,12 @@ def add_bandwidth(backends: Mapping[str, dict[str, Any]], roofline: Mapping[str,
         limit = None if roofline is None else roofline["seconds"]
         total = values["total"]["median"] / new_tokens
         values["over_roofline"] = None if limit is None else total / limit
-        values["bandwidth_utilization"] = None if limit is None or each is None else 1000 * limit / each["median"]
+        share = None
+        if (
+            limit is not None and each is not None and each["median"] > 0
+        ):  # disturbed, one token may take longer than all
+            share = 1000 * limit / each["median"]
+        values["bandwidth_utilization"] = share
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:

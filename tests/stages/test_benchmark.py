@@ -226,10 +226,10 @@ def test_every_backend_gets_its_share_of_the_bandwidth() -> None:
         times = None if each is None else {"median": each, "min": each, "max": each}
         return {"total": {"median": 0.4}, "time_per_output_token_ms": times}
 
-    backends = {"torch_no_cache": figures(80.0), "torch_cache": figures(20.0), "onnx_merged": figures(None)}
+    backends = {name: figures(each) for name, each in {"a": 80.0, "b": 20.0, "c": None, "d": 0.0}.items()}
     benchmark.add_bandwidth(backends, {"seconds": 0.01}, 4)
     found = [[values["over_roofline"], values["bandwidth_utilization"]] for values in backends.values()]
-    assert found == [[10.0, 0.125], [10.0, 0.5], [10.0, None]]
+    assert found == [[10.0, 0.125], [10.0, 0.5], [10.0, None], [10.0, None]]
     benchmark.add_bandwidth(backends, None, 4)
     assert {values[key] for values in backends.values() for key in ("over_roofline", "bandwidth_utilization")} == {None}
 
