@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from accel.engine.kernel.placement import NotRunnableError
 from accel.engine.kernel.program import Builder, Program, split
 from accel.engine.kernel.watchdog import Watchdog
 from accel.engine.nodes import read_graph, value_specs
-from accel.engine.planning.plan import DOMAIN
+from accel.engine.planning.ancestry import ANCESTRY, by_ancestry
+from accel.engine.planning.plan import DOMAIN, Plan
 from accel.engine.planning.planner import plan
+from accel.engine.planning.trace import NoMatchError
 from accel.errors import AccelError
 
 logger = logging.getLogger(__name__)
@@ -88,7 +90,7 @@ class PlannedStep:
             return str(error)
         return None
 
-    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None] | None:
+    def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], object] | None:
         """Return a call that computes a step over these tensors: by the kernel on a GPU, else by torch.
 
         None, and once a warning with the reason, if the kernel can't.
@@ -102,16 +104,40 @@ class PlannedStep:
         """
         if self._device.type == "cuda":
             try:
-                return self._by_kernel(inputs, outputs)
+                return self._by_kernel(self.plan, inputs, outputs)
             except NotRunnableError as reason:
                 if not self._warned:
                     logger.warning(f"decode steps run on ONNX Runtime, slower than in the kernel: {reason}")
                 self._warned = True
                 self._obstacles[len(next(iter(inputs.values())))] = str(reason)
                 return None
-        return partial(self._run, dict(inputs), dict(outputs))
+        return partial(self._executor.run, dict(inputs), dict(outputs))
 
-    def _by_kernel(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
+    def bind_by_ancestry(
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], ancestry: Tensor
+    ) -> Callable[[], object] | None:
+        """Return a call as of `bind` that reads every cache entry from the row that computed it; None if it can't.
+
+        Args:
+            inputs: See `bind`.
+            outputs: See `bind`.
+            ancestry: That row, int32 [batch, bucket]: see `BeamAncestry`.
+        """
+        inputs = {**inputs, ANCESTRY: ancestry}
+        try:
+            if self._device.type == "cuda":
+                return self._by_kernel(by_ancestry(self.plan), inputs, outputs)
+            return partial(self._beam_executor.run, inputs, dict(outputs))
+        except (NoMatchError, NotRunnableError) as reason:
+            logger.debug(f"beams are reordered by copies: {reason}")
+            return None
+
+    @cached_property
+    def _beam_executor(self) -> Executor:
+        """Executor of the plan that reads entries by ancestry; raises `NoMatchError` if there is no such plan."""
+        return Executor(by_ancestry(self.plan).graph, self._device)
+
+    def _by_kernel(self, plan: Plan, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Callable[[], None]:
         """Return a call that computes a step by the kernel, and what the kernel doesn't compute in torch before it.
 
         Raises:
@@ -124,7 +150,7 @@ class PlannedStep:
 
         def build(settings: tuning.Tuning) -> Builder:
             tensors = {**inputs, **outputs}
-            return Builder(self.plan, tensors, rows, self._device, self._kernel_weights, blocks, settings)
+            return Builder(plan, tensors, rows, self._device, self._kernel_weights, blocks, settings)
 
         def seconds(settings: tuning.Tuning) -> float:
             program = build(settings).program
@@ -132,7 +158,8 @@ class PlannedStep:
             return tuning.launch_seconds(Kernel(program, self._device, watchdog), self._device)
 
         builder = build(tuning.DEFAULT)
-        settings = settings_for(builder.program, self._device, seconds if self._tune else None)
+        tune = self._tune and plan is self.plan  # launches to time would write into the generation whose beams begin
+        settings = settings_for(builder.program, self._device, seconds if tune else None)
         if settings != tuning.DEFAULT:
             builder = build(settings)
         kernel = Kernel(builder.program, self._device, watchdog)
@@ -150,10 +177,6 @@ class PlannedStep:
             return
         names = [node.name for node in self.plan.graph.nodes if node.kind[0] == DOMAIN]
         raise AccelError(f"the fused engine waited in vain for the input of {names[index]}: its results are wrong")
-
-    def _run(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """Compute a step in torch, which runs any plan."""
-        self._executor.run(inputs, outputs)
 
 
 def _fill_caches(program: Program, inputs: Mapping[str, Tensor]) -> None:

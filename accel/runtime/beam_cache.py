@@ -1,7 +1,8 @@
-"""Beam reordering of static caches in place, copying only the tokens whose beam ancestry changes.
+"""Beam reordering of static caches, by a table of the rows that computed each token.
 
-After a few decode steps the beams of one input share nearly all of their past. A reordering that tracks which row
-computed which token therefore copies a few tokens, where `index_select` over whole rows would copy every cache.
+A decode step that reads every entry from the row that computed it needs no copies: the table alone is reordered. For
+others a reordering copies the tokens whose ancestry changes, where `index_select` over whole rows would copy every
+cache. They are few, since after a few steps the beams of one input share nearly all of their past.
 """
 
 import logging
@@ -65,27 +66,60 @@ __global__ void move_rows(Unit* caches, const long long* index, const bool* chan
 class BeamAncestry:
     """Table [B, S] of the row that computed each cache entry.
 
-    Two rows with the same ancestor at a token hold the same keys and values there, so that token need not be copied.
+    It is used in one of two ways, until `reset(0)`. With `follow`, entries stay in the rows that computed them, and are
+    read from there; `collect` ends that. With `reorder`, each row holds a copy of its entries: two rows with the same
+    ancestor at a token hold the same keys and values there, so that token need not be copied.
 
     Args:
         rows: Number of sequences B, beams counted.
         bucket: Length S of the static caches, in tokens.
         device: Device of the caches.
+
+    Attributes:
+        table: The table, int32. Entries that are not in use are of their own row, where they will be written.
     """
 
     def __init__(self, rows: int, bucket: int, device: torch.device) -> None:
         self._columns = torch.arange(bucket, device=device)  # [S]
         self._own_row = torch.arange(rows, dtype=torch.int32, device=device)[:, None]  # [B, 1]
-        self._computed_by = self._own_row.repeat(1, bucket)  # [B, S]
+        self.table = self._own_row.repeat(1, bucket)  # [B, S]
         self._move_rows = row_mover(device)
 
     def reset(self, start: int) -> None:
         """Mark the entries from token `start` on as computed by their own row."""
-        self._computed_by[:, start:] = self._own_row
+        self.table[:, start:] = self._own_row
 
     def copy_from(self, other: "BeamAncestry", length: int) -> None:
         """Take over the ancestry of the first `length` tokens, after the caches were copied to another bucket."""
-        self._computed_by[:, :length] = other._computed_by[:, :length]
+        self.table[:, :length] = other.table[:, :length]
+
+    def follow(self, index: Tensor, length: int | Tensor) -> Tensor:
+        """Continue every row i from row `index[i]` without a copy. Arguments as of `reorder`.
+
+        Returns:
+            Entries whose row changes, bool [B, S].
+        """
+        reordered = self.table.index_select(0, index)  # [B, S]
+        reordered = torch.where(self._columns < length, reordered, self._own_row)  # as `reset` leaves unused entries
+        changes = reordered != self.table
+        self.table.copy_(reordered)
+        return changes
+
+    def collect(self, length: int, stacks: Sequence[CacheStack]) -> None:
+        """Copy the entries of the first `length` tokens from the rows that computed them to their own.
+
+        Args:
+            length: Number of tokens in use.
+            stacks: See `reorder`.
+        """
+        for stack, token_axis in stacks:
+            slots = stack.shape[token_axis]
+            rows = self.table.index_select(1, held_positions(slots, length, self.table.device)).long()  # [B, slots]
+            shape = [1] * (stack.ndim - 1)
+            shape[0], shape[token_axis - 1] = rows.shape
+            for each in stack:  # one at a time: the copy takes memory
+                each.copy_(each.gather(0, rows.view(shape).expand_as(each)))
+        self.reset(0)
 
     def reorder(self, index: Tensor, length: int | Tensor, stacks: Sequence[CacheStack]) -> None:
         """Replace the first `length` tokens of every row i by those of row `index[i]`, in place.
@@ -97,9 +131,7 @@ class BeamAncestry:
             stacks: All caches of this batch and bucket. Those shorter than the bucket are filled in turn.
         """
         index = index.long()  # transformers' beam search passes int32
-        reordered = self._computed_by.index_select(0, index)  # [B, S]
-        reordered = torch.where(self._columns < length, reordered, self._own_row)  # as `reset` leaves unused entries
-        changes = reordered != self._computed_by
+        changes = self.follow(index, length)
         end = length if isinstance(length, int) else len(self._columns)
         for stack, token_axis in stacks:
             caches, rows, slots = len(stack), stack.shape[1], stack.shape[token_axis]
@@ -109,7 +141,6 @@ class BeamAncestry:
                 of_slots = changes.index_select(1, held_positions(slots, length, changes.device))
             by_head = stack.view(caches, rows, heads, slots, -1)  # [N, B, H, S, D]
             self._move_rows(by_head, index, of_slots, min(end, slots))
-        self._computed_by.copy_(reordered)
 
 
 @cache

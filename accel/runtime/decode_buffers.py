@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from accel.runtime.layout import BUCKET, IDS, POSITION
 from accel.runtime.padding import Shape, copy_padded
 from accel.runtime.protocol import C
 from accel.runtime.ring_cache import copy_entries, in_order, ring_length, windows
-from accel.runtime.token_graph import MAX_TOKEN_GRAPHS, TokenGraph
+from accel.runtime.token_graph import MAX_TOKEN_GRAPHS, Step, TokenGraph
 
 LOGITS = "logits"
 ONE_TOKEN = {"new": 1, "kept": 1}  # lengths of the axes of new tokens and of the tokens whose logits are returned
@@ -81,10 +81,12 @@ class DecodeBuffers:
             self.self_caches.update(zip(names, stack, strict=True))
         self._cache_stacks = [(stack, axes[names[0]] + 1) for names, stack in self.stacks.items()]
         self.ancestry = BeamAncestry(batch, bucket, device)
+        self._is_spread = False  # entries are in the rows that `ancestry` names, not in their own
 
         caches = self.self_caches | self.constants
         written = {outputs[name]: cache for name, cache in caches.items() if name in outputs}
-        self._decode = self._bind(graphs.decode, written | {LOGITS: self.logits})
+        self._written = written | {LOGITS: self.logits}
+        self._decode = self._bind(graphs.decode, self._written)
         self.run_decode = self._captured(graphs.decode, self._decode, "the decode graph")
         self.run_cross: Callable[[], None] | None = None
         if graphs.cross is not None:
@@ -121,6 +123,19 @@ class DecodeBuffers:
         written = {output: outputs[output] for output in step.outputs}
         return step.bind(self.self_caches | self.constants | self.inputs, written)
 
+    @cached_property
+    def _decode_by_ancestry(self) -> tuple[Step, Step] | None:
+        """The decode graph bound to read entries from the rows that `ancestry` names, and its captured form.
+
+        None if it can't, so that beams are reordered by copies. Only made for beams: reading a table takes time.
+        """
+        with torch.inference_mode(False):
+            step = self._step
+            inputs = self.self_caches | self.constants | self.inputs
+            written = {output: self._written[output] for output in step.outputs}
+            call = step.bind_by_ancestry(inputs, written, self.ancestry.table)
+            return None if call is None else (call, self._captured(step, call, "the decode graph of beams"))
+
     def _captured(self, step: DecodeStep, call: Callable[[], None], name: str) -> Callable[[], None]:
         """Return a call that runs or replays `call` of a graph, if that can be captured; else `call`."""
         if not step.capturable:
@@ -142,9 +157,13 @@ class DecodeBuffers:
         for name, tensor in constants.items():
             copy_padded(self.constants[name], tensor)
         self.ancestry.reset(0)
+        self._is_spread = False
 
     def take_over(self, other: "DecodeBuffers", length: int) -> None:
         """Copy the entries of the first `length` tokens, as many as there is room for, of another bucket."""
+        if other._is_spread and self._decode_by_ancestry is None:
+            other._collect(length)
+        self._is_spread = other._is_spread
         for (stack, axis), (theirs, _) in zip(self._cache_stacks, other._cache_stacks, strict=True):
             copy_entries(theirs, stack, axis, length)  # of all layers at once
         self.ancestry.copy_from(other.ancestry, length)
@@ -154,6 +173,19 @@ class DecodeBuffers:
         for name, axis in self.axes.items():
             copy_entries(caches[name], self.self_caches[name], axis, length)
         self.ancestry.reset(0)
+        self._is_spread = False
+
+    def _spread(self) -> None:
+        """Let `ancestry` say from now on where entries are: in their own rows, unless beams have spread them before."""
+        if not self._is_spread:
+            self.ancestry.reset(0)
+            self._is_spread = True
+
+    def _collect(self, length: int) -> None:
+        """Let each row hold the entries of its first `length` tokens itself, if beams have spread them over rows."""
+        if self._is_spread:
+            self.ancestry.collect(length, self._cache_stacks)
+            self._is_spread = False
 
     def write_row(self, row: int, caches: Mapping[str, Tensor], length: int) -> None:
         """Replace the entries of one row by the first `length` ones of `caches` [1, H, S, D], and clear the others.
@@ -179,11 +211,16 @@ class DecodeBuffers:
 
         Views where a cache has as many slots, else copies with zeros for entries that a sliding window left behind.
         """
+        self._collect(length)
         return CacheViews(self.axes, lambda name: in_order(self.self_caches[name], self.axes[name], length))
 
     def reorder(self, index: Tensor, length: int) -> None:
         """Replace the first `length` cache entries of every sequence i by those of sequence `index[i]`; index: [B]."""
-        self.ancestry.reorder(index, length, self._cache_stacks)
+        if self._decode_by_ancestry is None:
+            self.ancestry.reorder(index, length, self._cache_stacks)
+        else:
+            self._spread()
+            self.ancestry.follow(index, length)
 
     def write_inputs(self, inputs: Mapping[str, Tensor], length: int) -> None:
         """Copy the inputs of one decode step to where the graph reads them.
@@ -211,7 +248,9 @@ class DecodeBuffers:
         """Run one decode step. Return its logits [B, 1, vocabulary], which the next run overwrites."""
         self._step.check()
         self._current = None
-        self.run_decode()
+        by_ancestry = self._decode_by_ancestry if self._is_spread else None
+        run = self.run_decode if by_ancestry is None else by_ancestry[1]
+        run()
         return self.logits
 
     def decode_and_select(self, inputs: Callable[[], Mapping[str, Tensor]], length: int, selection: C) -> C:
@@ -226,6 +265,10 @@ class DecodeBuffers:
             The selection over tensors of these buffers that continues it; from the second token on the same one.
         """
         self._step.check()
+        if selection.parents is None:
+            self._collect(length)
+        elif self._decode_by_ancestry is not None:
+            self._spread()
         graph = self._current
         if graph is None or graph.selection is not selection:
             graph = self._token_graph(selection)
@@ -243,9 +286,12 @@ class DecodeBuffers:
         key, graphs = selection.method, self.token_graphs
         if key not in graphs:
             own = selection.like(self.bucket + 1, self.inputs[IDS])
-            reorder = partial(self.ancestry.reorder, stacks=self._cache_stacks)
+            by_ancestry = None if selection.parents is None else self._decode_by_ancestry
+            reorder: Callable[[Tensor, Tensor], object] = self.ancestry.follow
+            if by_ancestry is None:
+                reorder = partial(self.ancestry.reorder, stacks=self._cache_stacks)
             name = f"for batch size {self.batch} and bucket {self.bucket}"
-            steps = self._decode, self.run_decode
+            steps = by_ancestry or (self._decode, self.run_decode)
             graphs[key] = TokenGraph(*steps, self.inputs, self.logits, reorder, own, name)
         graphs.move_to_end(key)
         if len(graphs) > MAX_TOKEN_GRAPHS:

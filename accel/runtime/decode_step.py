@@ -69,6 +69,18 @@ class DecodeStep(Protocol):
         """
         ...
 
+    def bind_by_ancestry(
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], ancestry: Tensor
+    ) -> Callable[[], None] | None:
+        """Return a call as of `bind` that reads every cache entry from the row that computed it; None if it can't.
+
+        Args:
+            inputs: See `bind`.
+            outputs: See `bind`.
+            ancestry: That row, int32 [batch, bucket]: see `BeamAncestry`.
+        """
+        ...
+
     def check(self) -> None:
         """Raise `AccelError` if an earlier call is known to have failed on the device. Doesn't synchronise."""
         ...
@@ -106,6 +118,12 @@ class SessionStep:
     def reads_prefix(self, batch: int) -> bool:
         """Return False: attention in ONNX Runtime reads whole caches."""
         return False
+
+    def bind_by_ancestry(
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], ancestry: Tensor
+    ) -> Callable[[], None] | None:
+        """Return None: a graph's attention reads each row's own caches."""
+        return None
 
     def check(self) -> None:
         """Do nothing: ONNX Runtime's calls raise their errors."""
@@ -159,8 +177,18 @@ class FusedStep:
         """Return a call over these tensors: see `DecodeStep.bind`."""
         with self._on_stream():
             call = self.planned.bind(inputs, outputs)
-        if call is None:
-            return self._bind_session(inputs, outputs)
+        return self._bind_session(inputs, outputs) if call is None else self._on_shared_stream(call)
+
+    def bind_by_ancestry(
+        self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], ancestry: Tensor
+    ) -> Callable[[], None] | None:
+        """Return a call that reads entries from other rows, or None: see `DecodeStep.bind_by_ancestry`."""
+        with self._on_stream():
+            call = self.planned.bind_by_ancestry(inputs, outputs, ancestry)
+        return None if call is None else self._on_shared_stream(call)
+
+    def _on_shared_stream(self, call: Callable[[], object]) -> Callable[[], None]:
+        """Return a call that runs `call` on the shared stream."""
 
         def run() -> None:
             with self._on_stream():

@@ -133,9 +133,15 @@ class StaticCacheState:
 
     def _view(self) -> DynamicCacheState:
         """Return views of the static caches, and of the constants without their padding."""
+        buffers = self._static
+        return DynamicCacheState(buffers.read(self._length), self._constants(), buffers.axes, self.runtime.cross_caches)
+
+    def _constants(self) -> Mapping[str, Tensor]:
+        """Return the constants, without their padding."""
+        if self.dynamic is not None:
+            return self.dynamic.constants
         buffers, lengths = self._static, self._constant_shapes
-        constants = CacheViews(lengths, lambda name: leading_view(buffers.constants[name], lengths[name]))
-        return DynamicCacheState(buffers.read(self._length), constants, buffers.axes, self.runtime.cross_caches)
+        return CacheViews(lengths, lambda name: leading_view(buffers.constants[name], lengths[name]))
 
     def _contiguous(self) -> DynamicCacheState:
         """Return contiguous copies of the static caches and constants."""
@@ -161,7 +167,7 @@ class StaticCacheState:
         """
         if self.dynamic is None and length <= self._static.bucket:
             return self._static
-        constants = (self.dynamic or self._view()).constants
+        constants = self._constants()
         buffers = self.runtime.take_room(self.batch, length, self._reserved, shapes(constants))
         if buffers is None:
             self.make_dynamic()
@@ -198,7 +204,7 @@ class StaticCacheState:
                 f"{min(self.runtime.windows.values())} tokens have dropped what they need again, and the tokens of "
                 "past_key_values are not known. Crop before tokens are generated, or begin with the whole prompt"
             )
-        constants = (self.dynamic or self._view()).constants
+        constants = self._constants()
         given = {name: tensor.clone() for name, tensor in constants.items() if name not in self.runtime.cross_caches}
         last = kept_logits_inputs(length, 1, self.runtime.device)
         _, self.dynamic = self.runtime.dynamic.prefill(self._history.inputs() | given | last)

@@ -29,7 +29,8 @@ class TokenGraph:
         inputs: Its inputs besides caches and constants. They are this token's, except the mask of the token itself,
             and become the next token's.
         logits: Its output, [B, 1, vocabulary].
-        reorder: Reorders the caches, given the source row of every row [B] and the number of tokens in them [1].
+        reorder: Reorders the caches, or the table by which the step reads them, given the source row of every row [B]
+            and the number of tokens in them [1].
         selection: A `protocol.Selection`, which writes the ids to where the graph reads them.
         name: Name of batch size and bucket, for log messages.
 
@@ -44,7 +45,7 @@ class TokenGraph:
         captured_step: Step,
         inputs: Mapping[str, Tensor],
         logits: Tensor,
-        reorder: Callable[[Tensor, Tensor], None],
+        reorder: Callable[[Tensor, Tensor], object],
         selection: Any,
         name: str,
     ) -> None:

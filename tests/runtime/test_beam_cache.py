@@ -70,6 +70,30 @@ def test_caches_that_are_filled_in_turn(device: str) -> None:
         length += 1
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("slots", [64, 16])
+def test_entries_that_stay_in_their_rows(device: str, slots: int) -> None:
+    """Entries that are collected when they are needed are those that copies at every reordering leave."""
+    random, ancestry = torch.Generator().manual_seed(0), BeamAncestry(6, 64, torch.device(device))
+    cache = torch.randn(4, 6, 3, slots, 8, generator=random).to(device)
+    expected, length = cache.clone(), 5
+    for number in range(40):
+        index = source_rows(random, number).to(device)
+        used = torch.tensor([length], device=device) if number % 2 else length
+        ancestry.follow(index.int() if number % 4 else index, used)
+        kept = expected[..., : min(length, slots), :]
+        kept.copy_(kept.index_select(1, index))
+        if number in (10, 12, 30):
+            assert not torch.equal(cache, expected)
+            ancestry.collect(length, [(cache, 3)])
+            assert torch.equal(cache, expected)
+            assert (ancestry.table == torch.arange(6, device=device)[:, None]).all()
+        new = torch.randn(4, 6, 3, 8, generator=random).to(device)
+        for each in (cache, expected):
+            each[..., length % slots, :] = new
+        length += 1
+
+
 def source_rows(random: torch.Generator, number: int) -> Tensor:
     """Return a permutation, rows drawn with repetition, or the identity."""
     if number % 3 == 0:

@@ -3,7 +3,7 @@
 __device__ __forceinline__ float number(int format, const void* p, int at) { return format == PLAIN ? wide(((const T*)p)[at]) : ((const float*)p)[at]; }
 
 // Pointers of an attention's record.
-enum { ROW_Q, ROW_K, ROW_V, HEADS_OUT, KEYS, VALUES, COS, SIN, WEIGHT_Q, WEIGHT_K, PARTS_OUT, BIAS_0 };
+enum { ROW_Q, ROW_K, ROW_V, HEADS_OUT, KEYS, VALUES, COS, SIN, WEIGHT_Q, WEIGHT_K, PARTS_OUT, ANCESTRY, BIAS_0 };
 // A block's share of an attention: keys [begin, end) of the `keys` in the cache of one head and row, which are cut into `parts`.
 // There is more than one part where each block has LEAST_SLOTS of keys to read, so that a short cache costs no exchange. Part 0
 // also has the new key, and puts the parts together.

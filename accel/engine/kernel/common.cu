@@ -42,8 +42,8 @@ constexpr int IN_FLIGHT = 2;                       // slots that are being copie
 constexpr int LOOK = 2048;                         // features to be polled from which on a few lanes look first; measured
 constexpr int RECORDS = 4;                         // operations whose records are at hand
 
-// shape: case of CONSUME; length: of a cache; set: of biases
-struct alignas(16) Record { int shape, length, set, pad; const void* p[30]; };
+// shape: case of CONSUME; length: of a cache; set: of biases; positions: in a row of the table of ancestry
+struct alignas(16) Record { int shape, length, set, positions; const void* p[30]; };
 constexpr int COPIERS = sizeof(Record) / 16;
 static_assert(sizeof(Record) == RECORD_BYTES, "the list of operations is written with other records");
 

@@ -12,6 +12,30 @@ struct Producer {
   }
 };
 
+// Copy entries [k0, k0 + count) of a head and row to a slot of the ring, each out of the row of the cache that computed it. Entries
+// side by side that one row computed are one copy. Entry k is that of the last position up to the new one's that falls on k.
+template <class C> __device__ __forceinline__ void copy_by_ancestry(const Shared& s, const Record& op, unsigned char* to, const T* cache, int task, int k0, int count, u64* full, u64 keep) {
+  constexpr int BYTES = C::D * 2;
+  const int lane = this_thread() % 32, head = task % C::KV, b = task / C::KV, last = s.position[b], place = last % op.length;
+  const int* const table = (const int*)op.p[ANCESTRY] + (size_t)b * op.positions + last - place;
+  auto row_of = [&](int k) { return table[k > place ? k - op.length : k]; };
+  auto from = [&](int row, int k) { return (const char*)(cache + ((size_t)(row * C::KV + head) * op.length + k) * C::D); };
+#if BULK
+#pragma unroll 1
+  for (int i0 = 0; i0 < count; i0 += 32) {
+    const int i = i0 + lane, row = i < count ? row_of(k0 + i) : -1;
+    const u32 starts = __ballot_sync(~0u, row != __shfl_up_sync(~0u, row, 1) || !lane), later = starts & ~((2u << lane) - 1);
+    const int end = later ? __ffs(later) - 1 : 32;
+    if (row >= 0 && starts >> lane & 1) copy(to + i * BYTES, from(row, k0 + i), (end - lane) * BYTES, full, keep);
+  }
+#else
+#pragma unroll 4
+  for (int unit = lane; unit < count * BYTES / 16; unit += 32) {
+    const int i = unit / (BYTES / 16), k = k0 + i;
+    async_copy(to + unit * 16, from(row_of(k), k) + unit % (BYTES / 16) * 16, keep);
+  }
+#endif
+}
 // The producer's part of an operation.
 template <class C> __device__ __forceinline__ void produce_attention(Shared& s, const Record& op, Producer& to, u64 keep) {
   constexpr int CHUNK = keys_in_slot(C::D);
@@ -25,7 +49,9 @@ template <class C> __device__ __forceinline__ void produce_attention(Shared& s, 
       to.acquire(s);
       u64* const full = &s.full[to.ring.slot];
       begin_copies(full, bytes);
-      if (this_lane_copies()) copy(s.ring[to.ring.slot], (const T*)op.p[which ? VALUES : KEYS] + ((size_t)share.task * op.length + k0) * C::D, bytes, full, keep);
+      const T* const cache = (const T*)op.p[which ? VALUES : KEYS];
+      if constexpr (C::BY_ANCESTRY) copy_by_ancestry<C>(s, op, s.ring[to.ring.slot], cache, share.task, k0, bytes / (C::D * 2), full, keep);
+      else if (this_lane_copies()) copy(s.ring[to.ring.slot], cache + ((size_t)share.task * op.length + k0) * C::D, bytes, full, keep);
       end_copies(full);
       to.ring.next();
     }

@@ -227,6 +227,9 @@ class Builder:
     def _attention(self, record: records.Record, node: Node, spec: attention.Attention) -> records.Shape:
         """Fill in attention, and return its shape."""
         rest = list(node.inputs)
+        if spec.ancestry:
+            table = self._place.plain(rest.pop())
+            record.pointers[11], record.positions = table.data_ptr(), table.shape[1]
         rows = [rest.pop(0)]
         if spec.key is not None:
             rows += [rest.pop(0), rest.pop(0)]
@@ -253,7 +256,7 @@ class Builder:
         splits = self._splits(record, spec, group)
         body += [
             records.enum(D=spec.query.size, G=group, KV=spec.kv_heads, SELF=spec.key is not None),
-            records.enum(OUT_FORMAT=out_format, SPLITS=splits),
+            records.enum(OUT_FORMAT=out_format, BY_ANCESTRY=spec.ancestry, SPLITS=splits),
             records.number("scale", spec.scale),
             records.enum(SOFT=spec.softcap > 0),
             records.number("softcap", spec.softcap),
@@ -313,7 +316,7 @@ class Builder:
             tensor = self._place.plain(name)
             if tensor.shape[-1] != record.length:
                 raise NotRunnableError(f"the bias {name} has {tensor.shape[-1]} numbers for {record.length} keys")
-            record.pointers[11 + index] = tensor.data_ptr()
+            record.pointers[12 + index] = tensor.data_ptr()
             formats.append(self._place.format(name, words=False))
         per_head = any(bias.per_head for bias in spec.biases)
         needed = record.length * (spec.query.count // spec.kv_heads if per_head else 1)

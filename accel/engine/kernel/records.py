@@ -20,7 +20,7 @@ class Record(ctypes.Structure):
     """An operation of the list: its shape, and where its tensors are."""
 
     _fields_ = [
-        *((name, c_int) for name in ("shape", "length", "set", "pad")),
+        *((name, c_int) for name in ("shape", "length", "set", "positions")),
         ("pointers", c_uint64 * MAX_POINTERS),
     ]
 

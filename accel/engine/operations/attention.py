@@ -95,7 +95,8 @@ class Attention:
 
     The tensors follow each other in this order: query; if a key and a value are written, the rows that hold them, and
     where they are written: int64 [B]; both caches; weights of the norms of queries and keys, where they have them;
-    cosines and sines; biases.
+    cosines and sines; biases; where beams share entries, the row of both caches that holds each entry of a row: int32
+    [B, L], by position, for more positions than there are. New entries are read by their own rows alone.
 
     Attributes:
         query: Heads of the query.
@@ -107,6 +108,8 @@ class Attention:
         softcap: Largest magnitude of the scores before biases are added, by c * tanh(x / c); 0: any.
         biases: How each bias broadcasts: masks, distances.
         dtype: Dtype of the output.
+        ancestry: Entries are read from the rows that computed them, so that beams are reordered without a copy: see
+            `BeamAncestry`.
     """
 
     query: Heads
@@ -118,6 +121,11 @@ class Attention:
     softcap: float
     biases: tuple[Bias, ...]
     dtype: torch.dtype
+    ancestry: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ancestry and self.key is None:
+            raise ValueError("a fixed cache has no ancestry: beams of one input share it")
 
 
 def attention(*tensors: Tensor, spec: Attention) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -132,6 +140,7 @@ def attention(*tensors: Tensor, spec: Attention) -> Tensor | tuple[Tensor, Tenso
         [B, 1, H * D]; with a key the caches, too, which are written in place.
     """
     rest = list(tensors)
+    ancestry = rest.pop() if spec.ancestry else None
     query, rows, positions = rest.pop(0), list[Tensor](), None
     if spec.key is not None:
         rows, positions = [rest.pop(0), rest.pop(0)], rest.pop(0)
@@ -147,8 +156,26 @@ def attention(*tensors: Tensor, spec: Attention) -> Tensor | tuple[Tensor, Tenso
             index = (positions % cache.shape[2]).reshape(-1, 1, 1, 1)
             index = index.expand(len(cache), cache.shape[1], 1, cache.shape[3])
             cache.scatter_(2, index, entry.to(cache.dtype)[:, :, None])
-    output = _attend(q, keys, values, positions, rest, spec)
+    seen = (keys, values)
+    if ancestry is not None and positions is not None:
+        seen = (_entries(keys, positions, ancestry), _entries(values, positions, ancestry))
+    output = _attend(q, *seen, positions, rest, spec)
     return output if spec.key is None else (output, keys, values)
+
+
+def _entries(cache: Tensor, positions: Tensor, ancestry: Tensor) -> Tensor:
+    """Return the entries of every row, [B, KV, S, D], out of the rows of a cache that hold them.
+
+    Args:
+        cache: [B, KV, S, D].
+        positions: Position of the last entry of each row, int64 [B].
+        ancestry: See `Attention`, [B, L].
+    """
+    last = positions.reshape(-1, 1)
+    slots = torch.arange(cache.shape[2], device=cache.device)
+    held = last - (last - slots) % cache.shape[2]  # [B, S], the position of each slot's entry; negative in empty slots
+    rows = ancestry.gather(1, held.clamp(min=0)).long()
+    return cache.gather(0, rows[:, None, :, None].expand_as(cache))
 
 
 def _attend(
@@ -211,6 +238,7 @@ Array = NDArray[Any]
 def reference(*tensors: Array, spec: Attention) -> tuple[Array, Array | None, Array | None]:
     """Return `attention` in numpy and FP64: heads [B, H * D], and copies of the caches where they are written."""
     rest = list(tensors)
+    ancestry = rest.pop() if spec.ancestry else None  # [B, L]
     query, rows, positions = rest.pop(0), list[Array](), np.empty(0, int)
     if spec.key is not None:
         rows, positions = [rest.pop(0), rest.pop(0)], rest.pop(0).reshape(-1)
@@ -232,16 +260,21 @@ def reference(*tensors: Array, spec: Attention) -> tuple[Array, Array | None, Ar
     result = np.empty((len(q), spec.query.count, values.shape[3]))
     for row in range(len(q)):
         seen = min(positions[row] + 1, keys.shape[2]) if spec.key else keys.shape[2]
+        own_keys, own_values = keys[row, :, :seen].copy(), values[row, :, :seen].copy()  # [KV, seen, D]
+        if ancestry is not None:
+            for position in range(positions[row] + 1 - seen, positions[row] + 1):
+                source, slot = ancestry[row, position], position % keys.shape[2]
+                own_keys[:, slot], own_values[:, slot] = keys[source, :, slot], values[source, :, slot]
         for head in range(spec.query.count):
             group = head // (spec.query.count // spec.kv_heads)
-            scores = spec.scale * keys[row, group, :seen] @ q[row, head]  # [seen]
+            scores = spec.scale * own_keys[group] @ q[row, head]  # [seen]
             if spec.softcap:
                 scores = spec.softcap * np.tanh(scores / spec.softcap)
             for bias, kind in zip(rest, spec.biases, strict=True):
                 table = bias.reshape(len(q) if kind.batched else 1, spec.query.count if kind.per_head else 1, -1)
                 scores = scores + kind.scale * table[row if kind.batched else 0, head if kind.per_head else 0, :seen]
             weights = np.exp(scores - scores.max())
-            result[row, head] = weights / weights.sum() @ values[row, group, :seen]
+            result[row, head] = weights / weights.sum() @ own_values[group]
     return result.reshape(len(q), -1), keys if spec.key else None, values if spec.key else None
 
 

@@ -195,4 +195,6 @@ def _attention(spec: Attention) -> str:
         words.append(f"soft cap {spec.softcap:g}")
     words.append(f"{len(spec.biases)} bias{'es' * (len(spec.biases) != 1)}")
     words.append("new key and value written" if spec.key else "fixed cache")
+    if spec.ancestry:
+        words.append("entries by beam ancestry")
     return ", ".join(words)

@@ -9,7 +9,9 @@ from torch import Tensor
 from accel.engine.kernel.launch import Target, source
 from accel.engine.kernel.program import Builder
 from accel.engine.nodes import value_specs
+from accel.engine.planning.ancestry import ANCESTRY, by_ancestry
 from accel.engine.planning.plan import Plan
+from accel.runtime.layout import BUCKET
 from tests.engine.kernel.nvrtc import compile_for
 from tests.engine.planning.test_families import EXPERTS, plan_of
 from tests.engine.test_families import CPU, FP16, LENGTHS, Make, Steps, families, make
@@ -27,13 +29,14 @@ BLOCKS = 132
 KINDS = ("t5", "whisper", "gpt2", "llama", "gemma2", "bloom", "falcon-alibi", "gptj", "qwen3")  # one of each kind
 
 
-def builder_of(path: Path, rows: int, weights: dict[str, Tensor]) -> tuple[Plan, Builder]:
+def builder_of(path: Path, rows: int, weights: dict[str, Tensor], beams: bool = False) -> tuple[Plan, Builder]:
     """Return the plan of a static decode graph, and what builds the kernel's program of it.
 
     Args:
         path: The graph.
         rows: Rows of the batch.
         weights: Filled with the weights in the kernel's layout.
+        beams: Entries are read from the rows that computed them.
     """
     lengths = {**LENGTHS, "batch_size": rows}
     steps = Steps(path)
@@ -44,17 +47,19 @@ def builder_of(path: Path, rows: int, weights: dict[str, Tensor]) -> tuple[Plan,
             tensors[name] = torch.zeros(shape, dtype=spec.dtype)
     tensors |= {output: tensors[name] for name, output in steps.cache.items()}  # updated in place
     plan = plan_of(path)
+    if beams:
+        plan, tensors[ANCESTRY] = by_ancestry(plan), torch.zeros(rows, lengths[BUCKET], dtype=torch.int32)
     return plan, Builder(plan, tensors, rows, CPU, weights, BLOCKS)
 
 
-def source_of(make: Make, rows: int, target: Target = SM_90) -> str:
+def source_of(make: Make, rows: int, target: Target = SM_90, beams: bool = False) -> str:
     """Return the kernel's source for a family's static decode graph in FP16."""
-    return source(builder_of(make(*FP16).static_decode, rows, {})[1].program, target)
+    return source(builder_of(make(*FP16).static_decode, rows, {}, beams)[1].program, target)
 
 
-def check(make: Make, rows: int, architecture: str) -> None:
+def check(make: Make, rows: int, architecture: str, beams: bool = False) -> None:
     """Compile a family's kernel, and print what it needs."""
-    found = compile_for(source_of(make, rows, TARGETS[architecture]), architecture)
+    found = compile_for(source_of(make, rows, TARGETS[architecture], beams), architecture)
     print(f"{architecture}, {rows} rows: {found.registers} registers, {found.spilled} bytes spilled")
     assert found.spilled == 0, found.log
 
@@ -81,6 +86,13 @@ def test_compiles_for_eight_rows(make: Make) -> None:
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89"])
 def test_compiles_for_eight_rows_and_earlier_architectures(make: Make, architecture: str) -> None:
     check(make, 8, architecture)
+
+
+@pytest.mark.slow
+@families("gpt2", "gemma2")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_compiles_for_beams(make: Make, architecture: str) -> None:
+    check(make, 4, architecture, beams=True)
 
 
 @families("gpt2")

@@ -15,6 +15,7 @@ from accel.engine.kernel.program import Builder, Program
 from accel.engine.nodes import Graph, Node, classify
 from accel.engine.operations.normalize import Norm
 from accel.engine.operations.product import Part, Product
+from accel.engine.planning.ancestry import ANCESTRY, by_ancestry
 from accel.engine.planning.plan import DOMAIN, Plan
 from accel.engine.planning.planner import OPERATIONS
 from accel.engine.planning.trace import Trace
@@ -168,3 +169,22 @@ def test_source() -> None:
 
 def test_devices() -> None:
     assert unsupported(CPU) == "the kernel needs CUDA, not cpu"
+
+
+def test_entries_by_ancestry() -> None:
+    """Attention that writes its caches is given the table and the length of its rows, cross-attention isn't."""
+    sizes = Sizes(layers=1)
+    made = layered(sizes)
+    tensors = tensors_of(made, sizes, ROWS, CPU)
+    plain = Builder(made, tensors, ROWS, CPU, {}, BLOCKS).program
+    tensors[ANCESTRY] = torch.zeros(ROWS, sizes.length + 5, dtype=torch.int32)
+    program = Builder(by_ancestry(made), tensors, ROWS, CPU, {}, BLOCKS).program
+    found = [each for each in program.operations if program.shapes[each.shape].kind == "attention"]
+    assert [each.positions for each in found] == [sizes.length + 5, 0]
+    assert [each.pointers[11] for each in found] == [tensors[ANCESTRY].data_ptr(), 0]
+    assert [each.pointers[12] for each in found] == [tensors["mask"].data_ptr(), 0]
+    bodies = [program.shapes[each.shape].body for each in found]
+    assert ["BY_ANCESTRY = 1" in body for body in bodies] == [True, False]
+    assert [one.body for one in plain.shapes] == [
+        other.body.replace("BY_ANCESTRY = 1", "BY_ANCESTRY = 0") for other in program.shapes
+    ]
