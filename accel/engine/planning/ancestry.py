@@ -17,7 +17,7 @@ def by_ancestry(plan: Plan) -> Plan:
     """Return a plan whose attention reads every entry of a written cache from the row that the input `ANCESTRY` names.
 
     Cache indirection, as in TensorRT-LLM's beam search:
-    https://nvidia.github.io/TensorRT-LLM/advanced/gpt-attention.html#beam-search
+    https://github.com/NVIDIA/TensorRT-LLM/blob/release/0.5.0/docs/source/gpt_attention.md
 
     Fixed caches, those of cross-attention, are read as before: beams of one input share them.
 
