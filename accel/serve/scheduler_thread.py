@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from accel.serve.job import Job
 from accel.serve.limits import SchedulerLimits
 from accel.serve.lone_generation import generate_alone
 from accel.serve.protocol import FinishReason, Listener, QueueFullError, Request, RequestTooLongError, Status
+from accel.system.process_state import one_openmp_thread
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +195,13 @@ class SchedulerThread(ABC):
             raise RuntimeError("this scheduler is closed")
 
     def _run(self) -> None:
-        """Work until the scheduler is closed and every request has its last event."""
-        with torch.no_grad():
+        """Work until the scheduler is closed and every request has its last event.
+
+        On the CPU, torch's operators run on one thread, as within the model's calls: others would take ONNX Runtime's
+        cores.
+        """
+        one_thread = one_openmp_thread() if self.model.device.type == "cpu" else nullcontext()
+        with torch.no_grad(), one_thread:
             while self._wait():
                 self.guarded(self.work)
             self.release()
