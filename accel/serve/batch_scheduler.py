@@ -60,18 +60,10 @@ class BatchScheduler(SchedulerThread):
             return
         self._wait_for_more(first)
         jobs = self.take(lambda job: job is first or self._fits(job, first, key), self.limits.rows)
-        jobs = [job for job in jobs if not self._ended(job)]
         if len(jobs) == 1:
             self.run_alone(jobs[0], self.end_stopped)
         elif jobs:
             self._run_batch(jobs)
-
-    def _ended(self, job: Job) -> bool:
-        """Finish a request that was cancelled or whose deadline is over; return whether it was."""
-        reason = job.reason_to_end
-        if reason is not None:
-            job.finish(reason)
-        return reason is not None
 
     def _wait_for_more(self, first: Job) -> None:
         """Wait until the window of a request is over or a batch is full."""

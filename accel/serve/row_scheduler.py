@@ -126,15 +126,16 @@ class RowScheduler(SchedulerThread):
 
     def _cycle(self) -> None:
         """Admit requests, compute a part of their prompts, step the batch once."""
-        self._admit()
+        while not self._admit():
+            pass  # fewer requests, or the running ones alone, which may have outgrown their rows
         self._prefill()
         self._step()
 
-    def _admit(self) -> None:
-        """Give waiting requests rows. The batch moves to another size where it has to."""
+    def _admit(self) -> bool:
+        """Give waiting requests rows, for which the batch may move to another size; return False without memory for it."""
         jobs = [] if self._gathers() else self.take(is_row, self._row_limit - len(self._active))
         if not jobs and not self._active:
-            return
+            return True
         needed = self._needed(jobs)
         size = self._sizing.next(self._rows, needed, empty=not self._active)
         error = self._resize(size)
@@ -142,8 +143,9 @@ class RowScheduler(SchedulerThread):
             error = self._resize(needed)
         if error is not None:
             self._give_way(jobs, needed, error)
-            return
+            return False
         self._active = [*self._active, *(RowJob(job, self._rows.claim()) for job in jobs)]
+        return True
 
     def _gathers(self) -> bool:
         """Return whether new requests wait for more of them, to be encoded in one batch while others are decoded."""

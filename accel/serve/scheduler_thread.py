@@ -247,14 +247,18 @@ class SchedulerThread(ABC):
         self.forget_finished()
 
     def take(self, wanted: Callable[[Job], bool], count: int) -> list[Job]:
-        """Take up to `count` waiting requests, oldest first."""
+        """Take up to `count` waiting requests, oldest first; those that are cancelled or too late end here."""
         taken: list[Job] = []
         with self.changed:
             for job in list(self.waiting):
                 if len(taken) < count and wanted(job):
                     self.waiting.remove(job)
                     taken.append(job)
-        return taken
+        for job in taken:
+            reason = job.reason_to_end
+            if reason is not None:
+                job.finish(reason)
+        return [job for job in taken if not job.finished]
 
     def run_alone(self, job: Job, between: Callable[[], None]) -> None:
         """Run a request by `generate`.
