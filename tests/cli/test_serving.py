@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from accel.cli import application
+from accel.cli import application, compose
 from accel.pipeline import runner
 
 
@@ -60,6 +60,22 @@ def test_mistakes(
     for part in parts:
         assert part in message, message
     assert len(message.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "static"),
+    [
+        (["stage=serve"], True),
+        (["stage=[verify,serve]"], True),
+        (["stage=serve", "runtime.static=false"], False),
+        (["stage=verify"], False),
+    ],
+)
+def test_static_caches_for_a_running_batch(overrides: list[str], static: bool) -> None:
+    """A model that is built to be served gets static caches, unless the command line says otherwise."""
+    config = compose.compose(["runtime=cpu", *overrides])
+    assert config.runtime.static is static
+    assert config.convert.static_decode is static
 
 
 def test_port_in_use(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
