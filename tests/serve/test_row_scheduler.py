@@ -299,8 +299,9 @@ def test_long_prompts_in_parts(causal: AcceleratedModel, monkeypatch: pytest.Mon
     """A running request gets tokens between the parts of a long prompt beside it."""
     scheduler = open_scheduler(causal, SchedulerLimits(rows=2, prompt_tokens=200, total_tokens=250, stall_s=1e-9))
     long, short = prompt(causal, 120), prompt(causal, 5)
-    expected = [alone(causal, short, max_new_tokens=100, **UNIQUE), alone(causal, long, max_new_tokens=12, **UNIQUE)]
-    running = submit(scheduler, short, max_new_tokens=100, **UNIQUE)
+    lasting = {"max_new_tokens": 80, "min_new_tokens": 80, **UNIQUE}
+    expected = [alone(causal, short, **lasting), alone(causal, long, max_new_tokens=12, **UNIQUE)]
+    running = submit(scheduler, short, **lasting)
     assert running.begun.wait(30)
     seen: list[int] = []
     joined = Collector()
