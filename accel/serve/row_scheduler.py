@@ -132,7 +132,7 @@ class RowScheduler(SchedulerThread):
         self._step()
 
     def _admit(self) -> bool:
-        """Give waiting requests rows, moving the batch to another size if needed; return False without memory for it."""
+        """Give waiting requests rows, moving the batch to another size if needed; return False without memory."""
         jobs = [] if self._gathers() else self.take(is_row, self._row_limit - len(self._active))
         if not jobs and not self._active:
             return True
