@@ -109,17 +109,22 @@ def run(composed: DictConfig, overrides: list[str]) -> dict[str, Mapping[str, An
     """
     with interrupter.at_once():
         from accel.cli import compose, report
-        from accel.pipeline.runner import serves
+        from accel.config.schema import EXPORT_TRITON, SERVE
+        from accel.pipeline.runner import includes
         from accel.system.host_memory import return_large_blocks
         from accel.system.quiet import quiet
 
     quiet()
     return_large_blocks()
     config = compose.settle(composed, overrides)
-    if serves(config.stage):
+    if includes(config.stage, SERVE):
         from accel.cli import serving
 
         return serving.run(config, overrides)
+    if includes(config.stage, EXPORT_TRITON):
+        from accel.cli import triton_export
+
+        return triton_export.run(config)
     artifacts = compose.execute(config)
     report.finish(config, artifacts)
     return {name: artifact.summary for name, artifact in artifacts.items()}

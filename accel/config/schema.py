@@ -7,10 +7,12 @@ from omegaconf import MISSING
 
 from accel.config.bounds import choice, number, numbers, seed
 from accel.config.engines import ENGINES, ONNXRUNTIME
+from accel.config.export_triton import ExportTritonConfig
 from accel.config.serve import ServeConfig
 
 STAGES = ("export", "optimize", "audit", "convert", "merge", "verify", "generate", "benchmark", "profile", "plan")
-SERVE = "serve"  # value of `stage` beside them: serve the deployable over HTTP, and make no artifact
+# Values of `stage` beside them, which make no artifact: serve the deployable over HTTP, or write it for Triton.
+SERVE, EXPORT_TRITON = "serve", "export_triton"
 
 
 @dataclass
@@ -348,7 +350,7 @@ class Config:
     """Whole configuration, as `--cfg job` prints it.
 
     Attributes:
-        stage: `all`, a stage, or a list of stages; `serve` runs after the others.
+        stage: `all`, a stage, or a list of stages; `serve` or `export_triton` runs after the others.
         artifacts: Folder that artifacts are kept in.
         output: Folder that the deployable is copied to, beside variants of the same model in other dtypes.
         architecture: Adapter of the model family: `_target_` and its options.
@@ -373,3 +375,4 @@ class Config:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    export_triton: ExportTritonConfig = field(default_factory=ExportTritonConfig)

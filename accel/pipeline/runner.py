@@ -13,7 +13,7 @@ from typing import Any
 
 from accel import progress
 from accel.adapters.types import Architecture
-from accel.config.schema import SERVE, STAGES, Config
+from accel.config.schema import EXPORT_TRITON, SERVE, STAGES, Config
 from accel.errors import AccelError, StageError, summarize, unknown
 from accel.pipeline.external import pretrained_artifact
 from accel.pipeline.source import adapter_source, stage_source
@@ -35,30 +35,32 @@ def select_stages(stage: Any, mixed: bool = True) -> list[str]:
     """Return the stages that `stage=...` requests, in the order in which they run.
 
     Args:
-        stage: A stage's name, "all", "serve", which needs `verify`, or a list of them.
+        stage: A stage's name, "all", one of "serve" and "export_triton", which need `verify`, or a list of them.
         mixed: Precision is mixed. If False, "all" leaves out the audit, whose plan nothing would use.
 
     Raises:
-        AccelError: If a name is unknown or the list is empty.
+        AccelError: If a name is unknown, the list is empty, or it has both "serve" and "export_triton".
     """
     names = stage if isinstance(stage, list | tuple) else [stage]
-    choices = (*STAGES, SERVE, "all")
+    choices = (*STAGES, SERVE, EXPORT_TRITON, "all")
     if not names:
         raise AccelError(f"stage=[] names no stage. Choices: {', '.join(choices)}")
     for name in names:
         if name not in choices:
             raise unknown("stage", name, choices)
     selected = set(names)
-    if SERVE in names:
+    if {SERVE, EXPORT_TRITON} <= selected:
+        raise AccelError(f"stage={list(names)}: {SERVE} doesn't end by itself: run {EXPORT_TRITON} before, by itself")
+    if {SERVE, EXPORT_TRITON} & selected:
         selected.add("verify")
     if "all" in names:
         selected |= {name for name in STAGES if name not in EXPLICIT and (mixed or name != "audit")}
     return [name for name in STAGES if name in selected]
 
 
-def serves(stage: Any) -> bool:
-    """Return whether `stage=...` asks for the server."""
-    return SERVE in (stage if isinstance(stage, list | tuple) else [stage])
+def includes(stage: Any, name: str) -> bool:
+    """Return whether `stage=...` asks for `name` by its name."""
+    return name in (stage if isinstance(stage, list | tuple) else [stage])
 
 
 def load_stage(name: str) -> Stage:

@@ -38,7 +38,25 @@ def _plan(service: Service, served: ServedModel, body: GenerateBody) -> Plan:
     """Return what a body asks of the model."""
     if served.kind == "speech":
         raise invalid(f"the model {served.name} takes speech: use /v1/audio/transcriptions", "model")
-    parameters = dict(body.parameters)
+    texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+    return plan_of_ids(service, served, prompts.of_texts(texts, served, service.limits, "inputs"), body.parameters)
+
+
+def plan_of_ids(
+    service: Service, served: ServedModel, encoded: Sequence[Sequence[int]], given: Mapping[str, Any]
+) -> Plan:
+    """Return what prompts and parameters ask of the model.
+
+    Args:
+        service: The limits.
+        served: The model.
+        encoded: Token ids of each prompt.
+        given: Options by `GenerationConfig`'s names, and `seed`.
+
+    Raises:
+        ApiError: A parameter can't be used, or there are too many sequences.
+    """
+    parameters = dict(given)
     seed, n = parameters.pop("seed", None), parameters.pop("num_return_sequences", None) or 1
     stops = parameters.pop("stop_strings", None) or []
     stops = [stops] if isinstance(stops, str) else stops
@@ -50,8 +68,6 @@ def _plan(service: Service, served: ServedModel, body: GenerateBody) -> Plan:
         if not valid:
             raise invalid(f"parameters.{name}={value!r} can't be used", name)
     generation = options.checked(parameters, served, service.limits)
-    texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
-    encoded = prompts.of_texts(texts, served, service.limits, "inputs")
     requests = service.requests(served, [unpadded(ids) for ids in encoded], generation, n=n, seed=seed)
     contexts = [context_of(ids, served) for ids in encoded for _ in range(n)]
     return Plan(requests, stops, contexts, sum(map(len, encoded)), "inputs")

@@ -26,12 +26,30 @@ def of_completion(body: CompletionBody, served: ServedModel, limits: ServeConfig
         prompt = [prompt]
     if isinstance(prompt[0], str):
         return of_texts(prompt, served, limits, "prompt")
+    return of_ids(prompt, served, limits, "prompt")
+
+
+def of_ids(prompts: Sequence[Ids], served: ServedModel, limits: ServeConfig, param: str) -> list[Ids]:
+    """Return prompts of token ids, once they are checked.
+
+    Args:
+        prompts: The ids of each prompt.
+        served: The model.
+        limits: Largest number of tokens.
+        param: Field of the request that holds them.
+
+    Raises:
+        ApiError: A prompt is empty or too long, or an id isn't in the vocabulary.
+    """
     vocabulary = len(served.tokenizer)
-    for ids in prompt:
-        if max(ids) >= vocabulary:
-            raise invalid(f"prompt: {max(ids)} is no id of the vocabulary, 0 to {vocabulary - 1}", "prompt")
-        _check_length(len(ids), limits, "prompt")
-    return list(prompt)
+    for ids in prompts:
+        if not ids:
+            raise invalid(f"{param}: there are no ids, and the model needs a token to begin with", param)
+        for token in (min(ids), max(ids)):
+            if not 0 <= token < vocabulary:
+                raise invalid(f"{param}: {token} is no id of the vocabulary, 0 to {vocabulary - 1}", param)
+        _check_length(len(ids), limits, param)
+    return list(prompts)
 
 
 def of_texts(texts: Sequence[str], served: ServedModel, limits: ServeConfig, param: str) -> list[Ids]:

@@ -25,6 +25,7 @@ class Delta:
         ids: Ids of the new tokens that `logprobs` belong to.
         logprobs: Log probabilities of new tokens, where they were asked for. An end-of-sequence token has none.
         finish_reason: `stop` or `length` at the end of the sequence.
+        tokens: Ids of all new tokens, those of text that is held back or follows a stop string included.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Delta:
     ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: str | None = None
+    tokens: tuple[int, ...] = ()
 
     @classmethod
     def joined(cls, parts: Sequence["Delta"]) -> "Delta":
@@ -42,6 +44,7 @@ class Delta:
             tuple(token for part in parts for token in part.ids),
             tuple(entry for part in parts for entry in part.logprobs),
             parts[-1].finish_reason,
+            tuple(token for part in parts for token in part.tokens),
         )
 
 
@@ -103,7 +106,7 @@ class _Sequence:
         shown = [place for place, token in enumerate(event.ids) if token not in self.ends] if event.logprobs else []
         ids = tuple(event.ids[place] for place in shown)
         logprobs = tuple(event.logprobs[place] for place in shown)
-        return Delta(self.index, text, ids, logprobs, self.finish_reason)
+        return Delta(self.index, text, ids, logprobs, self.finish_reason, event.ids)
 
     def _end(self, event: Finished) -> Delta:
         """Return the last delta. Raises `EarlyEndError` where the sequence ended early."""
