@@ -90,6 +90,7 @@ class Answering:
         """Cancel the requests that have no answer yet, and free the model."""
         self._service.close()
         wait(list(self._pending), CLOSE_S)
+        asyncio.run_coroutine_threadsafe(self._loop.shutdown_default_executor(), self._loop).result(CLOSE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_S)
         if not self._thread.is_alive():
