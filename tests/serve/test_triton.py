@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,9 @@ def test_a_cancelled_request_ends(model: Any, monkeypatch: pytest.MonkeyPatch) -
     resume.set()
     assert (message, code) == ("the request was cancelled", stub.TritonError.CANCELLED)
     assert sum(len(each.output_tensors()[1].as_numpy()) for each in sent.responses[:-1]) < 60
+    deadline = time.monotonic() + 10
+    while scheduler.status().running and time.monotonic() < deadline:
+        time.sleep(0.01)  # the row is released after the last event
     assert scheduler.status().running == 0
 
 
