@@ -13,12 +13,12 @@ from accel import progress
 from accel.adapters import registry
 from accel.cli.validate import check_generate, check_lengths, check_texts, validate
 from accel.config.hydra_setup import check_choices, composing
-from accel.config.schema import Config
+from accel.config.schema import EXPORT_TRITON, SERVE, Config
 from accel.errors import AccelError, unknown
 from accel.models import peft_adapter
 from accel.pipeline import estimate
 from accel.pipeline.replan import run_and_replan
-from accel.pipeline.runner import Pipeline, select_stages, serves
+from accel.pipeline.runner import Pipeline, includes, select_stages
 from accel.pipeline.store import Artifact
 from accel.runtime.providers import fastest
 from accel.stages import generate
@@ -109,7 +109,7 @@ def resolve(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
         values["model.references"] = "null"  # outputs of random weights match no reference
     if config.model.name == AUTO:
         values["model.name"] = _quoted(Path(str(config.model.checkpoint)).name or "model")
-    if serves(config.stage) and "runtime.static" not in keys:
+    if includes(config.stage, SERVE, EXPORT_TRITON) and "runtime.static" not in keys:
         values["runtime.static"] = "true"  # for requests that enter and leave a running batch by themselves
     resolved = [override for override in overrides if _key(override) not in choices]
     resolved += [f"{key}={value}" for key, value in (choices | values).items()]

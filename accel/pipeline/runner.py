@@ -58,9 +58,9 @@ def select_stages(stage: Any, mixed: bool = True) -> list[str]:
     return [name for name in STAGES if name in selected]
 
 
-def includes(stage: Any, name: str) -> bool:
-    """Return whether `stage=...` asks for `name` by its name."""
-    return name in (stage if isinstance(stage, list | tuple) else [stage])
+def includes(stage: Any, *names: str) -> bool:
+    """Return whether `stage=...` asks for one of `names` by its name."""
+    return any(name in names for name in (stage if isinstance(stage, list | tuple) else [stage]))
 
 
 def load_stage(name: str) -> Stage:
