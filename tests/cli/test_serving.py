@@ -67,6 +67,7 @@ def test_mistakes(
     [
         (["stage=serve"], True),
         (["stage=[verify,serve]"], True),
+        (["stage=export_triton"], True),
         (["stage=serve", "runtime.static=false"], False),
         (["stage=verify"], False),
     ],
