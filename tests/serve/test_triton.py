@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
 from accel import testing
 from accel.cli import application
@@ -26,6 +25,7 @@ from accel.serve.triton import config_file, repository
 from tests.conftest import Build
 from tests.families import FAMILIES
 from tests.serve import triton_backend_stub as stub
+from tests.serve.triton_schema import DataType, Kind, ModelConfig, data_type_name
 
 NAME = "g2p"
 LONG = {"min_new_tokens": 60, "max_new_tokens": 60, "no_repeat_ngram_size": 1}
@@ -42,9 +42,9 @@ def folder(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def parsed(folder: Path) -> model_config_pb2.ModelConfig:
+def parsed(folder: Path) -> Any:
     """Return the description of a model as Triton reads it."""
-    return text_format.Parse((folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    return text_format.Parse((folder / "config.pbtxt").read_text(), ModelConfig())
 
 
 def opened(folder: Path) -> Any:
@@ -55,9 +55,7 @@ def opened(folder: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     description = parsed(folder)
-    outputs = [
-        {"name": item.name, "data_type": model_config_pb2.DataType.Name(item.data_type)} for item in description.output
-    ]
+    outputs = [{"name": item.name, "data_type": data_type_name(item.data_type)} for item in description.output]
     parameters = {key: {"string_value": value.string_value} for key, value in description.parameters.items()}
     model = module.TritonPythonModel()
     model.initialize(
@@ -141,7 +139,7 @@ def test_the_description_is_what_triton_reads(folder: Path) -> None:
     assert description.model_transaction_policy.decoupled
     inputs = {item.name: (item.data_type, list(item.dims), item.optional) for item in description.input}
     outputs = {item.name: (item.data_type, list(item.dims)) for item in description.output}
-    text, ids, flag = model_config_pb2.TYPE_STRING, model_config_pb2.TYPE_INT64, model_config_pb2.TYPE_BOOL
+    text, ids, flag = DataType["TYPE_STRING"].number, DataType["TYPE_INT64"].number, DataType["TYPE_BOOL"].number
     assert inputs == {
         "text_input": (text, [1], True),
         "input_ids": (ids, [-1], True),
@@ -150,17 +148,17 @@ def test_the_description_is_what_triton_reads(folder: Path) -> None:
     }
     assert outputs == {"text_output": (text, [1]), "output_ids": (ids, [-1]), "finish_reason": (text, [1])}
     (group,) = description.instance_group
-    assert (group.count, group.kind) == (2, model_config_pb2.ModelInstanceGroup.KIND_CPU)
+    assert (group.count, group.kind) == (2, Kind["KIND_CPU"].number)
     limits = ServeConfig(**json.loads(description.parameters["limits"].string_value))
     assert limits == ServeConfig(max_new_tokens=64)
 
 
 def test_a_description_for_gpus_with_a_name_to_quote() -> None:
     text = config_file.config_text('say "ä" \\', "TYPE_INT32", True, 1, "{}")
-    description = text_format.Parse(text, model_config_pb2.ModelConfig())
+    description = text_format.Parse(text, ModelConfig())
     assert description.name == 'say "ä" \\'
-    assert description.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
-    assert description.input[1].data_type == model_config_pb2.TYPE_INT32
+    assert description.instance_group[0].kind == Kind["KIND_GPU"].number
+    assert description.input[1].data_type == DataType["TYPE_INT32"].number
 
 
 def test_answers_are_those_of_generate(model: Any, expected: dict[str, Any]) -> None:
