@@ -22,10 +22,10 @@ from torch import Tensor
 from accel import load
 from accel.models import arguments
 from accel.models.generation import AcceleratedModel
-from accel.serve.batch_scheduler import BatchScheduler
-from accel.serve.limits import SchedulerLimits
-from accel.serve.opening import open_scheduler
 from accel.serve.protocol import Event, Finished, Request, Scheduler, Tokens
+from accel.serve.scheduling.batch_scheduler import BatchScheduler
+from accel.serve.scheduling.limits import SchedulerLimits
+from accel.serve.scheduling.opening import open_scheduler
 
 Answer = Callable[[Tensor, dict[str, Any]], list[int]]
 """Function of a prompt [1, length] and options of GenerationConfig, that returns the new tokens."""

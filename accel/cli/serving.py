@@ -18,7 +18,7 @@ from accel.errors import AccelError
 from accel.models.loading import find_variant
 
 if TYPE_CHECKING:
-    from accel.serve.served_model import ServedModel
+    from accel.serve.requests.served_model import ServedModel
 
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # what a client on this machine calls instead
 
@@ -83,11 +83,11 @@ def run(config: Config, overrides: Sequence[str]) -> dict[str, Mapping[str, Any]
         AccelError: The address is taken, a package is missing, or a folder can't be opened.
     """
     check(config, overrides)
-    from accel.serve.app import create_app
-    from accel.serve.lifecycle import Server, listen
-    from accel.serve.opening import open_scheduler
-    from accel.serve.served_model import open_served, scheduler_limits
-    from accel.serve.service import Service
+    from accel.serve.http.app import create_app
+    from accel.serve.http.lifecycle import Server, listen
+    from accel.serve.http.service import Service
+    from accel.serve.requests.served_model import open_served, scheduler_limits
+    from accel.serve.scheduling.opening import open_scheduler
 
     with ExitStack() as stack:
         listener = stack.enter_context(listen(config.serve.host, config.serve.port))  # now, not after a long build
@@ -124,7 +124,7 @@ class _Lines(logging.Handler):
 
 def _install_logs(config: ServeConfig) -> None:
     """Write requests as JSON, if the configuration says so, and errors of uvicorn as accel's own."""
-    from accel.serve.request_log import LOGGER
+    from accel.serve.requests.request_log import LOGGER
 
     requests = logging.getLogger(LOGGER)
     requests.handlers, requests.propagate = [_Lines()] if config.log_requests else [], False
@@ -166,7 +166,7 @@ def start_message(models: Sequence["ServedModel"], address: str, config: ServeCo
 
 def _description(served: "ServedModel") -> str:
     """Return in words what a model takes and how it was verified."""
-    from accel.serve.information import figures
+    from accel.serve.http.information import figures
 
     if served.verification is None:
         return f"{served.kind}, unverified"

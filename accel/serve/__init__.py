@@ -1,4 +1,5 @@
 """HTTP server over deployables.
 
-`app` speaks HTTP, `opening` chooses the scheduler that decodes, `protocol` is what the two know of each other.
+`requests` turns bodies into sequences of tokens, `scheduling` decodes them and `http` answers; `protocol` is what they
+know of each other. `triton` offers the same to Triton's server.
 """

@@ -13,8 +13,8 @@ from transformers import GenerationConfig, T5Config
 from accel import testing
 from accel.models.generation import AcceleratedModel
 from accel.models.loading import load
-from accel.serve.opening import open_scheduler
-from accel.serve.served_model import ServedModel, open_served, scheduler_limits
+from accel.serve.requests.served_model import ServedModel, open_served, scheduler_limits
+from accel.serve.scheduling.opening import open_scheduler
 from tests.conftest import Build
 from tests.families import FAMILIES
 from tests.serve.servers import LIMITS, Played, PlayedScheduler, Running, byte_tokenizer, running

@@ -14,11 +14,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from accel.config.serve import ServeConfig
-from accel.serve.app import create_app
-from accel.serve.lifecycle import Server, listen
+from accel.serve.http.app import create_app
+from accel.serve.http.lifecycle import Server, listen
+from accel.serve.http.service import Service
 from accel.serve.protocol import Event, Listener, QueueFullError, Request, Status
-from accel.serve.served_model import ServedModel
-from accel.serve.service import Service
+from accel.serve.requests.served_model import ServedModel
 
 LIMITS = ServeConfig(port=0, log_requests=False, drain_s=5)
 TEMPLATE = (

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Protocol
 
 from accel.config.serve import ServeConfig
-from accel.serve import generate, prompts
-from accel.serve.errors import ApiError, invalid
-from accel.serve.opening import open_scheduler
-from accel.serve.request_log import Record
-from accel.serve.sequences import Delta, Plan, Sequences
-from accel.serve.served_model import ServedModel, open_served, scheduler_limits
-from accel.serve.service import Service
+from accel.serve.http import generate
+from accel.serve.http.service import Service
+from accel.serve.requests import prompts
+from accel.serve.requests.errors import ApiError, invalid
+from accel.serve.requests.request_log import Record
+from accel.serve.requests.sequences import Delta, Plan, Sequences
+from accel.serve.requests.served_model import ServedModel, open_served, scheduler_limits
+from accel.serve.scheduling.opening import open_scheduler
 
 CANCELLED = 499  # status of a request whose client went away, as in the server's log
 POLL_S = 0.05  # between two questions whether a request was cancelled

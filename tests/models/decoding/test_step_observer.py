@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from accel.models.decoding.step_observer import StepObserver
 from accel.models.generation import AcceleratedModel
-from tests.serve.test_row_scheduler import Slow
+from tests.serve.scheduling.test_row_scheduler import Slow
 
 IDS = torch.arange(5, 14)[None].repeat(2, 1)
 IDS[1] += 20
