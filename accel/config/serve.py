@@ -21,6 +21,10 @@ class ServeConfig:
         max_new_tokens: New tokens that a request may ask for.
         max_total_tokens: Tokens that a sequence may have in the decoder: its new ones and, without an encoder, its
             prompt. A row of the running batch has caches for so many.
+        stall_s: Seconds that running requests may wait between two tokens for the prompts of others, about. Parts of
+            prompts are as long as the measured speed allows.
+        window_s: Seconds that a request waits for others to be encoded or batched with.
+        shared_prefixes: Prompt beginnings, shared by several prompts, whose caches are kept for later ones.
         default_new_tokens: New tokens of a request that doesn't say, unless the generation config does; fewer where
             `max_total_tokens` or the model's positions leave less.
         max_sequences: Sequences that one HTTP request may ask for: prompts x `n` x beams.
@@ -43,6 +47,9 @@ class ServeConfig:
     max_prompt_tokens: int = number(4096)
     max_new_tokens: int = number(2048)
     max_total_tokens: int = number(4096, 2)
+    stall_s: float = number(0.1, 0.001)
+    window_s: float = number(0.005, 0)
+    shared_prefixes: int = number(4, 0)
     default_new_tokens: int = number(256)
     max_sequences: int = number(16)
     timeout_s: float = number(300.0, 0.01)

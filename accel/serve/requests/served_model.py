@@ -94,6 +94,9 @@ def scheduler_limits(limits: ServeConfig) -> SchedulerLimits:
         queue=limits.max_waiting,
         prompt_tokens=limits.max_prompt_tokens,
         total_tokens=limits.max_total_tokens,
+        stall_s=limits.stall_s,
+        window_s=limits.window_s,
+        shared_prefixes=limits.shared_prefixes,
     )
 
 
