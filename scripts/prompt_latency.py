@@ -1,0 +1,136 @@
+"""Time the call of a decoder-only model with a prompt: accel's, PyTorch's eager and PyTorch's compiled.
+
+    python -m scripts.prompt_latency DEPLOYABLE --checkpoint FOLDER [--shapes 1x512 1x2048] [--padded] [--device cuda]
+
+Milliseconds of the host's clock from the call with random ids to the logits of the last token and the caches, with the
+device synchronized at both ends. Each model is opened in a process of its own, one after the other, since a compiler's
+threads would slow the others. PyTorch's model computes attention by SDPA, in the dtype of the deployable. "Compiled" is
+`torch.compile(model, dynamic=False)`, with graphs of its own for each shape.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from accel.models.loading import load
+
+BACKENDS = ("accel", "eager", "compiled")
+WARM_UP = 3  # calls of each shape before the timed ones
+PADDING = 100  # at most so many tokens of the last row are hidden with --padded
+
+Model = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latency of one shape, in milliseconds."""
+
+    shape: str
+    median: float
+    fastest: float
+    slowest: float
+
+
+def open_backend(name: str, folder: Path, checkpoint: Path, device: str) -> Model:
+    """Return a model by the name of its backend, one of `BACKENDS`."""
+    accelerated = load(folder)
+    if name == "accel":
+        return accelerated
+    dtype = accelerated.dtype
+    accelerated.close()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa")
+    model = model.to(device).eval()
+    return torch.compile(model, dynamic=False) if name == "compiled" else model
+
+
+def prompt(batch: int, length: int, vocabulary: int, padded: bool, device: str) -> dict[str, Tensor]:
+    """Return random ids [batch, length] and their mask, which hides the beginning of the last row where `padded`."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[-1, : min(PADDING, length // 2)] = 0
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def time_calls(model: Model, inputs: dict[str, Tensor], repeats: int) -> list[float]:
+    """Return the milliseconds of each of `repeats` calls, after `WARM_UP` others."""
+    synchronize = torch.cuda.synchronize if inputs["input_ids"].is_cuda else lambda: None
+    times = []
+    with torch.inference_mode():
+        for _ in range(WARM_UP + repeats):
+            synchronize()
+            start = time.perf_counter()
+            output = model(**inputs, use_cache=True, logits_to_keep=1)
+            synchronize()
+            times.append((time.perf_counter() - start) * 1000)
+            del output  # its caches, before the next call allocates others
+    return times[WARM_UP:]
+
+
+def measure(name: str, options: argparse.Namespace) -> list[Latency]:
+    """Return the latency of a backend at every shape."""
+    model = open_backend(name, options.deployable, options.checkpoint, options.device)
+    vocabulary = json.loads((options.checkpoint / "config.json").read_text())["vocab_size"]
+    found = []
+    for shape in options.shapes:
+        batch, length = map(int, shape.split("x"))
+        times = time_calls(model, prompt(batch, length, vocabulary, options.padded, options.device), options.repeats)
+        found.append(Latency(shape, statistics.median(times), min(times), max(times)))
+    return found
+
+
+def table(found: dict[str, Sequence[Latency]]) -> str:
+    """Return a table in Markdown: shapes by backends, and the ratio of the first backend to each of the others."""
+    first, *others = found
+    lines = [
+        f"| batch x prompt | {' | '.join(found)} | {' | '.join(f'{first} / {name}' for name in others)} |",
+        "|---" * (len(found) + len(others) + 1) + "|",
+    ]
+    for row in zip(*found.values(), strict=True):
+        cells = [f"{each.median:.3g} [{each.fastest:.3g}-{each.slowest:.3g}]" for each in row]
+        ratios = [f"{row[0].median / each.median:.2f}" for each in row[1:]]
+        lines.append(f"| {row[0].shape} | {' | '.join(cells + ratios)} |")
+    return "\n".join(lines)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("deployable", type=Path)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint, for PyTorch")
+    parser.add_argument("--shapes", nargs="+", default=["1x512", "1x2048", "8x512", "8x2048"], help="batch x prompt")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--padded", action="store_true", help="hide the beginning of the last row")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure each backend in a process of its own, and print the table."""
+    options = parse_arguments(arguments)
+    found: dict[str, Sequence[Latency]] = {}
+    for name in options.backends:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            found[name] = process.submit(measure, name, options).result()
+    print(table(found))
+    if options.json is not None:
+        figures = {name: [asdict(each) for each in latencies] for name, latencies in found.items()}
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
