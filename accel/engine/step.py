@@ -25,6 +25,7 @@ from accel.errors import AccelError
 logger = logging.getLogger(__name__)
 
 BATCH = "batch_size"  # axis of all inputs and outputs
+BUCKET = "bucket"  # axis of caches and masks: the number of positions that a row may have
 
 
 class PlannedStep:
@@ -145,12 +146,12 @@ class PlannedStep:
         """
         self._watchdog = self._watchdog or Watchdog(self._device)
         blocks = torch.cuda.get_device_properties(self._device).multi_processor_count
-        rows = len(next(iter(inputs.values())))
+        rows, positions = len(next(iter(inputs.values()))), self._positions(inputs)
         watchdog = self._watchdog
 
         def build(settings: tuning.Tuning) -> Builder:
             tensors = {**inputs, **outputs}
-            return Builder(plan, tensors, rows, self._device, self._kernel_weights, blocks, settings)
+            return Builder(plan, tensors, rows, self._device, self._kernel_weights, blocks, settings, positions)
 
         def seconds(settings: tuning.Tuning) -> float:
             program = build(settings).program
@@ -169,6 +170,16 @@ class PlannedStep:
             kernel()
 
         return call
+
+    def _positions(self, inputs: Mapping[str, Tensor]) -> int:
+        """Return the number of positions that a row of these inputs may have; 0 if no input says so."""
+        sizes = [
+            inputs[name].shape[axis]
+            for name, spec in self.inputs.items()
+            for axis, symbol in enumerate(spec.axes)
+            if symbol == BUCKET
+        ]
+        return max(sizes, default=0)
 
     def check(self) -> None:
         """Raise `AccelError` if the kernel waited in vain for an input; else return without synchronisation."""

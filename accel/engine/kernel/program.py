@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from accel.engine.executor import Executor
 from accel.engine.kernel import records
 from accel.engine.kernel.limits import check_rows, weights_dtype
 from accel.engine.kernel.placement import NotRunnableError, Placement
+from accel.engine.kernel.tabulate import tabulate
 from accel.engine.kernel.tuning import DEFAULT, Tuning
 from accel.engine.nodes import Graph, Node, classify
 from accel.engine.operations import attention, normalize, product
@@ -88,6 +88,7 @@ class Builder:
         weights: Weights in the kernel's layout made so far, by name; shared by all sets of buffers.
         blocks: Blocks that the kernel runs as, one a multiprocessor.
         tuning: Settings of the kernel.
+        positions: Number of positions that a row may have; 0: unknown.
 
     Attributes:
         program: The program.
@@ -106,6 +107,7 @@ class Builder:
         weights: dict[str, Tensor],
         blocks: int,
         tuning: Tuning = DEFAULT,
+        positions: int = 0,
     ) -> None:
         check_rows(rows)
         before, self._fused = split(plan)
@@ -113,7 +115,7 @@ class Builder:
         dtype = weights_dtype(plan, self._fused)
         self.program = Program(rows, dtype, blocks, tuning)
         self.run_before: Callable[[], object]
-        known = {**tensors, **self._compute_before(before, tensors)}
+        known = {**tensors, **self._compute_before(before, tensors, positions, weights)}
         dtypes = {name: value.dtype for name, value in plan.trace.values.items()}
         read = {name for node in self._fused for name in node.inputs}
         self._place = Placement(known, plan.graph.constants, dtypes, read, dtype, rows, device, weights)
@@ -122,14 +124,24 @@ class Builder:
             self._add(node)
         self.program.keep = self._place.keep
 
-    def _compute_before(self, before: Graph, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _compute_before(
+        self, before: Graph, tensors: Mapping[str, Tensor], positions: int, tables: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Run the nodes before the kernel once, and return what operations read of it, at constant addresses."""
-        executor = Executor(before, self._device)
-        feeds = {name: tensors[name] for name in before.inputs}
+        tabulated = tabulate(before, tensors, self._device, positions, tables)
+        looked_up = {name: lookup.value for name, lookup in tabulated.lookups.items()}
+        rest = tabulated.graph
+        executor = Executor(rest, self._device)
+        feeds = {name: ({**tensors, **looked_up})[name] for name in rest.inputs}
         computed = {name: value.contiguous().clone() for name, value in executor.run(feeds).items()}
-        targets = {name: value for name, value in computed.items() if name in before.runtime}
-        self.run_before = partial(executor.run, feeds, targets)
-        return computed
+        targets = {name: value for name, value in computed.items() if name in rest.runtime}
+
+        def run_before() -> None:
+            tabulated.look_up()
+            executor.run(feeds, targets)
+
+        self.run_before = run_before
+        return {**computed, **looked_up}
 
     def _add(self, node: Node) -> None:
         """Add a fused operation."""
