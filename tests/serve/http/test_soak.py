@@ -16,8 +16,12 @@ import httpx2
 import psutil
 import pytest
 
+from accel.config.presets import runtime_preset
 from accel.serve.requests.served_model import open_served, scheduler_limits
+from accel.serve.scheduling.batch_scheduler import BatchScheduler
 from accel.serve.scheduling.opening import open_scheduler
+from accel.serve.scheduling.row_scheduler import RowScheduler
+from tests.conftest import Build
 from tests.serve.servers import LIMITS, Running, running
 
 pytestmark = pytest.mark.soak
@@ -36,11 +40,15 @@ BAD: list[tuple[dict[str, Any], int]] = [
 ]
 
 
-@pytest.fixture
-def server(g2p_folder: Path) -> Iterator[Running]:
-    """Server over the embedded T5 alone."""
+@pytest.fixture(params=[True, False], ids=["rows", "padded batches"])
+def server(build: Build, request: pytest.FixtureRequest) -> Iterator[Running]:
+    """Server over the embedded T5 alone, in a running batch or in padded ones."""
+    overrides = ["model.checkpoint=accel://t5-g2p", "runtime.static=true", "verify.inputs=2", "verify.references=4"]
+    folder = build(Path("t5-g2p"), "verify", overrides)[1]["verify"].folder
     scheduler = partial(open_scheduler, limits=scheduler_limits(LIMITS))
-    with running([open_served("g2p", g2p_folder, None, scheduler)]) as opened:
+    served = open_served("g2p", folder, runtime_preset("cpu", static=request.param), scheduler)
+    assert isinstance(served.scheduler, RowScheduler if request.param else BatchScheduler)
+    with running([served]) as opened:
         yield opened
 
 
