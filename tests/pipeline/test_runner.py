@@ -160,7 +160,7 @@ def test_generation_options_change_no_key_before_generate(tiny: Path, override: 
         ("export.opset=21", {"export", "optimize", *AFTER_MERGE}, {"checkpoint", "reference"}),
         ("verify.seed=9", {"reference", "verify"}, {"checkpoint", "export", "optimize", "convert", "merge"}),
         ("runtime.threads=1", {"calibrate", "verify", "benchmark", "profile"}, {"checkpoint", "optimize", "reference"}),
-        ("runtime.engine=auto", {"verify", "benchmark", "profile"}, {"calibrate", "audit", "convert", "merge"}),
+        ("runtime.engine=onnxruntime", {"verify", "benchmark", "profile"}, {"calibrate", "audit", "convert", "merge"}),
         ("runtime.buckets=[32]", {"verify", "benchmark", "profile"}, {"calibrate", "audit", "convert", "merge"}),
         ("precision=fp16", {"convert", *AFTER_MERGE}, {"checkpoint", "export", "optimize"}),
         ("audit.seed=5", {"calibrate", "audit"}, {"checkpoint", "reference", "export", "optimize", "convert"}),
