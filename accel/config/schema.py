@@ -62,7 +62,7 @@ class PrecisionConfig:
     dtype: str = "float32"
     plan: str = "minimized"
     operators: list[str] = field(default_factory=list)
-    weight_bits: int | None = number(None, 1, 16)  # of these, validation names the choices
+    weight_bits: int | None = number(None, 1, 16)  # validation names the two choices
     weight_formats: list[str] = field(default_factory=list)
     max_token_changes: float = number(0.02, 0, 1)
     max_divergence: float = number(0.02, 0)
