@@ -136,7 +136,8 @@ def _tables(
     tables: dict[str, Tensor] = {}
     for start in range(0, positions, rows):
         chosen = torch.arange(start, start + rows, device=device).clamp(max=positions - 1)
-        values, reversed_values = at(chosen), at(chosen.flip(0))
+        values = at(chosen)
+        reversed_values = at(chosen.flip(0)) if rows > 1 else values
         for name in list(tables) if start else names:
             value = values[name]
             if not start and len(value) == rows and value[0].nbytes * positions <= MAX_BYTES:
