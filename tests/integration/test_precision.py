@@ -90,9 +90,11 @@ def test_most_of_an_ordinary_model_is_fp16(build: Build, tiny: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("breaking")
 def test_trials_drop_nodes_that_the_rules_keep(build: Build, shared: Path) -> None:
-    """With a residual stream scaled by 1e-3, some norms may lose digits, others may not, and metrics are FP32's.
+    """With a residual stream scaled by 1e-3, most norms may lose digits, some may not, and metrics are FP32's.
 
-    How many of them depends on how the processor rounds: 16 of 28 of prefill stayed in FP32 on one without AVX512.
+    How many of one component depends on how the processor rounds: of 28 nodes of prefill, 16 stayed in FP32 on one
+    without AVX512. So most are dropped in all components together, and some in each.
+
     Norms are not fused here, because a fused norm has no values that the underflow rule would keep. Without trials, all
     nodes stay in FP32.
     """
@@ -100,14 +102,21 @@ def test_trials_drop_nodes_that_the_rules_keep(build: Build, shared: Path) -> No
     plain = (*REFERENCES, "optimize.passes.fuse_norms=false")
     _, artifacts = build(folder, "[audit,verify]", plain)
     sizes = artifacts["audit"].summary["sizes"]
-    for component, plan in audit.read_plans(artifacts["audit"].folder).items():
-        kept = [reason for reason in plan.nodes.values() if reason.rule == "underflow"]
-        assert kept, component
+    plans = audit.read_plans(artifacts["audit"].folder)
+    kept = {
+        component: [reason for reason in plan.nodes.values() if reason.rule == "underflow"]
+        for component, plan in plans.items()
+    }
+    for component, plan in plans.items():
+        assert kept[component], component
         assert plan.dropped, component
         assert {reason.rule for reason in plan.dropped.values()} == {"underflow"}
-        before, after = sizes["by the rule"][component], sizes["with the fewest casts"][component]
-        assert after["fp32_nodes"] < before["fp32_nodes"]
-        assert after["casts"] < before["casts"]
+    assert sum(map(len, kept.values())) < sum(len(plan.dropped) for plan in plans.values())
+    for size in ("fp32_nodes", "casts"):
+        before, after = (
+            sum(each[size] for each in sizes[when].values()) for when in ("by the rule", "with the fewest casts")
+        )
+        assert after <= before / 2, size
     metrics = artifacts["verify"].summary["metrics"]
     for name, theirs in metrics["pytorch"].items():
         assert abs(metrics["ours"][name] - theirs) < 0.1
