@@ -85,7 +85,8 @@ class Builder:
         tensors: Inputs and outputs of the graph at constant addresses.
         rows: Rows of the batch.
         device: The device.
-        weights: Weights in the kernel's layout made so far, by name; shared by all sets of buffers.
+        weights: Weights in the kernel's layout and tables of `tabulate` made so far, by name; shared by all sets of
+            buffers.
         blocks: Blocks that the kernel runs as, one a multiprocessor.
         tuning: Settings of the kernel.
         positions: Number of positions that a row may have; 0: unknown.
@@ -132,7 +133,8 @@ class Builder:
         looked_up = {name: lookup.value for name, lookup in tabulated.lookups.items()}
         rest = tabulated.graph
         executor = Executor(rest, self._device)
-        feeds = {name: ({**tensors, **looked_up})[name] for name in rest.inputs}
+        given = {**tensors, **looked_up}
+        feeds = {name: given[name] for name in rest.inputs}
         computed = {name: value.contiguous().clone() for name, value in executor.run(feeds).items()}
         targets = {name: value for name, value in computed.items() if name in rest.runtime}
 

@@ -76,8 +76,8 @@ def test_nothing_is_looked_up_without_a_bound_or_beyond_it(
     assert tabulate(graph, tensors, CPU, positions, {}).lookups == {}
 
 
-def test_the_axis_of_positions_is_the_one_that_graphs_have() -> None:
-    assert step.BUCKET == layout.BUCKET
+def test_positions_have_the_names_that_graphs_give_them() -> None:
+    assert (step.BUCKET, POSITION) == (layout.BUCKET, layout.POSITION)
 
 
 @families("t5", "whisper", "gpt2", "gemma2", "bart")
