@@ -1,4 +1,4 @@
 """From a request's body to sequences of tokens, and from tokens to text: fields, options, prompts, grammars, stops.
 
-Knows no web framework.
+Knows of HTTP only how errors are answered (`errors`).
 """

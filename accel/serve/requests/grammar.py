@@ -47,12 +47,7 @@ class Grammars:
         if matcher.is_error():
             reason = str(matcher.get_error()).splitlines()[0]
             raise invalid(f"response_format: the schema can't be used: {reason}", "response_format")
-        return GrammarProcessor(matcher, self._end_ids())
-
-    def _end_ids(self) -> list[int]:
-        """Return the ids that end a sequence."""
-        ends = self._served.model.generation_config.eos_token_id
-        return ends if isinstance(ends, list) else [] if ends is None else [ends]
+        return GrammarProcessor(matcher, self._served.end_ids)
 
     def _tokens(self) -> Any:
         """Return the vocabulary as llguidance needs it."""
@@ -61,7 +56,7 @@ class Grammars:
                 try:
                     self._vocabulary = llguidance.hf.from_tokenizer(
                         self._served.tokenizer,  # type: ignore[arg-type]
-                        eos_token=self._end_ids() or None,
+                        eos_token=self._served.end_ids or None,
                     )
                 except (ValueError, RuntimeError) as error:
                     name = self._served.name

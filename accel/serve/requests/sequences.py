@@ -143,8 +143,7 @@ class Sequences:
     ) -> None:
         self._record, self._timeout_s = record, timeout_s
         self._queue = EventQueue(max_unread_tokens, self.cancel)
-        ends = served.model.generation_config.eos_token_id
-        end_ids = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        end_ids = frozenset(served.end_ids)
         self._sequences = [
             _Sequence(index, Detokenizer(served.tokenizer, context), StopStrings(plan.stops), end_ids)
             for index, context in enumerate(plan.contexts or [()] * len(plan.requests))

@@ -65,6 +65,12 @@ class ServedModel:
         return bool(self.model.config.is_encoder_decoder)
 
     @property
+    def end_ids(self) -> list[int]:
+        """Ids that end a sequence."""
+        ends = self.model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be put into a prompt."""
         return getattr(self.tokenizer, "chat_template", None) is not None
