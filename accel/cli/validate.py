@@ -14,7 +14,6 @@ from accel.config.generate_options import OWN_OPTIONS, check_types, generation_o
 from accel.config.schema import AuditConfig, Config, PrecisionConfig, RuntimeConfig, VerifyConfig
 from accel.data.corpus import read_lines, read_texts
 from accel.data.texts import References, has_tokenizer
-from accel.engine.kernel.launch import unsupported
 from accel.errors import AccelError, unknown
 from accel.evaluation import metrics
 from accel.evaluation.component_runner import max_positions
@@ -104,8 +103,11 @@ def _check_static(runtime: RuntimeConfig, static_decode: bool) -> None:
                 f"Or take runtime.engine={ONNXRUNTIME}"
             )
     device = torch.device(runtime.device)
-    if runtime.engine == FUSED and device.type == "cuda" and (reason := unsupported(device)) is not None:
-        raise AccelError(f"runtime.engine={FUSED}: {reason}. Take runtime.engine={ONNXRUNTIME}")
+    if runtime.engine == FUSED and device.type == "cuda":
+        from accel.engine.kernel.launch import unsupported  # here, as it brings the planner along
+
+        if (reason := unsupported(device)) is not None:
+            raise AccelError(f"runtime.engine={FUSED}: {reason}. Take runtime.engine={ONNXRUNTIME}")
 
 
 def _check_audit(audit_config: AuditConfig) -> None:

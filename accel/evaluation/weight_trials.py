@@ -64,6 +64,7 @@ class WeightTrial:
     def __call__(self, formats: Mapping[str, WeightFormat]) -> WeightTrialResult:
         """Run the recorded calls with the weights in `formats` quantized, and compare the outputs with FP32."""
         result, divergences, errors = WeightTrialResult(), 0.0, []
+        has_text = any(kind == TEXT for calls in self.calls.values() for kind, _ in calls)
         for component, calls in self.calls.items():
             model = files.load(self.graphs / f"{component}.onnx")
             QuantizeProducts(formats, self.quantized)(model)
@@ -80,7 +81,7 @@ class WeightTrial:
                     if name != LOGITS:
                         relative = error(found, expected[name], mask)
                         worst = max(worst, relative if math.isfinite(relative) else math.inf)
-                    elif kind == TEXT or not self._has_text:
+                    elif kind == TEXT or not has_text:
                         changed, divergence = _compare_logits(found, expected[name])
                         result.tokens += len(found)
                         result.changed += changed
@@ -89,11 +90,6 @@ class WeightTrial:
         result.divergence = divergences / max(1, result.tokens)
         result.error = math.sqrt(sum(value**2 for value in errors) / max(1, len(errors)))
         return result
-
-    @property
-    def _has_text(self) -> bool:
-        """Return whether any recorded call is of text."""
-        return any(kind == TEXT for calls in self.calls.values() for kind, _ in calls)
 
 
 def _compare_logits(found: Tensor, expected: Tensor) -> tuple[int, float]:

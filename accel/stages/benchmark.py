@@ -213,12 +213,8 @@ def add_bandwidth(backends: Mapping[str, dict[str, Any]], roofline: Mapping[str,
         limit = None if roofline is None else roofline["seconds"]
         total = values["total"]["median"] / new_tokens
         values["over_roofline"] = None if limit is None else total / limit
-        share = None
-        if (
-            limit is not None and each is not None and each["median"] > 0
-        ):  # disturbed, one token may take longer than all
-            share = 1000 * limit / each["median"]
-        values["bandwidth_utilization"] = share
+        timed = each is not None and each["median"] > 0  # in a disturbed run one token may take longer than all
+        values["bandwidth_utilization"] = 1000 * limit / each["median"] if limit is not None and timed else None
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:

@@ -354,7 +354,7 @@ def deliver(config: Config, folder: Path) -> None:
 
 
 def input_stages(config: Config) -> tuple[str, ...]:
-    """Return the stages whose artifacts this one reads; `calibrate` and `audit` only in 16 bits."""
+    """Return the stages whose artifacts this one reads: `audit` unless all is in FP32, `calibrate` in 16 bits."""
     precision = config.precision
     audit = () if precision.exact else ("audit",)
     statistics = ("calibrate",) if precision.dtype != "float32" else ()
