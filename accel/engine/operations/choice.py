@@ -53,6 +53,11 @@ class Choice:
     ends: int = 0
 
     @property
+    def is_greedy(self) -> bool:
+        """True if the best id of the logits is chosen, as they are."""
+        return not self.filters and not self.sample
+
+    @property
     def filter_tensors(self) -> int:
         """Number of tensors of the filters, the first ones behind the logits."""
         forbidding = sum(each.name == FORBID for each in self.filters)

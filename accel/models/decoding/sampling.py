@@ -8,6 +8,7 @@ from torch import Tensor
 
 from accel.engine.operations.choice import choice
 from accel.models.decoding.selection import Selection, Start
+from accel.runtime.greedy_kernel import greedy_kernel
 
 
 @dataclass(kw_only=True)
@@ -20,10 +21,12 @@ class Sampler(Selection):
     Attributes:
         new_ids: The selected ids, [rows, capacity].
         ended: Sequences that have ended, bool [rows, 1].
+        arrived: Rows of which the kernel of greedy search has taken the best id, int32 [1]; 0 between two tokens.
     """
 
     new_ids: Tensor
     ended: Tensor
+    arrived: Tensor
 
     BY_CAPACITY = ("new_ids",)
 
@@ -41,10 +44,14 @@ class Sampler(Selection):
             finished=torch.zeros((), dtype=torch.bool, device=device),
             new_ids=torch.zeros(rows, start.capacity, dtype=torch.int64, device=device),
             ended=torch.zeros(rows, 1, dtype=torch.bool, device=device),
+            arrived=torch.zeros(1, dtype=torch.int32, device=device),
         )
 
     def select(self, logits: Tensor) -> None:
         """Draw or take the best id of every row; rows that have ended get the padding id."""
+        if self.choice.is_greedy and (kernel := greedy_kernel(logits.device, logits.dtype)) is not None:
+            kernel(logits[:, -1], self)
+            return
         ending = [self.ends, self.padding, self.ended, self.finished] if self.choice.ends else []
         self.next_ids.copy_(choice(logits, *self.filter_tensors(), *ending, spec=self.choice))
         self.new_ids.index_copy_(1, self.selected, self.next_ids)
