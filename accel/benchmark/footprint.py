@@ -1,7 +1,8 @@
 """Memory of one backend, measured in a process of its own.
 
-Nothing is left over from another backend, and the memory that imports take is not counted. Sessions are measured
-without importing transformers, which takes longer than the measurement.
+Nothing is left over from another backend, and the memory that imports take is not counted; in the sessions' memory on
+the CPU, neither are pages of libraries that are read as their code first runs. Sessions are measured without importing
+transformers, which takes longer than the measurement.
 
 On CUDA every figure is the device's memory in use, as its driver counts it, after minus before. It covers all that the
 process took: weights, caches, workspaces, captured graphs, loaded kernels, and the arenas of PyTorch and of ONNX
@@ -35,7 +36,7 @@ from accel.runtime.io_binding import BoundSession
 from accel.runtime.layout import FLAG, first_variant
 from accel.runtime.session import SessionSettings, open_session
 from accel.runtime.static_cache import open_static
-from accel.system.host_memory import peak_resident, release, reset_peak, resident
+from accel.system.host_memory import peak_resident, release, reset_peak, resident, resident_data
 from accel.system.quiet import quiet
 
 # Kinds of measurement, and keys of the results.
@@ -126,13 +127,13 @@ def _measure(task: Task) -> Any:
 
 
 def used_memory(device: torch.device) -> int:
-    """Return the bytes in use: on CUDA those of the whole device, on the CPU those of this process."""
+    """Return the bytes in use: on CUDA those of the whole device, on the CPU those of this process, less libraries."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         free, total = torch.cuda.mem_get_info(device)
         return int(total - free)
     release()
-    return resident()
+    return resident_data()
 
 
 def session_memory(task: Task) -> dict[str, int]:
@@ -260,6 +261,8 @@ class AddedMemory:
     def __init__(self, device: torch.device) -> None:
         initialize_cuda(device)
         self._device, self._before = device, used_memory(device)
+        if device.type == "cpu":
+            self._before = resident()  # with libraries, which the kernel's peak counts, too
         reset_peak()
 
     def measure(self) -> int:

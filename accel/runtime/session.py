@@ -11,8 +11,9 @@ from torch import Tensor
 
 from accel.errors import AccelError
 from accel.runtime.device_memory import translate_out_of_memory
-from accel.runtime.providers import CUDA, RUNTIME_ERRORS, missing_library, onnxruntime
+from accel.runtime.providers import CPU, CUDA, RUNTIME_ERRORS, missing_library, onnxruntime
 from accel.runtime.streams import stream_options
+from accel.system.host_memory import drop_file_pages
 from accel.system.process_state import environment
 
 # Operators whose output shapes depend on the values of their inputs. https://onnx.ai/onnx/operators/
@@ -154,6 +155,10 @@ def open_session(graph: Path | bytes, settings: SessionSettings, weights: Mappin
         name = graph.name if isinstance(graph, Path) else "the graph"
         limit = str(error)[str(error).index(OPSET_TOO_NEW) :].splitlines()[0]
         raise AccelError(f"onnxruntime {onnxruntime.__version__} is too old for {name}: {limit}") from error
+    if isinstance(graph, Path) and settings.provider == CPU:
+        # The session read the weights in order to pack them into memory of its own. Only tables are read from the file
+        # from then on, a row at a time.
+        drop_file_pages({graph.parent.resolve(), graph.resolve().parent})
     if settings.provider not in session.get_providers():  # ONNX Runtime silently falls back to the CPU
         raise AccelError(missing_library())
     return session

@@ -2,17 +2,23 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
 from accel.config.presets import runtime_preset
 from accel.errors import AccelError
+from accel.graph import files
+from accel.graph.quantization.blocks import BlockFormat
+from accel.graph.quantization.quantize_products import QuantizedWeights, QuantizeProducts
 from accel.runtime import session
 from accel.runtime.session import SessionSettings, capture_obstacle, open_session
-from tests.graph.text import parse
+from accel.system.host_memory import release, resident_data
+from tests.graph.text import numbers, parse
 
 DOUBLE = "g (float[n] x) => (float[n] y) { y = Add(x, x) }"
 
@@ -72,3 +78,32 @@ def test_a_graph_too_new_for_onnx_runtime(tmp_path: Path) -> None:
     path.write_bytes(ir.to_proto(model).SerializeToString())
     with pytest.raises(AccelError, match=r"onnxruntime \d.* is too old for new.onnx: .* till opset \d+"):
         open_session(path, SessionSettings())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems don't tell what memory is mapped from")
+def test_a_tied_table_is_held_once(tmp_path: Path) -> None:
+    """The product reads a packed copy, lookups the file: its pages, read for the copy, are returned."""
+    rows, features = 20000, 512
+    table = numbers(rows, features)
+    model = parse(
+        """g (float[n, 512] x, int64[n] ids) => (float[n, 20000] y, float[n, 512] e)
+        { e = Gather(v, ids)
+         t = Transpose <perm: ints = [1, 0]> (v)
+         y = MatMul(x, t) }""",
+        {"v": table},
+    )
+    format = BlockFormat(8, 64)
+    QuantizeProducts({"v": format}, QuantizedWeights())(model)
+    files.save(model, tmp_path / "decoder.onnx")
+    del model
+    small = ir.to_proto(parse(DOUBLE)).SerializeToString()
+    open_session(small, SessionSettings()).run(None, {"x": np.ones(1, np.float32)})
+    release()
+    before = resident_data()
+    opened = open_session(tmp_path / "decoder.onnx", SessionSettings(threads=1))
+    release()
+    size = format.size(features, rows)
+    assert size < resident_data() - before < 1.4 * size
+    ids = np.array([3, 19999, 0])
+    looked_up = opened.run(["e"], {"x": np.ones((3, features), np.float32), "ids": ids})[0]
+    np.testing.assert_allclose(looked_up, table[ids], atol=0.02 * np.abs(table).max())

@@ -71,3 +71,45 @@ def test_large_blocks_are_returned(mode: str, blocks: int) -> None:
     """Even below one that is in use, which by default keeps all of them."""
     done = subprocess.run([sys.executable, "-c", FREEING, mode], capture_output=True, text=True, check=True)
     assert int(done.stdout) / (16 * 2**20) == pytest.approx(blocks, abs=0.3)
+
+
+def test_libraries_are_not_data(tmp_path: Path) -> None:
+    """A mapped file counts, one that is named as a library doesn't, nor do those that Python loaded."""
+    before = host_memory.resident_data()
+    assert before < host_memory.resident()
+    kept = []
+    for name in ("weights", "library.so.1"):
+        (tmp_path / name).write_bytes(b"x" * (50 * MB))
+        with (tmp_path / name).open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        kept.append(mapped)
+        sum(mapped[::4096])
+    assert 49 * MB < host_memory.resident_data() - before < 60 * MB
+
+
+def test_pages_of_files_are_dropped(tmp_path: Path) -> None:
+    """Those of the folders that are named, and what was in them is read again."""
+    other = tmp_path / "other"
+    other.mkdir()
+    content = bytes(range(256)) * (50 * MB // 256)
+    maps = []
+    for path in (tmp_path / "weights", other / "weights"):
+        path.write_bytes(content)
+        with path.open("rb") as file:
+            maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        sum(maps[-1][::4096])
+    before = host_memory.resident_data()
+    assert host_memory.drop_file_pages([tmp_path]) == pytest.approx(50 * MB, abs=MB)
+    assert 45 * MB < before - host_memory.resident_data() < 55 * MB
+    assert maps[0][:] == content
+
+
+def test_changed_pages_stay(tmp_path: Path) -> None:
+    """A private copy of a page is nowhere but in memory."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"x" * MB)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    mapped[MB // 2] = ord("y")
+    assert host_memory.drop_file_pages([tmp_path]) == 0
+    assert mapped[MB // 2] == ord("y")
