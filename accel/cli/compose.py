@@ -21,7 +21,7 @@ from accel.pipeline.replan import run_and_replan
 from accel.pipeline.runner import Pipeline, includes, select_stages
 from accel.pipeline.store import Artifact
 from accel.runtime.providers import fastest
-from accel.stages import generate
+from accel.stages import choice, generate
 from accel.system import remote_code
 
 if TYPE_CHECKING:
@@ -196,9 +196,11 @@ def _execute(config: Config) -> dict[str, Artifact]:
     if "generate" in stages:
         generate.check(config, description)
     check_texts(config, stages)
+    if config.precision.candidates:
+        return choice.run(config, architecture, description)
     pipeline = Pipeline(config, architecture)
     estimate.announce(config, description, pipeline.pending(stages))
-    return run_and_replan(config, architecture, stages)
+    return run_and_replan(config, architecture, stages)[1]
 
 
 def compose(overrides: Sequence[str]) -> Config:

@@ -1,7 +1,7 @@
 """Report that the command line prints after the stages have run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     if "verify" in artifacts:
         folder = artifacts["verify"].folder
         _show_verification(verification_of(folder) or {}, layout.first_variant(folder).certificate_page)
+        _show_choice(artifacts["verify"].summary.get("choice", []))
     if "generate" in artifacts:
         _show_texts(config, json.loads((artifacts["generate"].folder / generate.RESULTS).read_text()))
     if "benchmark" in artifacts:
@@ -127,6 +128,24 @@ def _show_verification(verification: Mapping[str, Any], page: Path) -> None:
         shown = verification["samples"][:SHOWN]
         samples = [(sample["input"], sample["pytorch"], sample["ours"]) for sample in shown]
         console.table("side by side", ("input", "PyTorch", "ONNX Runtime"), samples)
+
+
+def _show_choice(choice: Sequence[Mapping[str, Any]]) -> None:
+    """Print which precisions were tried, if several were, and why one was chosen."""
+    rows = []
+    for candidate in choice:
+        seconds, size = candidate["seconds"], candidate["decoder_bytes"]
+        rows.append(
+            [
+                candidate["precision"],
+                "chosen" if candidate["chosen"] else candidate["reason"],
+                "-" if seconds is None else f"{1000 * seconds['median']:.0f}",
+                "-" if size is None else f"{size / 1e6:.1f}",
+            ]
+        )
+    if rows:
+        title = "precisions that were tried: greedy generation, in turn"
+        console.table(title, ("precision", "", "ms", "decoder MB"), rows, text_columns=2)
 
 
 def _show_texts(config: Config, results: Mapping[str, list[str]]) -> None:

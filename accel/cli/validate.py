@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PretrainedConfig
 from accel.config import bounds
 from accel.config.engines import FUSED, ONNXRUNTIME
 from accel.config.generate_options import OWN_OPTIONS, check_types, generation_options
+from accel.config.presets import precision_candidates
 from accel.config.schema import AuditConfig, Config, PrecisionConfig, RuntimeConfig, VerifyConfig
 from accel.data.corpus import read_lines, read_texts
 from accel.data.texts import References, has_tokenizer
@@ -24,7 +26,7 @@ from accel.models.option_check import check_options, option_names
 from accel.pipeline.runner import select_stages
 from accel.reporting import delivery
 from accel.runtime.providers import check_device, check_provider, operator_names, supports_dtype
-from accel.stages import audit, benchmark, checkpoint, convert, merge, optimize, plan
+from accel.stages import audit, benchmark, checkpoint, choice, convert, merge, optimize, plan
 
 MAX_NAME = 128  # characters; file systems take names of 255 bytes
 
@@ -142,6 +144,11 @@ def _check_verify(verify: VerifyConfig) -> None:
 def _check_precision(config: Config) -> None:
     """Raise `AccelError` on an unknown format or plan, or a format that a selected stage can't run on this runtime."""
     dtype, runtime = config.precision.dtype, config.runtime
+    if config.precision.candidates:
+        for candidate in precision_candidates(config.precision).values():
+            _check_precision(replace(config, precision=candidate))
+        choice.check(config)
+        return
     if dtype not in FORMATS:
         raise unknown("precision.dtype", dtype, FORMATS)
     _check_weights(config.precision, runtime)

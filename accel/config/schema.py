@@ -56,6 +56,7 @@ class PrecisionConfig:
         max_token_changes: Share of the tokens of a trial that may differ from FP32's.
         max_divergence: Kullback-Leibler divergence of the next token's distribution in a trial from FP32's, in nats.
         max_output_error: Relative error of a component's other outputs in a trial.
+        candidates: Names of other presets, the fastest of which is taken, if its verification passes; empty: this one.
     """
 
     name: str = MISSING
@@ -67,6 +68,7 @@ class PrecisionConfig:
     max_token_changes: float = number(0.02, 0, 1)
     max_divergence: float = number(0.02, 0)
     max_output_error: float = number(0.1, 0)
+    candidates: list[str] = field(default_factory=list)
 
     @property
     def variant(self) -> str:

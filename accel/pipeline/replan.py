@@ -16,11 +16,13 @@ REPLANS = 2  # times that a plan goes back to the trials, each time with stricte
 STRICTER = 4.0  # factor by which each of the trials' limits shrinks
 
 
-def run_and_replan(config: Config, architecture: Architecture, stages: Sequence[str]) -> dict[str, Artifact]:
+def run_and_replan(
+    config: Config, architecture: Architecture, stages: Sequence[str]
+) -> tuple[Config, dict[str, Artifact]]:
     """Run `stages`; if `verify` refuses quantized weights, again with stricter limits for the trials.
 
     Returns:
-        Stage -> artifact, of the run that passed.
+        The configuration of the run that passed, and stage -> artifact of that run.
 
     Raises:
         AccelError: A stage failed, or the verification with the strictest limits, or without trials.
@@ -28,7 +30,7 @@ def run_and_replan(config: Config, architecture: Architecture, stages: Sequence[
     replannable = config.precision.weight_bits is not None and config.audit.trials > 0
     for _ in range(REPLANS if replannable else 0):
         try:
-            return Pipeline(config, architecture).run(stages)
+            return config, Pipeline(config, architecture).run(stages)
         except VerificationError as error:
             config = with_stricter_trials(config)
             logger.warning(
@@ -36,7 +38,7 @@ def run_and_replan(config: Config, architecture: Architecture, stages: Sequence[
                 f"precision.max_token_changes={config.precision.max_token_changes:g} and "
                 f"precision.max_output_error={config.precision.max_output_error:g}"
             )
-    return Pipeline(config, architecture).run(stages)
+    return config, Pipeline(config, architecture).run(stages)
 
 
 def with_stricter_trials(config: Config) -> Config:

@@ -101,6 +101,7 @@ def assert_names(message: str, *parts: str) -> None:
         ("precision=fp8", ("fp8", "fp16", "fp32", "auto")),
         ("precision.dtype=int8", ("int8", "float16", "float32")),
         ("precision.weight_bits=3", ("precision.weight_bits", "3", "4, 8")),
+        ("precision=auto-lowbits", ("auto-lowbits", "auto-lowbit", "int8", "fp32")),
         ("runtime=gpu", ("gpu", "cuda", "cpu")),
         ("merge.strategy=other", ("other", "shared", "three_branch", "two_branch")),
         ("merge.flag='two words'", ("two words", "use_cache_branch")),
@@ -129,6 +130,22 @@ def test_unknown_name(error_message: ErrorMessage, override: str, named: tuple[s
 def test_weights_of_few_bits(error_message: ErrorMessage, overrides: list[str], named: tuple[str, ...]) -> None:
     """A format that doesn't exist in that many bits, or a combination that can't be used, is named with the choices."""
     assert_names(error_message(*overrides), *named)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("precision.candidates=[int3]", ("int3", "Did you mean int8?", "fp32, int4, int8")),
+        ("precision.candidates=[fp16,fp32]", ("fp16", "fp32, int4, int8")),
+        ("precision.candidates=[auto-lowbit]", ("auto-lowbit", "fp32, int4, int8")),
+        ("precision.candidates=[int8,int8]", ("int8", "twice")),
+        ("precision.weight_bits=8", ("precision.weight_bits=8", "max_divergence")),
+        ("stage=[export,merge]", ("auto-lowbit", "merge", "verify", "int8")),
+    ],
+)
+def test_choice_between_precisions(error_message: ErrorMessage, override: str, named: tuple[str, ...]) -> None:
+    """What can't be a candidate, or set for all of them, is named with what can."""
+    assert_names(error_message("precision=auto-lowbit", override), *named)
 
 
 def test_weights_of_few_bits_on_a_gpu(error_message: ErrorMessage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,18 @@ def write(
     files.certificate_page.write_text(page.render(certificate), encoding="utf-8")
 
 
+def add_choice(files: DeployableFiles, choice: Sequence[Mapping[str, Any]]) -> None:
+    """Add to a certificate which precisions were tried and why this one was chosen, in both files.
+
+    Args:
+        files: Files of the deployable.
+        choice: What `accel.stages.choice` found about each candidate, as JSON.
+    """
+    contents = json.loads(files.certificate.read_text(encoding="utf-8")) | {"choice": list(choice)}
+    files.certificate.write_text(json.dumps(contents, indent=1, allow_nan=False))
+    files.certificate_page.write_text(page.render(contents), encoding="utf-8")
+
+
 def gather(
     verification: Mapping[str, Any], speed: Mapping[str, Any] | None, config: Config, inputs: Mapping[str, Artifact]
 ) -> dict[str, Any]:
