@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from accel.cli import console, report
 from accel.cli.compose import execute
-from accel.config.schema import SERVE, Config
-from accel.config.serve import ServeConfig
+from accel.config.schema import SERVE, Config, RuntimeConfig
+from accel.config.serve import RAY, REPLICA_KEYS, ServeConfig
 from accel.errors import AccelError
 from accel.models.loading import find_variant
 
 if TYPE_CHECKING:
-    from accel.serve.requests.served_model import ServedModel
+    from fastapi import FastAPI
 
+    from accel.serve.http.lifecycle import Backend
+
+ListModels = Callable[[], Sequence[Mapping[str, Any]]]  # as `/v1/models` does
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # what a client on this machine calls instead
 
 
@@ -41,6 +44,7 @@ def check(config: Config, overrides: Sequence[str]) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise AccelError(f"stage=serve needs the package {error.name}: pip install 'accel-onnx[serve]'") from error
+    _check_executor(config, overrides)
     _api_key(config.serve, overrides)
     if not config.serve.models:
         return
@@ -56,6 +60,24 @@ def check(config: Config, overrides: Sequence[str]) -> None:
             find_variant(Path(folder))
         except AccelError as error:
             raise AccelError(f"serve.models.{name}={folder}: {error}") from error
+
+
+def _check_executor(config: Config, overrides: Sequence[str]) -> None:
+    """Raise `AccelError` where replicas are asked for that Ray can't start, or options of replicas without any."""
+    if config.serve.executor != RAY:
+        for override in overrides:
+            if override.partition("=")[0].removeprefix("serve.") in REPLICA_KEYS:
+                raise AccelError(f"{override} is for replicas, which only serve.executor={RAY} has")
+        return
+    if config.serve.max_replicas is not None and config.serve.max_replicas < config.serve.replicas:
+        raise AccelError(
+            f"serve.max_replicas={config.serve.max_replicas}: must be serve.replicas={config.serve.replicas} or more"
+        )
+    from accel.serve.replicas.cluster import import_ray
+    from accel.serve.replicas.resources import resources_per_replica
+
+    resources_per_replica(config.serve, _runtime(config, overrides))
+    import_ray(config.serve.ray_address)
 
 
 def _api_key(config: ServeConfig, overrides: Sequence[str]) -> str | None:
@@ -83,34 +105,80 @@ def run(config: Config, overrides: Sequence[str]) -> dict[str, Mapping[str, Any]
         AccelError: The address is taken, a package is missing, or a folder can't be opened.
     """
     check(config, overrides)
-    from accel.serve.http.app import create_app
     from accel.serve.http.lifecycle import Server, listen
-    from accel.serve.http.service import Service
-    from accel.serve.requests.served_model import open_served, scheduler_limits
-    from accel.serve.scheduling.opening import open_scheduler
 
     with ExitStack() as stack:
         listener = stack.enter_context(listen(config.serve.host, config.serve.port))  # now, not after a long build
         artifacts = {} if config.serve.models else execute(config)
         report.finish(config, artifacts)
         folders = config.serve.models or {config.model.name: str(artifacts["verify"].folder)}
-        chosen = not config.serve.models or any(override.startswith("runtime") for override in overrides)
-        models = []
-        for name, folder in folders.items():
-            served = open_served(
-                name,
-                Path(folder),
-                config.runtime if chosen else None,
-                partial(open_scheduler, limits=scheduler_limits(config.serve)),
-            )
-            stack.callback(served.close)
-            models.append(served)
-        service, key = Service(models, config.serve), _api_key(config.serve, overrides)
+        open_backend = _open_replicas if config.serve.executor == RAY else _open_models
+        key = _api_key(config.serve, overrides)
+        app, backend, models = open_backend(stack, folders, _runtime(config, overrides), config.serve, key)
         _install_logs(config.serve)
-        ready = partial(_announce, models, listener, config.serve, key is not None)
-        Server(create_app(service, config.serve, key), service, listener, config.serve, ready).run()
+
+        def announce() -> None:
+            console.out.print(start_message(models(), _address(listener), config.serve, key is not None), markup=False)
+
+        Server(app, backend, listener, config.serve, announce).run()
     console.err.print("stopped", style="dim")
     return {name: artifact.summary for name, artifact in artifacts.items()}
+
+
+def _runtime(config: Config, overrides: Sequence[str]) -> RuntimeConfig | None:
+    """Return the runtime to open the models with; None for the one that each was built for, or the fastest here."""
+    chosen = not config.serve.models or any(override.startswith("runtime") for override in overrides)
+    return config.runtime if chosen else None
+
+
+def _open_models(
+    stack: ExitStack, folders: Mapping[str, str], runtime: RuntimeConfig | None, config: ServeConfig, key: str | None
+) -> tuple["FastAPI", "Backend", ListModels]:
+    """Open models in this process.
+
+    Args:
+        stack: Closes them at its end.
+        folders: Name -> folder of a deployable.
+        runtime: See `_runtime`.
+        config: Section `serve` of the configuration.
+        key: API key that clients must send.
+
+    Returns:
+        The application, what computes its replies, and a function that lists the models as `/v1/models` does.
+    """
+    from accel.serve.http.app import create_app
+    from accel.serve.http.model_list import describe
+    from accel.serve.http.service import Service
+    from accel.serve.requests.served_model import open_served, scheduler_limits
+    from accel.serve.scheduling.opening import open_scheduler
+
+    scheduler = partial(open_scheduler, limits=scheduler_limits(config))
+    models = []
+    for name, folder in folders.items():
+        models.append(open_served(name, Path(folder), runtime, scheduler))
+        stack.callback(models[-1].close)
+    service = Service(models, config)
+    return create_app(service, config, key), service, lambda: [describe(served) for served in models]
+
+
+def _open_replicas(
+    stack: ExitStack, folders: Mapping[str, str], runtime: RuntimeConfig | None, config: ServeConfig, key: str | None
+) -> tuple["FastAPI", "Backend", ListModels]:
+    """Start or join Ray, for replicas that open the models. Arguments and result are those of `_open_models`."""
+    import torch
+
+    from accel.serve.replicas.cluster import ray_cluster
+    from accel.serve.replicas.resources import cores, resources_per_replica
+
+    needed = resources_per_replica(config, runtime)
+    console.err.print(f"starting {config.replicas} replica{'s' * (config.replicas > 1)} …", style="dim", markup=False)
+    private = stack.enter_context(ray_cluster(config, cores(), torch.cuda.device_count()))
+    from accel.serve.replicas.deployment import Replicas
+    from accel.serve.replicas.front import create_front
+
+    absolute = {name: str(Path(folder).absolute()) for name, folder in folders.items()}
+    replicas = Replicas(absolute, runtime, needed, config, private)
+    return create_front(replicas, config, key), replicas, lambda: replicas.models
 
 
 class _Lines(logging.Handler):
@@ -134,59 +202,58 @@ def _install_logs(config: ServeConfig) -> None:
     faults.setLevel(logging.ERROR)  # its warnings are about what clients send
 
 
-def _announce(models: Sequence["ServedModel"], listener: socket.socket, config: ServeConfig, key_needed: bool) -> None:
-    """Print where the server is, what it serves, and a command to try."""
+def _address(listener: socket.socket) -> str:
+    """Return the address that a client on this machine calls, with scheme and port."""
     host, port = listener.getsockname()[:2]
     host = ANY_ADDRESS.get(host, host)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    console.out.print(start_message(models, address, config, key_needed), markup=False)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def start_message(models: Sequence["ServedModel"], address: str, config: ServeConfig, key_needed: bool) -> str:
+def start_message(models: Sequence[Mapping[str, Any]], address: str, config: ServeConfig, key_needed: bool) -> str:
     """Return what is printed once the server is ready.
 
     Args:
-        models: The models.
+        models: The models as `/v1/models` lists them.
         address: Address of the server, with scheme and port.
         config: Section `serve` of the configuration.
         key_needed: Clients must send an API key.
     """
     variable = config.api_key_variable
     key = f"needed: the value of {variable}" if key_needed else f"none; set {variable} to ask clients for one"
-    return "\n".join(
-        (
-            f"serving on {address} (Ctrl-C stops)",
-            *(f"  model    {served.name}: {_description(served)}" for served in models),
-            f"  page     {address}/",
-            f"  API key  {key}",
-            f"  try      {_command(models[0], address, variable if key_needed else None)}",
-        )
-    )
+    lines = [f"serving on {address} (Ctrl-C stops)"]
+    lines += [f"  model    {model['id']}: {_description(model['accel'])}" for model in models]
+    if config.executor == RAY:
+        most = f" to {config.max_replicas}" if config.max_replicas is not None else ""
+        where = "on this machine" if config.ray_address is None else f"in the cluster at {config.ray_address}"
+        lines.append(f"  replicas {config.replicas}{most}, by Ray {where}")
+    lines.append(f"  page     {address}/")
+    lines.append(f"  API key  {key}")
+    lines.append(f"  try      {_command(models[0], address, variable if key_needed else None)}")
+    return "\n".join(lines)
 
 
-def _description(served: "ServedModel") -> str:
+def _description(model: Mapping[str, Any]) -> str:
     """Return in words what a model takes and how it was verified."""
-    from accel.serve.http.information import figures
-
-    if served.verification is None:
-        return f"{served.kind}, unverified"
-    verified = figures(served.verification)
-    return f"{served.kind}, {verified['precision']}, verified {verified['how']}"
+    verified = model["verification"]
+    if verified is None:
+        return f"{model['kind']}, unverified"
+    return f"{model['kind']}, {verified['precision']}, verified {verified['how']}"
 
 
-def _command(served: "ServedModel", address: str, variable: str | None) -> str:
+def _command(model: Mapping[str, Any], address: str, variable: str | None) -> str:
     """Return a command that asks a model.
 
     Args:
-        served: The model.
+        model: The model as `/v1/models` lists it.
         address: Address of the server.
         variable: Environment variable of the API key; None where none is needed.
     """
     key = f' -H "Authorization: Bearer ${variable}"' if variable is not None else ""
-    if served.kind == "speech":
-        return f"curl {address}/v1/audio/transcriptions{key} -F model={served.name} -F file=@speech.wav"
-    route, body = "/v1/completions", dict[str, Any](model=served.name, prompt="photosynthesis")
-    if served.kind == "chat":
+    name, kind = model["id"], model["accel"]["kind"]
+    if kind == "speech":
+        return f"curl {address}/v1/audio/transcriptions{key} -F model={name} -F file=@speech.wav"
+    route, body = "/v1/completions", dict[str, Any](model=name, prompt="photosynthesis")
+    if kind == "chat":
         messages = [{"role": "user", "content": "Why is the sky blue?"}]
-        route, body = "/v1/chat/completions", {"model": served.name, "messages": messages}
+        route, body = "/v1/chat/completions", {"model": name, "messages": messages}
     return f"curl {address}{route}{key} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"

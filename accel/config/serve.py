@@ -2,7 +2,21 @@
 
 from dataclasses import dataclass, field
 
-from accel.config.bounds import number
+from accel.config.bounds import choice, number
+
+PROCESS, RAY = "process", "ray"  # values of `executor`
+# Keys that only replicas have
+REPLICA_KEYS = (
+    "replicas",
+    "max_replicas",
+    "target_ongoing_requests",
+    "upscale_delay_s",
+    "downscale_delay_s",
+    "cpus_per_replica",
+    "gpus_per_replica",
+    "ray_address",
+    "ray_dashboard",
+)
 
 
 @dataclass
@@ -36,6 +50,21 @@ class ServeConfig:
         max_unread_tokens: Tokens that are kept for a client that doesn't read them; then its request is cancelled.
         drain_s: Seconds that requests in progress are given to end after SIGTERM or Ctrl-C.
         log_requests: Write a line of JSON for each request to standard error. It holds no text of prompts or outputs.
+        executor: `process`: this process computes the replies. `ray`: replicas compute them, processes that Ray Serve
+            starts, watches and shares the requests among. The fields below are for replicas.
+        replicas: Replicas; with `max_replicas` the smallest number of them.
+        max_replicas: Largest number of replicas; None: their number doesn't change.
+        target_ongoing_requests: Requests in progress for each replica, which the number of replicas follows.
+        upscale_delay_s: Seconds for which there must be too many requests before a replica is added.
+        downscale_delay_s: Seconds for which there must be too few before one is ended.
+        cpus_per_replica: CPUs that Ray reserves for a replica, and threads of its model on the CPU, unless
+            `runtime.threads` says otherwise. None: 1 with a GPU or in a cluster; otherwise an equal share of this
+            machine's.
+        gpus_per_replica: GPUs that Ray reserves for a replica, which sees no others; less than 1 shares one. None: 1 if
+            the models' runtime needs one, else 0.
+        ray_address: Address of a Ray cluster to join, `HOST:PORT` or `auto`. None: start Ray on this machine, and end
+            it with the server.
+        ray_dashboard: Open Ray's dashboard on a free port of 127.0.0.1.
     """
 
     models: dict[str, str] = field(default_factory=dict)
@@ -60,3 +89,13 @@ class ServeConfig:
     max_unread_tokens: int = number(2048)
     drain_s: int = number(30, 0)
     log_requests: bool = True
+    executor: str = choice(PROCESS, (PROCESS, RAY))
+    replicas: int = number(1, 1, 10_000)
+    max_replicas: int | None = number(None, 1, 10_000)
+    target_ongoing_requests: float = number(16.0, 0.01)
+    upscale_delay_s: float = number(30.0, 0)
+    downscale_delay_s: float = number(600.0, 0)
+    cpus_per_replica: int | None = number(None, 1, 10_000)
+    gpus_per_replica: float | None = number(None, 0, 1000)
+    ray_address: str | None = None
+    ray_dashboard: bool = False

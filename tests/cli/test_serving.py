@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import httpx2
 import pytest
@@ -45,6 +46,15 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ov
         (["serve.timeout_s=0"], ("serve.timeout_s",)),
         (["serve.api_key_variable=ACCEL_NO_SUCH_KEY"], ("ACCEL_NO_SUCH_KEY", "no such variable")),
         (["serve.host=256.1.1.1"], ("serve.host=256.1.1.1",)),
+        (["serve.executor=foo"], ("serve.executor", "foo", "process", "ray")),
+        (["serve.replicas=2"], ("serve.replicas=2", "serve.executor=ray")),
+        (["serve.executor=ray", "serve.replicas=3", "serve.max_replicas=2"], ("serve.max_replicas=2", "replicas=3")),
+        (["serve.executor=ray", "serve.replicas=999"], ("999 replicas", "CPUs=1", "serve.ray_address")),
+        (["serve.executor=ray", "serve.gpus_per_replica=99"], ("GPUs=99", "serve.gpus_per_replica")),
+        (
+            ["serve.executor=ray", "runtime=cpu", "runtime.device='cpu:0'"],
+            ("runtime.device=cpu:0", "serve.executor=ray"),
+        ),
     ],
 )
 def test_mistakes(
@@ -87,6 +97,17 @@ def test_port_in_use(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert f"serve.port={port}" in message
     assert "in use" in message
     assert "serve.port=0" in message
+
+
+def test_ray_that_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The message has the command that installs it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with mock.patch.dict(os.environ):
+        message = run(capsys, monkeypatch, "serve.executor=ray")
+    assert "serve.executor=ray needs the package ray: pip install 'accel-onnx[ray]'" in message
 
 
 @pytest.fixture

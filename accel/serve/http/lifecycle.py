@@ -4,6 +4,7 @@ import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
@@ -11,7 +12,6 @@ from fastapi import FastAPI
 from accel.config.serve import ServeConfig
 from accel.errors import AccelError
 from accel.serve.http.http_protocol import limited_protocol
-from accel.serve.http.service import Service
 from accel.system.signals import interrupter
 
 MAX_HEAD = 64 * 1024  # bytes of a request's head
@@ -41,12 +41,22 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
+class Backend(Protocol):
+    """What computes the replies."""
+
+    def warm_up(self) -> None:
+        """Prepare everything that a first request would otherwise wait for."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
 class Server:
     """A server over a socket.
 
     Args:
         app: The application.
-        service: Its models, which are warmed up while the server answers `/health` already.
+        backend: What computes its replies, which is warmed up while the server answers `/health` already.
         listener: Socket that it listens on, which it closes at its end.
         config: Section `serve` of the configuration.
         on_ready: Called once all models are warm.
@@ -55,12 +65,12 @@ class Server:
     def __init__(
         self,
         app: FastAPI,
-        service: Service,
+        backend: Backend,
         listener: socket.socket,
         config: ServeConfig,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
-        self._service, self._listener, self._on_ready = service, listener, on_ready
+        self._backend, self._listener, self._on_ready = backend, listener, on_ready
         self._failure: Exception | None = None
         self._server = _Server(
             uvicorn.Config(
@@ -80,7 +90,7 @@ class Server:
         )
 
     def run(self) -> None:
-        """Serve until a signal or `stop`, then close the models.
+        """Serve until a signal or `stop`, then close the backend.
 
         Raises:
             AccelError: A model can't be warmed up; libraries' own errors are raised as well.
@@ -91,7 +101,7 @@ class Server:
             self._server.run(sockets=[self._listener])
         finally:
             self._listener.close()
-            self._service.close()
+            self._backend.close()
         if self._failure is not None:
             raise self._failure
 
@@ -100,9 +110,9 @@ class Server:
         self._server.should_exit = True
 
     def _warm_up(self) -> None:
-        """Warm the models up; if that fails, end the server."""
+        """Warm the backend up; if that fails, end the server."""
         try:
-            self._service.warm_up()
+            self._backend.warm_up()
             self._on_ready()
         except Exception as error:  # raised again by `run`, on the main thread
             self._failure = error

@@ -4,7 +4,7 @@ https://prometheus.io/docs/practices/naming/
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -13,7 +13,6 @@ from prometheus_client.registry import Collector
 
 from accel.serve.protocol import Status
 from accel.serve.requests.request_log import Record
-from accel.serve.requests.served_model import ServedModel
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -29,19 +28,18 @@ STATES = (
 
 
 class _Schedulers(Collector):
-    """Reads the state of each model's scheduler at the moment of the scrape."""
+    """States of schedulers at the moment of the scrape."""
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
-        self._models = models
+    def __init__(self, labels: Sequence[str], states: Mapping[tuple[str, ...], Status]) -> None:
+        self._labels, self._states = labels, states
 
     def collect(self) -> Iterator[Any]:
         """Yield one family of metrics for each of `STATES`."""
-        states: dict[str, Status] = {served.name: served.scheduler.status() for served in self._models}
         for name, documentation, value in STATES:
             kind: Any = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            family = kind(name, documentation, labels=["model"])
-            for model, status in states.items():
-                family.add_metric([model], value(status))
+            family = kind(name, documentation, labels=self._labels)
+            for values, status in self._states.items():
+                family.add_metric(values, value(status))
             yield family
 
 
@@ -49,12 +47,12 @@ class Metrics:
     """Metrics of one server.
 
     Args:
-        models: The models that it serves.
+        labels: Labels of a scheduler's state.
     """
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
+    def __init__(self, labels: Sequence[str] = ("model",)) -> None:
+        self._labels = labels
         self._registry = CollectorRegistry()
-        self._registry.register(_Schedulers(models))
         self._requests = Counter(
             "accel_http_requests", "Requests", ["route", "model", "status"], registry=self._registry
         )
@@ -81,6 +79,12 @@ class Metrics:
         for seconds in record.token_times:
             self._per_token.labels(record.model).observe(seconds)
 
-    def text(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+    def text(self, states: Mapping[tuple[str, ...], Status]) -> bytes:
+        """Return all metrics in Prometheus' text format.
+
+        Args:
+            states: Values of the labels -> state of a scheduler.
+        """
+        schedulers = CollectorRegistry()
+        schedulers.register(_Schedulers(self._labels, states))
+        return generate_latest(schedulers) + generate_latest(self._registry)

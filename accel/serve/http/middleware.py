@@ -41,8 +41,8 @@ class Recording:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = Record(scope["method"])
-        scope.setdefault("state", {})[RECORD] = record
+        # A replica's application continues the record of the process that the client called.
+        record: Record = scope.setdefault("state", {}).setdefault(RECORD, Record(scope["method"]))
 
         started = False
 
@@ -51,6 +51,7 @@ class Recording:
             started = True
             if message["type"] == "http.response.start":
                 record.status = message["status"]
+                record.route = _route(scope, record.route)
                 MutableHeaders(scope=message)["x-request-id"] = record.id
             await send(message)
 
@@ -62,9 +63,14 @@ class Recording:
                 raise  # the connection is closed, so that the client sees that the reply isn't whole
             await unexpected().response()(scope, receive, noting)
         finally:
-            route: BaseRoute | None = scope.get("route")
-            record.route = getattr(route, "path", record.route)
+            record.route = _route(scope, record.route)
             self._finish(record)
+
+
+def _route(scope: Scope, default: str) -> str:
+    """Return the path of the route that handles a request; `default` where none does."""
+    route: BaseRoute | None = scope.get("route")
+    return getattr(route, "path", default)
 
 
 class ApiKey:

@@ -16,9 +16,9 @@ from torch import Tensor
 from accel.config.serve import ServeConfig
 from accel.errors import unknown
 from accel.serve.http.middleware import RECORD
-from accel.serve.protocol import Request
+from accel.serve.protocol import Request, Status
 from accel.serve.requests.bodies import ResponseFormat
-from accel.serve.requests.errors import ApiError, invalid
+from accel.serve.requests.errors import ApiError, invalid, not_ready
 from accel.serve.requests.grammar import Grammars
 from accel.serve.requests.request_log import Record
 from accel.serve.requests.sequences import Delta, Plan, Sequences
@@ -88,6 +88,14 @@ class Service:
             served.scheduler.warm_up()
         self.ready = True
 
+    async def is_ready(self) -> bool:
+        """Return whether all models are warm."""
+        return self.ready
+
+    async def states(self) -> dict[tuple[str, ...], Status]:
+        """Return the state of each model's scheduler, by the model's name."""
+        return {(served.name,): served.scheduler.status() for served in self.models.values()}
+
     def close(self) -> None:
         """Close all models."""
         self.ready = False
@@ -104,7 +112,7 @@ class Service:
             message = str(unknown("model", name, self.models))
             raise ApiError(HTTPStatus.NOT_FOUND, message, "model", "model_not_found")
         if not self.ready:
-            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the models are warming up: see /ready", code="not_ready")
+            raise not_ready()
         return self.models[name]
 
     def requests(
@@ -182,7 +190,7 @@ class Service:
         if stream:
             return EventStream(_events(sequences, plan, form), sequences.cancel)
         try:
-            body = await unless_gone(http, _whole(sequences, plan, form))
+            body = await unless_gone(http.receive, _whole(sequences, plan, form))
         finally:
             sequences.cancel()
         return JSONResponse(body) if body is not None else Response(status_code=499)
@@ -194,10 +202,15 @@ def record_of(http: HttpRequest) -> Record:
     return record
 
 
-async def unless_gone(http: HttpRequest, reply: Awaitable[Result]) -> Result | None:
-    """Return the result of `reply`, or None once the client has gone away. The body must have been read."""
+async def unless_gone(receive: Receive, reply: Awaitable[Result]) -> Result | None:
+    """Return the result of `reply`, or None once the client has gone away.
+
+    Args:
+        receive: Receives what follows the body: that the client goes away.
+        reply: What to wait for. It is cancelled once the client has gone away.
+    """
     task = asyncio.ensure_future(reply)
-    gone = asyncio.ensure_future(http.receive())  # nothing but the disconnection follows a body
+    gone = asyncio.ensure_future(receive())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         return await task if task.done() else None
@@ -228,20 +241,20 @@ async def _events(sequences: Sequences, plan: Plan, form: Form) -> AsyncIterator
     """Yield the events of a streamed reply. An error becomes the last one, as its status is long sent."""
     for index in range(len(plan.requests)):
         if (first := form.first(index)) is not None:
-            yield _event(first)
+            yield event(first)
     try:
         async for deltas in sequences.deltas():
             for delta in deltas:
                 if delta.text or delta.ids or delta.finish_reason:
-                    yield _event(form.part(delta))
+                    yield event(form.part(delta))
     except ApiError as error:
-        yield _event(error.body())
+        yield event(error.body())
         return
     if (last := form.last(_usage(plan, sequences))) is not None:
-        yield _event(last)
+        yield event(last)
     yield b"data: [DONE]\n\n"
 
 
-def _event(data: Mapping[str, Any]) -> bytes:
+def event(data: Mapping[str, Any]) -> bytes:
     """Return one server-sent event."""
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

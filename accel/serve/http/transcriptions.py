@@ -44,7 +44,7 @@ def routes(service: Service) -> APIRouter:
         record = record_of(http)
         sequences = Sequences(served, plan, record, service.limits.max_new_tokens + 1, service.limits.timeout_s)
         try:
-            text = await unless_gone(http, _text(sequences))
+            text = await unless_gone(http.receive, _text(sequences))
         finally:
             sequences.cancel()
         if text is None:

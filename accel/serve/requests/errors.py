@@ -68,6 +68,17 @@ def timed_out(timeout_s: float) -> ApiError:
     return ApiError(HTTPStatus.GATEWAY_TIMEOUT, f"the request took longer than {timeout_s:g} s", code="timeout")
 
 
+def not_ready() -> ApiError:
+    """Return the error for a request before the models are warm."""
+    return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "the models are warming up: see /ready", code="not_ready")
+
+
+def queue_full(message: str) -> ApiError:
+    """Return the error for a request that finds no place in a queue."""
+    headers = {"Retry-After": str(RETRY_AFTER_S)}
+    return ApiError(HTTPStatus.TOO_MANY_REQUESTS, message, code="queue_full", headers=headers)
+
+
 def unexpected() -> ApiError:
     """Return the error for a fault of the server, whose details only the log tells."""
     message = "internal error: the server's log tells more, under this reply's x-request-id"
@@ -82,8 +93,7 @@ def refused(error: Exception, param: str | None) -> ApiError:
         param: Field of the body that holds the prompt.
     """
     if isinstance(error, QueueFullError):
-        headers = {"Retry-After": str(RETRY_AFTER_S)}
-        return ApiError(HTTPStatus.TOO_MANY_REQUESTS, str(error), code="queue_full", headers=headers)
+        return queue_full(str(error))
     if isinstance(error, RequestTooLongError):
         return too_long(str(error), param)
     if isinstance(error, ValueError | AccelError):

@@ -9,6 +9,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 LOGGER = "accel.serve.requests"
+NOTED = (  # fields of a record that the process notes that computes the reply
+    "route",
+    "model",
+    "stream",
+    "sequences",
+    "prompt_tokens",
+    "completion_tokens",
+    "finish_reasons",
+    "first_token_s",
+    "token_times",
+)
 logger = logging.getLogger(LOGGER)
 
 
@@ -45,6 +56,15 @@ class Record:
     finish_reasons: list[str] = field(default_factory=list)
     first_token_s: float | None = None
     token_times: list[float] = field(default_factory=list)
+
+    def continue_as(self, other: "Record") -> None:
+        """Take over what another process noted about the same request, times and status of this process excepted.
+
+        Args:
+            other: The record as the other process has it.
+        """
+        for name in NOTED:
+            setattr(self, name, getattr(other, name))
 
     def line(self) -> str:
         """Return the record as JSON on one line."""

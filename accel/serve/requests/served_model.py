@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,9 @@ def scheduler_limits(limits: ServeConfig) -> SchedulerLimits:
     )
 
 
-def open_served(name: str, folder: Path, runtime: RuntimeConfig | None, open_scheduler: OpenScheduler) -> ServedModel:
+def open_served(
+    name: str, folder: Path, runtime: RuntimeConfig | None, open_scheduler: OpenScheduler, **options: Any
+) -> ServedModel:
     """Open a deployable for the server.
 
     Args:
@@ -114,11 +116,12 @@ def open_served(name: str, folder: Path, runtime: RuntimeConfig | None, open_sch
         folder: The deployable.
         runtime: Runtime to open it with; None: the one it was built for, or the fastest here.
         open_scheduler: Makes the scheduler of the model.
+        options: Values that replace the runtime's, by the field names of `RuntimeConfig`.
 
     Raises:
         AccelError: The folder isn't a deployable, or has no tokenizer.
     """
-    model = load(folder) if runtime is None else open_model(folder, runtime)
+    model = load(folder, **options) if runtime is None else open_model(folder, replace(runtime, **options))
     try:
         tokenizer = texts.load_tokenizer(folder)
         if tokenizer is None:
