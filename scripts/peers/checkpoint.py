@@ -1,6 +1,7 @@
 """Checkpoint of T5's shape with random weights that generates many distinct tokens."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
@@ -23,7 +24,8 @@ def save_random_t5(folder: Path, **dimensions: int) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    config = T5Config(**DIMENSIONS | dimensions, decoder_start_token_id=0)
+    fields: dict[str, Any] = {**DIMENSIONS, **dimensions, "decoder_start_token_id": 0}
+    config = T5Config(**fields)
     model = T5ForConditionalGeneration(config)
     with torch.no_grad():
         norm = model.decoder.final_layer_norm.weight
