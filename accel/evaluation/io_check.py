@@ -13,6 +13,8 @@ from accel.adapters.types import Architecture, Component, Signature, TensorSpec
 from accel.errors import AccelError, unknown
 from accel.evaluation.component_runner import ComponentRunner, Shape, component_inputs, signatures, torch_run
 
+WRAPPER_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)  # of an adapter's or model's code
+
 
 def axis_lengths(component: Component, shape: Shape) -> dict[str, int]:
     """Return every axis name that a tensor spec of `component` may use, with its length at `shape`."""
@@ -106,7 +108,7 @@ def _as_accel_error(message: str) -> Iterator[None]:
     """Turn an exception of the adapter's or the model's code into an `AccelError` that begins with `message`."""
     try:
         yield
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+    except WRAPPER_ERRORS as error:
         reason = (str(error).splitlines() or [""])[0]
         raise AccelError(f"{message}: {type(error).__name__}: {reason}") from error
 

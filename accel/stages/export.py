@@ -4,9 +4,10 @@ Reads:
     The checkpoint: config and weights.
 
 Writes:
-    `<component>.onnx` for each component, in FP32, and `<component>.onnx_data` where the weights are large. Prefill of
-    a decoder-only model is derived from the decode graph, not traced, and refers to that graph's weights. Where layers
-    differ in nothing but weights, only the first are traced: see `accel.stages.layer_tracing`.
+    `<component>.onnx` for each component, in FP32, and `<component>.onnx_data` where the weights are large. Prefill is
+    derived from the trace of decode, not traced, and refers to the weights of decode: see
+    `accel.stages.prefill_derivation`. Where layers differ in nothing but weights, only the first are traced: see
+    `accel.stages.layer_tracing`.
 """
 
 import inspect
@@ -36,9 +37,10 @@ from accel.evaluation.component_runner import (
     torch_run,
 )
 from accel.evaluation.graph_comparison import SHAPES, TorchCall, compare, run_torch
-from accel.evaluation.io_check import check_specs
+from accel.evaluation.io_check import WRAPPER_ERRORS, check_specs
 from accel.graph import files
 from accel.graph.cleanup.widen_bfloat16 import WidenBfloat16
+from accel.graph.decode.cross_caches import with_cross_inputs, with_cross_outputs
 from accel.graph.decode.without_past import without_past
 from accel.graph.passes import NoMatchError
 from accel.graph.repeat_layers import Stack
@@ -47,6 +49,7 @@ from accel.pipeline.stage import Stage, takes
 from accel.pipeline.store import Artifact
 from accel.runtime.decoder_inputs import positions
 from accel.stages.layer_tracing import caches_by_layer, complete, find_stack, first_layers, without_layers
+from accel.stages.prefill_derivation import PAST, cross_caches, prefill_follows, without_cross_caches
 from accel.system.host_memory import release
 
 logger = logging.getLogger(__name__)
@@ -160,22 +163,13 @@ def _describe_cause(error: BaseException) -> str:
     return f"{reason}\ndocs/when-yaml-is-not-enough.md shows how a wrapper avoids code that can't be traced"
 
 
-def prefill_follows(architecture: Architecture, model: PreTrainedModel) -> bool:
-    """Return whether one module computes prefill and decode, which differ in nothing but the past caches."""
-    specs = signatures(architecture, model.config)
-    prefill, decode = specs[Component.PREFILL], specs[Component.DECODE]
-    same_module = type(architecture.wrap(model, Component.PREFILL)) is type(architecture.wrap(model, Component.DECODE))
-    same_inputs = prefill.inputs == tuple(spec for spec in decode.inputs if not spec.cached)
-    return same_module and same_inputs and prefill.outputs == decode.outputs
-
-
 @dataclass(frozen=True)
 class Shortcuts:
     """Ways to trace less of a model.
 
     Attributes:
         shortens: Trace only the first layers where the others are like them; see `accel.stages.layer_tracing`.
-        derives: Derive prefill from the decode graph where one module computes both.
+        derives: Derive prefill from the trace of decode where one module computes both.
     """
 
     shortens: bool = True
@@ -200,6 +194,7 @@ class Tracer:
         self.derived = False
         self.shortened: dict[Component, Stack] = {}
         self._specs = signatures(architecture, model.config)
+        self._cross = cross_caches(self._specs)
         generator = torch.Generator().manual_seed(config.export.seed)
         shape = EXAMPLE.within(max_positions(model.config))
         self._caller_inputs = component_inputs(architecture, model.config, shape, generator)
@@ -210,36 +205,70 @@ class Tracer:
         derive = self.shortcuts.derives and prefill_follows(self.architecture, self.model)
         traced = [part for part in self.architecture.components() if part is not Component.PREFILL or not derive]
         for component in progress.track(traced, "tracing"):
-            self.trace(component)
-        if derive:
-            self.derived = self.derive_prefill()
-            if not self.derived:
-                self.trace(Component.PREFILL)
+            if derive and component is Component.DECODE:
+                self.derived = self._trace_decoder()
+            else:
+                self.trace(component)
+
+    def _trace_decoder(self) -> bool:
+        """Write prefill and decode. Return whether one trace was enough for both."""
+        if self._cross and self._trace_joint():
+            return True
+        self.trace(Component.DECODE)
+        if not self._cross and self.derive_prefill():
+            return True
+        self.trace(Component.PREFILL)
+        return False
+
+    def _trace_joint(self) -> bool:
+        """Trace decode so that it computes the cross-attention caches; write prefill and decode, derived from that.
+
+        Both refer to the weights in the file of decode. Returns False if that isn't possible.
+        """
+        path, decode = self.out / f"{Component.DECODE}.onnx", self._specs[Component.DECODE]
+        axes = {spec.name: spec.axes for spec in decode.inputs if spec.name in self._cross}
+        try:
+            signature, inputs = without_cross_caches(decode, self._example(Component.DECODE), self._cross)
+            files.save(self._graph(Component.DECODE, signature, inputs), path)
+            derived = self.derive_prefill()
+            graph = with_cross_inputs(files.load(path), axes) if derived else None
+        except (NoMatchError, AccelError, *WRAPPER_ERRORS) as reason:
+            logger.info(f"prefill is traced: decode doesn't compute the cross-attention caches: {reason}")
+            graph = None
+        if graph is None:
+            self.shortened.pop(Component.DECODE, None)
+            return False
+        self._write(Component.DECODE, graph)
+        return True
 
     def trace(self, component: Component) -> None:
         """Trace a component in PyTorch and write its graph."""
-        wrapper, inputs = self.architecture.wrap(self.model, component), self._example(component)
-        graph = self._trace_first_layers(component, wrapper, inputs) if self.shortcuts.shortens else None
+        graph = self._graph(component, self._specs[component], self._example(component))
+        files.save(graph, self.out / f"{component}.onnx")
+        self.nodes[str(component)] = files.node_count(graph)
+
+    def _graph(self, component: Component, signature: Signature, inputs: Mapping[str, Tensor]) -> ir.Model:
+        """Return the graph of a component, traced in PyTorch."""
+        wrapper = self.architecture.wrap(self.model, component)
+        graph = self._trace_first_layers(component, signature, wrapper, inputs) if self.shortcuts.shortens else None
         try:
             if graph is None:
-                graph = export_component(wrapper, self._specs[component], inputs, self.config.export.opset)
+                graph = export_component(wrapper, signature, inputs, self.config.export.opset)
         except torch.onnx.OnnxExporterError as error:
             model_class = type(self.model).__name__
             raise AccelError(
                 f"export of {component}: torch can't trace {model_class}: {_describe_cause(error)}"
             ) from error
         name_weights(graph, wrapper, self.model)
-        files.save(graph, self.out / f"{component}.onnx")
-        self.nodes[str(component)] = files.node_count(graph)
+        return graph
 
     def _trace_first_layers(
-        self, component: Component, wrapper: nn.Module, inputs: Mapping[str, Tensor]
+        self, component: Component, signature: Signature, wrapper: nn.Module, inputs: Mapping[str, Tensor]
     ) -> ir.Model | None:
         """Return the graph of a component of which only the first layers are traced; None where that isn't possible."""
         stack = find_stack(wrapper, self.model.config, inputs)
         if stack is None:
             return None
-        signature = self._specs[component]
         outputs = {} if component is Component.ENCODER else self._specs[Component.DECODE].cache
         try:
             caches = caches_by_layer(signature, outputs, stack.total)
@@ -256,15 +285,24 @@ class Tracer:
 
     def derive_prefill(self) -> bool:
         """Write prefill's graph, over the weights of the decode graph's file; return False if it can't be derived."""
-        caches = self._specs[Component.DECODE].cache
+        caches = [name for name in self._specs[Component.DECODE].cache if name not in self._cross]
+        decode = files.load(self.out / f"{Component.DECODE}.onnx")
         try:
-            graph = without_past(files.load(self.out / f"{Component.DECODE}.onnx"), caches, "past")
+            graph = without_past(with_cross_outputs(decode, self._cross), caches, PAST)
         except NoMatchError as reason:
             logger.info(f"prefill is traced: it can't be derived from decode: {reason}")
             return False
-        files.save_graph(graph, self.out / f"{Component.PREFILL}.onnx")
-        self.nodes[str(Component.PREFILL)] = files.node_count(graph)
+        outputs = [spec.name for spec in self._specs[Component.PREFILL].outputs]
+        ordered = sorted(graph.graph.outputs, key=lambda value: outputs.index(str(value.name)))
+        graph.graph.outputs.clear()
+        graph.graph.outputs.extend(ordered)
+        self._write(Component.PREFILL, graph)
         return True
+
+    def _write(self, component: Component, graph: ir.Model) -> None:
+        """Write a derived graph, which refers to the weights of another graph's file."""
+        files.save_graph(graph, self.out / f"{component}.onnx")
+        self.nodes[str(component)] = files.node_count(graph)
 
     def _example(self, component: Component) -> dict[str, Tensor]:
         """Return the inputs to trace a component with."""

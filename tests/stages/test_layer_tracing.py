@@ -45,8 +45,7 @@ def test_completed_graphs_compute_what_torch_does(
     _, artifacts = build(tmp_path, "export")
     assert not [record.getMessage() for record in caplog.records if "all layers" in record.getMessage()]
     traced = dict.fromkeys(artifacts["export"].summary["nodes"], "5 of 7" if family == "gemma2" else "3 of 7")
-    if family in ("gpt2", "gemma2", "falcon"):
-        del traced["prefill"]  # derived from decode
+    del traced["prefill"]  # derived from decode
     assert artifacts["export"].summary["layers_traced"] == traced
     assert len(list(artifacts["export"].folder.glob("*.onnx"))) == 2 + (family in ("t5", "bart"))
 

@@ -34,7 +34,7 @@ def without_past(decode: ir.Model, caches: Collection[str], past: str) -> ir.Mod
                 identity = ir.node("Identity", [rest], name=node.name)
                 convenience.replace_nodes_and_values(graph, node, [node], [identity], node.outputs, identity.outputs)
             elif node.op_type == "Shape":
-                length = _length(graph, node, cache, kept, past)
+                length = known_length(graph, node, cache, kept, past)
                 convenience.replace_all_uses_with(node.outputs[0], length)
                 graph.remove(node, safe=True)
             else:
@@ -61,8 +61,19 @@ def _axis(concat: ir.Node, value: ir.Value) -> int:
     return axis + rank if axis < 0 else axis
 
 
-def _length(graph: ir.Graph, node: ir.Node, cache: ir.Value, inputs: Collection[ir.Value], past: str) -> ir.Value:
-    """Return a vector with the one length that a `Shape` of `cache` reads: 0, a constant, or that of another input."""
+def known_length(graph: ir.Graph, node: ir.Node, cache: ir.Value, inputs: Collection[ir.Value], past: str) -> ir.Value:
+    """Return a vector with the one length that a `Shape` of an empty cache reads, without reading the cache.
+
+    Args:
+        graph: Graph, to which nodes or initializers may be added.
+        node: The `Shape`.
+        cache: Cache input that it reads.
+        inputs: Other inputs, one of which may have the same length.
+        past: Symbol whose length is 0.
+
+    Raises:
+        NoMatchError: The node reads several lengths, or no other input has the length.
+    """
     start = node.attributes.get_int("start", 0)
     if cache.shape is None or node.attributes.get_int("end", len(cache.shape)) != start + 1:
         raise NoMatchError(f"Shape reads several lengths of {cache.name}")
