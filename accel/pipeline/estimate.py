@@ -20,7 +20,7 @@ ANNOUNCED = 30.0  # seconds: shorter builds are not announced
 REFUSED = 0.5  # share of the estimated disk space; with less, the build can't end
 GB = 1e9
 # Fitted to SmolLM2-135M and T5-small dimensions on two CPU cores, see docs/benchmarks/pipeline.md.
-SECONDS_PER_MODULE = {"export": 0.05, "optimize": 0.03}  # per innermost module and graph
+SECONDS_PER_MODULE = {"export": 0.05, "optimize": 0.03}  # per innermost module
 SECONDS_PER_MILLION = {  # per million parameters, for what reads all weights again and again
     "answers": 0.05,
     "export": 0.05,
@@ -47,12 +47,10 @@ class Size:
     Attributes:
         parameters: Number of parameters; shared ones count once.
         modules: Number of innermost modules.
-        graphs: Number of times that the decoder is traced.
     """
 
     parameters: int
     modules: int
-    graphs: int
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "Size | None":
@@ -64,7 +62,7 @@ class Size:
             logger.info(f"no estimate: {error}")
             return None
         modules = sum(not any(module.children()) for module in model.modules())
-        return cls(sum(each.numel() for each in model.parameters()), modules, 2 if config.is_encoder_decoder else 1)
+        return cls(sum(each.numel() for each in model.parameters()), modules)
 
 
 @dataclass(frozen=True)
@@ -81,12 +79,11 @@ class Estimate:
         seconds = 0.0
         for stage in stages:
             seconds += size.parameters / 1e6 * SECONDS_PER_MILLION.get(stage, 0.0)
-            seconds += size.modules * size.graphs * SECONDS_PER_MODULE.get(stage, 0.0)
+            seconds += size.modules * SECONDS_PER_MODULE.get(stage, 0.0)
         weights = 4.0 * size.parameters  # bytes in FP32
         disk = 0.0
         for stage in stages:
-            copies = COPIES.get(stage, 0) * (size.graphs if stage == "export" else 1)
-            disk += copies * weights * (0.5 if half and stage in CONVERTED else 1.0)
+            disk += COPIES.get(stage, 0) * weights * (0.5 if half and stage in CONVERTED else 1.0)
         return cls(seconds, BASE_MEMORY + WEIGHTS_IN_MEMORY * weights, disk)
 
     def __str__(self) -> str:

@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,18 +13,17 @@ from accel.errors import AccelError
 from accel.pipeline.estimate import BASE_MEMORY, REFUSED, WEIGHTS_IN_MEMORY, Estimate, Size, announce
 from tests.conftest import overrides_for
 
-LLAMA = Size(parameters=1_000_000_000, modules=200, graphs=1)
+LLAMA = Size(parameters=1_000_000_000, modules=200)
 BUILD = ("export", "optimize", "convert", "merge", "verify")
 
 
 def test_size_counts_shared_weights_once() -> None:
-    """A tied embedding counts once; only an encoder-decoder is traced twice."""
+    """A tied embedding counts once."""
     sizes = {"vocab_size": 100, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
     size = Size.of(AutoConfig.for_model("gpt2", **sizes))
     assert size is not None
     layer = 8 * 24 + 24 + 8 * 8 + 8 + 8 * 32 + 32 + 32 * 8 + 8 + 4 * 8
     assert size.parameters == 100 * 8 + 16 * 8 + layer + 2 * 8
-    assert size.graphs == 1
 
 
 def test_numbers() -> None:
@@ -34,7 +32,6 @@ def test_numbers() -> None:
     assert full.disk == 7 * 4e9
     assert half.disk == 5 * 4e9
     assert full.memory == BASE_MEMORY + WEIGHTS_IN_MEMORY * 4e9
-    assert Estimate.of(replace(LLAMA, graphs=2), BUILD, half=False).disk == 8 * 4e9
     assert Estimate.of(LLAMA, ["verify"], half=False).disk == 4e9
     assert Estimate.of(LLAMA, [*BUILD, "calibrate", "audit"], half=True).seconds > half.seconds
     assert "28.0 GB of disk" in str(full)
