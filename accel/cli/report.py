@@ -31,7 +31,8 @@ def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     if "optimize" in artifacts:
         _show_passes(artifacts["optimize"].summary)
     if "audit" in artifacts:
-        _show_plan(artifacts["audit"].summary)
+        show = _show_weights if "weights" in artifacts["audit"].summary else _show_plan
+        show(artifacts["audit"].summary)
     if "merge" in artifacts:
         _show_shared_weights(artifacts["merge"].summary)
     if "verify" in artifacts:
@@ -87,6 +88,24 @@ def _show_plan(summary: Mapping[str, Any]) -> None:
         for value in summary["largest_values"]
     ]
     console.table("largest magnitudes", ("graph", "value", "largest", "seen with"), largest)
+
+
+def _show_weights(summary: Mapping[str, Any]) -> None:
+    """Print how many weights got which format, and the trials that decided it."""
+    console.table("formats of the products' weights", ("format", "weights"), summary["weights"].items())
+    rows = [
+        [
+            trial["weights"],
+            f"{trial['changed']} of {trial['tokens']}",
+            f"{trial['divergence']:.2g}",
+            f"{trial['error']:.2g}",
+            "yes" if trial["passed"] else "no",
+        ]
+        for trial in summary["trials"]
+    ]
+    if rows:
+        columns = ("weights in low bits", "tokens changed", "divergence in nats", "error of other outputs", "passed")
+        console.table("trials against FP32", columns, rows)
 
 
 def _mix(mix: Mapping[str, float]) -> str:

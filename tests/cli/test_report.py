@@ -22,3 +22,18 @@ def test_precision_plan_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for part in ("12 (25.0%), 7, 2.5 MB", "4 (10.0%), 7, 2.5 MB", "overflow: decode 3, encoder 2", "text 3: harke"):
         assert part in printed
+
+
+def test_formats_of_weights_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """The report of an audit for low bits has the formats' counts, and the trials with what they measured."""
+    trial = {"weights": 181, "passed": False, "tokens": 72, "changed": 2, "divergence": 0.00262, "error": 0.0326}
+    summary = {
+        "weights": {"int8 block-32": 128, "float32: trials": 23},
+        "trials": [trial, trial | {"weights": 158, "passed": True, "changed": 1}],
+    }
+    report.finish(Config(), {"audit": Artifact(Path(), Manifest("audit", "key", {}, {}, {}, 0.0, 0, 0, summary, {}))})
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    for row in (["int8 block-32", "128"], ["float32: trials", "23"]):
+        assert row in lines
+    assert ["181", "2 of 72", "0.0026", "0.033", "no"] in lines
+    assert ["158", "1 of 72", "0.0026", "0.033", "yes"] in lines
