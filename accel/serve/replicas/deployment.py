@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import secrets
 import threading
 import time
@@ -24,13 +25,12 @@ from accel.serve.replicas.resources import Resources
 from accel.serve.requests.errors import not_ready
 from accel.serve.requests.request_log import Record
 
-logger = logging.getLogger(__name__)
-
 NAME = "replica"  # of the deployment
 LABELS = ("model", "replica")  # of a scheduler's metrics
 ATTEMPTS = 2  # to construct a replica, before the server gives up
 HEALTH_CHECK_S = 2.0  # how soon a replica that ended is replaced
 ANSWER_S = 5.0  # for the state of a replica
+EXCEPTION = re.compile(r"^(?:\w+\.)*\w+: (.+)$", re.MULTILINE)  # last line of a traceback
 SPARE = 64  # requests of a replica beyond those for its models: lists of models, requests that it refuses
 
 
@@ -72,15 +72,16 @@ class Replicas:
             AccelError: A replica can't be started.
         """
         logs = LoggingConfig(log_level=logging.ERROR, enable_access_log=False)
+        controller_logs = LoggingConfig(log_level=logging.CRITICAL)  # errors of replicas, which are reported here
         try:
-            serve.start(proxy_location="Disabled", logging_config=logs)
+            serve.start(proxy_location="Disabled", logging_config=controller_logs)
             deployment: Any = serve.deployment(Replica, name=NAME, logging_config=logs, **self._options())
             handle: Any = serve.run(deployment.bind(*self._arguments), name=self._name, route_prefix=None)
             self.models = handle.describe.remote().result()
         except (RuntimeError, ray.exceptions.RayError, serve.exceptions.RayServeException) as error:
             if self._closing.is_set():
                 return
-            raise AccelError(f"the replicas can't be started: {_reason(str(error))}") from error
+            raise AccelError(f"the replicas can't be started: {self._reason(error)}") from error
         self._handle = handle.options(stream=True)
 
     def _options(self) -> dict[str, Any]:
@@ -110,6 +111,13 @@ class Replicas:
     async def is_ready(self) -> bool:
         """Return whether a replica is warm; at the start, whether all are."""
         return self._handle is not None and await asyncio.to_thread(self._running) > 0
+
+    def _reason(self, error: Exception) -> str:
+        """Return why a replica can't be started: the exception in it, or else what Ray Serve says."""
+        application = serve.status().applications.get(self._name)
+        message = application.deployments[NAME].message if application is not None else ""
+        exceptions = EXCEPTION.findall(message)
+        return exceptions[-1] if exceptions else str(error).strip()
 
     def _running(self) -> int:
         """Return the number of replicas that are warm."""
@@ -149,9 +157,3 @@ class Replicas:
         self._handle = None
         if self._config.ray_address is not None:  # Ray's own end would leave them running
             serve.delete(self._name)
-
-
-def _reason(message: str) -> str:
-    """Return the last line of a message that isn't empty: that of a traceback has the exception."""
-    lines = [line for line in message.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "no reason given"

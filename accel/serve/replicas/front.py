@@ -1,6 +1,7 @@
 """The application that clients call: it answers what is about the server itself, and passes on everything else."""
 
 import asyncio
+import logging
 from contextlib import suppress
 from http import HTTPStatus
 
@@ -20,7 +21,9 @@ from accel.serve.replicas.deployment import LABELS, Replicas
 from accel.serve.requests import errors
 from accel.serve.requests.errors import RETRY_AFTER_S, ApiError, queue_full, timed_out
 
-SENT = (
+logger = logging.getLogger(__name__)
+
+SENT = (  # of a request's scope; the rest are objects of this process
     "type",
     "asgi",
     "http_version",
@@ -98,6 +101,7 @@ class Forwarding:
         except RayTaskError:  # a fault of the program
             raise
         except RayError as error:
+            logger.warning("request %s was in a replica that ended; another takes its place", record.id)
             await reply.fail(_lost(), error)
         finally:
             if not over:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,19 @@ import psutil
 
 START_S = 300  # on a machine that does other things as well
 KEY = "sesame"
+
+
+class NotStartedError(Exception):
+    """The server ended before it was ready.
+
+    Args:
+        status: Its exit status.
+        error: What it wrote to standard error.
+    """
+
+    def __init__(self, status: int, error: str) -> None:
+        super().__init__(error)
+        self.status, self.error = status, error
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,7 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 @contextmanager
 def started(folders: Mapping[str, Path], folder: Path, *overrides: str) -> Iterator[Started]:
-    """Start a server, wait until it is ready, and kill what is left of it at the end.
+    """Start a server, wait until it is ready, and end it.
 
     Args:
         folders: Name -> deployable.
@@ -96,7 +109,8 @@ def started(folders: Mapping[str, Path], folder: Path, *overrides: str) -> Itera
         wait_for(lambda: process.poll() is not None or "  try" in (folder / "out").read_text(), START_S)
         lines = (folder / "out").read_text().splitlines()
         found = re.search(r"http://127\.0\.0\.1:\d+", "".join(lines))
-        assert found is not None, (folder / "err").read_text()
+        if found is None:
+            raise NotStartedError(process.wait(60), (folder / "err").read_text())
         headers = {"Authorization": f"Bearer {KEY}"}
         with (
             httpx2.Client(base_url=found[0], timeout=120, headers=headers) as http,
@@ -104,6 +118,9 @@ def started(folders: Mapping[str, Path], folder: Path, *overrides: str) -> Itera
         ):
             yield Started(process, folder, lines, found[0], http, api)
     finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
         for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
             child.kill()
         process.kill()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -18,7 +19,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from accel.models.loading import load
-from tests.serve.replicas.command_line import KEY, Started, started, wait_for
+from tests.serve.replicas.command_line import KEY, NotStartedError, Started, started, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("replicas")]
 
@@ -205,6 +206,20 @@ def test_the_end(server: Started) -> None:
     done = [entry for entry in entries if entry["route"] == "/v1/completions" and entry["status"] == 200]
     assert all(entry["model"] in ("llama", "g2p") and entry["completion_tokens"] for entry in done)
     assert "photosynthesis" not in "".join(records)
+
+
+def test_a_replica_that_cannot_start(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The server ends with one line, the reason that the replica has."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folders["g2p"], damaged)
+    (damaged / "onnx" / "encoder_model.onnx").write_bytes(b"broken")
+    with pytest.raises(NotStartedError) as raised, started({"g2p": damaged}, tmp_path):
+        pass
+    assert raised.value.status == 2
+    first, message = raised.value.error.splitlines()
+    assert first == "starting 1 replica …"
+    assert "the replicas can't be started" in message
+    assert "encoder_model.onnx has 6 bytes" in message
 
 
 def test_autoscaling(folders: dict[str, Path], tmp_path: Path) -> None:
