@@ -73,10 +73,11 @@ def _check_executor(config: Config, overrides: Sequence[str]) -> None:
         raise AccelError(
             f"serve.max_replicas={config.serve.max_replicas}: must be serve.replicas={config.serve.replicas} or more"
         )
-    from accel.serve.replicas.cluster import import_ray
+    from accel.serve.replicas.cluster import check_address, import_ray
     from accel.serve.replicas.resources import resources_per_replica
 
     resources_per_replica(config.serve, _runtime(config, overrides))
+    check_address(config.serve.ray_address)
     import_ray(config.serve.ray_address)
 
 

@@ -50,6 +50,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ov
         (["serve.replicas=2"], ("serve.replicas=2", "serve.executor=ray")),
         (["serve.executor=ray", "serve.replicas=3", "serve.max_replicas=2"], ("serve.max_replicas=2", "replicas=3")),
         (["serve.executor=ray", "serve.replicas=999"], ("999 replicas", "CPUs=1", "serve.ray_address")),
+        (["serve.executor=ray", "serve.ray_address='ray://x:1'"], ("serve.ray_address=ray://x:1", "HOST:PORT", "auto")),
+        (["serve.executor=ray", "serve.ray_address='127.0.0.1:1'"], ("serve.ray_address=127.0.0.1:1", "no cluster")),
         (["serve.executor=ray", "serve.gpus_per_replica=99"], ("GPUs=99", "serve.gpus_per_replica")),
         (
             ["serve.executor=ray", "runtime=cpu", "runtime.device='cpu:0'"],

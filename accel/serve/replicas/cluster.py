@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Any
 from accel.config.serve import ServeConfig
 from accel.errors import AccelError
 
+AUTO = "auto"  # the Ray that was started on this machine
+CONNECT_S = 10.0
 OBJECT_STORE = 512 * 2**20  # bytes of shared memory for bodies; Ray would take 30% of the machine's memory
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}  # no reports to Ray's makers
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # all of Ray's processes listen on 127.0.0.1
@@ -39,7 +42,30 @@ def import_ray(address: str | None) -> None:
     try:
         import ray.serve  # noqa: F401
     except ImportError as error:
-        raise AccelError(f"serve.executor=ray needs the package {error.name}: pip install 'accel-onnx[ray]'") from error
+        missing = str(error.name).partition(".")[0]
+        raise AccelError(f"serve.executor=ray needs the package {missing}: pip install 'accel-onnx[ray]'") from error
+
+
+def check_address(address: str | None) -> None:
+    """Check that something answers at the address of a cluster: Ray itself would try for many minutes.
+
+    Args:
+        address: `HOST:PORT`; `auto` and None, a Ray on this machine, are not checked.
+
+    Raises:
+        AccelError: It is no such address, or nothing answers.
+    """
+    if address in (None, AUTO):
+        return
+    host, _, port = str(address).rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise AccelError(f"serve.ray_address={address}: must be HOST:PORT of a Ray cluster, or {AUTO}")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        raise AccelError(
+            f"serve.ray_address={address}: no cluster answers: {error}; leave it out to start Ray on this machine"
+        ) from error
 
 
 @contextmanager
