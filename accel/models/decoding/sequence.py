@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
-from accel.engine.operations.choice import draw
+from accel.engine.operations.choice import draw, first_best
 
 if TYPE_CHECKING:
     from accel.models.generation import AcceleratedModel
@@ -92,7 +92,7 @@ class Sequence:
         if self._processors:
             scores = self._processors(self.ids, scores)  # type: ignore[arg-type]
         if not self.config.do_sample:
-            return int(scores.argmax())
+            return int(first_best(scores))
         return int(draw(scores, 1, self._generator))
 
     def append(self, token: int) -> None:

@@ -28,6 +28,8 @@ class StopPoller:
 
     def __call__(self, flag: Tensor) -> bool:
         """Start the copy of `flag`, a boolean scalar, and return the one of `poll_lag` calls ago; False before."""
+        if not self.poll_lag:
+            return bool(flag)
         newest, oldest = self.calls % len(self.flags), (self.calls + 1) % len(self.flags)
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))

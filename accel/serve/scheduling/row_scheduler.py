@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from accel.engine.operations.choice import first_best
 from accel.errors import DeviceMemoryError
 from accel.models.generation import AcceleratedModel
 from accel.models.row_prefill import RowPrefill
@@ -284,7 +285,7 @@ class RowScheduler(SchedulerThread):
             active: The rows.
             logits: Their logits, [rows, vocabulary].
         """
-        best = logits.argmax(-1).tolist()
+        best = first_best(logits).flatten().tolist()
         for each, likeliest, scores in zip(active, best, logits, strict=True):
             job = each.job
             try:

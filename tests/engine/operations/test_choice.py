@@ -5,7 +5,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from accel.engine.operations.choice import FORBID, Choice, Filter, choice, filtered, reference, reference_scores
+from accel.engine.operations.choice import (
+    FORBID,
+    Choice,
+    Filter,
+    choice,
+    filtered,
+    first_best,
+    reference,
+    reference_scores,
+)
 
 INF = float("inf")
 VALUES = {
@@ -114,6 +123,20 @@ def test_the_first_of_several_best_ids() -> None:
     logits = torch.tensor([[[1.0, 3.0, 3.0, 2.0]], [[-INF, -INF, -INF, -INF]]])
     for filters in ((), (Filter("temperature", 0.5),)):
         assert choice(logits, spec=Choice(filters)).tolist() == [[1], [0]]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 8, 33, 1001])
+def test_best_ids_are_torchs(vocabulary: int) -> None:
+    """On the CPU NumPy finds them: with NaN, infinities, zeros of both signs and ties as `torch.argmax` does."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    special = torch.tensor([0.0, -0.0, INF, -INF, float("nan"), 1.0, 1e-40])
+    for share in (0.0, 0.1, 1.0):
+        scores = torch.randn(64, 2, vocabulary, generator=generator).round(decimals=1)
+        chosen = special[torch.randint(len(special), scores.shape, generator=generator)]
+        scores = torch.where(torch.rand(scores.shape, generator=generator) < share, chosen, scores)
+        last = scores[:, -1]  # not contiguous
+        assert torch.equal(first_best(last), last.argmax(-1, keepdim=True))
+        assert vocabulary == 1 or len(first_best(last).unique()) > 2
 
 
 def test_ends() -> None:
