@@ -24,8 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from accel import build
 from accel.benchmark.timer import BackgroundLoad
+from accel.data.corpus import SAMPLES
 from accel.errors import AccelError
 from accel.system.environment import commit, machine
 from scripts.peers.checkpoint import save_random_t5
@@ -91,6 +94,21 @@ def make_inputs(workload: Workload, vocabulary: int) -> Ids:
     return [[source.randrange(3, vocabulary) for _ in range(workload.source)] for _ in range(workload.batch)]
 
 
+def text_inputs(workload: Workload, checkpoint: Path) -> Ids:
+    """Return the first ids of a text, for a trained model, which repeats itself after random ids.
+
+    Raises:
+        AccelError: The checkpoint has no tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise AccelError(f"{checkpoint} has no tokenizer, which a decoder-only model's prompt needs") from error
+    ids: list[int] = tokenizer((SAMPLES / "page.txt").read_text()).input_ids
+    length = workload.source
+    return [ids[row * length : (row + 1) * length] for row in range(workload.batch)]
+
+
 def open_workers(
     stack: ExitStack, requests: dict[str, Request], missing: dict[str, str], folder: Path
 ) -> tuple[dict[str, Worker], list[Row]]:
@@ -145,7 +163,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         load_before = os.getloadavg()[0]
         stack.enter_context(background := BackgroundLoad())
         for workload in workloads:
-            ids = make_inputs(workload, config["vocab_size"])
+            ids = text_inputs(workload, checkpoint) if decoder_only else make_inputs(workload, config["vocab_size"])
             generates = {
                 name: partial(worker.generate, ids, workload.beams, workload.new_tokens)
                 for name, worker in workers.items()

@@ -24,8 +24,8 @@ def save_random_t5(folder: Path, **dimensions: int) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    fields: dict[str, Any] = {**DIMENSIONS, **dimensions, "decoder_start_token_id": 0}
-    config = T5Config(**fields)
+    values: dict[str, Any] = {**DIMENSIONS, **dimensions, "decoder_start_token_id": 0}
+    config = T5Config(**values)
     model = T5ForConditionalGeneration(config)
     with torch.no_grad():
         norm = model.decoder.final_layer_norm.weight

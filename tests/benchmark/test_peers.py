@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import T5ForConditionalGeneration
+from transformers import AutoTokenizer, T5ForConditionalGeneration
 
+from accel.data.corpus import SAMPLES
 from accel.errors import AccelError
+from accel.models.checkpoints import BUILT_IN
 from scripts.peers import __main__ as script
 from scripts.peers import environment
 from scripts.peers.checkpoint import save_random_t5
@@ -147,6 +149,20 @@ def test_inputs_are_distinct_and_the_same_in_every_run() -> None:
     assert len({tuple(row) for row in ids}) == 8
     assert min(min(row) for row in ids) >= 3
     assert len({number for row in ids for number in row}) > 150
+
+
+def test_prompts_of_text_are_its_first_tokens() -> None:
+    ids = script.text_inputs(Workload("", batch=2, beams=1, source=16, new_tokens=4), BUILT_IN / "t5-g2p")
+    tokenizer = AutoTokenizer.from_pretrained(BUILT_IN / "t5-g2p")
+    assert [len(row) for row in ids] == [16, 16]
+    assert len({number for row in ids for number in row}) > 8
+    text = (SAMPLES / "page.txt").read_text()
+    assert [*ids[0], *ids[1]] == tokenizer(text).input_ids[:32]
+
+
+def test_prompts_need_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(AccelError, match="has no tokenizer"):
+        script.text_inputs(SHORT, tmp_path)
 
 
 @pytest.fixture(scope="module")
