@@ -226,12 +226,11 @@ class Tracer:
         Both refer to the weights in the file of decode. Returns False if that isn't possible.
         """
         path, decode = self.out / f"{Component.DECODE}.onnx", self._specs[Component.DECODE]
-        axes = {spec.name: spec.axes for spec in decode.inputs if spec.name in self._cross}
         try:
             signature, inputs = without_cross_caches(decode, self._example(Component.DECODE), self._cross)
             files.save(self._graph(Component.DECODE, signature, inputs), path)
             derived = self.derive_prefill()
-            graph = with_cross_inputs(files.load(path), axes) if derived else None
+            graph = with_cross_inputs(files.load(path), self._cross_shapes()) if derived else None
         except (NoMatchError, AccelError, *WRAPPER_ERRORS) as reason:
             logger.info(f"prefill is traced: decode doesn't compute the cross-attention caches: {reason}")
             graph = None
@@ -288,7 +287,7 @@ class Tracer:
         caches = [name for name in self._specs[Component.DECODE].cache if name not in self._cross]
         decode = files.load(self.out / f"{Component.DECODE}.onnx")
         try:
-            graph = without_past(with_cross_outputs(decode, self._cross), caches, PAST)
+            graph = without_past(with_cross_outputs(decode, self._cross, self._cross_shapes()), caches, PAST)
         except NoMatchError as reason:
             logger.info(f"prefill is traced: it can't be derived from decode: {reason}")
             return False
@@ -298,6 +297,15 @@ class Tracer:
         graph.graph.outputs.extend(ordered)
         self._write(Component.PREFILL, graph)
         return True
+
+    def _cross_shapes(self) -> dict[str, list[int | str]]:
+        """Return the shapes of the cross-attention caches: cache input of decode -> length or name of each axis."""
+        inputs = self._example(Component.DECODE)
+        return {
+            spec.name: [spec.axes.get(axis, length) for axis, length in enumerate(inputs[spec.name].shape)]
+            for spec in self._specs[Component.DECODE].inputs
+            if spec.name in self._cross
+        }
 
     def _write(self, component: Component, graph: ir.Model) -> None:
         """Write a derived graph, which refers to the weights of another graph's file."""

@@ -14,13 +14,17 @@ from onnx_ir.passes.common import IdentityEliminationPass
 from accel.graph.decode.without_past import known_length
 from accel.graph.passes import NoMatchError, remove_unused
 
+Shapes = Mapping[str, Sequence[int | str]]
+"""Cache input -> length of each axis, or its name where the length isn't fixed."""
 
-def with_cross_outputs(joint: ir.Model, caches: Mapping[str, str]) -> ir.Model:
+
+def with_cross_outputs(joint: ir.Model, caches: Mapping[str, str], shapes: Shapes) -> ir.Model:
     """Return a copy of a graph that returns the cross-attention caches, which it computes, behind its other outputs.
 
     Args:
         joint: Graph traced with empty cross-attention caches. Unchanged.
         caches: Cache input, which is removed -> name of the output.
+        shapes: Shapes of the caches.
 
     Raises:
         NoMatchError: A cache is read by anything but one concatenation with what the graph computes and by nodes that
@@ -29,8 +33,8 @@ def with_cross_outputs(joint: ir.Model, caches: Mapping[str, str]) -> ir.Model:
     model = joint.clone()
     IdentityEliminationPass()(model)
     kept = [value for value in model.graph.inputs if value.name not in caches]
-    for cache, concat, shapes in _appended(model.graph, caches):
-        for node in shapes:
+    for cache, concat, readers in _appended(model.graph, caches):
+        for node in readers:
             length = known_length(model.graph, node, cache, kept, "")
             convenience.replace_all_uses_with(node.outputs[0], length)
             model.graph.remove(node, safe=True)
@@ -40,31 +44,27 @@ def with_cross_outputs(joint: ir.Model, caches: Mapping[str, str]) -> ir.Model:
         convenience.replace_all_uses_with(concat.outputs[0], computed)
         model.graph.remove(concat, safe=True)
         model.graph.inputs.remove(cache)
-        computed.name = caches[str(cache.name)]
+        computed.name, computed.shape = caches[str(cache.name)], ir.Shape(shapes[str(cache.name)])
         model.graph.outputs.append(computed)
     return model
 
 
-def with_cross_inputs(joint: ir.Model, caches: Mapping[str, Mapping[int, str]]) -> ir.Model:
+def with_cross_inputs(joint: ir.Model, shapes: Shapes) -> ir.Model:
     """Return a copy of a graph that takes the cross-attention caches and doesn't compute them.
 
     Args:
         joint: Graph traced with empty cross-attention caches. Unchanged.
-        caches: Cache input -> its dynamic axes.
+        shapes: Shapes of the caches.
 
     Raises:
         NoMatchError: A cache is read by anything but one concatenation with what the graph computes and by nodes that
-            read its shape, or the shape of the result is unknown.
+            read its shape.
     """
     model = joint.clone()
     IdentityEliminationPass()(model)
-    for cache, concat, _ in _appended(model.graph, caches):
-        filled = concat.outputs[0]
-        if filled.shape is None:
-            raise NoMatchError(f"{cache.name} joined to what the graph computes has an unknown shape")
-        axes = caches[str(cache.name)]
-        cache.shape = ir.Shape([axes.get(axis, dim) for axis, dim in enumerate(filled.shape)])
-        convenience.replace_all_uses_with(filled, cache)
+    for cache, concat, _ in _appended(model.graph, shapes):
+        cache.shape = ir.Shape(shapes[str(cache.name)])
+        convenience.replace_all_uses_with(concat.outputs[0], cache)
         model.graph.remove(concat, safe=True)
     remove_unused(model)
     return model
