@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from accel.engine.operations import choice
 from accel.runtime import beam_cache, token_graph
 from accel.runtime.decode_buffers import DecodeBuffers
 
@@ -107,4 +108,5 @@ def replay_token_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReplayedCallable, "recorded", [])
     monkeypatch.setattr(DecodeBuffers, "_bind", recordable)
     monkeypatch.setattr(token_graph, "CudaGraphCallable", ReplayedCallable)
+    monkeypatch.setattr(choice, "on_cpu", lambda scores: False)
     monkeypatch.setattr(beam_cache, "row_mover", lambda device: beam_cache.copy_rows)

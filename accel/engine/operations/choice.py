@@ -89,10 +89,15 @@ def choice(logits: Tensor, *tensors: Tensor, spec: Choice) -> Tensor:
 
 def first_best(scores: Tensor) -> Tensor:
     """Return the first one of the best ids of every row: [B, V] -> int64 [B, 1]. NaN counts as the best score."""
-    if scores.device.type == "cpu" and scores.dtype is torch.float32:
+    if on_cpu(scores) and scores.dtype is torch.float32:
         # vectorised, as `torch.argmax` (2.13) isn't on the CPU: it takes ten times as long for 8 rows of 32,128 ids
         return torch.from_numpy(scores.detach().numpy().argmax(-1, keepdims=True))
     return scores.argmax(-1, keepdim=True)
+
+
+def on_cpu(scores: Tensor) -> bool:
+    """Return whether what is fast on the CPU alone may be used: it can't be captured as a CUDA graph."""
+    return scores.device.type == "cpu"
 
 
 def draw(scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -122,7 +127,7 @@ def filtered(scores: Tensor, tensors: Sequence[Tensor], filters: Sequence[Filter
 
 def _forbidden(scores: Tensor, forbidden: Tensor, fill: float) -> Tensor:
     """Return scores [B, V] with `fill` for the ids that are `forbidden`, bool [V]."""
-    if scores.device.type == "cpu":  # few ids of many, and their number is known without waiting for a device
+    if on_cpu(scores):  # few ids of many, and their number is known without waiting for a device
         return scores.index_fill(1, forbidden.nonzero()[:, 0], fill)
     return scores.masked_fill(forbidden, fill)
 
