@@ -40,7 +40,7 @@ from accel.evaluation.graph_comparison import SHAPES, TorchCall, compare, run_to
 from accel.evaluation.io_check import WRAPPER_ERRORS, check_specs
 from accel.graph import files
 from accel.graph.cleanup.widen_bfloat16 import WidenBfloat16
-from accel.graph.decode.cross_caches import with_cross_inputs, with_cross_outputs
+from accel.graph.decode.cross_caches import Shapes, with_cross_inputs, with_cross_outputs
 from accel.graph.decode.without_past import without_past
 from accel.graph.passes import NoMatchError
 from accel.graph.repeat_layers import Stack
@@ -215,7 +215,7 @@ class Tracer:
         if self._cross and self._trace_joint():
             return True
         self.trace(Component.DECODE)
-        if not self._cross and self.derive_prefill():
+        if not self._cross and self.derive_prefill({}):
             return True
         self.trace(Component.PREFILL)
         return False
@@ -226,11 +226,16 @@ class Tracer:
         Both refer to the weights in the file of decode. Returns False if that isn't possible.
         """
         path, decode = self.out / f"{Component.DECODE}.onnx", self._specs[Component.DECODE]
+        example_inputs = self._example(Component.DECODE)
+        shapes: Shapes = {
+            spec.name: [spec.axes.get(axis, length) for axis, length in enumerate(example_inputs[spec.name].shape)]
+            for spec in decode.inputs
+            if spec.name in self._cross
+        }
         try:
-            signature, inputs = without_cross_caches(decode, self._example(Component.DECODE), self._cross)
+            signature, inputs = without_cross_caches(decode, example_inputs, self._cross)
             files.save(self._graph(Component.DECODE, signature, inputs), path)
-            derived = self.derive_prefill()
-            graph = with_cross_inputs(files.load(path), self._cross_shapes()) if derived else None
+            graph = with_cross_inputs(files.load(path), shapes) if self.derive_prefill(shapes) else None
         except (NoMatchError, AccelError, *WRAPPER_ERRORS) as reason:
             logger.info(f"prefill is traced: decode doesn't compute the cross-attention caches: {reason}")
             graph = None
@@ -282,12 +287,16 @@ class Tracer:
         self.shortened[component] = stack
         return graph
 
-    def derive_prefill(self) -> bool:
-        """Write prefill's graph, over the weights of the decode graph's file; return False if it can't be derived."""
+    def derive_prefill(self, shapes: Shapes) -> bool:
+        """Write prefill's graph, over the weights of the decode graph's file; return False if it can't be derived.
+
+        Args:
+            shapes: Shapes of the cross-attention caches, which the decode graph computes; none without an encoder.
+        """
         caches = [name for name in self._specs[Component.DECODE].cache if name not in self._cross]
         decode = files.load(self.out / f"{Component.DECODE}.onnx")
         try:
-            graph = without_past(with_cross_outputs(decode, self._cross, self._cross_shapes()), caches, PAST)
+            graph = without_past(with_cross_outputs(decode, self._cross, shapes), caches, PAST)
         except NoMatchError as reason:
             logger.info(f"prefill is traced: it can't be derived from decode: {reason}")
             return False
@@ -297,15 +306,6 @@ class Tracer:
         graph.graph.outputs.extend(ordered)
         self._write(Component.PREFILL, graph)
         return True
-
-    def _cross_shapes(self) -> dict[str, list[int | str]]:
-        """Return the shapes of the cross-attention caches: cache input of decode -> length or name of each axis."""
-        inputs = self._example(Component.DECODE)
-        return {
-            spec.name: [spec.axes.get(axis, length) for axis, length in enumerate(inputs[spec.name].shape)]
-            for spec in self._specs[Component.DECODE].inputs
-            if spec.name in self._cross
-        }
 
     def _write(self, component: Component, graph: ir.Model) -> None:
         """Write a derived graph, which refers to the weights of another graph's file."""

@@ -17,6 +17,7 @@ from accel.config.schema import Config, ModelConfig
 from accel.errors import AccelError
 from accel.evaluation.graph_comparison import compare, run_torch
 from accel.graph import files
+from accel.graph.decode.cross_caches import Shapes
 from accel.graph.repeat_layers import Stack
 from accel.models.checkpoints import load_model
 from accel.stages import export
@@ -65,7 +66,7 @@ def test_shortcuts_are_given_up_one_by_one(
         if self.shortcuts.shortens:
             self.shortened[component] = Stack("", 1, 1, 2)
 
-    def derive_prefill(self: export.Tracer) -> bool:
+    def derive_prefill(self: export.Tracer, shapes: Shapes) -> bool:
         written.append("prefill, derived")
         self.nodes["prefill"] = 1
         return True
