@@ -257,7 +257,9 @@ def of_t5(model: Any, hidden: Tensor, mask: Tensor, length: int) -> Decoder:
         head,
         config.layer_norm_epsilon,
         distances=_distances(model, length),
-        cross_bias=hidden.new_zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None],
+        cross_bias=None
+        if bool(mask.all())
+        else hidden.new_zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None],
     )
 
 

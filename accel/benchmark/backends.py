@@ -31,6 +31,7 @@ TORCH = "torch"  # PyTorch in the benchmark's precision
 TORCH_STATIC = "torch compiled by transformers"
 TORCH_MAX = "torch compiled with max-autotune"  # under accel's decoding loops: see `compiled_model`
 TORCH_FP32 = "torch in FP32"
+PYTORCH = (TORCH, TORCH_STATIC, TORCH_MAX)  # in the benchmark's precision
 MERGED = "merged"  # the deployable with a dynamic cache
 TWO_FILES = "two files"  # prefill and decode graph in separate ONNX files
 STATIC = "static"  # the deployable as the runtime is configured: static cache, CUDA graph

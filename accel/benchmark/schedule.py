@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from accel import progress
-from accel.benchmark.backends import BACKENDS, TORCH, Sources, release_memory
+from accel.benchmark.backends import BACKENDS, PYTORCH, Sources, release_memory
 from accel.benchmark.timer import Timing
 from accel.benchmark.worker import ModelWorker
 from accel.config.schema import BenchmarkConfig
@@ -72,7 +72,8 @@ def time_backends(
                 raise AccelError(f"{name} generated {len(timing.latencies)} tokens instead of {new_tokens}")
             return timing
 
-        fp32 = workers[TORCH].kept_in_fp32() if TORCH in workers else {}
+        half = next((workers[model] for model in PYTORCH if model in workers), None)
+        fp32 = {} if half is None else half.kept_in_fp32()
         timings = run_interleaved(names, benchmark, generate)
         return ScheduleResult(timings[benchmark.new_tokens], timings[1], fp32, peaks)
 

@@ -70,6 +70,7 @@ class CudaGraphCallable:
         except Exception as error:  # torch's and ONNX Runtime's errors have no other common base class
             logger.warning(f"{self._name} is not captured: {_failure_reason(error)}")
             self._capture_enabled = False
+            _end_capture_of_random_numbers()
             self._function()
         else:
             self._graph = graph
@@ -85,6 +86,20 @@ def free_dropped_graphs(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _end_capture_of_random_numbers() -> None:
+    """Let torch draw random numbers again after a capture that failed.
+
+    Torch 2.11 tells its generator that a capture has begun, and, if the capture fails, not that it has ended: any later
+    draw raises "Offset increment outside graph capture". A capture that succeeds ends it (`CUDAGraph::capture_end`).
+    """
+    with torch.cuda.stream(torch.cuda.Stream()):
+        value = torch.zeros(1, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        value.add_(1)
+        graph.capture_end()
 
 
 @contextmanager

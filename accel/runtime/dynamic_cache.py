@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ from accel.runtime.session import SessionSettings, open_session
 logger = logging.getLogger(__name__)
 
 PAST = "past"  # token axis of the self-attention caches
+# ONNX Runtime 1.31 chooses this kernel of MultiHeadAttention by the number of queries, though it is the number of keys
+# that must be a multiple of four: 8 queries over 5 keys end with an error. Encoders have as many queries as keys.
+# https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/contrib_ops/cuda/bert/multihead_attention.cc
+DECODER_ENVIRONMENT = {"ORT_DISABLE_MEMORY_EFFICIENT_ATTENTION": "1"}
 CHANGING_AXES = {NEW, "kept", TOTAL, PAST}  # axes whose length changes from call to call
 
 
@@ -344,11 +348,15 @@ def open_dynamic(
         DeviceMemoryError: The weights don't fit into the device's memory.
     """
     torch_device = torch.device(device)
+    settings_of = {files.decoder: replace(settings, environment={**settings.environment, **DECODER_ENVIRONMENT})}
     paths = [files.decoder, files.encoder] if with_encoder and files.encoder.is_file() else [files.decoder]
     if weights is None:
         check_weights_fit(paths, torch_device)
     decoder, *encoder = (
-        BoundSession(open_session(path, settings, weights if path == files.decoder else None), torch_device)
+        BoundSession(
+            open_session(path, settings_of.get(path, settings), weights if path == files.decoder else None),
+            torch_device,
+        )
         for path in paths
     )
     if layout.SINGLE_ROW_CHUNKS in decoder.session.get_modelmeta().custom_metadata_map and torch_device.type != "cpu":

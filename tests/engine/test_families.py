@@ -22,6 +22,7 @@ from accel.runtime.cuda_graph import CudaGraphCallable
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.layout import BUCKET, POSITION, WINDOW, DeployableFiles, first_variant
 from accel.runtime.session import SessionSettings, open_session
+from accel.runtime.streams import on_shared_stream
 from accel.runtime.weights import SharedWeights
 from tests.conftest import Build
 from tests.families import FAMILIES
@@ -216,7 +217,8 @@ def test_captured_on_cuda(make: Make, precision: str) -> None:
             executor.run(inputs, outputs)
             torch.cuda.set_sync_debug_mode("default")
         else:
-            replay()
+            with on_shared_stream(cuda):  # torch captures on no default stream
+                replay()
         assert replay.captured is (run > 1)
         expected = on_cpu.run(steps.inputs, {output: steps.inputs[name] for name, output in steps.cache.items()})
         for name, value in expected.items():

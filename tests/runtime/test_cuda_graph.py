@@ -90,6 +90,19 @@ def test_synchronizing_work_is_not_captured(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.gpu
+def test_random_numbers_after_a_failed_capture() -> None:
+    """They are those that the seed gives: torch alone would raise an error."""
+    torch.manual_seed(3)
+    expected = torch.rand(4, device=CUDA)
+    captured = CudaGraphCallable(Counter(CUDA, synchronizes=True), CUDA, "a sum")
+    with on_shared_stream(CUDA):
+        captured()
+        captured()
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(4, device=CUDA), expected)
+
+
+@pytest.mark.gpu
 def test_graphs_created_and_destroyed() -> None:
     """Graphs that reuse the memory of destroyed ones give correct results."""
     with on_shared_stream(CUDA):

@@ -113,7 +113,8 @@ class Placement:
             if not torch.equal(rounded.to(tensor.dtype), tensor):
                 raise NotRunnableError(f"{name} loses precision in {self._dtype}")
             self._weights[name] = rounded
-        return self._weights[name].data_ptr()
+        self.keep.append(self._weights[name])
+        return self.keep[-1].data_ptr()
 
     def weight(self, name: str, transposed: bool) -> Tensor:
         """Return a weight [N, K]; `transposed`: the graph stores it so, and it is not copied."""
@@ -121,4 +122,5 @@ class Placement:
         if key not in self._weights:
             weight = self._constants[name].to(self._device)
             self._weights[key] = (weight if transposed else weight.mT).contiguous()
-        return self._weights[key]
+        self.keep.append(self._weights[key])
+        return self.keep[-1]

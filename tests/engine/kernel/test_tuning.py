@@ -233,9 +233,8 @@ def test_settings_change_no_results_on_a_gpu(settings: Tuning) -> None:
     """But for the order of sums: the logits are those of the defaults within rounding."""
     from tests.engine.kernel.test_reliability import DEVICE, LONG, Decoder, block_count, difference
 
-    decoder = Decoder(LONG)
+    decoder, other = Decoder(LONG, filled=True), Decoder(LONG, filled=True)
     expected = decoder.steps(decoder.kernel(), (0, 300, 1000))
-    other = Decoder(LONG)
     other.program = Builder(other.plan, other.tensors, 2, DEVICE, other.weights, block_count(), settings).program
     assert difference(other.steps(other.kernel(), (0, 300, 1000)), expected) < 3e-3
 
