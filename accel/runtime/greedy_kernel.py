@@ -22,6 +22,7 @@ WORDS = {  # dtype of logits -> C type of their bits, and the bits of infinity
 
 # One block takes the best id of one row. As in torch, the first of several best ids counts, and NaN is better than any
 # number. Bits are mapped to integers of the same order, followed by the complement of the id: the largest is the best.
+# An id that is not allowed before a number of ids was chosen has minus infinity until then.
 KERNEL = r"""
 typedef unsigned long long u64;
 
@@ -35,16 +36,19 @@ __device__ u64 ranked(Bits bits, int id) {
 }
 
 extern "C" __global__ void choose(const Bits* logits, long long stride, int vocabulary,
-                                  const long long* ends, int end_count, const long long* padding,
-                                  bool* ended, bool* finished, long long* next_ids, long long* new_ids,
-                                  long long capacity, long long* selected, unsigned int* arrived) {
+                                  const long long* allowed_from, const long long* ends, int end_count,
+                                  const long long* padding, bool* ended, bool* finished, long long* next_ids,
+                                  long long* new_ids, long long capacity, long long* selected, unsigned int* arrived) {
     __shared__ u64 best[THREADS];
     const int row = blockIdx.x, thread = threadIdx.x;
     const Bits* scores = logits + row * stride;
+    const Bits least = (Bits)((Bits)1 << (sizeof(Bits) * 8 - 1) | INFINITE);
+    const long long count = *selected;
     u64 mine = 0;
     #pragma unroll 8
     for (int id = thread; id < vocabulary; id += THREADS) {
-        const u64 rank = ranked(scores[id], id);
+        const bool allowed = allowed_from == nullptr || allowed_from[id] <= count;
+        const u64 rank = ranked(allowed ? scores[id] : least, id);
         mine = rank > mine ? rank : mine;
     }
     best[thread] = mine;
@@ -61,7 +65,7 @@ extern "C" __global__ void choose(const Bits* logits, long long stride, int voca
         ended[row] = over;
     }
     next_ids[row] = id;
-    if (*selected < capacity) new_ids[row * capacity + *selected] = id;
+    if (count < capacity) new_ids[row * capacity + count] = id;
     __threadfence();
     if (atomicAdd(arrived, 1u) + 1 < gridDim.x) return;  // the last block goes on
     __threadfence();
@@ -70,7 +74,7 @@ extern "C" __global__ void choose(const Bits* logits, long long stride, int voca
         for (int i = 0; i < gridDim.x; ++i) all &= ((volatile bool*)ended)[i];
         *finished = all;
     }
-    *selected += 1;
+    *selected = count + 1;
     *arrived = 0;
 }
 """
@@ -80,6 +84,7 @@ class GreedySearch(Protocol):
     """State of a greedy search, contiguous tensors that are updated in place.
 
     Attributes:
+        allowed_from: Number of ids from which on each id is allowed, int64 [1, vocabulary], or [0, vocabulary].
         ends: Ids that end a sequence, int64 [ends].
         padding: Id after the end of a sequence, int64 [].
         ended: Sequences that have ended, bool [rows, 1]; not updated without `ends`.
@@ -90,6 +95,7 @@ class GreedySearch(Protocol):
         arrived: Rows whose id has been selected, int32 [1]; 0 between two tokens.
     """
 
+    allowed_from: Tensor
     ends: Tensor
     padding: Tensor
     ended: Tensor
@@ -140,6 +146,7 @@ def arguments(logits: Tensor, search: GreedySearch) -> tuple[object, ...]:
         int(logits.data_ptr()),
         int64(logits.stride(0)),
         int32(logits.shape[1]),
+        pointers["allowed_from"] if len(search.allowed_from) else 0,
         pointers["ends"],
         int32(len(search.ends)),
         pointers["padding"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from accel.engine.operations.choice import Choice
+from accel.engine.operations.choice import FORBID, Choice, Filter
 from accel.models.decoding.sampling import Sampler
 from accel.runtime.greedy_kernel import WORDS, arguments, greedy_kernel, source
 from tests.engine.kernel.nvrtc import compile_for
@@ -43,15 +43,20 @@ template <typename... A> static void run(int blocks, A... a) {
         for (auto& each : threads) each.join();
     }
 }
-extern "C" void launch(int blocks, const Bits* logits, long long stride, int vocabulary, const long long* ends,
-                       int end_count, const long long* padding, bool* ended, bool* finished, long long* next_ids,
-                       long long* new_ids, long long capacity, long long* selected, unsigned int* arrived) {
-    run(blocks, logits, stride, vocabulary, ends, end_count, padding, ended, finished, next_ids, new_ids, capacity,
-        selected, arrived);
+extern "C" void launch(int blocks, const Bits* logits, long long stride, int vocabulary, const long long* allowed_from,
+                       const long long* ends, int end_count, const long long* padding, bool* ended, bool* finished,
+                       long long* next_ids, long long* new_ids, long long capacity, long long* selected,
+                       unsigned int* arrived) {
+    run(blocks, logits, stride, vocabulary, allowed_from, ends, end_count, padding, ended, finished, next_ids, new_ids,
+        capacity, selected, arrived);
 }
 """
 ROWS, VOCABULARY, TOKENS = 5, 103, 9
 ENDS = [3, 40]
+ALLOWED_FROM = {3: 6, 40: 4, 20: 100, 0: 100}  # some ids, the first one and that of a tie among them
+CASES = pytest.mark.parametrize(
+    ("ends", "forbids"), [(ENDS, False), ([], False), (ENDS, True)], ids=["ends", "no end", "forbidden ids"]
+)
 
 
 def logits_of(token: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -59,6 +64,8 @@ def logits_of(token: int, dtype: torch.dtype, generator: torch.Generator) -> Ten
     values = torch.randn(ROWS, 2, VOCABULARY, generator=generator)
     values[1, 1, [70, 20, 50]] = 9.0  # a tie: the first
     values[2, 1] = -torch.inf
+    if token == 2:
+        values[3, 1, ENDS[0]] = 20.0
     if token == 4:
         values[0, 1, [60, 80]] = torch.nan
         values[0, 1, 10] = torch.inf
@@ -72,10 +79,13 @@ def logits_of(token: int, dtype: torch.dtype, generator: torch.Generator) -> Ten
     return values.to(dtype)
 
 
-def search(ends: list[int], device: str = "cpu") -> Sampler:
+def search(ends: list[int], forbids: bool, device: str = "cpu") -> Sampler:
     """Return a greedy search without tokens."""
+    allowed_from = torch.zeros(1, VOCABULARY, dtype=torch.int64)
+    for id, count in ALLOWED_FROM.items():
+        allowed_from[0, id] = count
     tensors: dict[str, Tensor] = {
-        "allowed_from": torch.empty(0, VOCABULARY, dtype=torch.int64),
+        "allowed_from": allowed_from if forbids else allowed_from[:0],
         "ends": torch.tensor(ends, dtype=torch.int64),
         "padding": torch.tensor(7),
         "next_ids": torch.empty(ROWS, 1, dtype=torch.int64),
@@ -85,7 +95,8 @@ def search(ends: list[int], device: str = "cpu") -> Sampler:
         "ended": torch.zeros(ROWS, 1, dtype=torch.bool),
         "arrived": torch.zeros(1, dtype=torch.int32),
     }
-    return Sampler(choice=Choice(ends=len(ends)), **{name: tensor.to(device) for name, tensor in tensors.items()})
+    choice = Choice((Filter(FORBID),) if forbids else (), ends=len(ends))
+    return Sampler(choice=choice, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def state(found: Sampler) -> dict[str, Any]:
@@ -110,7 +121,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
         launch = ctypes.CDLL(str(library)).launch
         pointer, long, integer = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int
         launch.argtypes = [
-            integer, pointer, long, integer, pointer, integer, *[pointer] * 5, long, pointer, pointer,
+            integer, pointer, long, integer, pointer, pointer, integer, *[pointer] * 5, long, pointer, pointer,
         ]  # fmt: skip
         launch.restype = None
         return lambda logits, found: launch(len(logits), *[int(value) for value in arguments(logits, found)])  # type: ignore[call-overload]
@@ -118,11 +129,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return launch_for
 
 
-@pytest.mark.parametrize("ends", [ENDS, []], ids=["ends", "no end"])
+@CASES
 @pytest.mark.parametrize("dtype", WORDS, ids=str)
-def test_same_as_torch_on_the_host(host: Any, dtype: torch.dtype, ends: list[int]) -> None:
+def test_same_as_torch_on_the_host(host: Any, dtype: torch.dtype, ends: list[int], forbids: bool) -> None:
     launch, generator = host(dtype), torch.Generator().manual_seed(3)
-    expected, found = search(ends), search(ends)
+    expected, found = search(ends, forbids), search(ends, forbids)
     for token in range(TOKENS):
         logits = logits_of(token, dtype, generator)
         expected.select(logits)
@@ -143,11 +154,11 @@ def test_no_kernel_on_the_cpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ends", [ENDS, []], ids=["ends", "no end"])
+@CASES
 @pytest.mark.parametrize("dtype", WORDS, ids=str)
-def test_same_as_torch_on_a_gpu(dtype: torch.dtype, ends: list[int]) -> None:
+def test_same_as_torch_on_a_gpu(dtype: torch.dtype, ends: list[int], forbids: bool) -> None:
     generator = torch.Generator().manual_seed(3)
-    expected, found = search(ends), search(ends, "cuda")
+    expected, found = search(ends, forbids), search(ends, forbids, "cuda")
     assert greedy_kernel(found.next_ids.device, dtype) is not None
     for token in range(TOKENS):
         logits = logits_of(token, dtype, generator)

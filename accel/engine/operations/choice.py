@@ -54,8 +54,8 @@ class Choice:
 
     @property
     def is_greedy(self) -> bool:
-        """True if the best id of the logits is chosen, as they are."""
-        return not self.filters and not self.sample
+        """True if the best id of the logits is chosen, or the best of those that no filter forbids."""
+        return not self.sample and self.filters in ((), (Filter(FORBID),))
 
     @property
     def filter_tensors(self) -> int:
