@@ -5,7 +5,7 @@
 // that blocks exchange are 64-bit words of data and a tag that counts launches, so there is no barrier over the grid.
 //
 // The files are compiled as one: macros (ROWS, BLOCKS, BF16, BULK, MEMORY in bytes of shared memory, RECORD_BYTES, MAX_K, MAX_NORM, WIDE_X,
-// MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS, LEAST_SLOTS), common.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
+// MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS, LEAST_SLOTS, LEAST_BLOCK), common.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
 // lists CONSUME and PRODUCE of their cases, main.cu. `launch.py` puts them together. Tests set two more: MISSING_STORE, the
 // address of a word that is never written, and DELAYS, the most nanoseconds that warps wait before an operation.
 
@@ -31,11 +31,13 @@ enum Norm { NO_NORM, RMS, LAYER };
 enum Angles { FULL, HALVES, PAIRS };
 
 constexpr int WARPS = 8, THREADS = WARPS * 32;
-constexpr int SEGMENT = 1024;                      // features of a weight's row in one slot of the ring
+constexpr int SEGMENT = 2048;                      // bytes of a weight's row in one slot of the ring
 constexpr int UNITS = 8;                           // rows of weights in one slot
-constexpr int UNIT_BYTES = SEGMENT * 2 + 64;       // 64 bytes of padding: no bank conflicts between units
-constexpr int SLOT_BYTES = UNITS * UNIT_BYTES;
-constexpr int KV_BYTES = UNITS * SEGMENT * 2;      // bytes for keys or values in one slot
+constexpr int UNIT_BYTES = SEGMENT + 64;           // 64 bytes of padding: no bank conflicts between units
+constexpr bool LOW_BITS = LEAST_BLOCK > 0;         // there are weights of 8 bits; the smallest of their blocks has so many features
+constexpr int SCALE_BYTES = LOW_BITS ? SEGMENT / (LOW_BITS ? LEAST_BLOCK : 1) * UNITS * 2 : 0;  // of their scales, behind the units
+constexpr int SLOT_BYTES = UNITS * UNIT_BYTES + SCALE_BYTES;
+constexpr int KV_BYTES = UNITS * SEGMENT;          // bytes for keys or values in one slot
 __device__ constexpr int keys_in_slot(int size) { return KV_BYTES / (size * 2) / WARPS * WARPS; }  // the same for each warp
 constexpr int ROUND = ROWS <= 2 ? 16 : ROWS <= 4 ? 8 : 4;  // groups of units between two epilogues
 constexpr int IN_FLIGHT = 2;                       // slots that are being copied at a time; measured
@@ -43,7 +45,7 @@ constexpr int LOOK = 2048;                         // features to be polled from
 constexpr int RECORDS = 4;                         // operations whose records are at hand
 
 // shape: case of CONSUME; length: of a cache; set: of biases; positions: in a row of the table of ancestry
-struct alignas(16) Record { int shape, length, set, positions; const void* p[30]; };
+struct alignas(16) Record { int shape, length, set, positions; const void* p[34]; };
 constexpr int COPIERS = sizeof(Record) / 16;
 static_assert(sizeof(Record) == RECORD_BYTES, "the list of operations is written with other records");
 
@@ -136,6 +138,22 @@ __device__ __forceinline__ float total(float v) {
 // D[16 x 8] += A[16 x 16] (rows of x) * B[16 x 8] (units of W)
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// D = A * B
+__device__ __forceinline__ void mma_first(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};" : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.f));
+}
+// Two of four integers of 8 bits, less 128, which is exact: 1024 + n in FP16 is the byte n below 0x64, and 2^23 + n in FP32 the
+// byte n below 0x4b0000.
+template <int FIRST_BYTE> __device__ __forceinline__ T2 less_128(u32 bytes) {
+#if BF16
+  const float a = __uint_as_float(__byte_perm(bytes, 0x4b000000u, 0x7440 + FIRST_BYTE)), b = __uint_as_float(__byte_perm(bytes, 0x4b000000u, 0x7441 + FIRST_BYTE));
+  return narrow(a - 8388736.f, b - 8388736.f);
+#else
+  T2 v;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(v) : "r"(__byte_perm(bytes, 0x64646464u, FIRST_BYTE ? 0x4342 : 0x4140)), "r"(0x64806480u));
+  return v;
+#endif
 }
 
 template <int N> struct Ring {

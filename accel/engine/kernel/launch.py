@@ -82,6 +82,7 @@ def source(program: Program, target: Target, switches: Mapping[str, int] | None 
         "MAX_HEAD": max((size for size, _ in program.heads), default=8),
         "MAX_KEYS": max((records.keys_in_slot(size) // 8 for size, _ in program.heads), default=4),
         "LEAST_SLOTS": program.tuning.least_slots,
+        "LEAST_BLOCK": program.least_block,
     }
     macros = [f"#define {name} {value}" for name, value in (values | dict(switches or {})).items()]
     shapes: list[str] = []
@@ -126,7 +127,8 @@ class Kernel:
         self._operations = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         self._device = self._operations.device  # with its index
         target = target or Target.of(self._device)
-        target = replace(target, memory=target.memory - program.tuning.spare_slots * records.SLOT_BYTES)
+        spare = program.tuning.spare_slots * records.slot_bytes(program.least_block)
+        target = replace(target, memory=target.memory - spare)
         self._memory = target.memory
         self._function = _load(source(program, target, switches), program.rows, self._device, target.memory)
         self.state = torch.zeros(2, dtype=torch.int32, device=device)

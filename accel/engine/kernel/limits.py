@@ -1,15 +1,24 @@
-"""What the kernel can't run, whatever the tensors: too many rows, and weights of another size than 16 bits."""
+"""What the kernel can't run, whatever the tensors: too many rows, and weights that it can't read."""
 
 from collections.abc import Sequence
 
 import torch
 
 from accel.engine.kernel.placement import NotRunnableError
+from accel.engine.low_bits import LowBits
 from accel.engine.nodes import Node
 from accel.engine.operations import product
 from accel.engine.planning.plan import Plan
 
 MAX_ROWS = 8  # rows of the batch that the kernel was run with; its products hold no more than 16
+BLOCKS = (
+    64,
+    128,
+    256,
+    512,
+    1024,
+    2048,
+)  # features that share a scale: those of a chunk, or more, and no more than a slot's
 
 
 def check_rows(rows: int) -> None:
@@ -19,16 +28,32 @@ def check_rows(rows: int) -> None:
 
 
 def weights_dtype(plan: Plan, fused: Sequence[Node]) -> torch.dtype:
-    """Return the dtype of the weights of the fused operations.
+    """Return the dtype of the weights of the fused operations; of those of few bits, that of their scales.
 
     Raises:
-        NotRunnableError: There are several, or it is none of 16 bits.
+        NotRunnableError: There are several, or it is none of 16 bits, or a weight is stored in a way that the kernel
+            can't read.
     """
-    constants = plan.graph.constants
-    products = [node for node in fused if isinstance(node.attributes["spec"], product.Product)]
-    read = {name for node in products for name in node.inputs if name in constants}
-    dtypes = {constants[name].dtype for name in read if constants[name].ndim == 2 and min(constants[name].shape) > 1}
+    dtypes = set()
+    for node in fused:
+        spec = node.attributes["spec"]
+        if isinstance(spec, product.Product):
+            rest = list(node.inputs[1 + spec.norm_weight + spec.norm_bias :])
+            for part in spec.parts:
+                if part.low_bits is not None:
+                    _check_low_bits(part.low_bits)
+                for weight in part.take(rest):
+                    dtypes.add(plan.graph.constants[weight.scales[0] if weight.scales else weight.matrix].dtype)
     if len(dtypes) != 1 or not dtypes <= {torch.float16, torch.bfloat16}:
         found = ", ".join(sorted(map(str, dtypes))) or "no dtype"
         raise NotRunnableError(f"weights are of {found}, and the kernel needs one of 16 bits")
     return dtypes.pop()
+
+
+def _check_low_bits(low: LowBits) -> None:
+    """Raise `NotRunnableError` if the kernel can't read weights that are stored so."""
+    if low.bits != 8 or low.zero_points or low.block not in BLOCKS:
+        blocks = ", ".join(map(str, BLOCKS))
+        raise NotRunnableError(
+            f"weights are of {low}, and the kernel reads int8 in blocks of {blocks}, without zero points"
+        )

@@ -1,9 +1,10 @@
 """Where the kernel finds the values and weights of a plan: tensors of constant addresses, and words between blocks."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from accel.engine.kernel import records
 
@@ -116,8 +117,26 @@ class Placement:
         self.keep.append(self._weights[name])
         return self.keep[-1].data_ptr()
 
+    def scales(self, names: Sequence[str], group: int) -> int:
+        """Return the address of the scales of weights of few bits, in the order in which the kernel multiplies rows.
+
+        Args:
+            names: Scales [N, blocks] of a weight, and of its gate where it has one.
+            group: Rows of each that the kernel multiplies together, of which there are eight with the gate's.
+        """
+        key = f"{' '.join(names)} in groups"
+        if key not in self._weights:
+            parts = []
+            for name in names:
+                scales = self._constants[name].to(self._device)
+                rows, blocks = scales.shape
+                padded = functional.pad(scales, (0, 0, 0, -rows % group))
+                parts.append(padded.reshape(-1, group, blocks))
+            self._weights[key] = torch.cat(parts, 1).mT.contiguous()  # [groups, blocks, 8]
+        return self._weights[key].data_ptr()
+
     def weight(self, name: str, transposed: bool) -> Tensor:
-        """Return a weight [N, K]; `transposed`: the graph stores it so, and it is not copied."""
+        """Return a weight [N, K], or integers of one; `transposed`: the graph stores it so, and it is not copied."""
         key = f"{name} {transposed}"
         if key not in self._weights:
             weight = self._constants[name].to(self._device)

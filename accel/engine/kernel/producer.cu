@@ -6,8 +6,11 @@ struct Producer {
   Ring<SLOTS> ring, oldest;
   int under_way;
   // Wait until the next slot is free, and the number of copies under way is below IN_FLIGHT.
-  __device__ __forceinline__ void acquire(Shared& s) {
-    if (under_way == IN_FLIGHT) { wait(&s.full[oldest.slot], oldest.phase); oldest.next(); } else under_way++;
+  template <int LIMIT = IN_FLIGHT> __device__ __forceinline__ void acquire(Shared& s) {
+    if constexpr (LOW_BITS) {                      // operations have different limits
+      for (; under_way >= LIMIT; under_way--) { wait(&s.full[oldest.slot], oldest.phase); oldest.next(); }
+      under_way++;
+    } else if (under_way == IN_FLIGHT) { wait(&s.full[oldest.slot], oldest.phase); oldest.next(); } else under_way++;
     wait(&s.empty[ring.slot], ring.phase ^ 1);
   }
 };
@@ -74,6 +77,10 @@ template <class C> __device__ __forceinline__ void produce_normalize(Shared& s, 
   if (blockIdx.x < ROWS) produce_norm<C>(s, op, norms, keep);
 }
 template <class C> __device__ __forceinline__ void produce_product(Shared& s, const Record& op, Producer& to, Ring<2>& norms, u64 once, u64 keep) {
+  using R = Rows<C>;
+  constexpr int ROW = C::BITS < 16 ? (C::K * C::BITS / 8 + 15) & ~15 : C::K * 2;  // bytes to be copied
+  constexpr int SCALES_OF_ROWS = R::BLOCKS_EACH * UNITS * 2, SCALES_OF_SLOT = R::FEATURES / R::BLOCK * UNITS * 2;
+  constexpr int LIMIT = C::BITS < 16 && ROW <= SEGMENT / 2 ? 2 * IN_FLIGHT : IN_FLIGHT;  // slots, of which these are half empty
   const int lane = this_thread() % 32;
   int first, count;
   share<C>(first, count);
@@ -85,23 +92,25 @@ template <class C> __device__ __forceinline__ void produce_product(Shared& s, co
     const int part = part_of<C>(group);
     const bool gated = C::gated(part);
     const int rows = min(UNITS, gated ? 2 * (C::n(part) - group * 4) : C::n(part) - group * UNITS);
-    auto weights_of = [&](int unit) -> const T* {  // null beyond the last row
+    auto weights_of = [&](int unit) -> const char* {  // null beyond the last row
       const int row = gated ? group * 4 + unit % 4 : group * UNITS + unit;
-      return row < C::n(part) ? (const T*)op.p[pointer(part, gated && unit >= 4 ? GATE : WEIGHT)] + (size_t)row * C::K : nullptr;
+      return row < C::n(part) ? (const char*)op.p[pointer(part, gated && unit >= 4 ? GATE : WEIGHT)] + (size_t)row * R::BYTES : nullptr;
     };
-    const T* const mine = BULK && lane < UNITS ? weights_of(lane) : nullptr;
+    const char* const mine = BULK && lane < UNITS ? weights_of(lane) : nullptr;
 #pragma unroll 1
-    for (int k = 0; k < C::K; k += SEGMENT) {
-      const int bytes = min(SEGMENT, C::K - k) * 2;
-      to.acquire(s);
+    for (int k = 0; k < ROW; k += SEGMENT) {
+      const int bytes = min(SEGMENT, ROW - k), from = k / SEGMENT * SCALES_OF_SLOT;  // first byte of the scales
+      const int scale_bytes = C::BITS < 16 ? min(SCALES_OF_SLOT, SCALES_OF_ROWS - from) : 0;
+      to.template acquire<LIMIT>(s);
       u64* const full = &s.full[to.ring.slot];
-      begin_copies(full, bytes * rows);
+      begin_copies(full, bytes * rows + scale_bytes);
       unsigned char* const slot = s.ring[to.ring.slot];
       if constexpr (BULK) { if (mine) copy(slot + lane * UNIT_BYTES, mine + k, bytes, full, once); }
       else {
 #pragma unroll 1
-        for (int unit = 0; unit < UNITS; unit++) if (const T* weights = weights_of(unit)) copy(slot + unit * UNIT_BYTES, weights + k, bytes, full, once);
+        for (int unit = 0; unit < UNITS; unit++) if (const char* weights = weights_of(unit)) copy(slot + unit * UNIT_BYTES, weights + k, bytes, full, once);
       }
+      if (C::BITS < 16 && this_lane_copies()) copy(slot + UNITS * UNIT_BYTES, (const char*)op.p[pointer(part, SCALES)] + (size_t)group * SCALES_OF_ROWS + from, scale_bytes, full, once);
       end_copies(full);
       to.ring.next();
     }

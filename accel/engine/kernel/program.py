@@ -1,6 +1,6 @@
 """A plan as the kernel's list of operations, over tensors whose addresses stay the same."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accel.engine.executor import Executor
-from accel.engine.kernel import records
+from accel.engine.kernel import records, shapes
 from accel.engine.kernel.limits import check_rows, weights_dtype
 from accel.engine.kernel.placement import NotRunnableError, Placement
 from accel.engine.kernel.tabulate import tabulate
@@ -16,8 +16,6 @@ from accel.engine.kernel.tuning import DEFAULT, Tuning
 from accel.engine.nodes import Graph, Node, classify
 from accel.engine.operations import attention, normalize, product
 from accel.engine.planning.plan import DOMAIN, Plan
-
-UNITS, GATED_UNITS = 8, 4  # rows of weights, and of each of two weights, in a group
 
 
 @dataclass
@@ -32,6 +30,7 @@ class Program:
         position: Address of the positions, int64 [rows], that new keys and values are written at; 0 if none are.
         operations: The list.
         shapes: Shapes of its operations; a record has the index of its own.
+        least_block: Features of the smallest block of the weights of 8 bits; 0 if there are none.
         max_k: Most features of a row that a product reads.
         max_norm: Most features of a row that is normalised.
         max_bias: Most numbers of biases that one block keeps.
@@ -47,6 +46,7 @@ class Program:
     position: int = 0
     operations: list[records.Record] = field(default_factory=list)
     shapes: list[records.Shape] = field(default_factory=list)
+    least_block: int = 0
     max_k: int = 128
     max_norm: int = 128
     max_bias: int = 1024
@@ -160,20 +160,37 @@ class Builder:
         self.program.operations.append(record)
 
     def _norm(
-        self, record: records.Record, norm: normalize.Norm | None, names: list[str], width: int, form: int
+        self,
+        record: records.Record,
+        norm: normalize.Norm | None,
+        names: list[str],
+        width: int,
+        form: int,
+        pad: int = 32,
     ) -> str:
-        """Set the norm of an operation's input, and return its part of the shape; `names` of its weight and bias."""
+        """Set the norm of an operation's input, and return its part of the shape.
+
+        Args:
+            record: The operation.
+            norm: The norm, or None.
+            names: Names of its weight and bias.
+            width: Features of a row.
+            form: Format of the input.
+            pad: Number whose next multiple of features the kernel reads.
+        """
         for index, name in enumerate(names):
             record.pointers[1 + index] = self._place.vector(name)
         if norm is not None:
             wide = form in (records.WORDS_F32, records.PLAIN_F32)
-            if wide and width % 32:
-                raise NotRunnableError(f"a norm of {width} features in FP32, no multiple of 32")
+            if wide and width % pad:
+                raise NotRunnableError(f"a norm of {width} features in FP32, no multiple of {pad}")
             self.program.max_norm = max(self.program.max_norm, width)
             self.program.wide |= wide
-        self.program.max_k = max(self.program.max_k, (width + 31) // 32 * 32)
+        self.program.max_k = max(self.program.max_k, -(-width // pad) * pad)
         kind = records.NORMS[norm.kind if norm is not None else None]
-        constants = records.enum(K=width, IN=form, NORM=kind, NORM_WEIGHT=len(names) > 0, NORM_BIAS=len(names) > 1)
+        constants = records.enum(
+            K=width, PAD=pad, IN=form, NORM=kind, NORM_WEIGHT=len(names) > 0, NORM_BIAS=len(names) > 1
+        )
         return f"{constants} {records.number('epsilon', norm.epsilon if norm is not None else 0.0)}"
 
     def _residuals(self, record: records.Record, first: int, names: list[str]) -> str:
@@ -200,29 +217,32 @@ class Builder:
             sizes.append(n)
             widths.add(width)
             outs.append(out)
-        (k,) = widths
+        (k,), low = widths, spec.parts[0].low_bits
         if k % 8:
             raise NotRunnableError(f"{node.name} reads {k} features, no multiple of 8")
         body = [
-            self._norm(record, spec.norm, norms, k, form),
+            self._norm(record, spec.norm, norms, k, form, 64 if low else 32),
             self._residuals(record, first, rest),
-            *_parts(spec.parts, sizes, outs),
+            records.enum(BITS=low.bits if low else 16, BLOCK=low.block if low else 0),
+            *shapes.product_parts(spec.parts, sizes, outs),
         ]
         return records.Shape("product", "\n  ".join(body))
 
     def _part(self, record: records.Record, first: int, part: product.Part, names: list[str]) -> tuple[int, int]:
         """Set the weights and biases of a part, the next of `names`, and return the shape of its weight, [N, K]."""
-        weight = self._place.weight(names.pop(0), part.transposed)
-        addresses = [weight.data_ptr(), 0, 0, 0]
-        if part.has_bias:
-            addresses[records.PART.index("bias")] = self._place.vector(names.pop(0))
-        if part.gated:
-            addresses[records.PART.index("gate")] = self._place.weight(names.pop(0), part.transposed).data_ptr()
-        if part.gate_bias:
-            addresses[records.PART.index("gate_bias")] = self._place.vector(names.pop(0))
-        for offset, address in enumerate(addresses):
-            record.pointers[first + offset] = address
-        return weight.shape[0], weight.shape[1]
+        weights = list(part.take(names))
+        for weight, matrix, bias in zip(weights, ("weight", "gate"), ("bias", "gate_bias"), strict=False):
+            placed = self._place.weight(weight.matrix, part.transposed)
+            record.pointers[first + records.PART.index(matrix)] = placed.data_ptr()
+            if weight.bias is not None:
+                record.pointers[first + records.PART.index(bias)] = self._place.vector(weight.bias)
+        if part.low_bits is None:
+            return placed.shape[0], placed.shape[1]
+        scales = self._place.scales([weight.scales[0] for weight in weights], records.UNITS // len(weights))
+        record.pointers[first + records.PART.index("scales")] = scales
+        block = part.low_bits.block
+        self.program.least_block = min(self.program.least_block or block, block)
+        return placed.shape[0], part.low_bits.features
 
     def _normalize(self, record: records.Record, node: Node, spec: normalize.Normalize) -> records.Shape:
         """Fill in a norm, and return its shape."""
@@ -230,7 +250,9 @@ class Builder:
         record.pointers[0], form = self._place.value(source)
         norms = [rest.pop(0) for has in (spec.has_weight, spec.has_bias) if has]
         width = self._plan.trace.values[node.outputs[0]].shape[-1]
-        record.pointers[records.FIRST_PART + 4], out = self._place.output(node.outputs[0], spec.dtype, width)
+        record.pointers[records.FIRST_PART + records.PART.index("out")], out = self._place.output(
+            node.outputs[0], spec.dtype, width
+        )
         body = [
             self._norm(record, spec.norm, norms, width, form),
             self._residuals(record, records.FIRST_PART + len(records.PART), rest),
@@ -264,7 +286,7 @@ class Builder:
             if heads is not None and heads.norm is not None:
                 record.pointers[8 + index] = self._place.vector(rest.pop(0))
             repeat = heads.count // spec.kv_heads if heads is not None and index else 1
-            body.append(f"struct {name} {{ {_heads(heads, form, self._place.width(row), repeat, index < 2)} }};")
+            body.append(f"struct {name} {{ {shapes.cut_of(heads, form, self._place.width(row), repeat, index < 2)} }};")
         group = spec.query.count // spec.kv_heads
         self.program.heads.add((spec.query.size, group))
         splits = self._splits(record, spec, group)
@@ -346,45 +368,3 @@ class Builder:
                 records.function("float", "bias_scale", [float(bias.scale) for bias in kinds]),
             ]
         )
-
-
-def _parts(parts: Sequence[product.Part], sizes: Sequence[int], outs: Sequence[int]) -> list[str]:
-    """Return what is constant in the parts of a product, of these numbers of features and formats of the outputs."""
-    groups = [-(-n // (GATED_UNITS if part.gated else UNITS)) for n, part in zip(sizes, parts, strict=True)]
-    return [
-        records.enum(
-            PARTS=len(parts),
-            GROUPS=sum(groups),
-            BIASES=any(part.has_bias or part.gate_bias for part in parts),
-            GATES=any(part.gated for part in parts),
-            SAME_OUT=len(set(outs)) == 1,
-        ),
-        records.function("int", "n", sizes),
-        records.function("int", "groups", groups),
-        records.function("int", "out", outs),
-        records.function("bool", "gated", [part.gated for part in parts]),
-        records.function("int", "act", [records.ACTIVATIONS.index(part.activation.name) for part in parts]),
-        records.function("float", "alpha", [float(part.alpha) for part in parts]),
-        records.function("float", "beta", [float(part.beta) for part in parts]),
-        records.function("float", "limit", [float(part.activation.limit) for part in parts]),
-    ]
-
-
-def _heads(heads: attention.Heads | None, form: int, width: int, repeat: int, rotated: bool) -> str:
-    """Return how heads are cut, as members of a struct."""
-    if heads is None:
-        return ""
-    norm = heads.norm
-    constants = records.enum(
-        START=heads.start,
-        PER_GROUP=heads.per_group,
-        GROUP_STRIDE=heads.group_stride,
-        STRIDE=heads.stride,
-        REPEAT=repeat,
-        FORMAT=form,
-        WIDTH=width,
-        NORMED=norm is not None,
-        ROTATED=rotated,
-    )
-    epsilon = records.number("epsilon", norm.epsilon if norm is not None else 0.0)
-    return f"{constants} {records.number('scale', heads.scale)} {epsilon}"

@@ -9,11 +9,12 @@ WORDS, WORDS_F32, PLAIN, PLAIN_F32 = range(4)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "tanh", "sigmoid", "softcap")
 NORMS = {None: 0, "rms": 1, "layer": 2}
 ANGLES = ("full", "halves", "pairs")
-MAX_POINTERS = 30
-PART = ("weight", "gate", "bias", "gate_bias", "out")
+MAX_POINTERS = 34
+PART = ("weight", "gate", "scales", "bias", "gate_bias", "out")
 FIRST_PART = 3  # after x, weight and bias of the norm
 KV_BYTES = 16384  # of keys or values in a slot of the ring
-SLOT_BYTES = 8 * (1024 * 2 + 64) + 16  # of a slot of the ring, with its barriers: see common.cu
+SEGMENT = 2048  # bytes of a weight's row in a slot of the ring
+UNITS = 8  # rows of weights in a slot
 
 
 class Record(ctypes.Structure):
@@ -36,6 +37,16 @@ class Shape:
 
     kind: str
     body: str
+
+
+def slot_bytes(least_block: int) -> int:
+    """Return the bytes of a slot of the ring, with its barriers: see `common.cu`.
+
+    Args:
+        least_block: Features of the smallest block of the weights of 8 bits; 0 where there are none.
+    """
+    scales = SEGMENT // least_block * UNITS * 2 if least_block else 0
+    return UNITS * (SEGMENT + 64) + scales + 16
 
 
 def keys_in_slot(size: int) -> int:

@@ -1,18 +1,22 @@
 """Products of one row of features with weights, and what is computed of each feature alone before and after."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from accel.engine.low_bits import LowBits
 from accel.engine.operations.activations import Activation
 from accel.engine.operations.normalize import Norm
 from accel.engine.operations.normalize import reference as normalized
 
 IDENTITY = Activation()
+Item = TypeVar("Item")  # a tensor, or its name
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Part:
         has_bias: Whether a bias [N] is added.
         gated: Whether a second weight of the same shape and layout gives a factor of every feature.
         gate_bias: Whether that has a bias, too.
+        low_bits: How the weights are stored, if in few bits; they are `transposed` then. Scales, and zero points where
+            they are stored, follow each weight.
     """
 
     alpha: float = 1.0
@@ -36,6 +42,29 @@ class Part:
     has_bias: bool = False
     gated: bool = False
     gate_bias: bool = False
+    low_bits: LowBits | None = None
+
+    def take(self, rest: list[Item]) -> Iterator["Weight[Item]"]:
+        """Yield the weight, and the gate where there is one, of the tensors that begin `rest`; they are removed."""
+        extra = 0 if self.low_bits is None else 1 + self.low_bits.zero_points
+        for has_bias in (self.has_bias, self.gate_bias)[: 1 + self.gated]:
+            matrix, *others = (rest.pop(0) for _ in range(1 + extra))
+            yield Weight(matrix, others, rest.pop(0) if has_bias else None)
+
+
+@dataclass(frozen=True)
+class Weight(Generic[Item]):
+    """The tensors of a weight.
+
+    Attributes:
+        matrix: The weight, or its integers.
+        scales: Scales of integers, and their zero points where they are stored; else empty.
+        bias: Its bias, or None.
+    """
+
+    matrix: Item
+    scales: list[Item]
+    bias: Item | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +72,7 @@ class Product:
     """Products of one x with several weights.
 
     The tensors follow each other in this order: x; weight and bias of the norm, where it has them; for each part its
-    weight, bias, gate and bias of the gate, where it has them; residuals.
+    weight, bias, gate and bias of the gate, where it has them, with the scales of each (see `Part`); residuals.
 
     Attributes:
         norm: Norm of x, or None.
@@ -65,7 +94,8 @@ class Product:
 def product(x: Tensor, *tensors: Tensor, spec: Product) -> tuple[Tensor, ...]:
     """Return the output of every part.
 
-    Products are of the weights' dtype, with sums in FP32; all else is computed in FP32.
+    Products are of the weights' dtype, with sums in FP32; all else is computed in FP32. Rows are rounded to the scales'
+    dtype where weights are of few bits, which are dequantized and multiplied in FP32.
 
     Args:
         x: [B, ...], K elements a row.
@@ -78,29 +108,34 @@ def product(x: Tensor, *tensors: Tensor, spec: Product) -> tuple[Tensor, ...]:
     rest = list(tensors)
     rows = x.reshape(len(x), 1, -1)
     if spec.norm is not None:
-        weight = rest.pop(0) if spec.norm_weight else None
-        rows = spec.norm(rows, weight, rest.pop(0) if spec.norm_bias else None)
+        scale = rest.pop(0) if spec.norm_weight else None
+        rows = spec.norm(rows, scale, rest.pop(0) if spec.norm_bias else None)
     outputs = []
     for part in spec.parts:
-        y = part.activation(_linear(rows, rest, part.transposed, part.alpha, part.has_bias))
-        if part.gated:
-            y = y * _linear(rows, rest, part.transposed, 1.0, part.gate_bias)
+        weight, *gates = part.take(rest)
+        y = part.activation(_linear(rows, weight, part, part.alpha))
+        for gate in gates:
+            y = y * _linear(rows, gate, part, 1.0)
         outputs.append(y * part.beta if part.beta != 1 else y)
     for residual in rest:
         outputs[0] = outputs[0] + residual.reshape(outputs[0].shape)
     return tuple(output.to(spec.dtype) for output in outputs)
 
 
-def _linear(x: Tensor, tensors: list[Tensor], transposed: bool, alpha: float, has_bias: bool) -> Tensor:
-    """Return alpha * x @ weight + bias in FP32, of the first one or two tensors, which are removed.
+def _linear(x: Tensor, weight: Weight[Tensor], part: Part, alpha: float) -> Tensor:
+    """Return alpha * x @ weight + bias in FP32.
 
     A factor below 1 comes before the product, which 16-bit formats may have to hold, and one above after it.
     """
-    weight = tensors.pop(0)
     x = x.float() * alpha if abs(alpha) < 1 else x
-    y = functional.linear(x.to(weight.dtype), weight if transposed else weight.mT).float()
+    if part.low_bits is not None:
+        x = x.to(weight.scales[0].dtype).float()
+        y = functional.linear(x, part.low_bits.dequantize(weight.matrix, *weight.scales))
+    else:
+        matrix = weight.matrix if part.transposed else weight.matrix.mT
+        y = functional.linear(x.to(matrix.dtype), matrix).float()
     y = y * alpha if abs(alpha) > 1 else y
-    return y + tensors.pop(0).float() if has_bias else y
+    return y if weight.bias is None else y + weight.bias.float()
 
 
 Array = NDArray[Any]
@@ -119,19 +154,40 @@ def reference(x: Array, *tensors: Array, spec: Product) -> list[Array]:
     """
     rest = list(tensors)
     if spec.norm is not None:
-        weight = rest.pop(0) if spec.norm_weight else None
-        x = normalized(x, weight, rest.pop(0) if spec.norm_bias else None, norm=spec.norm)
+        scale = rest.pop(0) if spec.norm_weight else None
+        x = normalized(x, scale, rest.pop(0) if spec.norm_bias else None, norm=spec.norm)
     outputs = []
     for part in spec.parts:
-        weight = rest.pop(0)
-        y = part.alpha * (x @ (weight.T if part.transposed else weight))
-        y = y + rest.pop(0) if part.has_bias else y
-        y = part.activation(torch.from_numpy(y)).numpy()
-        if part.gated:
-            gate = rest.pop(0)
-            factor = x @ (gate.T if part.transposed else gate)
-            y = y * (factor + rest.pop(0) if part.gate_bias else factor)
+        weight, *gates = part.take(rest)
+        y = part.activation(torch.from_numpy(_multiplied(x, weight, part, part.alpha))).numpy()
+        for gate in gates:
+            y = y * _multiplied(x, gate, part, 1.0)
         outputs.append(y * part.beta)
     for residual in rest:
         outputs[0] = outputs[0] + residual
     return outputs
+
+
+def _multiplied(x: Array, weight: Weight[Array], part: Part, alpha: float) -> Array:
+    """Return alpha * x @ weight + bias in the dtype of x."""
+    matrix = weight.matrix.T if part.transposed else weight.matrix
+    if part.low_bits is not None:
+        matrix = _dequantized(weight, part.low_bits).T.astype(x.dtype)
+    y = alpha * (x @ matrix)
+    return y if weight.bias is None else y + weight.bias
+
+
+def _dequantized(weight: Weight[Array], low: LowBits) -> Array:
+    """Return a weight of few bits as [N, K], in float64: block by block, unlike `LowBits.dequantize`."""
+    data, (scales, *zeros) = weight.matrix.astype(np.int64), weight.scales
+    result = np.zeros((len(data), low.features))
+    for feature in range(low.features):
+        block, place = divmod(feature, low.block)
+        byte = data[:, block, place * low.bits // 8]
+        zero = zeros[0].reshape(len(data), -1).astype(np.int64)[:, block * low.bits // 8] if zeros else None
+        if low.bits == 4:
+            byte = byte >> 4 if place % 2 else byte & 15
+            zero = None if zero is None else zero >> 4 if block % 2 else zero & 15
+        middle = 2 ** (low.bits - 1) if zero is None else zero
+        result[:, feature] = (byte - middle) * scales.reshape(len(data), -1)[:, block]
+    return result

@@ -10,6 +10,7 @@ from accel.engine.operators import (
     attention,
     indexing,
     logic,
+    low_bits,
     normalization,
     products,
     reductions,
@@ -18,7 +19,7 @@ from accel.engine.operators import (
 from accel.engine.registry import OPERATORS, Operator
 from accel.errors import AccelError
 
-KINDS = (arithmetic, attention, indexing, logic, normalization, products, reductions, shapes)
+KINDS = (arithmetic, attention, indexing, logic, low_bits, normalization, products, reductions, shapes)
 
 
 def find_operator(domain: str, name: str, node: str) -> Operator:

@@ -8,7 +8,7 @@ from itertools import groupby
 from accel.engine.nodes import Graph, Node
 from accel.engine.operations.attention import Attention
 from accel.engine.operations.normalize import Normalize
-from accel.engine.operations.product import Part, Product
+from accel.engine.operations.product import Part, Product, Weight
 from accel.engine.planning.buffers import Workspace, place_values, steps
 from accel.engine.planning.trace import BATCH, PRODUCTS, Lengths, Trace, evaluate_shapes
 
@@ -158,21 +158,25 @@ def _describe(node: Node, graph: Graph) -> str:
 
 def _product(spec: Product, node: Node, graph: Graph) -> str:
     """Return a product in words: `rms norm -> 2048 x 3072 q_proj + bias`."""
-    names = iter(node.inputs[1 + spec.norm_weight + spec.norm_bias :])
+    names = list(node.inputs[1 + spec.norm_weight + spec.norm_bias :])
 
-    def weight(part: Part, has_bias: bool) -> str:
-        """Return a weight's shape [K, N] and name, and that of its bias."""
-        name = next(names)
-        shape = graph.constants[name].shape[::-1] if part.transposed else graph.constants[name].shape
-        bias = f" + {_short(next(names))}" if has_bias else ""
-        return f"{shape[0]} x {shape[1]} {_short(name)}{bias}"
+    def describe(part: Part, weight: Weight[str]) -> str:
+        """Return a weight's shape [K, N] and name, its format in few bits, and its bias."""
+        low, shape = part.low_bits, graph.constants[weight.matrix].shape
+        outputs, inputs = shape[:2] if part.transposed else shape[::-1]
+        name, kind = _short(weight.matrix), ""
+        if low is not None:
+            inputs, kind = low.features, f" in {low}"
+            name = _short(weight.matrix.removesuffix(f".int{low.bits}.data"))
+        return f"{inputs} x {outputs} {name}{kind}" + ("" if weight.bias is None else f" + {_short(weight.bias)}")
 
     parts = []
     for part in spec.parts:
-        text = weight(part, part.has_bias)
+        weight, *gates = part.take(names)
+        text = describe(part, weight)
         text = f"{part.alpha:.4g} * {text}" if part.alpha != 1 else text
         text = f"{part.activation}({text})" if part.activation.name != "none" else text
-        text = f"{text} * ({weight(part, part.gate_bias)})" if part.gated else text
+        text = "".join([text, *(f" * ({describe(part, gate)})" for gate in gates)])
         parts.append(f"({text}) * {part.beta:.4g}" if part.beta != 1 else text)
     before = f"{spec.norm} -> " if spec.norm else ""
     return before + ", ".join(parts) + " + residual" * spec.residuals

@@ -146,11 +146,11 @@ def _gated(matcher: Matcher, drafts: dict[str, Draft]) -> dict[str, Draft]:
 
 
 def _groups(trace: Trace, drafts: Iterable[Draft]) -> list[list[Draft]]:
-    """Return products together that share their input, and dtypes of weight and output, and have no residuals."""
+    """Return products together that share their input, and formats of weight and output, and have no residuals."""
     groups: dict[tuple[Any, ...], list[Draft]] = {}
     for draft in drafts:
         alone = id(draft) if draft.residuals else 0
-        dtypes = (trace.dtype(draft.tensors[0]), trace.dtype(draft.output))
+        dtypes = (trace.dtype(draft.tensors[0]), draft.part.low_bits, trace.dtype(draft.output))
         key = (draft.source, id(draft.norm) if draft.norm else 0, dtypes, alone)
         groups.setdefault(key, []).append(draft)
     return list(groups.values())

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from accel.engine.low_bits import LowBits
 from accel.engine.nodes import Node
 from accel.engine.operations.product import Part, Product
 from accel.engine.planning.activations import match_activation
 from accel.engine.planning.linear_maps import RESHAPES, VIEWS, is_float_cast
 from accel.engine.planning.patterns import NORMS, Fused, Matcher
-from accel.engine.planning.trace import PRODUCTS, NoMatchError, Trace
+from accel.engine.planning.trace import LOW_BIT_PRODUCT, PRODUCTS, NoMatchError, Trace
 
 
 @dataclass
@@ -38,9 +39,55 @@ def weight_of(matcher: Matcher, node: Node) -> str | None:
     """Return the weight that a node multiplies the hidden state with; None if it is no such product."""
     if node.kind not in PRODUCTS or node.inputs[0] not in matcher.hidden or node.inputs[1] in matcher.hidden:
         return None
-    weight = node.inputs[1]
-    known = weight in matcher.trace.values and len(matcher.trace.shape(weight)) == 2
+    weight, axes = node.inputs[1], 3 if node.kind == LOW_BIT_PRODUCT else 2
+    known = weight in matcher.trace.values and len(matcher.trace.shape(weight)) == axes
     return weight if known and weight not in matcher.trace.graph.runtime else None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The weight of a product's node.
+
+    Attributes:
+        tensors: Name of the weight; where it has few bits, of its integers, their scales and their zero points.
+        part: How it is stored, and the factor of the product.
+        width: Features of the rows.
+        features: Features of the product.
+        bias: Name of the bias that the node adds; empty if it adds none.
+    """
+
+    tensors: list[str]
+    part: Part
+    width: int
+    features: int
+    bias: str
+
+
+def _weight(matcher: Matcher, node: Node) -> Weight:
+    """Return the weight of a node that multiplies the hidden state.
+
+    Raises:
+        NoMatchError: It is no constant, or the node computes more than the operation.
+    """
+    trace, factor, attributes = matcher.trace, weight_of(matcher, node), node.attributes
+    if factor is None:
+        raise NoMatchError(f"{node.name} has no constant weight")
+    if node.kind == LOW_BIT_PRODUCT:
+        data, scales, zero_points, order, bias = (*node.inputs[1:], *[""] * 4)[:5]
+        tensors = [data, scales, *([zero_points] if zero_points else [])]
+        if order or any(name not in trace.graph.constants for name in tensors) or not trace.is_weight(scales):
+            raise NoMatchError(f"{node.name} has no constant weight in blocks of consecutive features")
+        low = LowBits(attributes.get("bits", 4), attributes["block_size"], attributes["K"], bool(zero_points))
+        return Weight(tensors, Part(transposed=True, low_bits=low), low.features, attributes["N"], bias)
+    name, turned = trace.stored(factor)
+    if not trace.is_weight(name):
+        raise NoMatchError(f"{node.name} has no constant weight of floating-point numbers")
+    if attributes.get("transA", 0) or attributes.get("beta", 1.0) != 1:
+        raise NoMatchError(f"{node.name} transposes its first factor or scales its bias")
+    transposed = bool(attributes.get("transB", 0)) != turned
+    width, features = trace.shape(name)[::-1] if transposed else trace.shape(name)
+    part = Part(alpha=attributes.get("alpha", 1.0), transposed=transposed)
+    return Weight([name], part, width, features, node.inputs[2] if len(node.inputs) > 2 else "")
 
 
 def match_product(matcher: Matcher, node: Node) -> Draft:
@@ -49,17 +96,9 @@ def match_product(matcher: Matcher, node: Node) -> Draft:
     Raises:
         NoMatchError: It is none that the operation computes.
     """
-    trace, factor = matcher.trace, weight_of(matcher, node)
-    weight, turned = trace.stored(factor) if factor else ("", False)
-    if not trace.is_weight(weight):
-        raise NoMatchError(f"{node.name} has no constant weight of floating-point numbers")
-    attributes = node.attributes
-    if attributes.get("transA", 0) or attributes.get("beta", 1.0) != 1:
-        raise NoMatchError(f"{node.name} transposes its first factor or scales its bias")
-    transposed = bool(attributes.get("transB", 0)) != turned
-    shape = trace.shape(weight)
-    width, features = shape[::-1] if transposed else shape
-    source, alpha = matcher.row(node.inputs[0], width), attributes.get("alpha", 1.0)
+    trace, weight = matcher.trace, _weight(matcher, node)
+    width, features = weight.width, weight.features
+    source, alpha = matcher.row(node.inputs[0], width), weight.part.alpha
     before = trace.producer.get(source)
     scaled = None if before is None else trace.scaled(before)
     if scaled is not None and scaled[0] in matcher.hidden and trace.uses[source] == 1:
@@ -72,11 +111,11 @@ def match_product(matcher: Matcher, node: Node) -> Draft:
             source, norm = matcher.row(before.inputs[0], width), before
         except NoMatchError as reason:
             matcher.note(before.name, reason)
-    draft = Draft(source, norm, Part(alpha=alpha, transposed=transposed), [weight], node.outputs[0], [node])
-    if len(node.inputs) > 2 and node.inputs[2]:
-        if not _is_bias(trace, node.inputs[2], features):
-            raise NoMatchError(f"{node.name} adds {node.inputs[2]}, which is no constant vector of {features} numbers")
-        draft.tensors.append(node.inputs[2])
+    draft = Draft(source, norm, replace(weight.part, alpha=alpha), list(weight.tensors), node.outputs[0], [node])
+    if weight.bias:
+        if not _is_bias(trace, weight.bias, features):
+            raise NoMatchError(f"{node.name} adds {weight.bias}, which is no constant vector of {features} numbers")
+        draft.tensors.append(weight.bias)
         draft.part = replace(draft.part, has_bias=True)
     _skip_reshapes(matcher, draft, features)
     if not draft.part.has_bias:
@@ -244,6 +283,7 @@ def _have_same_rows(trace: Trace, first: Draft, second: Draft) -> bool:
         first.source == second.source
         and first.norm is second.norm
         and first.part.transposed == second.part.transposed
+        and first.part.low_bits == second.part.low_bits
         and weights[0].shape == weights[1].shape
         and weights[0].dtype == weights[1].dtype
     )

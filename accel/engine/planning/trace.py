@@ -24,7 +24,8 @@ Lengths = Mapping[str | None, int]
 BATCH = 3  # rows of the example: more than one, so that a row's elements can be told from the batch
 LENGTHS = (7, 11, 13, 17)  # lengths of axes with different symbols in the example: caches, encoder outputs
 OTHER_BATCH, OTHER_LENGTHS = 5, (19, 23, 29, 31)  # of a second example, to tell what depends on lengths
-PRODUCTS = {("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul")}
+LOW_BIT_PRODUCT = (MICROSOFT, "MatMulNBits")
+PRODUCTS = {("", "MatMul"), ("", "Gemm"), (MICROSOFT, "FusedMatMul"), LOW_BIT_PRODUCT}
 KNOWN = 1 << 16  # constants of more elements are traced by their shape alone
 
 
@@ -179,6 +180,8 @@ def _results(node: Node, inputs: list[Tensor | None], is_known: bool) -> dict[st
         AccelError: Torch refuses its inputs.
     """
     attributes = node.attributes
+    if node.kind == LOW_BIT_PRODUCT and not is_known and inputs[0] is not None:  # without dequantizing the weight
+        return {node.outputs[0]: inputs[0][..., :1].expand(*inputs[0].shape[:-1], attributes["N"])}
     if node.kind in PRODUCTS and not is_known and not attributes.get("transA", 0):
         first, second = inputs[0], inputs[1]
         if first is not None and second is not None and second.ndim == 2:

@@ -1,12 +1,14 @@
 """A small plan with all fused operations, as it is without a checkpoint or an export."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from accel.engine.low_bits import LowBits
 from accel.engine.nodes import Graph, Node, classify
 from accel.engine.operations.activations import Activation
 from accel.engine.operations.attention import Attention, Bias, Heads
@@ -59,16 +61,44 @@ def _attention(sizes: Sizes, fixed: bool) -> Attention:
     return Attention(query, new, new, count, None, size**-0.5, 0.0, biases, FP16)
 
 
-def layered(sizes: Sizes, seed: int = 0) -> Plan:
-    """Return the plan of a decoder with random weights in FP16."""
+def quantized(weight: Tensor, low: LowBits) -> tuple[Tensor, Tensor]:
+    """Return a weight [N, K] in 8 bits: integers uint8 [N, blocks, block], whose padding is 255, and scales in FP16."""
+    n, k = weight.shape
+    blocks = functional.pad(weight.float(), (0, -k % low.block)).reshape(n, -1, low.block)
+    scales = (blocks.abs().amax(-1) / 127).clamp_min(1e-6).half()
+    data = (blocks / scales[..., None].float()).round().add(128).clamp(0, 255).to(torch.uint8)
+    data.view(n, -1)[:, k:] = 255  # nothing may read it
+    return data, scales
+
+
+def layered(sizes: Sizes, seed: int = 0, low: LowBits | None = None, mixed: bool = False) -> Plan:
+    """Return the plan of a decoder with random weights in FP16, or in few bits: those of K features in `low`.
+
+    Args:
+        sizes: Its sizes.
+        seed: Of the weights.
+        low: How weights are stored; its number of features is replaced by that of each weight.
+        mixed: Products behind attention, and those of its heads, stay in FP16.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, Tensor] = {}
     nodes: list[Node] = []
     queries, new = sizes.heads * sizes.size, sizes.kv_heads * sizes.size
 
-    def weight(name: str, n: int, k: int) -> str:
-        weights[name] = (torch.randn(n, k, generator=generator) / k**0.5).half()
-        return name
+    def weight(name: str, n: int, k: int) -> list[str]:
+        matrix = torch.randn(n, k, generator=generator) / k**0.5
+        if low is None or in_fp16(name):
+            weights[name] = matrix.half()
+            return [name]
+        weights[f"{name}.data"], weights[f"{name}.scales"] = quantized(matrix, low)
+        return [f"{name}.data", f"{name}.scales"]
+
+    def in_fp16(name: str) -> bool:
+        return mixed and name.endswith((".o.w", ".q.w", ".k.w", ".v.w"))
+
+    def part_of(name: str, k: int, **options: Any) -> Part:
+        few = None if low is None or in_fp16(name) else replace(low, features=k)
+        return Part(transposed=True, low_bits=few, **options)
 
     def scale(name: str) -> str:
         weights[name] = (1 + torch.randn(sizes.width, generator=generator) / 8).half()
@@ -87,24 +117,30 @@ def layered(sizes: Sizes, seed: int = 0) -> Plan:
     for i in range(sizes.layers):
         shapes = {f"{i}.q": queries, f"{i}.k": new, f"{i}.v": new}
         rows = list(shapes)
-        products = Product(NORM, True, False, tuple(Part(transposed=True) for _ in rows), 0, FP16)
-        inputs = [row, scale(f"{i}.norm"), *(weight(f"{name}.w", n, sizes.width) for name, n in shapes.items())]
+        products = Product(NORM, True, False, tuple(part_of(f"{name}.w", sizes.width) for name in rows), 0, FP16)
+        inputs = [row, scale(f"{i}.norm")]
+        inputs += [each for name, n in shapes.items() for each in weight(f"{name}.w", n, sizes.width)]
         add("product", products, inputs, rows)
         caches = [f"{i}.keys", f"{i}.values"]
         outputs = [f"{i}.heads", *(f"{name}.new" for name in caches)]
         heads = add("attention", _attention(sizes, False), [*rows, "position", *caches, "mask"], outputs)
-        part = Part(transposed=True)
-        row = product(f"{i}.o", [heads, weight(f"{i}.o.w", sizes.width, queries), row], part, False, 1)
-        inputs = [row, scale(f"{i}.cross.norm"), weight(f"{i}.cross.q.w", queries, sizes.width)]
-        inputs = [product(f"{i}.cross.q", inputs, part, True), f"{i}.cross.keys", f"{i}.cross.values"]
+        part = part_of(f"{i}.o.w", queries)
+        row = product(f"{i}.o", [heads, *weight(f"{i}.o.w", sizes.width, queries), row], part, False, 1)
+        inputs = [row, scale(f"{i}.cross.norm"), *weight(f"{i}.cross.q.w", queries, sizes.width)]
+        inputs = [
+            product(f"{i}.cross.q", inputs, part_of(f"{i}.cross.q.w", sizes.width), True),
+            f"{i}.cross.keys",
+            f"{i}.cross.values",
+        ]
         heads = add("cross attention", _attention(sizes, True), inputs, [f"{i}.cross"])
-        row = product(f"{i}.cross.o", [heads, weight(f"{i}.cross.o.w", sizes.width, queries), row], part, False, 1)
-        gated = Part(transposed=True, activation=Activation("silu"), gated=True)
-        gates = [weight(f"{i}.{name}.w", sizes.inner, sizes.width) for name in ("up", "gate")]
+        row = product(f"{i}.cross.o", [heads, *weight(f"{i}.cross.o.w", sizes.width, queries), row], part, False, 1)
+        gated = part_of(f"{i}.up.w", sizes.width, activation=Activation("silu"), gated=True)
+        gates = [each for name in ("up", "gate") for each in weight(f"{i}.{name}.w", sizes.inner, sizes.width)]
         inner = product(f"{i}.up", [row, scale(f"{i}.up.norm"), *gates], gated, True)
-        row = product(f"{i}.down", [inner, weight(f"{i}.down.w", sizes.width, sizes.inner), row], part, False, 1)
+        inputs = [inner, *weight(f"{i}.down.w", sizes.width, sizes.inner), row]
+        row = product(f"{i}.down", inputs, part_of(f"{i}.down.w", sizes.inner), False, 1)
     row = add("normalize", Normalize(NORM, True, False, FP16), [row, scale("norm")], ["normed"])
-    product("logits", [row, weight("head", sizes.vocabulary, sizes.width)], part, False)
+    product("logits", [row, *weight("head", sizes.vocabulary, sizes.width)], part_of("head", sizes.width), False)
     names = [name for i in range(sizes.layers) for name in (f"{i}.keys", f"{i}.values")]
     fixed = [name.replace(".", ".cross.") for name in names]
     dtypes = dict.fromkeys(["x", "mask", *names, *fixed], FP16) | {"position": torch.int64}

@@ -12,6 +12,7 @@ from accel.engine.kernel.launch import Kernel, Target
 from accel.engine.kernel.program import Builder
 from accel.engine.kernel.records import FIRST_PART, PART
 from accel.engine.kernel.watchdog import Watchdog
+from accel.engine.low_bits import LowBits
 from tests.engine.kernel.layers import Sizes, begin_step, layered, tensors_of
 
 pytestmark = pytest.mark.gpu
@@ -31,8 +32,15 @@ def block_count() -> int:
 class Decoder:
     """A plan with random weights, bound to tensors on the GPU."""
 
-    def __init__(self, sizes: Sizes = SIZES, seed: int = 0, filled: bool = False) -> None:
-        self.plan = layered(sizes, seed)
+    def __init__(
+        self,
+        sizes: Sizes = SIZES,
+        seed: int = 0,
+        filled: bool = False,
+        low: LowBits | None = None,
+        mixed: bool = False,
+    ) -> None:
+        self.plan = layered(sizes, seed, low, mixed)
         self.arguments = (self.plan, sizes, ROWS, DEVICE, filled)
         self.tensors = tensors_of(*self.arguments)
         self.weights: dict[str, Tensor] = {}

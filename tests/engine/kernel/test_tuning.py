@@ -220,11 +220,13 @@ def test_spare_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     for settings in (DEFAULT, Tuning(spare_slots=2)):
         launch.Kernel(program(settings=settings), CPU, None, target=Target(200_000, bulk=True))  # type: ignore[arg-type]
     memory = [int(code.split("#define MEMORY ")[1].split("\n")[0]) for code in loaded]
-    assert memory == [200_000, 200_000 - 2 * records.SLOT_BYTES]
+    assert memory == [200_000, 200_000 - 2 * records.slot_bytes(0)]
     common = source(program(), Target(200_000, bulk=True))
     assert "SLOTS = (MEMORY - (int)sizeof(Rest) - 128) / (SLOT_BYTES + 16);" in common
-    assert "UNIT_BYTES = SEGMENT * 2 + 64;" in common
-    assert "SLOT_BYTES = UNITS * UNIT_BYTES;" in common
+    assert f"SEGMENT = {records.SEGMENT};" in common
+    assert "UNIT_BYTES = SEGMENT + 64;" in common
+    assert "SCALE_BYTES = LOW_BITS ? SEGMENT / (LOW_BITS ? LEAST_BLOCK : 1) * UNITS * 2 : 0;" in common
+    assert "SLOT_BYTES = UNITS * UNIT_BYTES + SCALE_BYTES;" in common
 
 
 @pytest.mark.gpu

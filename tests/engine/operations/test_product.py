@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from accel.engine.low_bits import LowBits
 from accel.engine.operations.activations import ACTIVATIONS, Activation
 from accel.engine.operations.normalize import Norm
 from accel.engine.operations.product import Part, Product, product, reference
@@ -96,3 +97,24 @@ def test_a_factor_keeps_a_product_in_range() -> None:
     x, weight = torch.full((1, 1, 64), 200.0).half(), torch.full((64, 2), 10.0).half()
     (found,) = product(x, weight, spec=replace(PLAIN, parts=(Part(alpha=0.125),), dtype=torch.float16))
     assert found.flatten().tolist() == [16000.0, 16000.0]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("low", [LowBits(8, 16, WIDTH), LowBits(4, 32, WIDTH, True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_weights_of_few_bits(low: LowBits, gated: bool, dtype: torch.dtype) -> None:
+    numbers = Numbers(dtype)
+    part = Part(0.3, transposed=True, has_bias=True, gated=gated, gate_bias=gated, low_bits=low)
+    tensors = [numbers(3, 1, WIDTH)]
+    blocks = -(-WIDTH // low.block)
+    for _ in range(1 + gated):
+        tensors.append(torch.randint(0, 256, (FEATURES, blocks, low.block * low.bits // 8), dtype=torch.uint8))
+        tensors.append(numbers(FEATURES, blocks, scale=2.0 ** -(low.bits + 2)))
+        if low.zero_points:
+            tensors.append(torch.randint(0, 256, (FEATURES, -(-blocks * low.bits // 8)), dtype=torch.uint8))
+        tensors.append(numbers(FEATURES))
+    spec = replace(PLAIN, parts=(part,), dtype=dtype)
+    (found,) = product(*tensors, spec=spec)
+    x, *rest = arrays(tensors)
+    (expected,) = reference(x.reshape(3, WIDTH), *rest, spec=spec)
+    check(found, expected, dtype)
