@@ -20,7 +20,7 @@ from accel.errors import AccelError, unknown
 from accel.evaluation import metrics
 from accel.evaluation.component_runner import max_positions
 from accel.graph.precision.formats import FORMATS
-from accel.graph.quantization.formats import BITS, formats
+from accel.graph.quantization.formats import BITS, CHANNEL, formats
 from accel.models import checkpoints
 from accel.models.option_check import check_options, option_names
 from accel.pipeline.runner import select_stages
@@ -186,14 +186,16 @@ def _check_weights(precision: PrecisionConfig, runtime: RuntimeConfig) -> None:
     for name in names:
         if name not in choices:
             raise unknown(f"format of {bits} bits in precision.weight_formats", name, choices)
-    if precision.dtype != "float32":
+    if precision.dtype == "float32" and runtime.device != "cpu":
+        advice = "precision=int8-fp16" if bits == 8 else "precision=fp16"
         raise AccelError(
-            f"precision.weight_bits={bits} with precision.dtype={precision.dtype}: the other values must be float32"
+            f"precision.weight_bits={bits} with precision.dtype=float32 is for a CPU, and runtime={runtime.name} "
+            f"computes on {runtime.device}. Use {advice}, or runtime=cpu"
         )
-    if runtime.device != "cpu":
+    if precision.dtype != "float32" and CHANNEL in names:
         raise AccelError(
-            f"precision.weight_bits={bits}: weights of {bits} bits are verified on the CPU only, and runtime="
-            f"{runtime.name} computes on {runtime.device}. Use runtime=cpu, or precision=fp16"
+            f"precision.weight_formats={names} with precision.dtype={precision.dtype}: the operator of {CHANNEL} takes "
+            "float32 only. Use blocks, such as block-128"
         )
 
 

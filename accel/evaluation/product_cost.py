@@ -18,13 +18,16 @@ REPEATS = 9  # of which the fastest counts
 FULL = "float32"
 
 
-def relative_errors(weight: np.ndarray, rows: np.ndarray, candidates: Mapping[str, WeightFormat]) -> dict[str, float]:
-    """Return the error of the product in each format, activations rounded as its operator does, relative to its norm.
+def relative_errors(
+    weight: np.ndarray, rows: np.ndarray, candidates: Mapping[str, WeightFormat], round_rows: bool = True
+) -> dict[str, float]:
+    """Return the error of the product in each format, relative to its norm.
 
     Args:
         weight: The weight, [in, out].
         rows: Activations, [rows, in].
         candidates: Formats by name.
+        round_rows: Round activations as the format's operator does on a CPU.
     """
     columns = np.linspace(0, weight.shape[1] - 1, min(COLUMNS, weight.shape[1])).astype(int)
     sample = np.ascontiguousarray(weight[:, columns], np.float32)
@@ -33,7 +36,8 @@ def relative_errors(weight: np.ndarray, rows: np.ndarray, candidates: Mapping[st
     errors = {}
     for name, format in candidates.items():
         restored = format.dequantize(format.quantize(sample), len(sample))  # type: ignore[arg-type]
-        errors[name] = float(np.linalg.norm(format.round_activations(rows) @ restored - expected)) / norm
+        rounded = format.round_activations(rows) if round_rows else rows
+        errors[name] = float(np.linalg.norm(rounded @ restored - expected)) / norm
     return errors
 
 

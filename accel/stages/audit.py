@@ -180,9 +180,21 @@ def unify_decoder_plans(
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
+    """Write `plan.json`, `weights.json` or both. Return what they say of nodes in FP32 and of weights in low bits."""
+    low_bits = config.precision.weight_bits is not None
+    found = weight_audit.run(config, inputs, architecture, out) if low_bits else {}
+    return {**found, **_plan_nodes(config, inputs, architecture, out)} if _plans_nodes(config) else found
+
+
+def _plans_nodes(config: Config) -> bool:
+    """Return whether nodes have to be chosen that stay in FP32: unless all do, and weights alone are lowered."""
+    return config.precision.weight_bits is None or config.precision.dtype != "float32"
+
+
+def _plan_nodes(
+    config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path
+) -> Mapping[str, Any]:
     """Write `plan.json`. Return the mix of precisions after each phase, and the nodes kept by each rule."""
-    if config.precision.weight_bits is not None:
-        return weight_audit.run(config, inputs, architecture, out)
     graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
     statistics, rows = read_statistics(inputs["calibrate"].folder)
     format = target_format(config)
@@ -262,7 +274,7 @@ def read_plans(folder: Path) -> dict[Component, plan.Plan]:
 
 
 def _inputs(config: Config) -> tuple[str, ...]:
-    statistics = ("calibrate",) if config.precision.weight_bits is None else ()
+    statistics = ("calibrate",) if _plans_nodes(config) else ()
     return ("checkpoint", "answers", "optimize", *statistics)
 
 

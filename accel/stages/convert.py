@@ -84,15 +84,15 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     models = {component: files.load(source / f"{component}.onnx") for component in architecture.components()}
     transpose_weights = TransposeWeights()
     transpose_weights.prepare(list(models.values()))
-    shares = {}
+    shares: dict[str, dict[str, float]] = {}
     for component in progress.track(architecture.components(), "converting"):
         model = models.pop(component)
-        if half:
-            convert_half(model, plans[component], FORMATS[config.precision.dtype])
-            shares[str(component)] = half_share(model)
         if quantize is not None:
             quantize(model)
             shares[str(component)] = low_bit_share(model)
+        if half:  # scales of quantized weights, too
+            convert_half(model, plans[component], FORMATS[config.precision.dtype])
+            shares[str(component)] = half_share(model) | shares.get(str(component), {})
         FuseSilu()(model)
         EliminateNoopCast()(model)  # in FP32 as well: models cast to the dtype of their weights
         if convert.fuse_transposed_matmul:

@@ -5,7 +5,7 @@
 struct Producer {
   Ring<SLOTS> ring, oldest;
   int under_way;
-  // Wait until the next slot is free, and the number of copies under way is below IN_FLIGHT.
+  // Wait until the next slot is free, and the number of copies under way is below LIMIT.
   template <int LIMIT = IN_FLIGHT> __device__ __forceinline__ void acquire(Shared& s) {
     if constexpr (LOW_BITS) {                      // operations have different limits
       for (; under_way >= LIMIT; under_way--) { wait(&s.full[oldest.slot], oldest.phase); oldest.next(); }
@@ -80,7 +80,8 @@ template <class C> __device__ __forceinline__ void produce_product(Shared& s, co
   using R = Rows<C>;
   constexpr int ROW = C::BITS < 16 ? (C::K * C::BITS / 8 + 15) & ~15 : C::K * 2;  // bytes to be copied
   constexpr int SCALES_OF_ROWS = R::BLOCKS_EACH * UNITS * 2, SCALES_OF_SLOT = R::FEATURES / R::BLOCK * UNITS * 2;
-  constexpr int LIMIT = C::BITS < 16 && ROW <= SEGMENT / 2 ? 2 * IN_FLIGHT : IN_FLIGHT;  // slots, of which these are half empty
+  constexpr int MORE = 2 * IN_FLIGHT < SLOTS ? 2 * IN_FLIGHT : SLOTS;  // each slot once, so that no copy's phase is missed
+  constexpr int LIMIT = C::BITS < 16 && ROW <= SEGMENT / 2 ? MORE : IN_FLIGHT;  // of slots that are half empty, more
   const int lane = this_thread() % 32;
   int first, count;
   share<C>(first, count);
