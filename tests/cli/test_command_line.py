@@ -124,7 +124,7 @@ def test_unknown_name(error_message: ErrorMessage, override: str, named: tuple[s
         (["precision=int4", "precision.weight_formats=[block-48]"], ("block-48", "block-64", "4 bits")),
         (["precision=int4", "precision.weight_formats=[channel]"], ("channel", "block-32-zero-point")),
         (["precision=int8", "precision.weight_formats=[]"], ("precision.weight_formats=[]", "channel", "block-256")),
-        (["precision=fp16", "precision.weight_bits=8", "precision.weight_formats=[block-32]"], ("float16", "float32")),
+        (["precision=int8-fp16", "precision.weight_formats=[channel]"], ("channel", "float16", "block-128")),
     ],
 )
 def test_weights_of_few_bits(error_message: ErrorMessage, overrides: list[str], named: tuple[str, ...]) -> None:
@@ -149,10 +149,10 @@ def test_choice_between_precisions(error_message: ErrorMessage, override: str, n
 
 
 def test_weights_of_few_bits_on_a_gpu(error_message: ErrorMessage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are verified on the CPU only, and the message says what to use instead."""
+    """Other values in FP32 are for a CPU, and the message says what to use instead."""
     monkeypatch.setattr("accel.cli.validate.check_device", lambda device: None)
     message = error_message("precision=int8", "runtime.device=cuda:0")
-    assert_names(message, "precision.weight_bits=8", "cuda:0", "runtime=cpu", "precision=fp16")
+    assert_names(message, "precision.weight_bits=8", "cuda:0", "runtime=cpu", "precision=int8-fp16")
 
 
 def test_unknown_model(error_message: ErrorMessage) -> None:
