@@ -91,20 +91,26 @@ def _show_plan(summary: Mapping[str, Any]) -> None:
 
 
 def _show_weights(summary: Mapping[str, Any]) -> None:
-    """Print how many weights got which format, and the trials that decided it."""
+    """Print how many weights got which format, and the trials that decided it: divergence ± its standard error."""
     console.table("formats of the products' weights", ("format", "weights"), summary["weights"].items())
     rows = [
         [
             trial["weights"],
             f"{trial['changed']} of {trial['tokens']}",
-            f"{trial['divergence']:.2g}",
+            f"{trial['divergence']:.2g} ± {trial['standard_error']:.1g}",
             f"{trial['error']:.2g}",
             "yes" if trial["passed"] else "no",
         ]
         for trial in summary["trials"]
     ]
     if rows:
-        columns = ("weights in low bits", "tokens changed", "divergence in nats", "error of other outputs", "passed")
+        columns = (
+            "weights in low bits",
+            "tokens changed",
+            "divergence in nats",
+            "error of other outputs",
+            "passed",
+        )
         console.table("trials against FP32", columns, rows)
 
 

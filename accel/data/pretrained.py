@@ -35,11 +35,25 @@ def load_config(folder: Path) -> PretrainedConfig:
 
 
 def load_generation_config(folder: Path) -> GenerationConfig:
-    """Return the generation config of a folder. Raises `AccelError` if it can't be read."""
+    """Return the generation config of a folder, made from its config.json where it has none.
+
+    Raises:
+        AccelError: One of them can't be read.
+    """
+    if not (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_model_config(load_config(folder))
     try:
         return GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise _unreadable(folder, "generation_config.json", error) from error
+
+
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Return the ids that end a text by the generation config of a folder; none if it names none."""
+    ends = load_generation_config(folder).eos_token_id
+    if ends is None:
+        return ()
+    return tuple(ends) if isinstance(ends, list) else (int(ends),)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -160,16 +160,24 @@ def _batch(
     return Batch("text", inputs, ids, mask, rows)
 
 
+def decode_greedily(runner: ComponentRunner, batch: Batch) -> None:
+    """Run `DECODE_STEPS` greedy decode steps, each from the logits and caches of the one before."""
+    mask = batch.mask  # [batch, prefix]
+    for _ in range(DECODE_STEPS[batch.kind]):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # [batch, past + 1]
+        next_ids = runner.values["logits"][:, -1:].argmax(-1)  # [batch, 1]
+        runner(Component.DECODE, decoder_inputs(next_ids, mask))
+
+
 def run_batches(
     signatures: Mapping[Component, Signature],
     batches: Sequence[Batch],
     open_component: Callable[[Component], Call],
     scratch: Path,
     first: int = 0,
+    decode: Callable[[ComponentRunner, Batch], None] = decode_greedily,
 ) -> None:
     """Run every batch through every component, with one component open at a time.
-
-    After prefill come `DECODE_STEPS` greedy decode steps, each from the logits and caches of the one before.
 
     Args:
         signatures: Signature of each component, in the order of a generation.
@@ -177,9 +185,10 @@ def run_batches(
         open_component: Opens a component's graph and returns the function that calls it.
         scratch: Folder for the files through which values pass from one component to the next.
         first: Index of the first of `batches`.
+        decode: Runs the decode steps of a batch, beginning with the logits and caches of prefill.
     """
     for component in signatures:
-        _run_component(component, signatures, batches, open_component(component), scratch, first)
+        _run_component(component, signatures, batches, open_component(component), scratch, first, decode)
 
 
 def _run_component(
@@ -189,6 +198,7 @@ def _run_component(
     call: Call,
     scratch: Path,
     first: int,
+    decode: Callable[[ComponentRunner, Batch], None],
 ) -> None:
     """Run every batch through one component, and store the values that the next one takes in `scratch`."""
     for index, batch in enumerate(progress.track(batches, f"running the {component}"), first):
@@ -197,7 +207,7 @@ def _run_component(
         if values_file.is_file():
             runner.values = load_file(values_file)
         if component is Component.DECODE:
-            _decode(runner, batch)
+            decode(runner, batch)
             values_file.unlink()
             continue
         if component is Component.ENCODER:
@@ -214,12 +224,3 @@ def _bind_index(call: Call, index: int) -> Run:
         return call(index, inputs)
 
     return run
-
-
-def _decode(runner: ComponentRunner, batch: Batch) -> None:
-    """Run greedy decode steps, starting from prefill's logits and caches in `runner.values`."""
-    mask = batch.mask  # [batch, prefix]
-    for _ in range(DECODE_STEPS[batch.kind]):
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # [batch, past + 1]
-        next_ids = runner.values["logits"][:, -1:].argmax(-1)  # [batch, 1]
-        runner(Component.DECODE, decoder_inputs(next_ids, mask))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from accel.graph.precision import plan
 from accel.graph.precision.emulate import round_values
 from accel.graph.precision.formats import Format
 from accel.graph.precision.observer import ValueStatistics, infer_types
+from accel.runtime.layout import IDS
 from accel.runtime.providers import RUNTIME_ERRORS
 from accel.runtime.session import HostSession, SessionSettings
 
@@ -53,6 +55,14 @@ class TrialResult:
         return all(self.error(kind) <= SLACK * other.error(kind) for kind in self.errors)
 
 
+class RecordedCall(NamedTuple):
+    """File with inputs `in.<name>` and outputs `out.<name>` of a call, with the kind and index of its batch."""
+
+    kind: str
+    batch: int
+    path: Path
+
+
 class Recorder:
     """Runs of FP32 graphs whose inputs and outputs are written to files, for some of the calls.
 
@@ -60,19 +70,19 @@ class Recorder:
         folder: Folder of the files.
         kinds: Kind of each batch, by its index.
         decode_steps: Decode steps of each batch that are recorded.
-        calls: Component -> (kind of batch, file) of each recorded call.
+        calls: Component -> its recorded calls.
     """
 
     def __init__(
         self, folder: Path, kinds: Sequence[str], decode_steps: Container[int] = RECORDED_DECODE_STEPS
     ) -> None:
         self.folder, self.kinds, self.decode_steps = folder, kinds, decode_steps
-        self.calls: dict[Component, list[tuple[str, Path]]] = {}
+        self.calls: dict[Component, list[RecordedCall]] = {}
 
     def open(self, component: Component, path: Path, settings: SessionSettings) -> Call:
         """Open a component's graph and return a function that runs it and records some of its calls.
 
-        All calls of encoder and prefill are recorded, and of decode those at `decode_steps`.
+        All calls of encoder and prefill are recorded, and of decode those at `decode_steps` and of several tokens.
         """
         session = HostSession(path, settings)
         recorded = self.calls.setdefault(component, [])
@@ -82,9 +92,10 @@ class Recorder:
             outputs = session(inputs)
             step = next_step.get(index, 0)
             next_step[index] = step + 1
-            if component is not Component.DECODE or step in self.decode_steps:
+            one_token = component is Component.DECODE and inputs[IDS].shape[1] == 1
+            if not one_token or step in self.decode_steps:
                 file = self.folder / f"{component}-{index}-{step}.call"
-                recorded.append((self.kinds[index], file))
+                recorded.append(RecordedCall(self.kinds[index], index, file))
                 tensors = {f"in.{name}": inputs[name] for name in session.inputs}
                 tensors |= {f"out.{name}": tensor for name, tensor in outputs.items()}
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
@@ -100,7 +111,7 @@ class SensitivityTrial:
     Attributes:
         component: Component that the graph computes.
         graph: File of the FP32 graph.
-        calls: (kind of batch, file) of each recorded call.
+        calls: Recorded calls.
         settings: Settings of the sessions.
         format: Format of 16 bits that values are rounded to.
         overflow_margin: Factor by which values must stay below the format's largest number.
@@ -110,7 +121,7 @@ class SensitivityTrial:
 
     component: Component
     graph: Path
-    calls: Sequence[tuple[str, Path]]
+    calls: Sequence[RecordedCall]
     settings: SessionSettings
     format: Format
     overflow_margin: float
@@ -134,7 +145,7 @@ class SensitivityTrial:
         session = HostSession(files.dump(model), self.settings)
         del model
         result = TrialResult()
-        for kind, path in self.calls:
+        for kind, _, path in self.calls:
             tensors = load_file(path)
             inputs = {name.removeprefix("in."): value for name, value in tensors.items() if name.startswith("in.")}
             try:

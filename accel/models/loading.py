@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from accel.config.engines import AUTO as VERIFIED_ENGINE
 from accel.config.engines import FUSED, ONNXRUNTIME
@@ -163,11 +163,7 @@ def _why_not_static(files: layout.DeployableFiles, runtime: RuntimeConfig) -> st
 def as_model(runtime: Runtime[Any], folder: Path) -> AcceleratedModel:
     """Return a model over `runtime`, with the config and the generation config in `folder`."""
     config = load_config(folder)
-    if (folder / "generation_config.json").is_file():
-        generation_config = load_generation_config(folder)
-    else:
-        generation_config = GenerationConfig.from_model_config(config)
-    model = model_over(runtime, config, generation_config)
+    model = model_over(runtime, config, load_generation_config(folder))
     model.folder = folder
     return model
 

@@ -13,7 +13,7 @@ Writes:
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from typing import Any
 from accel import progress
 from accel.adapters.types import Architecture, Component, Signature
 from accel.config.schema import Config, PrecisionConfig
-from accel.data.pretrained import load_config
+from accel.data.pretrained import end_tokens, load_config
 from accel.errors import AccelError
 from accel.evaluation import product_cost
 from accel.evaluation.calibration_data import Batch, batches, run_batches
 from accel.evaluation.component_runner import signatures
+from accel.evaluation.divergence import CONFIDENCE
 from accel.evaluation.product_inputs import ProductInputs
-from accel.evaluation.sensitivity import Recorder
+from accel.evaluation.trial_calls import TEXT, counted_kind, record_calls
 from accel.evaluation.weight_trials import WeightTrial, WeightTrialResult
 from accel.graph import files
 from accel.graph.precision.minimize import find_droppable
@@ -42,8 +43,7 @@ from accel.stages.answers import read_answers
 from accel.stages.calibrate import low_memory_settings
 
 PLAN = "weights.json"
-BATCHES = 8  # calibration batches, half of them of texts
-DECODE_STEPS = (0, 1, 3, 7, 11, 15, 23, 31)  # decode steps of each batch that trials compare
+BATCHES = 8  # calibration batches, half of them of texts; trials add more texts
 TRIALS = "trials"  # reason why a weight stays in FP32, or in more bits than asked for
 FALLBACK = BlockFormat(8, 32)  # of weights that trials don't allow 4 bits
 
@@ -109,10 +109,14 @@ def choose_formats(
 
 
 def passes(precision: PrecisionConfig, result: WeightTrialResult) -> bool:
-    """Return whether a trial's tokens and logits are near enough to FP32."""
+    """Return whether a trial's tokens and logits are near enough to FP32, on enough tokens.
+
+    Enough are those whose mean divergence is within the limit with `CONFIDENCE` standard errors added: the fewer they
+    are, or the more they differ, the further below the limit it has to be.
+    """
     return (
         result.changed_share <= precision.max_token_changes
-        and result.divergence <= precision.max_divergence
+        and result.divergence + CONFIDENCE * result.standard_error <= precision.max_divergence
         and result.error <= precision.max_output_error
     )
 
@@ -170,7 +174,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     plan = choose_formats(config, weights, sample, SessionSettings.of(config.runtime))
     if config.audit.trials:
         with tempfile.TemporaryDirectory(dir=out) as scratch:
-            trial = _trial(config, architecture, work, graphs, checkpoint, plan, Path(scratch))
+            trial = _trial(config, architecture, work, inputs, Path(scratch))
             apply_trials(config, plan, trial)
     (out / PLAN).write_text(json.dumps(plan.dump(), indent=1))
     counts: dict[str, int] = {}
@@ -195,16 +199,24 @@ def _trial(
     config: Config,
     architecture: Architecture,
     work: Sequence[Batch],
-    graphs: Path,
-    checkpoint: Path,
-    plan: WeightPlan,
+    inputs: Mapping[str, Artifact],
     scratch: Path,
 ) -> WeightTrial:
-    """Record calls of the FP32 graphs in `scratch` and return the trial that compares quantized graphs with them."""
-    specs = signatures(architecture, load_config(checkpoint))
-    recorder = Recorder(scratch, [batch.kind for batch in work], DECODE_STEPS)
+    """Record calls of the FP32 graphs in `scratch` and return the trial that compares quantized graphs with them.
+
+    The calls are those of the batches in `work`, and of more texts until there are enough tokens.
+    """
+    graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
+    hf_config = load_config(checkpoint)
+    specs = signatures(architecture, hf_config)
+    kind = counted_kind([batch.kind for batch in work])
+    same_kind = replace(config, audit=replace(config.audit, random=kind != TEXT))
+    prompts = read_answers(inputs["answers"].folder)
+    supply = batches(same_kind, architecture, hf_config, checkpoint, prompts)
+    more = islice(supply, sum(batch.kind == kind for batch in work), None)
+    ends = end_tokens(checkpoint)
     settings = low_memory_settings(config.runtime, graphs)
-    run_batches(specs, work, lambda each: recorder.open(each, graphs / f"{each}.onnx", settings), scratch)
+    recorder = record_calls(specs, work, more, graphs, settings, scratch, ends, config.audit.max_batches)
     # Without prepacking, MatMulNBits would fall back to a path a hundred times as slow.
     keys = {name: value for name, value in settings.session.items() if name != "session.disable_prepacking"}
     return WeightTrial(
@@ -213,6 +225,7 @@ def _trial(
         SessionSettings.of(config.runtime, session=keys, arena=False, fuse=False),
         QuantizedWeights(),
         {spec.name for spec in specs[Component.DECODE].outputs},
+        ends,
     )
 
 

@@ -26,7 +26,8 @@ def test_precision_plan_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_formats_of_weights_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     """The report of an audit for low bits has the formats' counts, and the trials with what they measured."""
-    trial = {"weights": 181, "passed": False, "tokens": 72, "changed": 2, "divergence": 0.00262, "error": 0.0326}
+    trial = {"weights": 181, "passed": False, "tokens": 532, "changed": 12, "error": 0.0326}
+    trial |= {"divergence": 0.00262, "standard_error": 0.00031}
     summary = {
         "weights": {"int8 block-32": 128, "float32: trials": 23},
         "trials": [trial, trial | {"weights": 158, "passed": True, "changed": 1}],
@@ -35,5 +36,5 @@ def test_formats_of_weights_are_shown(capsys: pytest.CaptureFixture[str]) -> Non
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     for row in (["int8 block-32", "128"], ["float32: trials", "23"]):
         assert row in lines
-    assert ["181", "2 of 72", "0.0026", "0.033", "no"] in lines
-    assert ["158", "1 of 72", "0.0026", "0.033", "yes"] in lines
+    assert ["181", "12 of 532", "0.0026 ± 0.0003", "0.033", "no"] in lines
+    assert ["158", "1 of 532", "0.0026 ± 0.0003", "0.033", "yes"] in lines

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from accel.adapters.types import Component
-from accel.evaluation.sensitivity import SensitivityTrial, TrialResult
+from accel.evaluation.sensitivity import RecordedCall, SensitivityTrial, TrialResult
 from accel.graph import files
 from accel.graph.precision.formats import FP16
 from accel.graph.precision.observer import ValueStatistics
@@ -60,7 +60,7 @@ def test_trial_keeps_the_overflow_margin(tmp_path: Path, overflow_margin: float,
     files.save(graph, tmp_path / "decode.onnx")
     tensors = {"in.x": torch.tensor([40000.0, 1.0]), "out.near": torch.tensor([-40000.0, -1.0])}
     save_file(tensors, tmp_path / "0.call")
-    calls = [("random", tmp_path / "0.call")]
+    calls = [RecordedCall("random", 0, tmp_path / "0.call")]
     trial = SensitivityTrial(
         Component.DECODE, tmp_path / "decode.onnx", calls, SessionSettings(), FP16, overflow_margin, statistics, ()
     )

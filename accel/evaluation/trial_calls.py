@@ -1,0 +1,141 @@
+"""Calls of the FP32 graphs that trials of weight formats compare quantized graphs with: enough tokens, in few calls."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from accel.adapters.types import Component, Signature
+from accel.evaluation.calibration_data import DECODE_STEPS, Batch, run_batches
+from accel.evaluation.component_runner import ComponentRunner
+from accel.evaluation.sensitivity import RecordedCall, Recorder
+from accel.runtime.decoder_inputs import decoder_inputs
+from accel.runtime.layout import IDS, MASK
+from accel.runtime.session import SessionSettings
+
+TEXT = "text"  # kind of calibration batches whose tokens count; at random ids near ties are common
+TOKENS = 512  # that trials compare, at least, unless the texts run out
+ROW_TOKENS = 128  # of a row of prefill that count, at most, evenly spaced
+ONE_TOKEN_STEPS = (0,)  # decode steps of one token that are recorded; all others are in the call with all tokens
+
+
+class SampledDecode:
+    """Decode steps that sample a continuation, and then compute all of it in one call, from prefill's caches again.
+
+    Sampled at temperature 1 rather than greedily, because the likeliest tokens alone would not show errors at rarer
+    ones: over texts that a model samples, the mean divergence of a token is the divergence of its texts.
+
+    Args:
+        end_tokens: Ids that end a text. Steps end when all rows of a batch of texts have.
+        seed: Seed of the sampling.
+    """
+
+    def __init__(self, end_tokens: Sequence[int], seed: int) -> None:
+        self._ends = torch.tensor(end_tokens, dtype=torch.int64)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, runner: ComponentRunner, batch: Batch) -> None:
+        """Run the steps, at most `DECODE_STEPS`, starting from prefill's logits and caches in `runner.values`."""
+        start, mask = dict(runner.values), batch.mask  # [batch, prefix]
+        ids = batch.ids[:, :0]  # [batch, sampled]
+        while True:
+            probabilities = runner.values["logits"][:, -1].float().softmax(-1)
+            next_ids = torch.multinomial(probabilities, 1, generator=self._generator)  # [batch, 1]
+            ids = torch.cat([ids, next_ids], dim=1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # [batch, prefix + sampled]
+            ended = batch.kind == TEXT and bool(torch.isin(ids, self._ends).any(1).all())
+            if ended or ids.shape[1] == DECODE_STEPS[batch.kind]:
+                break
+            runner(Component.DECODE, decoder_inputs(next_ids, mask))
+        runner.values = start
+        runner(Component.DECODE, decoder_inputs(ids, mask))
+
+
+def counted_tokens(component: Component, kind: str, inputs: Mapping[str, Tensor], end_tokens: Sequence[int]) -> Tensor:
+    """Return which tokens of a recorded call of a decoder count for the divergence: bool [rows, new].
+
+    Those of prefill, padding excepted, at most `ROW_TOKENS` of a row; and those of the call with all tokens of a
+    continuation, up to the end of the text.
+
+    Args:
+        component: Prefill or decode.
+        kind: Kind of the batch.
+        inputs: Inputs of the call.
+        end_tokens: Ids that end a text.
+    """
+    ids = inputs[IDS]
+    if component is Component.DECODE:
+        if ids.shape[1] == 1:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        ended = torch.isin(ids, torch.tensor(end_tokens, dtype=torch.int64)).cumsum(1) > 0
+        return ~ended if kind == TEXT else torch.ones_like(ended)
+    counted = inputs[MASK][:, -ids.shape[1] :].bool() if MASK in inputs else torch.ones_like(ids, dtype=torch.bool)
+    for row in counted:
+        positions = row.nonzero()[:, 0]
+        if len(positions) > ROW_TOKENS:
+            row.zero_()
+            row[positions[torch.linspace(0, len(positions) - 1, ROW_TOKENS).long()]] = True
+    return counted
+
+
+def record_calls(
+    specs: Mapping[Component, Signature],
+    first: Sequence[Batch],
+    more: Iterator[Batch],
+    graphs: Path,
+    settings: SessionSettings,
+    scratch: Path,
+    end_tokens: Sequence[int],
+    max_batches: int,
+) -> Recorder:
+    """Run the FP32 graphs and record their calls, until `TOKENS` tokens count.
+
+    Args:
+        specs: Signature of each component.
+        first: Batches that are run in any case.
+        more: Batches of the kind whose tokens count, to go on with.
+        graphs: Folder of the FP32 graphs.
+        settings: Settings of their sessions.
+        scratch: Folder for the recorded calls.
+        end_tokens: Ids that end a text.
+        max_batches: Largest number of batches.
+    """
+    recorder = Recorder(scratch, [batch.kind for batch in first], ONE_TOKEN_STEPS)
+    decode = SampledDecode(end_tokens, seed=0)
+    kind = counted_kind(recorder.kinds)
+    work, done = list(first), 0
+    while work:
+        run_batches(
+            specs, work, lambda each: recorder.open(each, graphs / f"{each}.onnx", settings), scratch, done, decode
+        )
+        done += len(work)
+        tokens = sum(_count(component, call, end_tokens) for component, call in _decoder_calls(recorder, kind))
+        batches = max(1, recorder.kinds.count(kind))
+        missing = math.ceil((TOKENS - tokens) * batches / max(1, tokens))
+        work = list(islice(more, max(0, min(missing, max_batches - done))))
+        recorder.kinds = [*recorder.kinds, *(batch.kind for batch in work)]
+    return recorder
+
+
+def counted_kind(kinds: Sequence[str]) -> str:
+    """Return the kind of batch whose tokens count: texts, or any kind where there are none."""
+    return TEXT if TEXT in kinds or not kinds else kinds[0]
+
+
+def _decoder_calls(recorder: Recorder, kind: str) -> Iterator[tuple[Component, RecordedCall]]:
+    """Yield the calls of the decoder's components for batches of one kind."""
+    for component, calls in recorder.calls.items():
+        if component is not Component.ENCODER:
+            yield from ((component, call) for call in calls if call.kind == kind)
+
+
+def _count(component: Component, call: RecordedCall, end_tokens: Sequence[int]) -> int:
+    """Return how many tokens of a recorded call count."""
+    with safe_open(call.path, framework="pt") as file:
+        names = [name for name in (IDS, MASK) if f"in.{name}" in file.keys()]  # noqa: SIM118
+        inputs = {name: file.get_tensor(f"in.{name}") for name in names}
+    return int(counted_tokens(component, call.kind, inputs, end_tokens).sum())
