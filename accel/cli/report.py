@@ -143,6 +143,10 @@ def _show_verification(verification: Mapping[str, Any], page: Path) -> None:
     ]
     for name, share in verification["identical"].items():
         rows.append((f"identical sequences, {name}", f"{share:.0%} of {verification['sequences'][name]}"))
+    if divergence := verification.get("divergence"):
+        mean, error = f"{divergence['mean']:.2g}", f"{divergence['standard_error']:.1g}"
+        label = f"divergence of the next token, {divergence['tokens']} tokens"
+        rows.append((label, f"{mean} ± {error} nats (allowed {divergence['allowed']:g})"))
     for name, torch_score in verification["metrics"].get("pytorch", {}).items():
         label = f"{name.replace('_', ' ')}, {verification['references']} references"
         rows.append((label, f"{verification['metrics']['ours'][name]:.2f}% (PyTorch FP32 {torch_score:.2f}%)"))

@@ -56,6 +56,8 @@ class PrecisionConfig:
         max_token_changes: Share of the tokens of a trial that may differ from FP32's.
         max_divergence: Kullback-Leibler divergence of the next token's distribution in a trial from FP32's, in nats.
         max_output_error: Relative error of a component's other outputs in a trial.
+        strictness: Factor by which trials divide these three limits. `verify` holds the shipped graphs against
+            `max_divergence` itself.
         candidates: Names of other presets, the fastest of which is taken, if its verification passes; empty: this one.
     """
 
@@ -68,6 +70,7 @@ class PrecisionConfig:
     max_token_changes: float = number(0.02, 0, 1)
     max_divergence: float = number(0.02, 0)
     max_output_error: float = number(0.1, 0)
+    strictness: float = number(1.0, 1)
     candidates: list[str] = field(default_factory=list)
 
     @property

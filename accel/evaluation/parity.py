@@ -15,6 +15,7 @@ from accel.config.engines import ONNXRUNTIME
 from accel.evaluation import reference_data
 from accel.evaluation.compare import Difference, magnitude, output_mask, token_errors
 from accel.evaluation.component_runner import ComponentRunner, Run, signatures
+from accel.evaluation.divergence import Divergence
 from accel.evaluation.rounding import FACTOR, SAMPLES, allowed_errors
 from accel.models.generation import AcceleratedModel
 from accel.runtime.decoder_inputs import decoder_inputs
@@ -70,6 +71,9 @@ class VerificationResult:
         metrics: "pytorch" and "ours" -> metric -> percent.
         references: Number of references that the metrics were computed on.
         samples: Inputs with the texts that both generated.
+        divergence: Of the next token's distribution from PyTorch's in FP32, with weights in low bits: numbers of
+            tokens, texts and changed (tokens at which another id is the likeliest); mean, standard_error and allowed
+            (mean), in nats. Else empty.
         failures: One message for each failed check.
         files: Name -> SHA-256 of each file of the bundle that passed.
     """
@@ -93,6 +97,7 @@ class VerificationResult:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     references: int = 0
     samples: list[dict[str, str]] = field(default_factory=list)
+    divergence: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 
@@ -232,17 +237,52 @@ def compare_paths(
     return comparable
 
 
-def _path_logits(model: AcceleratedModel, architecture: Architecture, path: reference_data.TokenPath) -> Tensor:
+def compare_distributions(
+    model: AcceleratedModel, architecture: Architecture, folder: Path, allowed: float, verification: VerificationResult
+) -> None:
+    """Compute the logits along texts in as few calls as possible, and record their divergence in `verification`.
+
+    Args:
+        model: Model under test.
+        architecture: Its adapter.
+        folder: Folder of the `text_logits` artifact.
+        allowed: Largest mean divergence, in nats.
+        verification: Updated in place.
+    """
+    divergence = Divergence()
+    for number, path in enumerate(reference_data.read_paths(folder)):
+        divergence.add(number, _path_logits(model, architecture, path, at_once=True)[0], path.logits[0])
+    verification.divergence = {
+        "tokens": divergence.tokens,
+        "texts": len(divergence.texts),
+        "changed": divergence.changed,
+        "mean": divergence.mean,
+        "standard_error": divergence.standard_error,
+        "allowed": allowed,
+    }
+    if not divergence.mean <= allowed:
+        verification.failures.append(
+            f"the next token's distribution diverges from PyTorch's by {divergence.mean:.2g} nats (standard error "
+            f"{divergence.standard_error:.1g}) on {divergence.tokens} tokens of {len(divergence.texts)} texts, allowed "
+            f"precision.max_divergence={allowed:g}"
+        )
+
+
+def _path_logits(
+    model: AcceleratedModel, architecture: Architecture, path: reference_data.TokenPath, at_once: bool = False
+) -> Tensor:
     """Run the ids of `path` through the runtime as a generation does: the prompt at once, then one token at a time.
 
-    Beside an encoder, the prompt is the decoder's first token. Returns the logits, [1, tokens, vocabulary].
+    Beside an encoder, the prompt is the decoder's first token. With `at_once`, all ids are the prompt, or beside an
+    encoder all but the first follow in one call. Returns the logits, [1, tokens, vocabulary].
     """
     context = _encoder_context(architecture, model, path.inputs)
     ids = path.ids.to(model.device)  # [1, tokens]
     mask = torch.ones_like(ids)
-    prompt = 1 if Component.ENCODER in architecture.components() else path.inputs["input_ids"].shape[1]
-    starts = [0, *range(prompt, ids.shape[1])]
-    ends = [*starts[1:], ids.shape[1]]
+    has_encoder, tokens = Component.ENCODER in architecture.components(), ids.shape[1]
+    prompt = 1 if has_encoder else tokens if at_once else path.inputs["input_ids"].shape[1]
+    starts = [0, *range(prompt, tokens, tokens if at_once else 1)]
+    ends = [*starts[1:], tokens]
     inputs = [decoder_inputs(ids[:, start:end], mask[:, :end]) for start, end in zip(starts, ends, strict=True)]
     with on_shared_stream(model.device):  # as `generate` does
         first_logits, state = model.runtime.prefill({**inputs[0], **context})

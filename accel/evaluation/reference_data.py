@@ -119,12 +119,12 @@ def read_calls(folder: Path) -> Iterator[Call]:
 
 @dataclass(frozen=True)
 class TokenPath:
-    """A greedy generation of PyTorch's in FP32, with logits in float64.
+    """A generation of PyTorch's in FP32, with its logits.
 
     Attributes:
         inputs: Inputs of the generation.
         ids: Ids of the decoder, [1, tokens].
-        logits: Logits after each id, [1, tokens, vocabulary], float64.
+        logits: Logits after each id, [1, tokens, vocabulary]: float64 of `reference`, FP32 of `text_logits`.
     """
 
     inputs: Mapping[str, Tensor]
@@ -133,7 +133,7 @@ class TokenPath:
 
 
 def read_paths(folder: Path) -> Iterator[TokenPath]:
-    """Yield the token paths that the stage `reference` wrote into `folder`, in order."""
+    """Yield the token paths that the stage `reference` or `text_logits` wrote into `folder`, in order."""
     for number in itertools.count():
         file = folder / PATH.format(number)
         if not file.is_file():

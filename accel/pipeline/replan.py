@@ -34,20 +34,13 @@ def run_and_replan(
         except VerificationError as error:
             config = with_stricter_trials(config)
             logger.warning(
-                f"{error}\nBack to the trials, with precision.max_divergence={config.precision.max_divergence:g}, "
-                f"precision.max_token_changes={config.precision.max_token_changes:g} and "
-                f"precision.max_output_error={config.precision.max_output_error:g}"
+                f"{error}\nBack to the trials, whose limits are divided by precision.strictness="
+                f"{config.precision.strictness:g}"
             )
     return config, Pipeline(config, architecture).run(stages)
 
 
 def with_stricter_trials(config: Config) -> Config:
-    """Return the configuration with each limit of the trials divided by `STRICTER`."""
+    """Return the configuration with each limit of the trials divided by `STRICTER` once more."""
     precision = config.precision
-    stricter = replace(
-        precision,
-        max_token_changes=precision.max_token_changes / STRICTER,
-        max_divergence=precision.max_divergence / STRICTER,
-        max_output_error=precision.max_output_error / STRICTER,
-    )
-    return replace(config, precision=stricter)
+    return replace(config, precision=replace(precision, strictness=precision.strictness * STRICTER))

@@ -28,7 +28,7 @@ RESULTS = ("verify", "merge")
 # Stages that `stage=all` leaves out, because they need a graph that is not made by default.
 EXPLICIT = ("plan",)
 # Stages that run only because others need their artifacts; `stage=...` doesn't accept them.
-HIDDEN = ("checkpoint", "prompts", "answers", "reference", "torch_error", "calibrate")
+HIDDEN = ("checkpoint", "prompts", "answers", "reference", "torch_error", "text_logits", "calibrate")
 
 
 def select_stages(stage: Any, mixed: bool = True) -> list[str]:

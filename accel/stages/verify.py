@@ -1,8 +1,9 @@
 """Verify the unverified bundle against PyTorch: component outputs, logits along generations, generated tokens.
 
 Reads:
-    The bundle of `merge`; the checkpoint; `prompts.json` of `prompts`; the files of `reference` and `torch_error`; in
-    16 bits also the statistics of `calibrate` and the plans of `audit`, for the certificate.
+    The bundle of `merge`; the checkpoint; `prompts.json` of `prompts`; the files of `reference` and `torch_error`; with
+    weights in low bits those of `text_logits`; for the certificate the plans of `audit`, in 16 bits also the statistics
+    of `calibrate`.
 
 Writes:
     The deployable, if the bundle passes: the bundle's files, a model card, the verification result and the certificate,
@@ -26,7 +27,7 @@ from accel.config.schema import Config
 from accel.data import texts
 from accel.errors import VerificationError
 from accel.evaluation import metrics
-from accel.evaluation.parity import VerificationResult, compare_outputs, compare_paths
+from accel.evaluation.parity import VerificationResult, compare_distributions, compare_outputs, compare_paths
 from accel.graph import files
 from accel.graph.precision.emulate import emulate_half
 from accel.graph.precision.formats import FORMATS, Format
@@ -273,6 +274,9 @@ def examine(
         tokens = json.loads((expected / reference.TOKENS).read_text())
         compare_tokens(model, checkpoint, config, model_inputs, tokens, verification)
         compare_references(model, checkpoint, config, tokens["references"], verification)
+        if config.precision.weight_bits is not None:
+            logits, allowed = inputs["text_logits"].folder, config.precision.max_divergence
+            compare_distributions(model, architecture, logits, allowed, verification)
     judge(config, verification)
     verification.passed = not verification.failures
 
@@ -338,6 +342,7 @@ def summarize(
         "engine": verification.engine,
         "identical": verification.identical,
         "metrics": verification.metrics,
+        "divergence": verification.divergence,
         "worst_logits": max(verification.drift.worst, default=None),
         "fp32_nodes": sum(mix.get("fp32_nodes", 0) for mix in mixes) if mixes else "all",
         "casts": sum(mix.get("casts", 0) for mix in mixes),
@@ -354,11 +359,15 @@ def deliver(config: Config, folder: Path) -> None:
 
 
 def input_stages(config: Config) -> tuple[str, ...]:
-    """Return the stages whose artifacts this one reads: `audit` unless all is in FP32, `calibrate` in 16 bits."""
+    """Return the stages whose artifacts this one reads.
+
+    `audit` unless all is in FP32, `calibrate` in 16 bits, `text_logits` with weights in low bits.
+    """
     precision = config.precision
     audit = () if precision.exact else ("audit",)
     statistics = ("calibrate",) if precision.dtype != "float32" else ()
-    return ("checkpoint", "prompts", "convert", "merge", "reference", "torch_error", *statistics, *audit)
+    logits = ("text_logits",) if precision.weight_bits is not None else ()
+    return ("checkpoint", "prompts", "convert", "merge", "reference", "torch_error", *logits, *statistics, *audit)
 
 
 STAGE = Stage(

@@ -114,10 +114,11 @@ def passes(precision: PrecisionConfig, result: WeightTrialResult) -> bool:
     Enough are those whose mean divergence is within the limit with `CONFIDENCE` standard errors added: the fewer they
     are, or the more they differ, the further below the limit it has to be.
     """
+    divergence = result.divergence + CONFIDENCE * result.standard_error
     return (
-        result.changed_share <= precision.max_token_changes
-        and result.divergence + CONFIDENCE * result.standard_error <= precision.max_divergence
-        and result.error <= precision.max_output_error
+        result.changed_share * precision.strictness <= precision.max_token_changes
+        and divergence * precision.strictness <= precision.max_divergence
+        and result.error * precision.strictness <= precision.max_output_error
     )
 
 

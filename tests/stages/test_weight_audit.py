@@ -58,7 +58,7 @@ def test_trials_keep_the_weights_with_outliers_in_fp32(
     The first limit lets the encoder's outliers pass. Verification refuses that plan, and stricter trials find them.
     """
     _, artifacts = build(outliers, "[audit,convert,verify]", OVERRIDES)
-    assert "Back to the trials, with precision.max_divergence=0.005" in caplog.text
+    assert "Back to the trials, whose limits are divided by precision.strictness=4" in caplog.text
     plan = weight_audit.read_plan(artifacts["audit"].folder)
     kept = {name: each for name, each in plan.weights.items() if each.format is None}
     names = {weight_name(block, "wo") for block in SCALED}
