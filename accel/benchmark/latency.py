@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from accel.adapters.types import Architecture, Component
+from accel.benchmark import footprint
 from accel.benchmark.backends import BACKENDS, BASELINE, Sources, deployable_backend
 from accel.benchmark.figures import spread, token_times
 from accel.benchmark.schedule import time_backends
-from accel.config.schema import BenchmarkConfig, Config
+from accel.config.schema import BenchmarkConfig, Config, VerifyConfig
 from accel.data import texts
 from accel.data.pretrained import load_config
 from accel.pipeline.store import Artifact
@@ -32,8 +33,9 @@ def compare_with_torch(
         architecture: The checkpoint's adapter.
 
     Returns:
-        Seconds, time to first token, time per output token and bytes of peak memory of both backends, as JSON; None
-        where the runtime can't run the precision.
+        Seconds, time to first token, time per output token and bytes of peak memory of both backends, as JSON, with
+        `verify.session_memory` also the bytes that the deployable's decoder sessions hold; None where the runtime
+        can't run the precision.
     """
     dtype, verify = config.precision.dtype, config.verify
     if dtype not in config.runtime.compute_dtype:
@@ -64,6 +66,8 @@ def compare_with_torch(
             **token_times(measured.timings[name], measured.first_tokens[name], benchmark.new_tokens),
             "peak_memory": measured.peaks[BACKENDS[name].model],
         }
+    if verify.session_memory:
+        figures[accelerated]["session_memory"] = _session_memory(accelerated, sources, verify)
     return {
         "source_length": verify.source_length,
         "new_tokens": verify.max_new_tokens,
@@ -72,3 +76,11 @@ def compare_with_torch(
         "ratio": figures[BASELINE]["seconds"]["median"] / figures[accelerated]["seconds"]["median"],
         "backends": figures,
     }
+
+
+def _session_memory(backend: str, sources: Sources, verify: VerifyConfig) -> int:
+    """Return the bytes that a deployable's decoder sessions hold, see `footprint.session_memory`, for one row."""
+    options = {"num_beams": 1, "max_new_tokens": verify.max_new_tokens}
+    task = footprint.Task(footprint.SESSION, backend, sources.dump(), 1, verify.source_length, "", options)
+    measured: dict[str, int] = footprint.measure_all([task], weight_bytes=0)[0]
+    return measured[footprint.SESSION]

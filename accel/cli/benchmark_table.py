@@ -154,3 +154,15 @@ def show(summary: Mapping[str, Any]) -> None:
             f"other programs took {background_load:.0%} of the processor during the benchmark. That slows down threads "
             "that wait by spinning, PyTorch's most of all, so the ratios are unreliable. Repeat on an idle machine."
         )
+
+
+def token_medians(figures: Mapping[str, Any]) -> list[float | None]:
+    """Return a backend's median time to first token and time per output token, in ms; None where not measured."""
+    return [figures[key]["median"] if figures.get(key) else None for key in TOKEN_TIMES]
+
+
+def times(total: Mapping[str, float], figures: Mapping[str, Any]) -> str:
+    """Format a backend's median seconds and, if they were measured, its `token_medians`."""
+    times = token_medians(figures)
+    cells = ", ".join(ABSENT if time is None else milliseconds(time) for time in times)
+    return f"{total['median']:.3f}" + (f" [{cells}]" if any(times) else "")

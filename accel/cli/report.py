@@ -96,8 +96,8 @@ def _show_weights(summary: Mapping[str, Any]) -> None:
     rows = [
         [
             trial["weights"],
-            f"{trial['changed']} of {trial['tokens']}",
-            f"{trial['divergence']:.2g} ± {trial['standard_error']:.1g}",
+            f"{trial['changed']} of {trial['greedy_tokens']}",
+            f"{trial['divergence']:.2g} ± {trial['standard_error']:.1g} ({trial['tokens']} tokens)",
             f"{trial['error']:.2g}",
             "yes" if trial["passed"] else "no",
         ]
@@ -106,7 +106,7 @@ def _show_weights(summary: Mapping[str, Any]) -> None:
     if rows:
         columns = (
             "weights in low bits",
-            "tokens changed",
+            "greedy tokens changed",
             "divergence in nats",
             "error of other outputs",
             "passed",

@@ -11,12 +11,13 @@ from filelock import FileLock
 
 from accel.benchmark import footprint
 from accel.benchmark.backends import BACKENDS, BASELINE, OURS, SEPARATE
-from accel.cli.benchmark_table import ABSENT, TOKEN_TIMES, milliseconds
-from accel.config.engines import FUSED
+from accel.cli import verification_cells
+from accel.cli.benchmark_table import ABSENT, times, token_medians
 
 TABLE, RECORD = "table.md", "table.json"
 TOTALS, FIRST_TOKEN, PER_TOKEN, SPEED_UP = "sweep.png", "first_token.png", "per_token.png", "speed_up.png"
-PLOTS = (TOTALS, FIRST_TOKEN, PER_TOKEN, SPEED_UP)
+COMPARISON = "comparison.png"
+PLOTS = (TOTALS, FIRST_TOKEN, PER_TOKEN, SPEED_UP)  # of benchmarks
 Y_AXES = {
     TOTALS: "total (s)",
     FIRST_TOKEN: "time to first token (ms)",
@@ -63,6 +64,8 @@ def record(
         _write(folder / TABLE, markdown(jobs))
         if any(job["backends"] for job in jobs):
             _plot(jobs, folder)
+        if sum(job["verify"] is not None for job in jobs) > 1:
+            _plot_comparison(jobs, folder / COMPARISON)
     return folder / TABLE
 
 
@@ -110,7 +113,7 @@ def columns(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
     These are the varying overrides, the results of `verify`, the seconds of each measured backend, the ratios, and the
     error if a job has one.
     """
-    verification = dict.fromkeys(name for job in jobs for name in _verification_cells(job))
+    verification = dict.fromkeys(name for job in jobs for name in verification_cells.cells(job["verify"]))
     backends = [name for name in BACKENDS if any(name in job["backends"] for job in jobs)]
     ratios = RATIOS if OURS in backends else ()
     errors = ["error"] if any(job["error"] for job in jobs) else []
@@ -128,7 +131,7 @@ def _cell(job: Mapping[str, Any], column: str) -> str:
     if column in RATIOS:
         value = _ratios(job)[column]
         return ABSENT if value is None else f"{value:.2f}"
-    verification = _verification_cells(job)
+    verification = verification_cells.cells(job["verify"])
     if column in verification:
         return verification[column]
     if column == "error":
@@ -139,7 +142,7 @@ def _cell(job: Mapping[str, Any], column: str) -> str:
         if values is None:
             return ABSENT
         uncompiled = BACKENDS[backend].compiled and not values["compiled"]  # transformers compiles no beam search
-        return f"{_times(values['total'], values)}{' (not compiled)' if uncompiled else ''}"
+        return f"{times(values['total'], values)}{' (not compiled)' if uncompiled else ''}"
     return str(job["overrides"].get(column, ABSENT))
 
 
@@ -152,42 +155,6 @@ def _ratios(job: Mapping[str, Any]) -> dict[str, float | None]:
         "last/first": merged.get("last_over_first"),
         "session ratio": job["session_ratios"].get(footprint.SESSION),
     }
-
-
-def _verification_cells(job: Mapping[str, Any]) -> dict[str, str]:
-    """Return the cells with the results of `verify`, by column, for bundles that passed or failed; empty if not run."""
-    verify = job["verify"]
-    if verify is None:
-        return {}
-    worst = verify["worst_logits"]
-    engine = f", {FUSED}" if verify.get("engine") == FUSED else ""
-    cells = {"passed": f"{'yes' if verify['passed'] else 'no'}, {verify['execution']}{engine}"}
-    for name, share in verify["identical"].items():
-        cells[f"{name} as PyTorch"] = f"{share:.1%}"
-    cells["logits off by"] = "not finite" if worst is None else f"{worst:.1e}"
-    for name, score in verify["metrics"].get("ours", {}).items():
-        cells[name.replace("_", " ")] = f"{score:.2f}% ({verify['metrics']['pytorch'][name]:.2f}%)"
-    cells["nodes in FP32"] = str(verify["fp32_nodes"])
-    cells["casts"] = str(verify["casts"])
-    cells["decoder MB"] = f"{verify['decoder_bytes'] / 1e6:.1f}"
-    speed = verify["speed"]
-    if speed is not None:
-        figures = next(figures for name, figures in speed["backends"].items() if name != BASELINE)
-        cells["seconds"] = _times(figures["seconds"], figures)
-        cells["x PyTorch"] = f"{speed['ratio']:.2f}"
-    return cells
-
-
-def _token_times(figures: Mapping[str, Any]) -> list[float | None]:
-    """Return a backend's median time to first token and time per output token, in ms; None where not measured."""
-    return [figures[key]["median"] if figures.get(key) else None for key in TOKEN_TIMES]
-
-
-def _times(total: Mapping[str, float], figures: Mapping[str, Any]) -> str:
-    """Format a backend's median seconds and, if they were measured, its `_token_times`."""
-    times = _token_times(figures)
-    cells = ", ".join(ABSENT if time is None else milliseconds(time) for time in times)
-    return f"{total['median']:.3f}" + (f" [{cells}]" if any(times) else "")
 
 
 def markdown(jobs: Sequence[Mapping[str, Any]]) -> str:
@@ -203,12 +170,8 @@ def markdown(jobs: Sequence[Mapping[str, Any]]) -> str:
         lines += [f"On {device}.", ""]
     for cells in (names, ["---"] * len(names), *rows(jobs)):
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    if any(job["verify"] for job in jobs):
-        lines += [
-            "",
-            "Metrics: in brackets those of PyTorch in FP32. `as PyTorch`: share of sequences identical to PyTorch's. "
-            "`logits off by`: largest absolute error of the logits along the sequences that PyTorch generated.",
-        ]
+    for paragraph in verification_cells.notes([job["verify"] for job in jobs if job["verify"]]):
+        lines += ["", paragraph]
     if any(job["backends"] or (job["verify"] and job["verify"]["speed"]) for job in jobs):
         lines += ["", TIMES]
     if any(job["backends"] for job in jobs):
@@ -241,7 +204,7 @@ def _plot(jobs: Sequence[Mapping[str, Any]], folder: Path) -> None:
         for name in BACKENDS:
             if name in job["backends"]:
                 values = job["backends"][name]
-                figures = dict(zip(Y_AXES.values(), [values["total"]["median"], *_token_times(values)], strict=True))
+                figures = dict(zip(Y_AXES.values(), [values["total"]["median"], *token_medians(values)], strict=True))
                 points.append({**coordinates, **figures, "backend": name})
         ratio = job["backends"].get(OURS, {}).get("vs_torch_cache")
         if ratio is not None:
@@ -255,3 +218,21 @@ def _plot(jobs: Sequence[Mapping[str, Any]], folder: Path) -> None:
         plots.grid(
             cells, "new tokens", "jobs", "ratio", f"time of {BASELINE} / time of {OURS}\n{title}", folder / SPEED_UP
         )
+
+
+def _plot_comparison(jobs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plot the figures of the verified jobs side by side: one panel a figure, one bar a job."""
+    from accel.reporting import plots
+
+    panels: dict[str, dict[str, float]] = {}
+    labels = []
+    for job in jobs:
+        if job["verify"] is None:
+            continue
+        label = ", ".join(str(job["overrides"].get(key, ABSENT)) for key in varying(jobs))
+        labels.append(label)
+        for name, value in verification_cells.figures(job["verify"]).items():
+            panels.setdefault(name, {})[label] = value
+    omitted = {*varying(jobs), "artifacts"}  # a path says nothing about the figures
+    common = {key: value for job in jobs for key, value in job["overrides"].items() if key not in omitted}
+    plots.comparison(panels, labels, " ".join(f"{key}={value}" for key, value in common.items()), path)

@@ -53,8 +53,10 @@ class PrecisionConfig:
         operators: Operators that stay in FP32 under `plan=operators`.
         weight_bits: Bits of the weights of matrix products, 8 or 4; None: as `dtype`.
         weight_formats: Candidates of their format: names of `accel.graph.quantization.formats.formats`.
-        max_token_changes: Share of the tokens of a trial that may differ from FP32's.
-        max_divergence: Kullback-Leibler divergence of the next token's distribution in a trial from FP32's, in nats.
+        max_token_changes: Share of the tokens of greedy search in a trial at which another than FP32's may be the
+            likeliest.
+        max_divergence: Kullback-Leibler divergence of the next token's distribution from FP32's in a trial, in nats:
+            the mean over texts, with twice its standard error added.
         max_output_error: Relative error of a component's other outputs in a trial.
         strictness: Factor by which trials divide these three limits. `verify` holds the shipped graphs against
             `max_divergence` itself.
@@ -256,6 +258,7 @@ class VerifyConfig:
             `accel.stages.verify.min_token_agreement`.
         max_metric_loss: Percentage points by which a metric may be worse than PyTorch's in FP32.
         latency: Measure latency and memory beside PyTorch's, for the certificate.
+        session_memory: With `latency`, also measure the memory that the decoder's sessions hold, for a sweep's table.
         batch_size: Sequences per padded batch.
         inputs: Inputs to generate from.
         source_length: Length of random inputs, in tokens.
@@ -274,6 +277,7 @@ class VerifyConfig:
     min_token_agreement: float | None = number(None, 0, 1)
     max_metric_loss: float = number(1.0, 0, 100)
     latency: bool = True
+    session_memory: bool = False
     batch_size: int = number(4)
     inputs: int = number(8)
     source_length: int = number(24)

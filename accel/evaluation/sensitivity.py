@@ -56,11 +56,19 @@ class TrialResult:
 
 
 class RecordedCall(NamedTuple):
-    """File with inputs `in.<name>` and outputs `out.<name>` of a call, with the kind and index of its batch."""
+    """A call of a component.
+
+    Attributes:
+        kind: Kind of its batch.
+        batch: Index of its batch.
+        path: File with its inputs, `in.<name>`, and outputs, `out.<name>`.
+        greedy: Its ids are those of greedy search.
+    """
 
     kind: str
     batch: int
     path: Path
+    greedy: bool = False
 
 
 class Recorder:
@@ -70,6 +78,7 @@ class Recorder:
         folder: Folder of the files.
         kinds: Kind of each batch, by its index.
         decode_steps: Decode steps of each batch that are recorded.
+        greedy: The ids of the next calls are those of greedy search.
         calls: Component -> its recorded calls.
     """
 
@@ -77,6 +86,7 @@ class Recorder:
         self, folder: Path, kinds: Sequence[str], decode_steps: Container[int] = RECORDED_DECODE_STEPS
     ) -> None:
         self.folder, self.kinds, self.decode_steps = folder, kinds, decode_steps
+        self.greedy = False
         self.calls: dict[Component, list[RecordedCall]] = {}
 
     def open(self, component: Component, path: Path, settings: SessionSettings) -> Call:
@@ -95,7 +105,7 @@ class Recorder:
             one_token = component is Component.DECODE and inputs[IDS].shape[1] == 1
             if not one_token or step in self.decode_steps:
                 file = self.folder / f"{component}-{index}-{step}.call"
-                recorded.append(RecordedCall(self.kinds[index], index, file))
+                recorded.append(RecordedCall(self.kinds[index], index, file, self.greedy))
                 tensors = {f"in.{name}": inputs[name] for name in session.inputs}
                 tensors |= {f"out.{name}": tensor for name, tensor in outputs.items()}
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
@@ -145,7 +155,7 @@ class SensitivityTrial:
         session = HostSession(files.dump(model), self.settings)
         del model
         result = TrialResult()
-        for kind, _, path in self.calls:
+        for kind, _, path, _ in self.calls:
             tensors = load_file(path)
             inputs = {name.removeprefix("in."): value for name, value in tensors.items() if name.startswith("in.")}
             try:

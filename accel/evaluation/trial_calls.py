@@ -23,36 +23,50 @@ ROW_TOKENS = 128  # of a row of prefill that count, at most, evenly spaced
 ONE_TOKEN_STEPS = (0,)  # decode steps of one token that are recorded; all others are in the call with all tokens
 
 
-class SampledDecode:
-    """Decode steps that sample a continuation, and then compute all of it in one call, from prefill's caches again.
+class ReplayedDecode:
+    """Decode steps that generate two continuations, and then compute each in one call, from prefill's caches again.
 
-    Sampled at temperature 1 rather than greedily, because the likeliest tokens alone would not show errors at rarer
-    ones: over texts that a model samples, the mean divergence of a token is the divergence of its texts.
+    One is sampled at temperature 1, because the likeliest tokens alone would not show errors at rarer ones: over texts
+    that a model samples, the mean divergence of a token is the divergence of its texts. The other is that of greedy
+    search, for the tokens that change in it.
 
     Args:
+        recorder: Recorder of the calls, which is told which of them are greedy.
         end_tokens: Ids that end a text. Steps end when all rows of a batch of texts have.
         seed: Seed of the sampling.
     """
 
-    def __init__(self, end_tokens: Sequence[int], seed: int) -> None:
+    def __init__(self, recorder: Recorder, end_tokens: Sequence[int], seed: int) -> None:
+        self._recorder = recorder
         self._ends = torch.tensor(end_tokens, dtype=torch.int64)
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, runner: ComponentRunner, batch: Batch) -> None:
         """Run the steps, at most `DECODE_STEPS`, starting from prefill's logits and caches in `runner.values`."""
-        start, mask = dict(runner.values), batch.mask  # [batch, prefix]
-        ids = batch.ids[:, :0]  # [batch, sampled]
+        start = dict(runner.values)
+        for greedy in (False, True):
+            self._recorder.greedy = greedy
+            runner.values = dict(start)
+            ids, mask = self._generate(runner, batch, greedy)
+            runner.values = dict(start)
+            runner(Component.DECODE, decoder_inputs(ids, mask))
+        self._recorder.greedy = False
+
+    def _generate(self, runner: ComponentRunner, batch: Batch, greedy: bool) -> tuple[Tensor, Tensor]:
+        """Return the ids of a continuation, [batch, new], and its attention mask, [batch, prefix + new]."""
+        ids, mask = batch.ids[:, :0], batch.mask
         while True:
-            probabilities = runner.values["logits"][:, -1].float().softmax(-1)
-            next_ids = torch.multinomial(probabilities, 1, generator=self._generator)  # [batch, 1]
+            logits = runner.values["logits"][:, -1].float()  # [batch, vocabulary]
+            if greedy:
+                next_ids = logits.argmax(-1, keepdim=True)  # [batch, 1]
+            else:
+                next_ids = torch.multinomial(logits.softmax(-1), 1, generator=self._generator)
             ids = torch.cat([ids, next_ids], dim=1)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # [batch, prefix + sampled]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             ended = batch.kind == TEXT and bool(torch.isin(ids, self._ends).any(1).all())
             if ended or ids.shape[1] == DECODE_STEPS[batch.kind]:
-                break
+                return ids, mask
             runner(Component.DECODE, decoder_inputs(next_ids, mask))
-        runner.values = start
-        runner(Component.DECODE, decoder_inputs(ids, mask))
 
 
 def counted_tokens(component: Component, kind: str, inputs: Mapping[str, Tensor], end_tokens: Sequence[int]) -> Tensor:
@@ -92,7 +106,7 @@ def record_calls(
     end_tokens: Sequence[int],
     max_batches: int,
 ) -> Recorder:
-    """Run the FP32 graphs and record their calls, until `TOKENS` tokens count.
+    """Run the FP32 graphs and record their calls, until `TOKENS` tokens count that are not of greedy search.
 
     Args:
         specs: Signature of each component.
@@ -105,7 +119,7 @@ def record_calls(
         max_batches: Largest number of batches.
     """
     recorder = Recorder(scratch, [batch.kind for batch in first], ONE_TOKEN_STEPS)
-    decode = SampledDecode(end_tokens, seed=0)
+    decode = ReplayedDecode(recorder, end_tokens, seed=0)
     kind = counted_kind(recorder.kinds)
     work, done = list(first), 0
     while work:
@@ -127,10 +141,10 @@ def counted_kind(kinds: Sequence[str]) -> str:
 
 
 def _decoder_calls(recorder: Recorder, kind: str) -> Iterator[tuple[Component, RecordedCall]]:
-    """Yield the calls of the decoder's components for batches of one kind."""
+    """Yield the calls of the decoder's components for batches of one kind, without those of greedy search."""
     for component, calls in recorder.calls.items():
         if component is not Component.ENCODER:
-            yield from ((component, call) for call in calls if call.kind == kind)
+            yield from ((component, call) for call in calls if call.kind == kind and not call.greedy)
 
 
 def _count(component: Component, call: RecordedCall, end_tokens: Sequence[int]) -> int:

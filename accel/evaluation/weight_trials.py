@@ -26,24 +26,26 @@ class WeightTrialResult:
     """Distance of quantized graphs from FP32.
 
     Attributes:
-        tokens: Tokens of text that were compared.
-        changed: Those at which another id became the likeliest.
+        tokens: Tokens of texts and sampled continuations that were compared.
         divergence: Kullback-Leibler divergence of the next token's distribution from that in FP32, in nats, the mean
             over those tokens.
         standard_error: Standard error of that mean: see `accel.evaluation.divergence.Divergence`.
+        greedy_tokens: Tokens of greedy search that were compared.
+        changed: Those at which another id became the likeliest.
         error: Relative error of the outputs other than logits: root mean square over calls, each with its worst output.
     """
 
     tokens: int = 0
-    changed: int = 0
     divergence: float = 0.0
     standard_error: float = 0.0
+    greedy_tokens: int = 0
+    changed: int = 0
     error: float = 0.0
 
     @property
     def changed_share(self) -> float:
-        """Share of the compared tokens that changed."""
-        return self.changed / max(1, self.tokens)
+        """Share of the tokens of greedy search that changed."""
+        return self.changed / max(1, self.greedy_tokens)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class WeightTrial:
 
     def __call__(self, formats: Mapping[str, WeightFormat]) -> WeightTrialResult:
         """Run the recorded calls with the weights in `formats` quantized, and compare the outputs with FP32."""
-        divergence, errors = Divergence(), []
+        sampled, greedy, errors = Divergence(), Divergence(), []
         kind = counted_kind([call.kind for calls in self.calls.values() for call in calls])
         for component, calls in self.calls.items():
             model = files.load(self.graphs / f"{component}.onnx")
@@ -81,13 +83,15 @@ class WeightTrial:
                 expected = {name: tensors[f"out.{name}"] for name in session.outputs}
                 outputs = session(inputs)
                 if LOGITS in outputs and call.kind == kind:
-                    self._add_logits(divergence, component, call, inputs, outputs[LOGITS], expected[LOGITS])
+                    compared = greedy if call.greedy else sampled
+                    self._add_logits(compared, component, call, inputs, outputs[LOGITS], expected[LOGITS])
                 errors.append(self._worst_error(component, inputs, outputs, expected))
         return WeightTrialResult(
-            divergence.tokens,
-            divergence.changed,
-            divergence.mean,
-            divergence.standard_error,
+            sampled.tokens,
+            sampled.mean,
+            sampled.standard_error,
+            greedy.tokens,
+            greedy.changed,
             math.sqrt(sum(value**2 for value in errors) / max(1, len(errors))),
         )
 

@@ -113,6 +113,36 @@ def grid(points: Sequence[Mapping[str, Any]], x: str, y: str, value: str, title:
     _save(axes, path)
 
 
+def comparison(panels: Mapping[str, Mapping[str, float]], labels: Sequence[str], title: str, path: Path) -> None:
+    """Plot one panel of bars per figure, one bar per label, with its number beside it.
+
+    Args:
+        panels: Figure with its unit -> label -> number. A label without a number has no bar.
+        labels: Labels in the order of the bars.
+        title: Title of the plot.
+        path: PNG file to write.
+    """
+    seaborn.set_theme(style="whitegrid")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    height = 0.8 + 0.35 * len(labels)
+    figure, grid_axes = pyplot.subplots(rows, columns, figsize=(4 * columns, height * rows + 0.5), squeeze=False)
+    for axes, (name, numbers) in zip(grid_axes.flat, panels.items(), strict=False):
+        bars = axes.barh(list(labels), [numbers.get(label, 0.0) for label in labels], color="steelblue")
+        texts = [f"{numbers[label]:.3g}" if label in numbers else "not measured" for label in labels]
+        axes.bar_label(bars, texts, padding=3)
+        axes.set_title(name, fontsize=10)
+        axes.margins(x=0.3)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+    for axes in list(grid_axes.flat)[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def _lines(
     values: Mapping[str, Sequence[float]], title: str, label: str, path: Path, *, logarithmic: bool = False
 ) -> None:

@@ -40,7 +40,7 @@ SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "nu
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Write the logits of as many texts as have `TOKENS` tokens together. Return the numbers of texts and tokens.
 
-    Continuations are sampled at temperature 1, for the reason that `accel.evaluation.trial_calls.SampledDecode` gives.
+    Continuations are sampled at temperature 1, for the reason that `accel.evaluation.trial_calls.ReplayedDecode` gives.
     """
     folder = inputs["checkpoint"].folder
     model = load_model(folder)

@@ -336,6 +336,7 @@ def summarize(
         measured: Latency and memory beside PyTorch's, or None if not measured.
     """
     mixes = inputs["convert"].summary.values()  # of precisions, one a component; none where all is FP32
+    low_bits = [mix["weight_bytes"] for mix in mixes if "low_bit_products" in mix]
     return {
         "passed": verification.passed,
         "execution": verification.execution,
@@ -346,6 +347,7 @@ def summarize(
         "worst_logits": max(verification.drift.worst, default=None),
         "fp32_nodes": sum(mix.get("fp32_nodes", 0) for mix in mixes) if mixes else "all",
         "casts": sum(mix.get("casts", 0) for mix in mixes),
+        "low_bit_share": min(low_bits, default=None),
         "decoder_bytes": inputs["merge"].summary["merged_bytes"],
         "speed": measured,
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from accel.cli import sweep_table
+from accel.cli import sweep_table, verification_cells
 from tests.conftest import Build
 
 
@@ -192,12 +192,11 @@ def test_rows_of_a_precision_sweep(tmp_path: Path) -> None:
     drawn = [line.strip("| ").split(" | ") for line in table.read_text().splitlines() if line.startswith("|")]
     assert drawn[0] == [
         *("precision", "passed", "greedy as PyTorch", "beams as PyTorch", "logits off by", "exact match"),
-        *("nodes in FP32", "casts", "decoder MB", "seconds", "x PyTorch", "error"),
+        *("nodes in FP32", "casts", "decoder MB", "error"),
     ]
     kept = ["12", "3", "1.3"]
-    assert drawn[2][:11] == [
-        *("fp16", "yes, emulated", "100.0%", "87.5%", "1.2e-02", "75.50% (76.00%)", *kept, "0.125", "2.50")
-    ]
+    assert drawn[2][:9] == [*("fp16", "yes, emulated", "100.0%", "87.5%", "1.2e-02", "75.50% (76.00%)", *kept)]
+    assert "For speed and memory run the sweep on a GPU" in table.read_text()  # an emulation's say nothing
     assert drawn[3] == [
         "fp16-blanket",
         "no, emulated",
@@ -206,8 +205,52 @@ def test_rows_of_a_precision_sweep(tmp_path: Path) -> None:
         "not finite",
         "-",
         *kept,
-        "-",
-        "-",
         "failed",
     ]
-    assert not list(tmp_path.glob("*.png"))
+
+
+def test_low_bits_beside_fp32(tmp_path: Path) -> None:
+    """Size, session memory, speed, tokens, metric and divergence in one table and one plot, each where it is known."""
+    full = {
+        **{"passed": True, "execution": "native", "identical": {"greedy": 1.0, "padded": 1.0}},
+        "metrics": {"pytorch": {"word_error_rate": 6.46}, "ours": {"word_error_rate": 6.46}},
+        **{"worst_logits": 1.9e-5, "fp32_nodes": "all", "casts": 0, "decoder_bytes": 166e6, "low_bit_share": None},
+        "speed": {
+            "ratio": 2.0,
+            "backends": {
+                "torch_cache": {"seconds": {"median": 0.25}},
+                "onnx_merged": {"seconds": {"median": 0.125}, "session_memory": 173e6},
+            },
+        },
+    }
+    divergence = {"tokens": 512, "texts": 60, "changed": 4, "mean": 0.0011, "standard_error": 0.0003, "allowed": 0.02}
+    low = full | {
+        **{"low_bit_share": 0.975, "divergence": divergence, "decoder_bytes": 44e6, "fp32_nodes": 0, "speed": None},
+        "metrics": {"pytorch": {"word_error_rate": 6.46}, "ours": {"word_error_rate": 6.62}},
+    }
+    sweep_table.record(_settings(tmp_path, 0), ["precision=fp32"], {"verify": full}, None)
+    assert not list(tmp_path.glob("*.png"))  # nothing to compare yet
+    table = sweep_table.record(_settings(tmp_path, 1), ["precision=int8"], {"verify": low}, None)
+    names, _, first, second = [
+        line.strip("| ").split(" | ") for line in table.read_text().splitlines() if line.startswith("|")
+    ]
+    rows = [dict(zip(names, cells, strict=True)) for cells in (first, second)]
+    shared = {"passed": "yes, native", "greedy as PyTorch": "100.0%", "padded as PyTorch": "100.0%"}
+    shared |= {"logits off by": "1.9e-05"}
+    assert rows[0] == shared | {
+        **{"precision": "fp32", "word error rate": "6.46% (6.46%)", "nodes in FP32": "all", "casts": "0"},
+        **{"decoder MB": "166.0", "session MB": "173.0", "seconds": "0.125", "x PyTorch": "2.00"},
+        **{"divergence": "-", "low bits": "-"},
+    }
+    assert rows[1] == shared | {
+        **{"precision": "int8", "word error rate": "6.62% (6.46%)", "nodes in FP32": "-", "casts": "-"},
+        **{"decoder MB": "44.0", "session MB": "-", "seconds": "-", "x PyTorch": "-"},
+        **{"divergence": "0.0011 ± 0.0003", "low bits": "97.5%"},
+    }
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    shown = {"decoder weights (MB)": 44.0, "identical sequences, greedy (%)": 100.0, "word error rate (%)": 6.62}
+    assert verification_cells.figures(low) == shown | {"divergence (nats)": 0.0011}
+    emulated = verification_cells.figures(full | {"execution": "emulated"})
+    assert emulated == shown | {"decoder weights (MB)": 166.0, "word error rate (%)": 6.46}
+    native = {"decoder session (MB)": 173.0, "generation (ms)": 125.0}
+    assert verification_cells.figures(full) == emulated | native

@@ -95,6 +95,7 @@ def test_errors_at_rare_tokens_are_caught(bigrams: Path, monkeypatch: pytest.Mon
     recorder = record(bigrams, text_batches(64), 4)
     greedy = trial(bigrams, recorder)
     assert greedy.tokens == sampled.tokens
+    assert sampled.greedy_tokens == greedy.greedy_tokens == 512
     assert passes(precision, greedy)
     ids = torch.cat([load_file(call.path)["in.input_ids"] for call in recorder.calls[Component.DECODE]], dim=1)
     assert RARE not in ids
@@ -135,12 +136,12 @@ def test_a_long_text_counts_by_evenly_spaced_tokens(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("result", "passed"),
     [
-        (WeightTrialResult(512, 10, 0.018, 0.001, 0.1), True),
-        (WeightTrialResult(512, 10, 0.018, 0.0011, 0.1), False),  # 0.0202 with two standard errors added
-        (WeightTrialResult(72, 1, 0.0026, 0.01, 0.0), False),  # far below the limit, but on too few tokens
-        (WeightTrialResult(512, 11, 0.0, 0.0, 0.0), False),
-        (WeightTrialResult(512, 0, 0.0, 0.0, 0.101), False),
-        (WeightTrialResult(512, 0, float("inf"), float("inf"), 0.0), False),
+        (WeightTrialResult(512, 0.018, 0.001, 512, 10, 0.1), True),
+        (WeightTrialResult(512, 0.018, 0.0011, 512, 10, 0.1), False),  # 0.0202 with two standard errors added
+        (WeightTrialResult(72, 0.0026, 0.01, 72, 1, 0.0), False),  # far below the limit, but on too few tokens
+        (WeightTrialResult(512, 0.0, 0.0, 512, 11, 0.0), False),
+        (WeightTrialResult(512, 0.0, 0.0, 512, 0, 0.101), False),
+        (WeightTrialResult(512, float("inf"), float("inf"), 512, 0, 0.0), False),
     ],
 )
 def test_limits_of_a_trial(result: WeightTrialResult, passed: bool) -> None:
