@@ -12,7 +12,7 @@ from accel.errors import AccelError
 from accel.models import integrity
 from accel.pipeline.store import Manifest, folder_files
 from accel.reporting import card, delivery
-from accel.runtime.layout import MANIFEST, DeployableFiles, variants
+from accel.runtime.layout import MANIFEST, SUFFIXES, DeployableFiles, variants
 from tests.families import FAMILIES
 
 SOURCE = {"id": "someone/small", "license": "mit", "license_name": None, "license_link": None, "pipeline_tag": None}
@@ -74,29 +74,32 @@ def content(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("order", [("float16", "float32"), ("float32", "float16")])
-def test_variants_join(order: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Each keeps its graphs and records; config.json lists the external data of both, and the card their figures."""
+@pytest.mark.parametrize(
+    "order", [("float16", "float32"), ("float32", "float16"), ("int4", "float32", "int8"), ("int8", "int4")]
+)
+def test_variants_join(order: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each keeps its graphs and records; config.json lists the external data of all, and the card their figures."""
     target = tmp_path / "out"
     for dtype in order:
         delivery.deliver(deployable(tmp_path / dtype, dtype), target)
     expected = {"config.json", "README.md"}
-    for suffix in ("", "_fp16"):
+    for suffix in map(SUFFIXES.get, order):
         expected |= {f"onnx/model{suffix}.onnx", f"onnx/model{suffix}.onnx_data", f"manifest{suffix}.json"}
         expected |= {f"verification{suffix}.json", f"certificate{suffix}.json"}
     assert content(target) == expected
     config = json.loads((target / "config.json").read_text())
     listed = config["transformers.js_config"]["use_external_data_format"]
-    assert listed == {"model.onnx": 1, "model_fp16.onnx": 1}
-    for suffix, dtype in (("", "float32"), ("_fp16", "float16")):
-        manifest = json.loads((target / f"manifest{suffix}.json").read_text())
+    assert listed == {f"model{SUFFIXES[dtype]}.onnx": 1 for dtype in order}
+    for dtype in order:
+        manifest = json.loads((target / f"manifest{SUFFIXES[dtype]}.json").read_text())
         assert manifest["config"]["runtime"]["name"] == dtype
+        assert json.loads((target / f"verification{SUFFIXES[dtype]}.json").read_text())["precision"] == dtype
     for variant in variants(target):
         integrity.check_files(variant, "full")
         integrity.warn_if_unverified(variant)
     assert caplog.messages == []
     results = ModelCard.load(target / "README.md").data.eval_results
-    assert {result.dataset_config for result in results} == {"float32", "float16"}
+    assert {result.dataset_config for result in results} == set(order)
 
 
 def test_the_same_dtype_is_replaced(tmp_path: Path) -> None:
