@@ -108,6 +108,23 @@ def draw(scores: Tensor, count: int, generator: torch.Generator | None = None) -
     return torch.multinomial(scores.softmax(-1), count, generator=generator)
 
 
+def draw_each(scores: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
+    """Draw an index of every row by the softmax of `scores`, without waiting for the device: [B, V] -> [B, 1].
+
+    A row has the index that `draw` gives it alone, as `torch.multinomial` takes the largest of probability / noise, too
+    (https://arxiv.org/abs/1611.00712). Where probabilities aren't numbers, at which `draw` fails, the index is -1.
+
+    Args:
+        scores: FP32.
+        generators: Source of each row's random numbers; None: the device's own.
+    """
+    probabilities = scores.softmax(-1)
+    noise = torch.empty_like(probabilities)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return first_best(probabilities / noise).masked_fill(probabilities.isnan().any(-1, keepdim=True), -1)
+
+
 def filtered(scores: Tensor, tensors: Sequence[Tensor], filters: Sequence[Filter]) -> Tensor:
     """Return filtered scores.
 

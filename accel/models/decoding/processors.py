@@ -62,6 +62,13 @@ PURE = (
 ALWAYS = 2**62  # more than any number of ids
 
 
+def score_filters(processors: LogitsProcessorList) -> tuple[Filter, ...] | None:
+    """Return the filters that do what logits processors do, if all of these read the scores only; else None."""
+    if any(type(processor) not in FILTERS for processor in processors):
+        return None
+    return tuple(FILTERS[type(processor)](processor) for processor in processors)
+
+
 def as_filters(
     processors: LogitsProcessorList, prompt_length: int, vocabulary: int, device: torch.device
 ) -> tuple[tuple[Filter, ...], Tensor] | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
-from accel.engine.operations.choice import draw, first_best
+from accel.models.decoding.processors import score_filters
 
 if TYPE_CHECKING:
     from accel.models.generation import AcceleratedModel
@@ -40,6 +40,9 @@ class Sequence:
 
     Attributes:
         config: The options.
+        filters: What the processors do with the scores, if they read nothing else; None: `processed` must be called.
+        samples: True if the next token is drawn.
+        generator: Source of random numbers.
         greedy: True if the next token is always the one of the largest logit.
         length: Number of tokens, the prompt's counted.
         max_length: Largest number of tokens, the prompt's counted.
@@ -53,14 +56,15 @@ class Sequence:
         processors: LogitsProcessorList,
         generator: torch.Generator | None = None,
     ) -> None:
-        self.config, self._processors, self._generator = config, processors, generator
+        self.config, self._processors, self.generator = config, processors, generator
+        self.filters, self.samples = score_filters(processors), bool(config.do_sample)
         self.prompt_length = self.length = prompt.shape[1]
         self.max_length = int(config.max_length or 0)
         ends = getattr(config, "_eos_token_tensor", None)
         self._ends = frozenset() if ends is None else frozenset(ends.tolist())
         self._ids = prompt.new_zeros(1, max(self.max_length, self.length))
         self._ids[:, : self.length] = prompt
-        self.greedy = not processors and not config.do_sample
+        self.greedy = not processors and not self.samples
         self.ended = False
         self._new: list[int] = []  # tokens that `_ids` doesn't hold yet
 
@@ -82,18 +86,14 @@ class Sequence:
         """True if no token follows."""
         return self.ended or self.length >= self.max_length
 
-    def choose(self, logits: Tensor) -> int:
-        """Return the next token. Draws a random number where the options ask for sampling.
+    def processed(self, logits: Tensor) -> Tensor:
+        """Return the scores that the processors make of logits, FP32 [vocabulary].
 
         Args:
             logits: The model's logits behind the last token, [vocabulary]. Not overwritten.
         """
         scores = logits[None].to(torch.float32, copy=True)
-        if self._processors:
-            scores = self._processors(self.ids, scores)  # type: ignore[arg-type]
-        if not self.config.do_sample:
-            return int(first_best(scores))
-        return int(draw(scores, 1, self._generator))
+        return self._processors(self.ids, scores)[0]  # type: ignore[arg-type]
 
     def append(self, token: int) -> None:
         """Append a token."""

@@ -5,8 +5,6 @@ import threading
 import time
 from collections.abc import Callable
 
-from torch import Tensor
-
 from accel.models.decoding.sequence import Sequence
 from accel.serve.protocol import Event, Finished, FinishReason, Listener, Request, TokenLogprobs, Tokens
 
@@ -55,18 +53,17 @@ class Job:
         deadline = self.request.deadline
         return FinishReason.TIMEOUT if deadline is not None and time.monotonic() >= deadline else None
 
-    def add(self, token: int, logits: Tensor) -> bool:
+    def add(self, token: int, logprobs: tuple[TokenLogprobs, ...] = ()) -> bool:
         """Append a token to the sequence, report it, and finish the request if it was the last one.
 
         Args:
             token: The token.
-            logits: The model's logits that it was chosen from, [vocabulary].
+            logprobs: Its log probabilities, one entry where the request asked for them.
 
         Returns:
             True if the request is finished.
         """
         self.sequence.append(token)
-        logprobs = () if self.request.logprobs is None else (logprobs_of(logits, token, self.request.logprobs),)
         self.report(Tokens((token,), logprobs))
         if not self.finished and self.sequence.finished:
             self.finish(FinishReason.STOP if self.sequence.ended else FinishReason.LENGTH)
@@ -86,10 +83,3 @@ class Job:
         """Report the last event; of no effect if the request has finished."""
         self.report(Finished(reason, error))
         self.finished = True
-
-
-def logprobs_of(logits: Tensor, token: int, count: int) -> TokenLogprobs:
-    """Return the log probability of a token and of the `count` most likely ones, from logits [vocabulary]."""
-    scores = logits.float().log_softmax(-1)
-    best = scores.topk(min(count, len(scores)))
-    return TokenLogprobs(float(scores[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))

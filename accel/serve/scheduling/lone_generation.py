@@ -14,6 +14,7 @@ from accel.models.decoding.step_observer import StepObserver
 from accel.models.generation import AcceleratedModel
 from accel.serve.protocol import FinishReason, Tokens
 from accel.serve.scheduling.job import Job
+from accel.serve.scheduling.token_selection import logprobs_of
 
 # `generate` draws from torch's own generator, which the threads of all models share.
 _random_numbers = threading.Lock()
@@ -70,8 +71,8 @@ def generate_alone(model: AcceleratedModel, job: Job, between: Callable[[], None
     ids = getattr(output, "sequences", output)[0]
     new_ids = ids[sequence.prompt_length :].tolist() if text else ids.tolist()
     if request.logprobs is not None:
-        for token, logits in zip(new_ids, output.logits, strict=True):
-            if job.add(token, logits[0]):
+        for token, entry in zip(new_ids, logprobs_of(torch.cat(output.logits), new_ids, request.logprobs), strict=True):
+            if job.add(token, (entry,)):
                 return
     elif not streams:
         report(job, new_ids)

@@ -6,13 +6,13 @@ between the steps as in Sarathi-Serve (https://www.usenix.org/conference/osdi24/
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from accel.engine.operations.choice import first_best
 from accel.errors import DeviceMemoryError
 from accel.models.generation import AcceleratedModel
 from accel.models.row_prefill import RowPrefill
@@ -24,6 +24,7 @@ from accel.serve.scheduling.limits import SchedulerLimits
 from accel.serve.scheduling.prefill_budget import PrefillBudget
 from accel.serve.scheduling.scheduler_thread import SchedulerThread
 from accel.serve.scheduling.shared_prefixes import SharedPrefixes
+from accel.serve.scheduling.token_selection import select_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ class RowScheduler(SchedulerThread):
             for each in group:
                 each.job.finish(FinishReason.ERROR, error)
             return
-        self._select(group, logits)
+        self._select(group, logits, range(len(group)))
         self._budget.measured(ids.numel(), time.perf_counter() - start)
 
     def _prefill_part(self, each: RowJob, budget: float) -> int:
@@ -255,7 +256,7 @@ class RowScheduler(SchedulerThread):
             start = time.perf_counter()
             logits = each.prefill.advance(part)
             if logits is not None:
-                self._select([each], logits[None])
+                self._select([each], logits[None], [0])
             self._budget.measured(part, time.perf_counter() - start)
             if each.prefill is not None and each.prefill.computed == each.boundary:
                 self._prefixes.keep(each.prefill.snapshot())
@@ -275,25 +276,24 @@ class RowScheduler(SchedulerThread):
         start = time.perf_counter()
         logits = self._rows.step(tokens)
         self._step_s = time.perf_counter() - start
-        self._select(running, logits[[each.row for each in running]])
+        self._select(running, logits, [each.row for each in running])
         self.forget_finished()
 
-    def _select(self, active: list[RowJob], logits: Tensor) -> None:
+    def _select(self, active: list[RowJob], logits: Tensor, places: Sequence[int]) -> None:
         """Select and report the next token of each of these rows.
 
         Args:
             active: The rows.
-            logits: Their logits, [rows, vocabulary].
+            logits: Logits of a batch, [batch, vocabulary].
+            places: Place of each row in it.
         """
-        best = first_best(logits).flatten().tolist()
-        for each, likeliest, scores in zip(active, best, logits, strict=True):
-            job = each.job
-            try:
-                each.token = likeliest if job.sequence.greedy else job.sequence.choose(scores)
-                job.add(each.token, scores)
+        for each, selected in zip(active, select_tokens([each.job for each in active], logits, places), strict=True):
+            if isinstance(selected, Exception):
+                each.job.finish(FinishReason.ERROR, selected)
+            else:
+                each.token = selected.token
+                each.job.add(selected.token, selected.logprobs)
                 self.generated += 1
-            except Exception as error:  # of the request's own options or processors
-                job.finish(FinishReason.ERROR, error)
             each.running, each.prefill = True, None
 
     def forget_finished(self) -> None:
