@@ -260,9 +260,12 @@ class AddedMemory:
 
     def __init__(self, device: torch.device) -> None:
         initialize_cuda(device)
-        self._device, self._before = device, used_memory(device)
+        self._device = device
         if device.type == "cpu":
+            release()
             self._before = resident()  # with libraries, which the kernel's peak counts, too
+        else:
+            self._before = used_memory(device)
         reset_peak()
 
     def measure(self) -> int:

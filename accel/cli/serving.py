@@ -20,7 +20,7 @@ from accel.models.loading import find_variant
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from accel.serve.http.lifecycle import Backend
+    from accel.serve.http.backend import Backend
 
 ListModels = Callable[[], Sequence[Mapping[str, Any]]]  # as `/v1/models` does
 ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # what a client on this machine calls instead

@@ -47,6 +47,8 @@ class ServeConfig:
         head_timeout_s: Seconds within which a client must send the head of a request, or be idle between two.
         body_timeout_s: Seconds within which a client must send the body.
         unread_timeout_s: Seconds that a client may leave a reply unread before its connection is cut.
+        coalesce_s: Seconds for which new tokens of a stream are gathered into one event; its first and its last ones
+            aren't held back. 0: an event for whatever there is.
         max_unread_tokens: Tokens that are kept for a client that doesn't read them; then its request is cancelled.
         drain_s: Seconds that requests in progress are given to end after SIGTERM or Ctrl-C.
         log_requests: Write a line of JSON for each request to standard error. It holds no text of prompts or outputs.
@@ -86,6 +88,7 @@ class ServeConfig:
     head_timeout_s: float = number(10.0, 0.01)
     body_timeout_s: float = number(60.0, 0.01)
     unread_timeout_s: float = number(30.0, 0.01)
+    coalesce_s: float = number(0.02, 0)
     max_unread_tokens: int = number(2048)
     drain_s: int = number(30, 0)
     log_requests: bool = True

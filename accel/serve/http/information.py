@@ -1,14 +1,13 @@
 """Routes about the server itself: health, readiness, metrics, and the page at `/`."""
 
-from collections.abc import Mapping
 from importlib.resources import files
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
+from accel.serve.http.backend import Backend
 from accel.serve.http.metrics import Metrics
-from accel.serve.protocol import Status
 from accel.serve.requests.errors import not_ready
 
 PAGE_FILES = {
@@ -23,16 +22,6 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-
-
-class Backend(Protocol):
-    """What computes the replies: the models of this process, or replicas in others."""
-
-    async def is_ready(self) -> bool:
-        """Return whether it can compute."""
-
-    async def states(self) -> Mapping[tuple[str, ...], Status]:
-        """Return the states of its schedulers, by the values of the labels that its metrics have."""
 
 
 def routes(backend: Backend, metrics: Metrics) -> APIRouter:

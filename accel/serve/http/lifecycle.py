@@ -4,13 +4,13 @@ import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
 
 from accel.config.serve import ServeConfig
 from accel.errors import AccelError
+from accel.serve.http.backend import Backend
 from accel.serve.http.http_protocol import limited_protocol
 from accel.system.signals import interrupter
 
@@ -39,16 +39,6 @@ class _Server(uvicorn.Server):
         """Handle the first signal: let requests end. At the second, `accel.cli.interrupts` ends the process."""
         interrupter.called.set()
         self.should_exit = True
-
-
-class Backend(Protocol):
-    """What computes the replies."""
-
-    def warm_up(self) -> None:
-        """Prepare everything that a first request would otherwise wait for."""
-
-    def close(self) -> None:
-        """Free everything."""
 
 
 class Server:

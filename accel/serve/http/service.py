@@ -186,7 +186,7 @@ class Service:
         record = record_of(http)
         record.stream = stream
         unread = self.limits.max_unread_tokens if stream else self.limits.max_new_tokens * self.limits.max_sequences
-        sequences = Sequences(served, plan, record, unread, self.limits.timeout_s)
+        sequences = Sequences(served, plan, record, unread, self.limits)
         if stream:
             return EventStream(_events(sequences, plan, form), sequences.cancel)
         try:

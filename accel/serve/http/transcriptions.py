@@ -42,7 +42,7 @@ def routes(service: Service) -> APIRouter:
         given = {"language": language} | ({"temperature": temperature, "do_sample": True} if temperature else {})
         plan = await run_in_threadpool(_plan, service, served, await file.read(), given)
         record = record_of(http)
-        sequences = Sequences(served, plan, record, service.limits.max_new_tokens + 1, service.limits.timeout_s)
+        sequences = Sequences(served, plan, record, service.limits.max_new_tokens + 1, service.limits)
         try:
             text = await unless_gone(http.receive, _text(sequences))
         finally:

@@ -7,26 +7,25 @@ from contextlib import suppress
 
 from accel.serve.protocol import Event, Finished, Listener, Tokens
 
-COALESCE_S = 0.02  # events within this time of the last ones are taken together: a reply of many small parts costs more
-
 
 class EventQueue:
     """Events of the sequences of one HTTP request, from any thread to its event loop.
 
     Args:
         max_tokens: Tokens that may wait here.
+        coalesce_s: Seconds after some events were taken, in which further ones are gathered.
         overflow: Called once on the event loop when more do.
     """
 
-    def __init__(self, max_tokens: int, overflow: Callable[[], None]) -> None:
-        self._max_tokens, self._overflow = max_tokens, overflow
+    def __init__(self, max_tokens: int, coalesce_s: float, overflow: Callable[[], None]) -> None:
+        self._max_tokens, self._coalesce_s, self._overflow = max_tokens, coalesce_s, overflow
         self._loop = asyncio.get_running_loop()
         self._lock = threading.Lock()
         self._events: list[tuple[int, Event]] = []
         self._tokens = 0
         self._overflowed = False
         self._arrived, self._finished = asyncio.Event(), asyncio.Event()
-        self._last_taken = -COALESCE_S
+        self._last_taken = -coalesce_s
 
     def listener(self, index: int) -> Listener:
         """Return the listener of the request's sequence `index`."""
@@ -58,10 +57,11 @@ class EventQueue:
     async def take(self) -> list[tuple[int, Event]]:
         """Wait for events, and return all that there are, with the numbers of their sequences.
 
-        The last event of a sequence doesn't wait for others.
+        The first events of all are returned at once, and the last event of a sequence doesn't wait for others. All
+        between are gathered for `coalesce_s`, as a reply of many small parts costs more than one of few.
         """
         await self._arrived.wait()
-        pause = self._last_taken + COALESCE_S - self._loop.time()
+        pause = self._last_taken + self._coalesce_s - self._loop.time()
         if pause > 0:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._finished.wait(), pause)

@@ -4,6 +4,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
+from accel.config.serve import ServeConfig
 from accel.serve.protocol import Event, Finished, FinishReason, Request, Ticket, TokenLogprobs
 from accel.serve.requests.detokenizer import Detokenizer
 from accel.serve.requests.errors import refused, timed_out, unexpected
@@ -132,17 +133,17 @@ class Sequences:
         plan: What is asked of it.
         record: Line of the log, which gets the numbers of tokens.
         max_unread_tokens: Tokens that may wait to be read.
-        timeout_s: Time that the requests have, for the message.
+        limits: Section `serve` of the configuration.
 
     Raises:
         ApiError: The scheduler refuses a request.
     """
 
     def __init__(
-        self, served: ServedModel, plan: Plan, record: Record, max_unread_tokens: int, timeout_s: float
+        self, served: ServedModel, plan: Plan, record: Record, max_unread_tokens: int, limits: ServeConfig
     ) -> None:
-        self._record, self._timeout_s = record, timeout_s
-        self._queue = EventQueue(max_unread_tokens, self.cancel)
+        self._record, self._timeout_s = record, limits.timeout_s
+        self._queue = EventQueue(max_unread_tokens, limits.coalesce_s, self.cancel)
         end_ids = frozenset(served.end_ids)
         self._sequences = [
             _Sequence(index, Detokenizer(served.tokenizer, context), StopStrings(plan.stops), end_ids)

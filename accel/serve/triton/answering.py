@@ -116,7 +116,7 @@ class Answering:
         """Generate, and send the responses of a request that succeeds. Raises `ApiError` for any other."""
         plan = await asyncio.to_thread(self._plan, inputs)
         limits = self._service.limits
-        sequences = Sequences(self._served, plan, Record("TRITON"), limits.max_new_tokens, limits.timeout_s)
+        sequences = Sequences(self._served, plan, Record("TRITON"), limits.max_new_tokens, limits)
         watch = asyncio.ensure_future(_cancel_when_asked(receiver, sequences))
         parts: list[Delta] = []
         try:

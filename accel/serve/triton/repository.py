@@ -25,7 +25,7 @@ MODEL, CONFIG, VERSION, DEPLOYABLE = "model.py", "config.pbtxt", "1", "deployabl
 # Limits of requests in section `serve`; the others are about HTTP.
 LIMITS = (
     *("max_waiting", "max_rows", "max_prompt_tokens", "max_new_tokens", "max_total_tokens", "default_new_tokens"),
-    *("max_sequences", "timeout_s"),
+    *("max_sequences", "timeout_s", "coalesce_s"),
 )
 
 
