@@ -11,10 +11,10 @@ import argparse
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,45 +27,47 @@ from accel.serve.scheduling.batch_scheduler import BatchScheduler
 from accel.serve.scheduling.limits import SchedulerLimits
 from accel.serve.scheduling.opening import open_scheduler
 
-Answer = Callable[[Tensor, dict[str, Any]], list[int]]
-"""Function of a prompt [1, length] and options of GenerationConfig, that returns the new tokens."""
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+Work: TypeAlias = tuple[Tensor, dict[str, Any]]
+"""A prompt [1, length] and options of GenerationConfig."""
+
+Answer: TypeAlias = Callable[[Work], list[int]]
+"""Function that answers a request with its new tokens."""
 
 
 @dataclass(frozen=True)
-class Load:
+class Load(Generic[Result]):
     """What one round measured.
 
     Attributes:
         seconds: Duration of the round.
-        tokens: New tokens of each request.
+        replies: What each request was answered with.
         latencies: Seconds of each request.
     """
 
     seconds: float
-    tokens: list[list[int]]
+    replies: list[Result]
     latencies: list[float]
 
     @property
     def requests_per_second(self) -> float:
         """Throughput in requests."""
-        return len(self.tokens) / self.seconds
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Throughput in new tokens."""
-        return sum(map(len, self.tokens)) / self.seconds
+        return len(self.replies) / self.seconds
 
 
-def run_clients(answer: Answer, work: list[tuple[Tensor, dict[str, Any]]], clients: int) -> Load:
+def run_clients(answer: Callable[[Item], Result], work: Sequence[Item], clients: int) -> Load[Result]:
     """Let clients answer all requests, each one after the other.
 
     Args:
         answer: Called in the threads of the clients.
-        work: Prompts and options.
+        work: The requests.
         clients: Number of threads.
     """
-    tokens: list[list[int]] = [[] for _ in work]
+    replies: dict[int, Result] = {}
     latencies = [0.0 for _ in work]
+    errors: list[Exception] = []
     numbers = iter(range(len(work)))
     lock = threading.Lock()
 
@@ -73,10 +75,14 @@ def run_clients(answer: Answer, work: list[tuple[Tensor, dict[str, Any]]], clien
         while True:
             with lock:
                 number = next(numbers, None)
-            if number is None:
+            if number is None or errors:
                 return
             start = time.perf_counter()
-            tokens[number] = answer(*work[number])
+            try:
+                replies[number] = answer(work[number])
+            except Exception as error:  # raised again in the thread of the caller
+                errors.append(error)
+                return
             latencies[number] = time.perf_counter() - start
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
@@ -85,13 +91,22 @@ def run_clients(answer: Answer, work: list[tuple[Tensor, dict[str, Any]]], clien
         thread.start()
     for thread in threads:
         thread.join()
-    return Load(time.perf_counter() - start, tokens, latencies)
+    seconds = time.perf_counter() - start
+    if errors:
+        raise errors[0]
+    return Load(seconds, [replies[number] for number in range(len(work))], latencies)
+
+
+def tokens_per_second(load: Load[list[int]]) -> float:
+    """Return the throughput in new tokens."""
+    return sum(map(len, load.replies)) / load.seconds
 
 
 def through(scheduler: Scheduler) -> Answer:
     """Return a function that answers a request through a scheduler."""
 
-    def answer(prompt: Tensor, options: dict[str, Any]) -> list[int]:
+    def answer(work: Work) -> list[int]:
+        prompt, options = work
         done = threading.Event()
         ids: list[int] = []
 
@@ -111,7 +126,8 @@ def through(scheduler: Scheduler) -> Answer:
 def direct(model: AcceleratedModel) -> Answer:
     """Return a function that answers a request by `generate`."""
 
-    def answer(prompt: Tensor, options: dict[str, Any]) -> list[int]:
+    def answer(work: Work) -> list[int]:
+        prompt, options = work
         start = 1 if model.config.is_encoder_decoder else prompt.shape[1]
         ids: list[int] = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, start:].tolist()
         return ids
@@ -121,7 +137,7 @@ def direct(model: AcceleratedModel) -> Answer:
 
 def mixed_work(
     model: AcceleratedModel, count: int, prompts: tuple[int, int], new_tokens: tuple[int, int]
-) -> list[tuple[Tensor, dict[str, Any]]]:
+) -> list[Work]:
     """Return `count` random prompts and options, lengths and numbers of new tokens being uniform between the bounds."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = min(arguments.vocabulary_sizes(model.config))
@@ -165,11 +181,11 @@ def main() -> None:
         for number in range(options.rounds):
             one, many = run_clients(alone, work, 1), run_clients(served, work, options.clients)
             ratios.append(many.requests_per_second / one.requests_per_second)
-            equal = sum(ours == right for ours, right in zip(many.tokens, one.tokens, strict=True))
+            equal = sum(ours == right for ours, right in zip(many.replies, one.replies, strict=True))
             print(
                 f"round {number + 1}: one at a time {one.requests_per_second:7.1f} requests/s, "
-                f"{one.tokens_per_second:8.1f} tokens/s; served {many.requests_per_second:7.1f} and "
-                f"{many.tokens_per_second:8.1f}, {ratios[-1]:.2f} times; {equal} of {len(work)} equal",
+                f"{tokens_per_second(one):8.1f} tokens/s; served {many.requests_per_second:7.1f} and "
+                f"{tokens_per_second(many):8.1f}, {ratios[-1]:.2f} times; {equal} of {len(work)} equal",
                 flush=True,
             )
         latencies: dict[str, list[float]] = {"direct": [], "lone client": []}

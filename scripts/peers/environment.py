@@ -42,7 +42,12 @@ def python_of(folder: Path) -> Path:
     return folder / "environment" / "bin" / "python"
 
 
-def install(folder: Path, libraries: Sequence[str], run: Run = run_command) -> Mapping[str, str]:
+def install(
+    folder: Path,
+    libraries: Sequence[str],
+    run: Run = run_command,
+    packages: Mapping[str, tuple[str, ...]] = PACKAGES,
+) -> Mapping[str, str]:
     """Make the environment in `folder`, or complete it.
 
     A library that is there with these versions isn't installed again. One that can't be installed leaves the others
@@ -50,8 +55,9 @@ def install(folder: Path, libraries: Sequence[str], run: Run = run_command) -> M
 
     Args:
         folder: The user's folder for everything that the comparison keeps.
-        libraries: Names in `PACKAGES`.
+        libraries: Names in `packages`.
         run: Runs a command.
+        packages: Library -> its packages; `BASE`, which all need, is one of them.
 
     Returns:
         Library that couldn't be installed -> the reason, in one line.
@@ -65,24 +71,24 @@ def install(folder: Path, libraries: Sequence[str], run: Run = run_command) -> M
             return dict.fromkeys(libraries, last_line(made.stderr))
     failed: dict[str, str] = {}
     for library in (BASE, *(name for name in libraries if name != BASE)):
-        if done.get(library) == _digest(library):
+        if done.get(library) == _digest(packages[library], library):
             continue
-        reason = _install_library(folder, library, run)
+        reason = _install_library(folder, library, run, packages)
         if reason is None:
-            done[library] = _digest(library)
+            done[library] = _digest(packages[library], library)
             stamp.write_text(json.dumps(done, indent=1))
         else:
             failed[library] = reason
     return dict.fromkeys(libraries, failed[BASE]) if BASE in failed else failed
 
 
-def _install_library(folder: Path, library: str, run: Run) -> str | None:
+def _install_library(folder: Path, library: str, run: Run, packages: Mapping[str, tuple[str, ...]]) -> str | None:
     """Install the packages of one library. Return None, or why that failed."""
     constraints = folder / "constraints.txt"  # the versions of all, so that no library moves another's
-    constraints.write_text("\n".join(package for packages in PACKAGES.values() for package in packages))
+    constraints.write_text("\n".join(package for group in packages.values() for package in group))
     pip = [str(python_of(folder)), "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
-    print(f"installing {library}: {' '.join(PACKAGES[library])}", file=sys.stderr, flush=True)
-    commands = [[*pip, *PACKAGES[library]]]
+    print(f"installing {library}: {' '.join(packages[library])}", file=sys.stderr, flush=True)
+    commands = [[*pip, *packages[library]]]
     if library in WITHOUT_DEPENDENCIES:
         commands.append([*pip, "--no-deps", *WITHOUT_DEPENDENCIES[library]])
     for command in commands:
@@ -92,7 +98,7 @@ def _install_library(folder: Path, library: str, run: Run) -> str | None:
     return None
 
 
-def _digest(library: str) -> str:
+def _digest(packages: Sequence[str], library: str) -> str:
     """Return what a library's installation is remembered by: its packages with their versions, hashed."""
-    packages = (*PACKAGES[library], *WITHOUT_DEPENDENCIES.get(library, ()))
-    return hashlib.sha256("\n".join(packages).encode()).hexdigest()
+    all_packages = (*packages, *WITHOUT_DEPENDENCIES.get(library, ()))
+    return hashlib.sha256("\n".join(all_packages).encode()).hexdigest()
