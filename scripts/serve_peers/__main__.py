@@ -1,6 +1,6 @@
 """Compare accel's server with others under load: a closed loop of clients over HTTP, mixed lengths, greedy, FP32.
 
-    python -m scripts.serve_peers FOLDER [--model CHECKPOINT] [--clients 32] [--requests 128] [--rounds 3]
+    python -m scripts.serve_peers FOLDER [--model CHECKPOINT] [--deployable DEPLOYABLE] [--requests 128] [--rounds 3]
 
 A decoder-only model is compared with `transformers serve`, as it is and with `--continuous-batching`; an
 encoder-decoder with CTranslate2 behind a small FastAPI application. By default, T5-small's dimensions with random
@@ -81,11 +81,16 @@ def expected_texts(checkpoint: Path, decoder_only: bool, work: Sequence[Work]) -
     return texts
 
 
-def servers(folder: Path, checkpoint: Path, decoder_only: bool, threads: int) -> list[dict[str, Any]]:
-    """Return the arguments of each `Server`."""
+def servers(
+    folder: Path, checkpoint: Path, deployable: Path | None, decoder_only: bool, threads: int
+) -> list[dict[str, Any]]:
+    """Return the arguments of each `Server`; accel's own builds the deployable where none is given."""
     python = str(python_of(folder))
-    overrides = ["model=auto", f"model.checkpoint={checkpoint}", "stage=serve", "serve.port={port}"]
-    overrides += [f"artifacts={folder / 'artifacts'}", f"runtime.threads={threads}", "serve.log_requests=false"]
+    overrides = [f"runtime.threads={threads}", "serve.log_requests=false", "stage=serve", "serve.port={port}"]
+    if deployable is None:
+        overrides += ["model=auto", f"model.checkpoint='{checkpoint}'", f"artifacts='{folder / 'artifacts'}'"]
+    else:
+        overrides += [f"serve.models={{{{'{checkpoint.name}': '{deployable}'}}}}", "runtime.static=true"]
     accel = {
         "name": "accel",
         "command": [sys.executable, "-m", "accel", *overrides],
@@ -128,11 +133,12 @@ def compare(options: argparse.Namespace) -> None:
     failed = install(folder, ["transformers serve" if decoder_only else "ctranslate2"], packages=PACKAGES)
     for library, reason in failed.items():
         raise AccelError(f"{library}: {reason}")
+    torch.set_num_threads(options.threads)
     work = mixed_work(checkpoint, decoder_only, options.requests)
     expected = expected_texts(checkpoint, decoder_only, work)
     with ExitStack() as stack:
         opened = []
-        for arguments in servers(folder, checkpoint, decoder_only, options.threads):
+        for arguments in servers(folder, checkpoint, options.deployable, decoder_only, options.threads):
             log = folder / f"{arguments['name'].replace(' ', '-')}.log"
             try:
                 server = stack.enter_context(Server(**arguments, log=log, threads=options.threads))
@@ -151,6 +157,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="keeps the environment, models and logs; created if missing")
     parser.add_argument("--model", type=Path, help="folder of a checkpoint; default: a random T5")
+    parser.add_argument(
+        "--deployable", type=Path, help="accel's folder, built with runtime.static=true; default: build it"
+    )
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--requests", type=int, default=128, help="a round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -159,8 +168,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name in ("clients", "requests", "rounds", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: give at least 1")
-    if options.model is not None and not (options.model / "config.json").is_file():
-        parser.error(f"--model {options.model}: no checkpoint, config.json is missing")
+    for name, folder in (("model", options.model), ("deployable", options.deployable)):
+        if folder is not None and not (folder / "config.json").is_file():
+            parser.error(f"--{name} {folder}: no such model, config.json is missing")
     return options
 
 
