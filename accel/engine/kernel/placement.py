@@ -133,7 +133,8 @@ class Placement:
                 padded = functional.pad(scales, (0, 0, 0, -rows % group))
                 parts.append(padded.reshape(-1, group, blocks))
             self._weights[key] = torch.cat(parts, 1).mT.contiguous()  # [groups, blocks, 8]
-        return self._weights[key].data_ptr()
+        self.keep.append(self._weights[key])
+        return self.keep[-1].data_ptr()
 
     def weight(self, name: str, transposed: bool) -> Tensor:
         """Return a weight [N, K], or integers of one; `transposed`: the graph stores it so, and it is not copied."""

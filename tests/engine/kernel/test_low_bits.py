@@ -204,7 +204,7 @@ def test_a_decoder_on_a_gpu(block: int, bulk: bool) -> None:
     from tests.engine.kernel.test_reliability import Decoder, assert_same_bits, difference
 
     target = None if bulk else Target(99 * 1024, bulk=False)
-    for sizes in (Sizes(width=320, inner=1000), Sizes(layers=3, width=1024, inner=2500)):
+    for sizes in (Sizes(width=320, inner=1000), Sizes(layers=3, width=1024, inner=2504)):
         decoder = Decoder(sizes, low=LowBits(8, block, 0))
         kernel = decoder.kernel(target)
         found = decoder.steps(kernel)
