@@ -90,12 +90,12 @@ def servers(
     if deployable is None:
         overrides += ["model=auto", f"model.checkpoint='{checkpoint}'", f"artifacts='{folder / 'artifacts'}'"]
     else:
-        overrides += [f"serve.models={{{{'{checkpoint.name}': '{deployable}'}}}}", "runtime.static=true"]
+        overrides += [f"serve.models={{{{model: '{deployable.absolute()}'}}}}"]
     accel = {
         "name": "accel",
         "command": [sys.executable, "-m", "accel", *overrides],
         "ready": "/ready",
-        "model": checkpoint.name,
+        "model": None,
         "start_s": BUILD_S,
     }
     if not decoder_only:

@@ -52,7 +52,7 @@ class Server:
         name: For the table and messages.
         command: Starts it; `{port}` stands for the port.
         ready: Path that answers with 200 once the model is warm.
-        model: Name of the model in requests.
+        model: Name of the model in requests; None: the first one of `/v1/models`.
         log: File for its output.
         threads: Threads that compute, for libraries that read them from the environment.
         start_s: Seconds within which it must be ready.
@@ -62,9 +62,9 @@ class Server:
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], ready: str, model: str, log: Path, threads: int, start_s: float
+        self, name: str, command: Sequence[str], ready: str, model: str | None, log: Path, threads: int, start_s: float
     ) -> None:
-        self.name, self._model, self._log = name, model, log
+        self.name, self._log = name, log
         port = _free_port()
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with log.open("w") as output:
@@ -75,6 +75,7 @@ class Server:
         self._http = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=600)
         try:
             self._wait(ready, start_s)
+            self._model = model if model is not None else self._http.get("/v1/models").json()["data"][0]["id"]
         except BaseException:
             self.close()
             raise
