@@ -17,6 +17,7 @@ from scripts.peers.libraries import last_line
 
 END_S = 60  # that a server has to end after SIGINT
 POLL_S = 0.5
+REPLY_S = 300  # that a reply may take, waiting for others included
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Server:
             self._process = subprocess.Popen(  # noqa: S603
                 [part.format(port=port) for part in command], stdout=output, stderr=output, env=environment
             )
-        self._http = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=600)
+        self._http = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=REPLY_S)
         try:
             self._wait(ready, start_s)
             self._model = model if model is not None else self._http.get("/v1/models").json()["data"][0]["id"]
@@ -98,10 +99,13 @@ class Server:
         """Return the greedy reply to a request.
 
         Raises:
-            AccelError: It was answered with an error.
+            AccelError: It was answered with an error, or not at all.
         """
         body = {"model": self._model, "prompt": work.prompt, "max_tokens": work.new_tokens, "temperature": 0}
-        reply = self._http.post("/v1/completions", json=body)
+        try:
+            reply = self._http.post("/v1/completions", json=body)
+        except httpx2.TransportError as error:  # a timeout as well
+            raise AccelError(f"{self.name} gave no answer: {type(error).__name__} (see {self._log})") from error
         if reply.status_code != 200:
             raise AccelError(f"{self.name} answered {reply.status_code}: {last_line(reply.text)}")
         content = reply.json()
