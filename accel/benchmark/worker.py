@@ -33,7 +33,7 @@ class ModelWorker:
 
     def __init__(self, model: str, sources: Sources) -> None:
         self.model, self.sources = model, sources
-        self.process = WorkerProcess(model)
+        self.process = WorkerProcess(model, forked=torch.device(sources.runtime.device).type == "cpu")
         self.process.submit(import_model_code, sources.checkpoint)  # at the same time as other workers
 
     def open(self, inputs: Mapping[str, Tensor], first: tuple[str, Mapping[str, Any]] | None = None) -> int:

@@ -108,6 +108,7 @@ def run(composed: DictConfig, overrides: list[str]) -> dict[str, Mapping[str, An
         Stage -> summary of its artifact, for the stages that were asked for.
     """
     with interrupter.at_once():
+        from accel.benchmark.process import share_imports
         from accel.cli import compose, report
         from accel.config.schema import EXPORT_TRITON, SERVE
         from accel.pipeline.runner import includes
@@ -116,6 +117,7 @@ def run(composed: DictConfig, overrides: list[str]) -> dict[str, Mapping[str, An
 
     quiet()
     return_large_blocks()
+    share_imports()
     config = compose.settle(composed, overrides)
     if includes(config.stage, SERVE):
         from accel.cli import serving

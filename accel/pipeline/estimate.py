@@ -16,21 +16,24 @@ from accel.models.model_class import model_class
 
 logger = logging.getLogger(__name__)
 
-ANNOUNCED = 30.0  # seconds: shorter builds are not announced
+ANNOUNCED = 45.0  # seconds: shorter builds are not announced
 REFUSED = 0.5  # share of the estimated disk space; with less, the build can't end
 GB = 1e9
 # Fitted to SmolLM2-135M and T5-small dimensions on two CPU cores, see docs/benchmarks/pipeline.md.
-SECONDS_PER_MODULE = {"export": 0.05, "optimize": 0.03}  # per innermost module
+SECONDS_AT_ANY_SIZE = 10.0  # imports, keys and hashes of files
+SECONDS_PER_TRACE = 11.0  # in `export`, which traces a few layers whatever their number
+SECONDS_OF_WORKERS = 5.0  # imports in `verify` of the processes that measure latency
+SECONDS_PER_MODULE = {"optimize": 0.03}  # per innermost module
 SECONDS_PER_MILLION = {  # per million parameters, for what reads all weights again and again
     "answers": 0.05,
-    "export": 0.05,
+    "export": 0.08,
     "calibrate": 0.6,
     "audit": 0.4,
     "convert": 0.02,
     "merge": 0.03,
-    "reference": 0.15,
-    "torch_error": 0.04,
-    "verify": 0.25,
+    "reference": 0.2,
+    "torch_error": 0.07,
+    "verify": 0.22,
     "benchmark": 0.5,
 }
 BASE_MEMORY = 0.7e9  # bytes that Python, torch and a traced graph take, whatever the model
@@ -47,10 +50,12 @@ class Size:
     Attributes:
         parameters: Number of parameters; shared ones count once.
         modules: Number of innermost modules.
+        traces: Number of graphs that `export` traces: the decoder, and the encoder if there is one.
     """
 
     parameters: int
     modules: int
+    traces: int = 1
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "Size | None":
@@ -62,7 +67,8 @@ class Size:
             logger.info(f"no estimate: {error}")
             return None
         modules = sum(not any(module.children()) for module in model.modules())
-        return cls(sum(each.numel() for each in model.parameters()), modules)
+        traces = 2 if config.is_encoder_decoder else 1
+        return cls(sum(each.numel() for each in model.parameters()), modules, traces)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,11 @@ class Estimate:
     @classmethod
     def of(cls, size: Size, stages: Collection[str], half: bool) -> "Estimate":
         """Return the estimate for the stages that will run; `half`: in 16 bits."""
-        seconds = 0.0
+        seconds = SECONDS_AT_ANY_SIZE
+        if "export" in stages:
+            seconds += SECONDS_PER_TRACE * size.traces
+        if "verify" in stages:
+            seconds += SECONDS_OF_WORKERS
         for stage in stages:
             seconds += size.parameters / 1e6 * SECONDS_PER_MILLION.get(stage, 0.0)
             seconds += size.modules * SECONDS_PER_MODULE.get(stage, 0.0)

@@ -67,16 +67,25 @@ def drop_file_pages(folders: Collection[Path]) -> int:
 
 
 def resident_together(processes: Sequence[psutil.Process]) -> int:
-    """Return the bytes of physical memory that processes hold together, on Linux; pages of a file count once.
+    """Return the bytes of physical memory that processes hold together, on Linux; pages that they share count once.
 
-    The kernel's own sum of shares (PSS) doesn't do: it divides pages among all processes of the machine.
+    The kernel's own sum of shares (PSS) does for pages of no file, which only a process and those forked from it share,
+    but not for pages of files: it divides them among all processes of the machine.
     """
     private, files = 0, Counter[str]()
     for process in processes:
+        private += _anonymous_share(process.pid)
         for mapping in process.memory_maps():  # one for each file
-            private += mapping.anonymous
             files |= Counter({mapping.path: mapping.rss - mapping.anonymous})  # the largest counts
     return private + files.total()
+
+
+def _anonymous_share(pid: int) -> int:
+    """Return the bytes of a process's pages of no file, each divided by the number of processes that share it."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss_Anon:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def peak_resident() -> int:
@@ -166,7 +175,7 @@ class PeakMemory:
         """Measure this process with its children until the context ends."""
         process = psutil.Process()
         while not self._ended.wait(INTERVAL_S):
-            with suppress(psutil.Error):  # a process that ended meanwhile
+            with suppress(psutil.Error, OSError):  # a process that ended meanwhile
                 children = process.children(recursive=True)
                 if children:
                     self._measure([process, *children])

@@ -88,3 +88,30 @@ def test_an_idle_process_leaves_no_semaphore_behind(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("7\n", "")
+
+
+SHARING = """
+import os, sys
+from accel.benchmark.process import WorkerProcess, share_imports
+
+def imported():
+    return "transformers.generation.utils" in sys.modules, os.getppid()
+
+if __name__ == "__main__":
+    share_imports()
+    with WorkerProcess("a", forked=True) as a, WorkerProcess("b", forked=True) as b, WorkerProcess("c") as c:
+        (a_has, server), (b_has, same_server), (c_has, parent) = [each.call(imported) for each in (a, b, c)]
+        print(a_has, b_has, c_has, server == same_server != os.getpid(), parent == os.getpid(), a.pid != b.pid)
+        print(server)
+"""
+
+
+def test_workers_share_imports(tmp_path: Path) -> None:
+    """Forked workers are processes of their own, with the imports of a process that ends with the program."""
+    script = tmp_path / "measure.py"
+    script.write_text(SHARING)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    facts, server = done.stdout.splitlines()
+    assert (facts, done.stderr) == ("True True False True True True", "")
+    psutil.wait_procs([psutil.Process(int(server))] if psutil.pid_exists(int(server)) else [], timeout=20)
+    assert not psutil.pid_exists(int(server))

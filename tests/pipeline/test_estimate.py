@@ -10,10 +10,20 @@ from transformers import AutoConfig
 
 from accel.cli.compose import compose
 from accel.errors import AccelError
-from accel.pipeline.estimate import BASE_MEMORY, REFUSED, WEIGHTS_IN_MEMORY, Estimate, Size, announce
+from accel.pipeline.estimate import (
+    BASE_MEMORY,
+    REFUSED,
+    SECONDS_AT_ANY_SIZE,
+    SECONDS_PER_TRACE,
+    WEIGHTS_IN_MEMORY,
+    Estimate,
+    Size,
+    announce,
+)
 from tests.conftest import overrides_for
 
 LLAMA = Size(parameters=1_000_000_000, modules=200)
+ALL = ("checkpoint", "prompts", "export", "optimize", "convert", "merge", "reference", "torch_error", "verify")
 BUILD = ("export", "optimize", "convert", "merge", "verify")
 
 
@@ -35,6 +45,22 @@ def test_numbers() -> None:
     assert Estimate.of(LLAMA, ["verify"], half=False).disk == 4e9
     assert Estimate.of(LLAMA, [*BUILD, "calibrate", "audit"], half=True).seconds > half.seconds
     assert "28.0 GB of disk" in str(full)
+
+
+def test_seconds_at_any_size() -> None:
+    """Imports and traces take their time however small the model is, and beside an encoder there is one trace more."""
+    one, two = (Estimate.of(Size(1000, 10, traces), ALL, half=False).seconds for traces in (1, 2))
+    assert two - one == pytest.approx(SECONDS_PER_TRACE)
+    assert 20 < one < 30
+    assert Estimate.of(Size(1000, 10), ["convert"], half=False).seconds == pytest.approx(SECONDS_AT_ANY_SIZE, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("size", "measured"), [(Size(134_515_008, 304), 130), (Size(60_506_624, 190, traces=2), 78)], ids=["SmolLM2", "T5"]
+)
+def test_seconds_near_those_measured(size: Size, measured: float) -> None:
+    """Within a sixth of whole runs on two quiet cores: see docs/benchmarks/pipeline.md."""
+    assert Estimate.of(size, ALL, half=False).seconds == pytest.approx(measured, rel=1 / 6)
 
 
 @pytest.mark.parametrize("share", [0.4, 0.9, 1.1])

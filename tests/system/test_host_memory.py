@@ -52,6 +52,29 @@ def test_children_count_and_what_they_share_counts_once(tmp_path: Path) -> None:
     assert 490 * MB < memory.added < 580 * MB  # 300 shared, twice 100, and the children's interpreters
 
 
+FORKING = """
+import os, signal, psutil
+from accel.system.host_memory import resident_together
+block = bytearray(b"x") * 200_000_000
+before = resident_together([psutil.Process()])
+read, write = os.pipe()
+child = os.fork()
+if child == 0:
+    own = bytearray(b"y") * 100_000_000
+    os.write(write, b"1")
+    signal.pause()
+os.read(read, 1)
+print(resident_together([psutil.Process(), psutil.Process(child)]) - before)
+os.kill(child, signal.SIGKILL)
+"""
+
+
+def test_memory_that_a_forked_process_shares_counts_once() -> None:
+    """The child adds what it allocates, and not the block that it has from its parent."""
+    done = subprocess.run([sys.executable, "-c", FORKING], capture_output=True, check=True)
+    assert 95 * MB < int(done.stdout) < 130 * MB
+
+
 FREEING = """
 import sys
 from accel.system.host_memory import release, resident, return_large_blocks
