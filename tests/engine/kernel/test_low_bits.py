@@ -88,7 +88,10 @@ def build(plan: Plan, rows: int, device: torch.device, blocks: int) -> tuple[Pro
         features = len(plan.graph.constants[f"{part}.0.0"])
         tensors[name] = torch.full((rows, 1, features), torch.nan, dtype=spec.dtype)
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return Builder(plan, tensors, rows, device, {}, blocks).program, tensors
+    weights: dict[str, Tensor] = {}
+    program = Builder(plan, tensors, rows, device, weights, blocks).program
+    program.keep += weights.values()
+    return program, tensors
 
 
 def test_scales_lie_in_groups() -> None:
