@@ -14,11 +14,13 @@ from accel.engine.kernel.launch import LIMIT, Target, source
 from accel.engine.kernel.program import Program
 
 HERE = Path(__file__).parent
-INSTRUCTIONS = (  # functions that are defined below
-    "wide(T v)", "wide(T2 v)", "narrow(float a, float b)", "barrier_init", "arrive", "expect", "bulk_copy", "async_copy", "async_arrive",
-    "fence", "wait", "unhoisted",
-    "sync", "load2", "load1", "store", "mma", "mma_first",
-)  # fmt: skip
+INSTRUCTIONS = (  # functions that `instructions.h` defines in their place
+    "wide(T v)",
+    "wide(T2 v)",
+    "narrow(float a, float b)",
+    *("barrier_init", "arrive", "expect", "bulk_copy", "async_copy", "async_arrive", "fence", "wait", "unhoisted"),
+    *("sync", "load2", "load1", "store", "mma", "mma_first"),
+)
 
 
 def without(text: str, name: str) -> str:
