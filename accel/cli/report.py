@@ -31,8 +31,11 @@ def finish(config: Config, artifacts: Mapping[str, Artifact]) -> None:
     if "optimize" in artifacts:
         _show_passes(artifacts["optimize"].summary)
     if "audit" in artifacts:
-        show = _show_weights if "weights" in artifacts["audit"].summary else _show_plan
-        show(artifacts["audit"].summary)
+        audited = artifacts["audit"].summary  # of both where weights are of few bits and all else is in 16
+        if "weights" in audited:
+            _show_weights(audited)
+        if "sizes" in audited:
+            _show_plan(audited)
     if "merge" in artifacts:
         _show_shared_weights(artifacts["merge"].summary)
     if "verify" in artifacts:

@@ -316,10 +316,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     explained = {}
     if "audit" in inputs and config.precision.weight_bits is not None:
         explained = certificate.explain_weights(weight_audit.read_plan(inputs["audit"].folder))
-    elif "audit" in inputs:
+    if "audit" in inputs and config.precision.dtype != "float32":
         plans = audit.read_plans(inputs["audit"].folder)
         statistics, rows = calibrate.read_statistics(inputs["calibrate"].folder)
-        explained = certificate.explain(plans, statistics, rows)
+        explained |= certificate.explain(plans, statistics, rows)
     certificate.write(deployable, asdict(verification), measured, explained, config, inputs)
     card.write(out)
     return summarize(verification, inputs, measured)
