@@ -105,7 +105,8 @@ def _range_plots(certificate: Mapping[str, Any]) -> dict[str, str]:
         return {}
     from accel.reporting import svg_plots
 
-    format = FORMATS[certificate["verification"]["precision"]]
+    verification = certificate["verification"]
+    format = FORMATS[verification.get("dtype", verification["precision"])]
     limits = {f"largest {format.name}": format.largest, f"smallest normal {format.name}": format.smallest}
     if format is not FP16:
         limits |= {"largest float16": FP16.largest}
