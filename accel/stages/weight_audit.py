@@ -139,6 +139,11 @@ def apply_trials(config: Config, plan: WeightPlan, trial: WeightTrial) -> None:
             result = trial(formats)
             known[key] = passes(precision, result)
             plan.trials.append({"weights": len(formats), "passed": known[key], **asdict(result)})
+            progress.note(
+                f"trial {len(plan.trials)}: {len(formats)} of {len(chosen)} weights in low bits, divergence "
+                f"{result.divergence:.2g} nats (standard error {result.standard_error:.1g}), "
+                f"{result.changed_share:.1%} of tokens changed: {'passed' if known[key] else 'failed'}"
+            )
         return known[key]
 
     ranked = sorted(chosen, key=plan.error)

@@ -57,7 +57,8 @@ def test_trials_keep_the_weights_with_outliers_in_fp32(
 
     The first limit lets the encoder's outliers pass. Verification refuses that plan, and stricter trials find them.
     """
-    _, artifacts = build(outliers, "[audit,convert,verify]", OVERRIDES)
+    with caplog.at_level("INFO", "accel.progress"):
+        _, artifacts = build(outliers, "[audit,convert,verify]", OVERRIDES)
     assert "Back to the trials, whose limits are divided by precision.strictness=4" in caplog.text
     plan = weight_audit.read_plan(artifacts["audit"].folder)
     kept = {name: each for name, each in plan.weights.items() if each.format is None}
@@ -65,6 +66,7 @@ def test_trials_keep_the_weights_with_outliers_in_fp32(
     assert names <= set(kept)
     assert len(kept) <= 6
     assert not plan.trials[0]["passed"]
+    assert f"trial 1: {len(plan.weights)} of {len(plan.weights)} weights in low bits, divergence" in caplog.text
     assert plan.trials[0]["weights"] == len(plan.weights)
     assert any(trial["passed"] and trial["weights"] == len(plan.weights) - len(kept) for trial in plan.trials)
     assert {kept[name].reason for name in names} == {weight_audit.TRIALS}

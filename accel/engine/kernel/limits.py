@@ -11,14 +11,8 @@ from accel.engine.operations import product
 from accel.engine.planning.plan import Plan
 
 MAX_ROWS = 8  # rows of the batch that the kernel was run with; its products hold no more than 16
-BLOCKS = (
-    64,
-    128,
-    256,
-    512,
-    1024,
-    2048,
-)  # features that share a scale: those of a chunk, or more, and no more than a slot's
+# Features that share a scale: those of a chunk or more, and no more than those of a slot.
+BLOCKS = (64, 128, 256, 512, 1024, 2048)
 
 
 def check_rows(rows: int) -> None:
