@@ -1,7 +1,6 @@
 """A server in a process of its own, and what a client asks of it."""
 
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -114,7 +113,7 @@ class Server:
     def close(self) -> None:
         """End the process."""
         self._http.close()
-        self._process.send_signal(signal.SIGINT)
+        self._process.terminate()  # not SIGINT, which a background process of a shell ignores
         try:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:

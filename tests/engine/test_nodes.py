@@ -20,6 +20,7 @@ from tests.engine.operators import (
     test_attention,
     test_indexing,
     test_logic,
+    test_low_bits,
     test_normalization,
     test_products,
     test_reductions,
@@ -35,6 +36,7 @@ def test_every_operator_is_compared_with_onnxruntime() -> None:
         *test_attention.ROTARY,
         *test_indexing.CASES,
         *test_logic.CASES,
+        *test_low_bits.CASES,
         *test_normalization.CASES,
         *test_products.CASES,
         *test_reductions.FLOATS,
@@ -61,8 +63,8 @@ def test_the_import_is_light() -> None:
             r"node odd: the engine has no operator 'Einsum' of domain 'ai.onnx'. Supported: Add, And, .* TensorScatter",
         ),
         (
-            make_node("MatMulNBits", ["x"], ["y"], "odd", domain="com.microsoft"),
-            r"no operator 'MatMulNBits' of domain 'com.microsoft'. Supported: .*com.microsoft.FusedMatMul",
+            make_node("MatMulBnb4", ["x"], ["y"], "odd", domain="com.microsoft"),
+            r"no operator 'MatMulBnb4' of domain 'com.microsoft'. Supported: .*com.microsoft.FusedMatMul",
         ),
         (
             make_node("Softmax", ["x"], ["y"], "odd", scale=2.0),
