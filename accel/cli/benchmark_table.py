@@ -163,6 +163,6 @@ def token_medians(figures: Mapping[str, Any]) -> list[float | None]:
 
 def times(total: Mapping[str, float], figures: Mapping[str, Any]) -> str:
     """Format a backend's median seconds and, if they were measured, its `token_medians`."""
-    times = token_medians(figures)
-    cells = ", ".join(ABSENT if time is None else milliseconds(time) for time in times)
-    return f"{total['median']:.3f}" + (f" [{cells}]" if any(times) else "")
+    medians = token_medians(figures)
+    cells = ", ".join(ABSENT if time is None else milliseconds(time) for time in medians)
+    return f"{total['median']:.3f}" + (f" [{cells}]" if any(medians) else "")

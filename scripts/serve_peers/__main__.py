@@ -146,6 +146,8 @@ def compare(options: argparse.Namespace) -> None:
                 opened.append(server)
             except AccelError as error:
                 print(error, file=sys.stderr, flush=True)
+        if not opened:
+            raise AccelError(f"no server answers; their logs are in {folder}")
         for number in range(options.rounds):
             for server in opened[number % len(opened) :] + opened[: number % len(opened)]:
                 load = run_clients(server.answer, work, options.clients)

@@ -14,7 +14,7 @@ import httpx2
 from accel.errors import AccelError
 from scripts.peers.libraries import last_line
 
-END_S = 60  # that a server has to end after SIGINT
+END_S = 60  # that a server has to end after SIGTERM
 POLL_S = 0.5
 REPLY_S = 300  # that a reply may take, waiting for others included
 
