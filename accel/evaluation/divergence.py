@@ -49,11 +49,6 @@ class Divergence:
         self.tokens += len(expected)
 
     @property
-    def changed_share(self) -> float:
-        """Share of the tokens at which another id is the likeliest."""
-        return self.changed / max(1, self.tokens)
-
-    @property
     def mean(self) -> float:
         """Mean divergence in nats; 0 without tokens."""
         return sum(map(sum, self.texts.values())) / max(1, self.tokens)
@@ -75,16 +70,3 @@ class Divergence:
             groups = [[value] for value in groups[0]]
         for values in groups:
             yield sum(values), len(values)
-
-    @property
-    def upper(self) -> float:
-        """Value that the mean over all such texts doesn't exceed, with the confidence of `CONFIDENCE`."""
-        return self.mean + CONFIDENCE * self.standard_error
-
-    @property
-    def lower(self) -> float:
-        """Value that the mean over all such texts doesn't fall below, with the confidence of `CONFIDENCE`.
-
-        Infinite where the mean is.
-        """
-        return self.mean if math.isinf(self.mean) else self.mean - CONFIDENCE * self.standard_error

@@ -60,9 +60,8 @@ def test_standard_error_is_that_of_the_spread_between_texts() -> None:
 
 def test_a_single_text_counts_by_its_tokens() -> None:
     divergence = Divergence(tokens=4, texts={"only": [1.0, 2.0, 3.0, 4.0]})
+    assert divergence.mean == 2.5
     assert divergence.standard_error == pytest.approx(math.sqrt(5 / 3) / 2)
-    assert divergence.upper == pytest.approx(2.5 + 2 * divergence.standard_error)
-    assert divergence.lower == pytest.approx(2.5 - 2 * divergence.standard_error)
 
 
 def test_logits_that_are_not_finite_are_infinitely_far() -> None:
@@ -70,10 +69,9 @@ def test_logits_that_are_not_finite_are_infinitely_far() -> None:
     divergence = Divergence()
     divergence.add(0, torch.tensor([[0.0, 1.0], [math.nan, 1.0]]), torch.zeros(2, 2))
     assert divergence.mean == math.inf
-    assert divergence.upper == math.inf
-    assert divergence.lower == math.inf
+    assert divergence.standard_error == math.inf
 
 
 def test_without_enough_tokens_the_mean_is_not_known() -> None:
-    assert Divergence().upper == math.inf
-    assert Divergence(tokens=1, texts={0: [0.1]}).upper == math.inf
+    assert Divergence().standard_error == math.inf
+    assert Divergence(tokens=1, texts={0: [0.1]}).standard_error == math.inf
