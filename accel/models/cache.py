@@ -21,20 +21,20 @@ class StateLayer(DynamicLayer):
 
     Args:
         state: Caches of one generation.
-        key: Name of the keys in `state.views()`.
-        value: Name of the values there.
+        names: Names of its keys and values in `state.views()`.
+        view: Its keys now. Their views are costly for many layers, so they are made once for all.
         is_cross: True for keys and values of the encoder's output, of which there is one per source token.
         is_leader: True for the layer that carries out changes of the whole state.
     """
 
-    def __init__(self, state: State, key: str, value: str, is_cross: bool, is_leader: bool) -> None:
+    def __init__(self, state: State, names: tuple[str, str], view: Tensor, is_cross: bool, is_leader: bool) -> None:
         self._state: State | None = state
-        self._names = key, value
+        self._names = names
         self._own: list[Tensor | None] = [None, None]
-        self._is_cross, self._is_leader = is_cross, is_leader
+        self._cross_length = view.shape[-2] if is_cross else None
+        self._is_leader = is_leader
         self.is_initialized = True
         self.max_length = -1  # of the static layer whose place this one takes; -1: no maximum
-        view = state.views()[key]
         self.dtype, self.device = view.dtype, view.device
 
     @property
@@ -80,7 +80,7 @@ class StateLayer(DynamicLayer):
         """Return the number of tokens that have keys and values in this layer."""
         if self._state is None:
             return super().get_seq_length()
-        return self._state.views()[self._names[0]].shape[-2] if self._is_cross else self._state.length
+        return self._state.length if self._cross_length is None else self._cross_length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let sequence i continue from what was sequence `beam_idx[i]`; beam_idx: [batch]."""
@@ -194,12 +194,13 @@ def _self_attention(cache: Cache) -> Cache:
 
 def _layers(state: State, is_encoder_decoder: bool) -> tuple[list[Any], list[Any]]:
     """Return the layers of self-attention and of cross-attention."""
-    names = list(state.views())
+    views = state.views()
+    names = list(views)
     pairs = list(zip(names[::2], names[1::2], strict=True))
     own = len(pairs) // 2 if is_encoder_decoder else len(pairs)
     layers: list[Any] = [
-        StateLayer(state, key, value, is_cross=index >= own, is_leader=index == 0)
-        for index, (key, value) in enumerate(pairs)
+        StateLayer(state, pair, views[pair[0]], is_cross=index >= own, is_leader=index == 0)
+        for index, pair in enumerate(pairs)
     ]
     return layers[:own], layers[own:]
 

@@ -1,5 +1,7 @@
 """Decoder inputs that are computed on the caller's side for every call."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,15 @@ def decoder_inputs(
         "position_ids": positions(mask)[:, -new:] if position_ids is None else position_ids.expand(len(ids), -1),
         **kept_logits_inputs(new, 0 if isinstance(keep, Tensor) else keep, ids.device),
     }
+
+
+def positions_are_below(length: int, inputs: Mapping[str, Tensor]) -> bool:
+    """Return whether the positions of new tokens, behind `length` others, are those of tokens so far.
+
+    A caller may choose larger `position_ids`, though no decoding method of transformers does. Waits for the device.
+    """
+    ids = inputs.get("position_ids")
+    return ids is None or bool(((ids >= 0) & (ids < length + ids.shape[1])).all())
 
 
 def kept_logits_inputs(new: int, keep: int, device: torch.device) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
 """Static KV caches: decode steps of one token write into caches of a bucket's length, in place.
 
-A decode step allocates nothing and every tensor keeps its address, so that it can be captured as a CUDA graph. A
-prefill, and a decode step of several tokens, run on the merged decoder with dynamic caches, whose new entries are then
-copied into the static caches.
+A decode step allocates nothing and every tensor keeps its address, so that it can be captured as a CUDA graph. Prefills
+and decode steps of several tokens run on the merged decoder, and their new entries are copied into the static caches.
 """
 
 import logging
@@ -15,17 +14,18 @@ import torch
 from torch import Tensor
 
 from accel import progress
-from accel.config.engines import ONNXRUNTIME
+from accel.config.engines import FUSED, ONNXRUNTIME
 from accel.errors import AccelError, DeviceMemoryError
 from accel.runtime.buckets import Buckets
 from accel.runtime.cuda_graph import free_dropped_graphs
 from accel.runtime.decode_buffers import DecodeBuffers, DecodeGraphs
 from accel.runtime.decode_step import SessionStep, open_decode_step
+from accel.runtime.decoder_inputs import positions_are_below
 from accel.runtime.device_memory import MB, check_weights_fit, free_device_memory
 from accel.runtime.dynamic_cache import DynamicCacheRuntime, open_dynamic
 from accel.runtime.encoder_graphs import CapturedEncoder
 from accel.runtime.io_binding import BoundSession
-from accel.runtime.layout import BUCKET, POSITION, DeployableFiles
+from accel.runtime.layout import BUCKET, POSITION, POSITION_IDS, DeployableFiles
 from accel.runtime.padding import PAD_TO_MULTIPLE_OF, Padding, Shape, shapes
 from accel.runtime.protocol import C
 from accel.runtime.ring_cache import ring_length, windows
@@ -105,8 +105,10 @@ class StaticCacheRuntime:
             state = self._empty_state(inputs)
             if state is not None:
                 return self._decode(inputs, state), state
+        fits = self.fits_tables(inputs, 0)
         logits, dynamic = self.dynamic.prefill(inputs)
         state = StaticCacheState(self, dynamic, history=self._new_history())
+        state.fits_tables = fits
         state.note(inputs)
         return logits, state
 
@@ -156,7 +158,9 @@ class StaticCacheRuntime:
 
     def _decode(self, inputs: Mapping[str, Tensor], state: StaticCacheState) -> Tensor:
         """Run `decode`; a prefill calls this, so that what is timed or counted at `decode` are decode steps alone."""
-        buffers = state.make_static(state.length + 1) if inputs["input_ids"].shape[1] == 1 else None
+        state.fits_tables = self.fits_tables(inputs, state.length)
+        one = state.fits_tables and inputs["input_ids"].shape[1] == 1
+        buffers = state.make_static(state.length + 1) if one else None
         state.note(inputs)
         if buffers is None:
             return self.dynamic.decode(inputs, state.make_dynamic())
@@ -176,13 +180,18 @@ class StaticCacheRuntime:
         """
         if self.device.type == "cuda" and not self._graphs.decode.capturable:
             return None
-        buffers = state.make_static(state.length + 1)
+        buffers = state.make_static(state.length + 1) if state.fits_tables else None
         if buffers is None:
             return None
         state.note_selected(selection)
         selection = buffers.decode_and_select(inputs, state.length, selection)
         state.advance()
         return selection
+
+    def fits_tables(self, inputs: Mapping[str, Tensor], length: int) -> bool:
+        """Return whether the fused engine's tables, with a row a cache entry, have the positions of new tokens."""
+        looks_up = self.engine == FUSED and POSITION_IDS in self._graphs.decode.inputs
+        return not looks_up or positions_are_below(length, inputs)
 
     def take_room(self, batch: int, tokens: int, reserved: int, constants: Mapping[str, Shape]) -> DecodeBuffers | None:
         """Return decode buffers with the room that `room` gives; arguments are those of it and of `take_buffers`."""

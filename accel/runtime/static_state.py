@@ -40,6 +40,7 @@ class StaticCacheState:
     Attributes:
         dynamic: The caches while they are dynamic, else None.
         buffers: The decode buffers otherwise.
+        fits_tables: See `StaticCacheRuntime.fits_tables`; of the tokens given last.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class StaticCacheState:
         self.runtime, self.dynamic, self.buffers = runtime, dynamic, buffers
         self._constant_shapes = dict(constants or {})
         self._length = self._reserved = 0
+        self.fits_tables = True
         self._held = HeldEntries(runtime.windows)
         self._history = history
 

@@ -94,7 +94,8 @@ def test_fp16_is_native(build: Build, tiny: Path) -> None:
     verification = verification_of(build(tiny, "verify", (*CUDA, "precision=fp16"))[1]["verify"].folder)
     assert verification is not None
     assert (verification["precision"], verification["execution"]) == ("float16", "native")
-    assert min(verification["identical"].values()) > 0.5
+    assert verification["passed"]
+    assert verification["identical"]["greedy"] == 1
 
 
 @pytest.mark.parametrize("plan", ["minimized", "rules"])
@@ -289,7 +290,10 @@ def test_captured_steps_give_the_same_tokens(
     ids=["greedy", "sampling", "beams"],
 )
 def test_one_launch_a_token(captured: AcceleratedModel, options: dict[str, object]) -> None:
-    """A longer generation of a method that recurs takes one more launch, and one more copy of a flag, per token."""
+    """A longer generation of a method that recurs takes one more launch, and one more copy of a flag, per token.
+
+    Before a graph that draws random numbers, torch writes the generator's seed and offset, by a kernel each.
+    """
     counts = []
     for length in (50, 50, 50, 20, 40):
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -298,7 +302,8 @@ def test_one_launch_a_token(captured: AcceleratedModel, options: dict[str, objec
         counts.append(Counter(event.name for event in profiler.events()))
     short, long = counts[-2:]
     assert long["cudaGraphLaunch"] - short["cudaGraphLaunch"] == 20
-    assert long["cudaLaunchKernel"] == short["cudaLaunchKernel"]
+    of_generator = 2 * 20 if options.get("do_sample") else 0
+    assert long["cudaLaunchKernel"] - short["cudaLaunchKernel"] == of_generator
     from_host = [sum(each[name] for name in each if "HtoD" in name) for each in (short, long)]
     to_host = [sum(each[name] for name in each if "DtoH" in name) for each in (short, long)]
     assert from_host[0] == from_host[1]

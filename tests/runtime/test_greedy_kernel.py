@@ -14,6 +14,7 @@ from torch import Tensor
 
 from accel.engine.operations.choice import FORBID, Choice, Filter
 from accel.models.decoding.sampling import Sampler
+from accel.runtime import greedy_kernel as module
 from accel.runtime.greedy_kernel import WORDS, arguments, greedy_kernel, source
 from tests.engine.kernel.nvrtc import compile_for
 
@@ -22,7 +23,7 @@ HOST = """
 #include <barrier>
 #include <thread>
 #include <vector>
-struct Index { int x; };
+struct Index { int x, y; };
 static thread_local Index threadIdx, blockIdx;
 static Index gridDim;
 static std::barrier<> everyone(THREADS);
@@ -32,23 +33,28 @@ static std::barrier<> everyone(THREADS);
 #define __syncthreads() everyone.arrive_and_wait()
 #define __threadfence()
 static unsigned int atomicAdd(unsigned int* at, unsigned int value) { *at += value; return *at - value; }
+static void atomicMax(unsigned long long* at, unsigned long long value) { *at = value > *at ? value : *at; }
 """
 LAUNCH = """
-template <typename... A> static void run(int blocks, A... a) {
-    gridDim.x = blocks;
-    for (int block = 0; block < blocks; ++block) {
+template <typename... A> static void run(int blocks, int rows, A... a) {
+    gridDim = {blocks, rows};
+    for (int block = 0; block < blocks * rows; ++block) {
         std::vector<std::thread> threads;
         for (int thread = 0; thread < THREADS; ++thread)
-            threads.emplace_back([=] { threadIdx.x = thread; blockIdx.x = block; choose(a...); });
+            threads.emplace_back([=] {
+                threadIdx.x = thread;
+                blockIdx = {block % blocks, block / blocks};
+                choose(a...);
+            });
         for (auto& each : threads) each.join();
     }
 }
-extern "C" void launch(int blocks, const Bits* logits, long long stride, int vocabulary, const long long* allowed_from,
-                       const long long* ends, int end_count, const long long* padding, bool* ended, bool* finished,
-                       long long* next_ids, long long* new_ids, long long capacity, long long* selected,
-                       unsigned int* arrived) {
-    run(blocks, logits, stride, vocabulary, allowed_from, ends, end_count, padding, ended, finished, next_ids, new_ids,
-        capacity, selected, arrived);
+extern "C" void launch(int blocks, int rows, const Bits* logits, long long stride, int vocabulary,
+                       const long long* allowed_from, const long long* ends, int end_count, const long long* padding,
+                       bool* ended, bool* finished, long long* next_ids, long long* new_ids, long long capacity,
+                       long long* selected, unsigned int* arrived, u64* best) {
+    run(blocks, rows, logits, stride, vocabulary, allowed_from, ends, end_count, padding, ended, finished, next_ids,
+        new_ids, capacity, selected, arrived, best);
 }
 """
 ROWS, VOCABULARY, TOKENS = 5, 103, 9
@@ -94,6 +100,7 @@ def search(ends: list[int], forbids: bool, device: str = "cpu") -> Sampler:
         "new_ids": torch.zeros(ROWS, TOKENS + 2, dtype=torch.int64),
         "ended": torch.zeros(ROWS, 1, dtype=torch.bool),
         "arrived": torch.zeros(1, dtype=torch.int32),
+        "best": torch.zeros(ROWS, dtype=torch.int64),
     }
     choice = Choice((Filter(FORBID),) if forbids else (), ends=len(ends))
     return Sampler(choice=choice, **{name: tensor.to(device) for name, tensor in tensors.items()})
@@ -121,23 +128,28 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Any:
         launch = ctypes.CDLL(str(library)).launch
         pointer, long, integer = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int
         launch.argtypes = [
-            integer, pointer, long, integer, pointer, pointer, integer, *[pointer] * 5, long, pointer, pointer,
+            integer, integer, pointer, long, integer, pointer, pointer, integer, *[pointer] * 5, long, *[pointer] * 3,
         ]  # fmt: skip
         launch.restype = None
-        return lambda logits, found: launch(len(logits), *[int(value) for value in arguments(logits, found)])  # type: ignore[call-overload]
+        return lambda blocks, logits, found: launch(
+            blocks,
+            len(logits),
+            *[int(value) for value in arguments(logits, found)],  # type: ignore[call-overload]
+        )
 
     return launch_for
 
 
 @CASES
+@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("dtype", WORDS, ids=str)
-def test_same_as_torch_on_the_host(host: Any, dtype: torch.dtype, ends: list[int], forbids: bool) -> None:
+def test_same_as_torch_on_the_host(host: Any, dtype: torch.dtype, blocks: int, ends: list[int], forbids: bool) -> None:
     launch, generator = host(dtype), torch.Generator().manual_seed(3)
     expected, found = search(ends, forbids), search(ends, forbids)
     for token in range(TOKENS):
         logits = logits_of(token, dtype, generator)
         expected.select(logits)
-        launch(logits[:, -1], found)
+        launch(blocks, logits[:, -1], found)
         assert state(found) == state(expected), token
     assert bool(expected.finished) == bool(ends)
     assert len({tuple(row) for row in expected.new_ids.tolist()}) == ROWS
@@ -155,8 +167,12 @@ def test_no_kernel_on_the_cpu() -> None:
 
 @pytest.mark.gpu
 @CASES
+@pytest.mark.parametrize("blocks", [1, 7])
 @pytest.mark.parametrize("dtype", WORDS, ids=str)
-def test_same_as_torch_on_a_gpu(dtype: torch.dtype, ends: list[int], forbids: bool) -> None:
+def test_same_as_torch_on_a_gpu(
+    dtype: torch.dtype, blocks: int, ends: list[int], forbids: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "blocks", lambda vocabulary: blocks)
     generator = torch.Generator().manual_seed(3)
     expected, found = search(ends, forbids), search(ends, forbids, "cuda")
     assert greedy_kernel(found.next_ids.device, dtype) is not None

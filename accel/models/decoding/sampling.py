@@ -21,12 +21,14 @@ class Sampler(Selection):
     Attributes:
         new_ids: The selected ids, [rows, capacity].
         ended: Sequences that have ended, bool [rows, 1].
-        arrived: Rows of which the kernel of greedy search has taken the best id, int32 [1]; 0 between two tokens.
+        arrived: See `greedy_kernel.GreedySearch`.
+        best: Likewise.
     """
 
     new_ids: Tensor
     ended: Tensor
     arrived: Tensor
+    best: Tensor
 
     BY_CAPACITY = ("new_ids",)
 
@@ -45,6 +47,7 @@ class Sampler(Selection):
             new_ids=torch.zeros(rows, start.capacity, dtype=torch.int64, device=device),
             ended=torch.zeros(rows, 1, dtype=torch.bool, device=device),
             arrived=torch.zeros(1, dtype=torch.int32, device=device),
+            best=torch.zeros(rows, dtype=torch.int64, device=device),
         )
 
     def select(self, logits: Tensor) -> None:

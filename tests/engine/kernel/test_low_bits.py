@@ -241,7 +241,8 @@ def test_products_on_a_gpu(k: int, rows: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gates_norms_and_parts_on_a_gpu(dtype: torch.dtype, rows: int, bulk: bool) -> None:
     target = replace(Target.of(GPU), bulk=bulk) if bulk else Target(99 * 1024, bulk=False)
-    for k, block in ((200, 64), (1024, 128), (2112, 64)):
+    longest = 2112 if bulk or rows < 8 else 1088  # more leave 8 rows too little of 99 KB
+    for k, block in ((200, 64), (1024, 128), (longest, 64)):
         low = LowBits(8, block, 0)
         compare(products(k, [1100], low, dtype, gated=True, norm=Norm("rms", 1e-6)), rows, target)
         compare(products(k, [24, 8, 1100], low, dtype, norm=Norm("rms", 1e-6)), rows, target)

@@ -1,5 +1,7 @@
 """Values that are looked up are those that the graph computes, at any position of any row."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from accel.engine import step
 from accel.engine.executor import Executor
 from accel.engine.kernel import tabulate as module
 from accel.engine.kernel.program import split
-from accel.engine.kernel.tabulate import POSITION, tabulate
+from accel.engine.kernel.tabulate import POSITION, POSITION_IDS, tabulate
 from accel.engine.nodes import Graph, Node, classify
 from accel.engine.operators import find_operator
 from accel.runtime import layout
@@ -55,6 +57,7 @@ def test_what_depends_on_positions_only_is_looked_up() -> None:
     ("more", "outputs"),
     [
         ([node("CumSum", ("next", "axis"), "sums"), node("Mul", ("sums", "x"), "y")], ["y"]),  # rows depend on others
+        ([node("ReduceMax", ("next",), "most"), node("Mul", ("most", "x"), "y")], ["y"]),  # ... on the largest of all
         ([node("Mul", ("square", "x"), "y")], ["y"]),  # one launch in place of one
     ],
 )
@@ -77,10 +80,37 @@ def test_nothing_is_looked_up_without_a_bound_or_beyond_it(
 
 
 def test_positions_have_the_names_that_graphs_give_them() -> None:
-    assert (step.BUCKET, POSITION) == (layout.BUCKET, layout.POSITION)
+    assert (step.BUCKET, POSITION, POSITION_IDS) == (layout.BUCKET, layout.POSITION, layout.POSITION_IDS)
 
 
-@families("t5", "whisper", "gemma2", "bart")
+def test_positions_of_a_mask_have_tables_of_their_own() -> None:
+    """What depends on both kinds of positions is computed from the values of both."""
+    squares_of_ids = [node("Mul", (POSITION_IDS, POSITION_IDS), "square2"), node("Add", ("square2", "one"), "next2")]
+    rest = [node("Reshape", ("next2", "flat"), "flat2"), node("Mul", ("next", "flat2"), "product")]
+    graph = squares([*squares_of_ids, *rest], ["product"], {"flat": torch.tensor([-1])})
+    graph = classify(replace(graph, inputs={POSITION: torch.int64, POSITION_IDS: torch.int64}))
+    tensors = {POSITION: torch.tensor([4, 0, 2]), POSITION_IDS: torch.tensor([[3], [0], [1]])}
+    found = tabulate(graph, tensors, CPU, 7, {})
+    assert found.lookups.keys() == {"next", "flat2"}
+    tensors[POSITION_IDS].copy_(torch.tensor([[2], [5], [6]]))
+    found.look_up()
+    assert found.lookups["flat2"].value.tolist() == [5, 26, 37]
+    feeds = tensors | {name: lookup.value for name, lookup in found.lookups.items()}
+    assert Executor(found.graph, CPU).run(feeds)["product"].tolist() == [17 * 5, 26, 5 * 37]
+
+
+def test_an_embedding_is_looked_up_in_the_weight() -> None:
+    weight = torch.arange(12.0).view(4, 3)
+    graph = squares([node("Gather", ("weight", "x"), "embedded")], ["embedded", "next"], {"weight": weight})
+    tensors = {POSITION: torch.tensor([4, 0]), "x": torch.tensor([[3], [1]])}
+    found = tabulate(graph, tensors, CPU, 0, {})
+    assert found.lookups["embedded"].table.data_ptr() == weight.data_ptr()
+    tensors["x"].copy_(torch.tensor([[-1], [0]]))
+    found.look_up()
+    assert found.lookups["embedded"].value.tolist() == [[[9, 10, 11]], [[0, 1, 2]]]
+
+
+@families("t5", "whisper", "gemma2", "bart", "llama", "phi3-longrope")
 def test_families(make: Make) -> None:
     """What the kernel reads of earlier nodes is the same, bit for bit, at any positions of a padded batch."""
     path = make("precision=fp32").static_decode
@@ -93,6 +123,8 @@ def test_families(make: Make) -> None:
     looked_up = {name: lookup.value for name, lookup in found.lookups.items()}
     for position in range(0, positions, 3):
         tensors[POSITION].copy_((position + torch.arange(rows) * 5) % positions)
+        if POSITION_IDS in tensors:
+            tensors[POSITION_IDS].copy_((position + torch.arange(rows)[:, None] * 3) % positions)
         found.look_up()
         values = looked_up | rest.run({**tensors, **looked_up})
         for name, expected in plain.run(tensors).items():
