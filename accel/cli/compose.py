@@ -20,7 +20,7 @@ from accel.pipeline import estimate
 from accel.pipeline.replan import run_and_replan
 from accel.pipeline.runner import Pipeline, includes, select_stages
 from accel.pipeline.store import Artifact
-from accel.runtime.providers import fastest
+from accel.runtime.providers import fastest, runs_kernel
 from accel.stages import choice, generate
 from accel.system import remote_code
 
@@ -102,9 +102,14 @@ def resolve(composed: DictConfig, overrides: Sequence[str]) -> list[str]:
     if config.precision.name == AUTO:
         runtime = choices.get("runtime", config.runtime.name)
         choices["precision"] = "fp32" if runtime == "cpu" else "fp16"
+    values: dict[str, str] = {}
+    in_16_bits = choices.get("precision", config.precision.name) == "fp16" or config.precision.dtype != "float32"
+    if choices.get("runtime") == "cuda-graph" and in_16_bits and runs_kernel():
+        choices["runtime"] = "cuda-fused"
+        if "runtime.engine" not in keys:
+            values["runtime.engine"] = AUTO  # the kernel if it is verified: nobody asked for it by name
     if config.architecture.get("_target_") is None:
         choices["architecture"] = _architecture(config)
-    values: dict[str, str] = {}
     if config.model.weights == "random" and config.model.references is not None:
         values["model.references"] = "null"  # outputs of random weights match no reference
     if config.model.name == AUTO:

@@ -16,8 +16,7 @@ def choose_engine(requested: str, files: DeployableFiles, device: torch.device) 
 
     `auto` is the fused engine where the deployable's verification result names it and the device can run its kernel
     (compute capability 8.0, CuPy, NVRTC of CUDA 12). If only the latter is missing, a warning says why. In all other
-    cases it is ONNX Runtime, also in a bundle that nobody verified: to be verified with the fused engine, and so to
-    become `auto`'s choice, a deployable must be built with `runtime.engine=fused`.
+    cases it is ONNX Runtime, also in a bundle that nobody verified. Verification tries `engines_to_verify`.
 
     Args:
         requested: One of `accel.config.engines.ENGINES`.
@@ -41,6 +40,23 @@ def choose_engine(requested: str, files: DeployableFiles, device: torch.device) 
         f"{ONNXRUNTIME} takes its place, slower"
     )
     return ONNXRUNTIME
+
+
+def engines_to_verify(requested: str, device: torch.device) -> list[str]:
+    """Return the engines that a bundle may be verified with, the fastest first: the first that passes is taken.
+
+    The fused engine is no slower wherever it was measured (docs/engine.md), and ONNX Runtime takes its place where the
+    device can't run its kernel or its sums, in another order, don't pass.
+
+    Args:
+        requested: One of `accel.config.engines.ENGINES`.
+        device: Device of the decode step.
+    """
+    if requested != AUTO:
+        return [requested]
+    from accel.engine.kernel.launch import unsupported  # here, as it brings the planner along
+
+    return [FUSED, ONNXRUNTIME] if unsupported(device) is None else [ONNXRUNTIME]
 
 
 def verified_engine(files: DeployableFiles) -> str | None:

@@ -41,8 +41,15 @@ def operator_names() -> frozenset[str]:
 
 
 def fastest() -> str:
-    """Return the preset that `runtime=auto` stands for: `cuda-graph` if ONNX Runtime can use a GPU, else `cpu`."""
+    """Return the fastest preset for any weights: `cuda-graph` if ONNX Runtime can use a GPU, else `cpu`."""
     return "cuda-graph" if CUDA in available_providers() and torch.cuda.is_available() else "cpu"
+
+
+def runs_kernel() -> bool:
+    """Return whether the GPU can run the fused engine's kernel, with weights of 16 bits: see `docs/engine.md`."""
+    from accel.engine.kernel.launch import unsupported  # here, as it brings the planner along
+
+    return torch.cuda.is_available() and unsupported(torch.device("cuda")) is None
 
 
 def check_provider(provider: str) -> None:

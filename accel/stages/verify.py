@@ -11,37 +11,40 @@ Writes:
 """
 
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from accel import progress
 from accel.adapters.types import Architecture, Component
 from accel.benchmark import latency
 from accel.config.schema import Config
 from accel.data import texts
-from accel.errors import VerificationError
+from accel.errors import AccelError, DeviceMemoryError, VerificationError
 from accel.evaluation import metrics
 from accel.evaluation.parity import VerificationResult, compare_distributions, compare_outputs, compare_paths
 from accel.graph import files
 from accel.graph.precision.emulate import emulate_half
 from accel.graph.precision.formats import FORMATS, Format
-from accel.models.generation import AcceleratedModel
 from accel.models.loading import open_model
 from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact, folder_files
 from accel.reporting import card, certificate, delivery
 from accel.runtime import layout
+from accel.runtime.engine_choice import engines_to_verify
 from accel.stages import audit, calibrate, reference, torch_error, weight_audit
 from accel.stages.checkpoint import reference_files
 from accel.stages.prompts import PROMPTS
+from accel.stages.verify_tokens import GATED, compare_references, compare_tokens
 
-GATED = ("greedy", "beams", "padded")  # not sampling, which draws other tokens at the smallest difference
+logger = logging.getLogger(__name__)
+
 DEFAULT_MIN_AGREEMENT = 0.5  # of the sequences, in 16 bits, where `verify.min_token_agreement` is null
 # Share of a path's tokens whose logits aren't compared where a router picks experts. Near a tie, rounding in 16 bits
 # makes it pick others, and logits jump there and at the tokens that attend to it. A fault that affects every token,
@@ -49,7 +52,6 @@ DEFAULT_MIN_AGREEMENT = 0.5  # of the sequences, in 16 bits, where `verify.min_t
 REROUTED = 0.5
 # Error of one layer with quantized weights, relative to an output's largest magnitude, at its worst token.
 LOW_BIT_ERRORS = {"int8": 0.125, "int4": 0.5}
-MAX_DIFFERING = 20  # differing sequences that a verification result holds
 LOW_BIT_ADVICE = (
     "Try audit.texts=FILE with inputs like yours, a smaller precision.max_divergence (now "
     "{precision.max_divergence}; more weights stay in FP32), smaller blocks in precision.weight_formats, or "
@@ -83,99 +85,6 @@ def min_token_agreement(config: Config) -> float:
     if config.precision.exact:
         return 1.0
     return 0.0 if config.model.weights == "random" else DEFAULT_MIN_AGREEMENT
-
-
-def compare_tokens(
-    model: AcceleratedModel,
-    folder: Path,
-    config: Config,
-    inputs: Sequence[Mapping[str, Tensor]],
-    expected: Any,
-    verification: VerificationResult,
-) -> None:
-    """Generate by every decoding method, and record in `verification` which sequences equal PyTorch's.
-
-    Args:
-        model: The bundle's model.
-        folder: Folder of the checkpoint, which holds the tokenizer.
-        config: The configuration.
-        inputs: The inputs that the reference was generated for, [1, source] each.
-        expected: Content of the reference's `tokens.json`.
-        verification: Updated in place.
-    """
-    methods = reference.cases(config)
-    verification.inputs = len(inputs)
-    tokenizer = texts.load_tokenizer(folder) if expected["texts"] else None
-
-    def readable(number: int, ids: Sequence[int]) -> str:
-        """Decode the ids generated for input `number`, without the prompt of a decoder-only model."""
-        if tokenizer is None:
-            return " ".join(map(str, ids))
-        prompt_length = 0 if model.config.is_encoder_decoder else inputs[number]["input_ids"].shape[1]
-        return str(tokenizer.decode(list(ids[prompt_length:]), skip_special_tokens=True))
-
-    for name, options in progress.track(list(methods.items()), "tokens"):
-        torch_sequences = expected["tokens"][name]
-        verification.sequences[name] = len(torch_sequences)
-        try:
-            sequences = reference.decode_case(model, name, options, inputs, config.verify)
-        except RuntimeError as error:  # torch refuses to sample from logits that aren't finite
-            verification.failures.append(f"{name}: {str(error).splitlines()[0]}")
-            verification.identical[name] = 0.0
-            continue
-        identical = 0
-        for number, (ours, theirs) in enumerate(zip(sequences, torch_sequences, strict=True)):
-            if ours == theirs:
-                identical += 1
-                continue
-            position = _first_difference(ours, theirs)
-            verification.first_difference[f"{name}.{number}"] = position
-            if name in GATED and len(verification.differing) < MAX_DIFFERING:
-                text = expected["texts"][number] if expected["texts"] else f"input {number}"
-                outputs = {"pytorch": readable(number, theirs), "ours": readable(number, ours)}
-                verification.differing.append({"case": name, "input": text, "position": position, **outputs})
-        verification.identical[name] = identical / len(torch_sequences)
-        if name == "padded" and expected["texts"]:
-            pairs = zip(expected["texts"], torch_sequences, sequences, strict=True)
-            for number, (text, theirs, ours) in enumerate(pairs):
-                sample = {"input": text, "pytorch": readable(number, theirs), "ours": readable(number, ours)}
-                verification.samples.append(sample)
-
-
-def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """Return the first position at which two sequences differ; if one begins with the other, the shorter length."""
-    for position, (token, torch_token) in enumerate(zip(ours, theirs, strict=False)):
-        if token != torch_token:
-            return position
-    return min(len(ours), len(theirs))
-
-
-def compare_references(
-    model: AcceleratedModel, folder: Path, config: Config, expected: list[str], verification: VerificationResult
-) -> None:
-    """Score the references' outputs, PyTorch's and the bundle's, and record the metrics in `verification`.
-
-    Nothing is recorded without references, accepted outputs or a tokenizer.
-
-    Args:
-        model: The bundle's model.
-        folder: Folder of the checkpoint.
-        config: The configuration.
-        expected: PyTorch's outputs for the references.
-        verification: Updated in place.
-    """
-    examples = reference.references(config, folder)
-    tokenizer = texts.load_tokenizer(folder)
-    if examples is None or not examples.accepted or tokenizer is None:
-        return
-    examples = examples.first(config.verify.references)
-    outputs = reference.decode_texts(model, tokenizer, examples.texts, reference.REFERENCE_BATCH)
-    names = config.verify.metrics
-    verification.references = len(examples.texts)
-    verification.metrics = {
-        "pytorch": metrics.scores(names, expected, examples.accepted),
-        "ours": metrics.scores(names, outputs, examples.accepted),
-    }
 
 
 def judge(config: Config, verification: VerificationResult) -> None:
@@ -281,6 +190,44 @@ def examine(
     verification.passed = not verification.failures
 
 
+def examine_by_engines(
+    folder: Path, config: Config, inputs: Mapping[str, Artifact], architecture: Architecture
+) -> VerificationResult:
+    """Compare the model in `folder` with the reference by each engine of the runtime, until one passes.
+
+    Args:
+        folder: See `examine`, as for the other arguments.
+        config: The configuration.
+        inputs: The stage's input artifacts.
+        architecture: The adapter of the model.
+
+    Returns:
+        The result with the first engine that passes; if none does, with the last one.
+    """
+    runtime, dtype = config.runtime, config.precision.dtype
+    engines = engines_to_verify(runtime.engine, torch.device(runtime.device)) if runtime.static else [runtime.engine]
+    for engine in engines:
+        result = VerificationResult(
+            precision=config.precision.variant,
+            dtype=dtype,
+            execution="native" if runtime.compute_dtype.get(dtype) == dtype else "emulated",
+            runtime=runtime.name,
+        )
+        try:
+            examine(folder, replace(config, runtime=replace(runtime, engine=engine)), inputs, architecture, result)
+        except DeviceMemoryError:
+            raise
+        except AccelError as error:
+            if engine == engines[-1]:
+                raise
+            result.failures.append(str(error))
+        if result.passed:
+            break
+        if engine != engines[-1]:
+            logger.warning(f"decode steps by {engine} are not verified, {engines[-1]} is next: {result.failures[0]}")
+    return result
+
+
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Write the deployable. Return the summary of the verification.
 
@@ -291,15 +238,9 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     """
     bundle, dtype = inputs["merge"].folder, config.precision.dtype
     native = config.runtime.compute_dtype.get(dtype) == dtype
-    verification = VerificationResult(
-        precision=config.precision.variant,
-        dtype=dtype,
-        execution="native" if native else "emulated",
-        runtime=config.runtime.name,
-    )
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         tested = bundle if native else emulate_bundle(bundle, Path(scratch), FORMATS[dtype])
-        examine(tested, config, inputs, architecture, verification)
+        verification = examine_by_engines(tested, config, inputs, architecture)
     if not verification.passed:
         failures = "\n".join(list(dict.fromkeys(verification.failures))[:MAX_FAILURES])
         how = f"{verification.precision}, {verification.execution}"

@@ -14,10 +14,12 @@ import torch
 
 import accel
 from accel.config.presets import runtime_preset
+from accel.config.schema import Config
 from accel.engine.kernel import launch
 from accel.engine.planning.plan import DOMAIN
 from accel.engine.step import PlannedStep
 from accel.errors import AccelError, DeviceMemoryError
+from accel.evaluation.parity import VerificationResult
 from accel.models.loading import open_model, verification_of
 from accel.runtime import decode_step, dynamic_cache, engine_choice, static_cache
 from accel.runtime.cuda_graph import CudaGraphCallable
@@ -25,6 +27,7 @@ from accel.runtime.decode_step import FusedStep
 from accel.runtime.layout import DeployableFiles, first_variant
 from accel.runtime.session import open_session
 from accel.runtime.weights import SharedWeights
+from accel.stages import verify
 from tests.conftest import Build
 
 STATIC = runtime_preset("cpu", static=True, buckets=[8, 32])
@@ -224,6 +227,30 @@ def test_replays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(model.runtime._graphs.decode, "capturable", capturable)
             buffers = model.runtime.take_buffers(1, 8, model.runtime._constant_shapes(1, 16))
             assert isinstance(buffers.run_decode, CudaGraphCallable) is capturable
+
+
+def test_auto_is_the_first_engine_that_passes(
+    build: Build, tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a device can run both engines, `verify` tries the fused one first, and says why it takes the other."""
+    monkeypatch.setattr(verify, "engines_to_verify", lambda requested, device: ["fused", "onnxruntime"])
+    judge, judged = verify.judge, []
+
+    def strict(config: Config, result: VerificationResult) -> None:
+        judged.append(result.engine)
+        judge(config, result)
+        if result.engine == "fused" and config.verify.inputs == 3:
+            result.failures.append("an error was planted")
+
+    monkeypatch.setattr(verify, "judge", strict)
+    for inputs, engine in ((2, "fused"), (3, "onnxruntime")):
+        overrides = ("runtime.static=true", f"verify.inputs={inputs}", "verify.latency=false")
+        _, made = build(tiny, "verify", overrides)
+        result = verification_of(made["verify"].folder)
+        assert result is not None
+        assert (result["engine"], result["passed"], result["failures"]) == (engine, True, [])
+    assert judged == ["fused", "fused", "onnxruntime"]
+    assert "by fused are not verified, onnxruntime is next: an error was planted" in caplog.text
 
 
 def test_verification_names_the_engine(build: Build, tiny: Path) -> None:

@@ -15,7 +15,7 @@ from accel.config.presets import runtime_preset
 from accel.engine.kernel import compiler, launch
 from accel.errors import AccelError
 from accel.models import loading
-from accel.runtime.engine_choice import choose_engine
+from accel.runtime.engine_choice import choose_engine, engines_to_verify
 from accel.runtime.layout import DeployableFiles, first_variant
 from tests.conftest import Build
 
@@ -129,6 +129,23 @@ def test_gpus_that_can_run_the_kernel(capability: tuple[int, int], device: Devic
     device.capability = capability
     assert choose_engine("auto", deployable(tmp_path, passed=True, engine="fused"), GPU) == "fused"
     validate._check_static(runtime_preset("cuda-fused"), True)
+
+
+@pytest.mark.parametrize(
+    ("requested", "capability", "on", "expected"),
+    [
+        ("auto", (9, 0), GPU, ["fused", "onnxruntime"]),
+        ("auto", (7, 5), GPU, ["onnxruntime"]),
+        ("auto", (9, 0), CPU, ["onnxruntime"]),
+        ("onnxruntime", (9, 0), GPU, ["onnxruntime"]),
+        ("fused", (9, 0), GPU, ["fused"]),
+    ],
+)
+def test_engines_that_auto_is_verified_with(
+    requested: str, capability: tuple[int, int], on: torch.device, expected: list[str], device: Device
+) -> None:
+    device.capability = capability
+    assert engines_to_verify(requested, on) == expected
 
 
 def test_the_cpu_has_no_kernel(device: Device, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

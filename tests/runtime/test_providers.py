@@ -10,6 +10,7 @@ from onnxruntime.capi import build_and_package_info
 
 from accel.cli.compose import resolved_overrides
 from accel.config.hydra_setup import composing
+from accel.engine.kernel import launch
 from accel.errors import AccelError
 from accel.runtime import providers
 
@@ -55,16 +56,23 @@ def test_a_provider_that_does_not_load_is_reported_before_any_stage(monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("listed", "found", "preset"), [(True, True, "cuda-graph"), (True, False, "cpu"), (False, True, "cpu")]
+    ("listed", "found", "kernel", "preset"),
+    [
+        (True, True, True, "cuda-fused"),
+        (True, True, False, "cuda-graph"),
+        (True, False, False, "cpu"),
+        (False, True, True, "cpu"),
+    ],
 )
 def test_the_preset_that_auto_stands_for(
-    listed: bool, found: bool, preset: str, monkeypatch: pytest.MonkeyPatch
+    listed: bool, found: bool, kernel: bool, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU static graphs are built, and steps captured; in FP16."""
+    """On a GPU static graphs are built, and steps captured; in FP16; for the kernel, but not by its name alone."""
     names = [providers.CUDA, providers.CPU] if listed else [providers.CPU]
     monkeypatch.setattr(providers, "available_providers", lambda: names)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
-    assert providers.fastest() == preset
+    monkeypatch.setattr(launch, "unsupported", lambda device: None if kernel else "no CuPy")
+    assert providers.fastest() == ("cpu" if preset == "cpu" else "cuda-graph")
     assert resolved_overrides(["model=t5-g2p"])[1:3] == [
         f"runtime={preset}",
         f"precision={'fp32' if preset == 'cpu' else 'fp16'}",
@@ -72,3 +80,7 @@ def test_the_preset_that_auto_stands_for(
     with composing():
         composed = hydra.compose("config", resolved_overrides(["model=t5-g2p"]))
     assert composed.convert.static_decode is (preset != "cpu")
+    assert composed.runtime.engine == "auto"
+    assert composed.runtime.transpose_weights is (preset == "cuda-fused")
+    in_32_bits = resolved_overrides(["model=t5-g2p", "precision=fp32"])
+    assert f"runtime={'cpu' if preset == 'cpu' else 'cuda-graph'}" in in_32_bits

@@ -1,0 +1,111 @@
+"""Compare generated tokens, and scores of generated texts, with PyTorch's: a part of `verify`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from accel import progress
+from accel.config.schema import Config
+from accel.data import texts
+from accel.evaluation import metrics
+from accel.evaluation.parity import VerificationResult
+from accel.models.generation import AcceleratedModel
+from accel.stages import reference
+
+GATED = ("greedy", "beams", "padded")  # not sampling, which draws other tokens at the smallest difference
+MAX_DIFFERING = 20  # differing sequences that a verification result holds
+
+
+def compare_tokens(
+    model: AcceleratedModel,
+    folder: Path,
+    config: Config,
+    inputs: Sequence[Mapping[str, Tensor]],
+    expected: Any,
+    verification: VerificationResult,
+) -> None:
+    """Generate by every decoding method, and record in `verification` which sequences equal PyTorch's.
+
+    Args:
+        model: The bundle's model.
+        folder: Folder of the checkpoint, which holds the tokenizer.
+        config: The configuration.
+        inputs: The inputs that the reference was generated for, [1, source] each.
+        expected: Content of the reference's `tokens.json`.
+        verification: Updated in place.
+    """
+    methods = reference.cases(config)
+    verification.inputs = len(inputs)
+    tokenizer = texts.load_tokenizer(folder) if expected["texts"] else None
+
+    def readable(number: int, ids: Sequence[int]) -> str:
+        """Decode the ids generated for input `number`, without the prompt of a decoder-only model."""
+        if tokenizer is None:
+            return " ".join(map(str, ids))
+        prompt_length = 0 if model.config.is_encoder_decoder else inputs[number]["input_ids"].shape[1]
+        return str(tokenizer.decode(list(ids[prompt_length:]), skip_special_tokens=True))
+
+    for name, options in progress.track(list(methods.items()), "tokens"):
+        torch_sequences = expected["tokens"][name]
+        verification.sequences[name] = len(torch_sequences)
+        try:
+            sequences = reference.decode_case(model, name, options, inputs, config.verify)
+        except RuntimeError as error:  # torch refuses to sample from logits that aren't finite
+            verification.failures.append(f"{name}: {str(error).splitlines()[0]}")
+            verification.identical[name] = 0.0
+            continue
+        identical = 0
+        for number, (ours, theirs) in enumerate(zip(sequences, torch_sequences, strict=True)):
+            if ours == theirs:
+                identical += 1
+                continue
+            position = _first_difference(ours, theirs)
+            verification.first_difference[f"{name}.{number}"] = position
+            if name in GATED and len(verification.differing) < MAX_DIFFERING:
+                text = expected["texts"][number] if expected["texts"] else f"input {number}"
+                outputs = {"pytorch": readable(number, theirs), "ours": readable(number, ours)}
+                verification.differing.append({"case": name, "input": text, "position": position, **outputs})
+        verification.identical[name] = identical / len(torch_sequences)
+        if name == "padded" and expected["texts"]:
+            pairs = zip(expected["texts"], torch_sequences, sequences, strict=True)
+            for number, (text, theirs, ours) in enumerate(pairs):
+                sample = {"input": text, "pytorch": readable(number, theirs), "ours": readable(number, ours)}
+                verification.samples.append(sample)
+
+
+def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Return the first position at which two sequences differ; if one begins with the other, the shorter length."""
+    for position, (token, torch_token) in enumerate(zip(ours, theirs, strict=False)):
+        if token != torch_token:
+            return position
+    return min(len(ours), len(theirs))
+
+
+def compare_references(
+    model: AcceleratedModel, folder: Path, config: Config, expected: list[str], verification: VerificationResult
+) -> None:
+    """Score the references' outputs, PyTorch's and the bundle's, and record the metrics in `verification`.
+
+    Nothing is recorded without references, accepted outputs or a tokenizer.
+
+    Args:
+        model: The bundle's model.
+        folder: Folder of the checkpoint.
+        config: The configuration.
+        expected: PyTorch's outputs for the references.
+        verification: Updated in place.
+    """
+    examples = reference.references(config, folder)
+    tokenizer = texts.load_tokenizer(folder)
+    if examples is None or not examples.accepted or tokenizer is None:
+        return
+    examples = examples.first(config.verify.references)
+    outputs = reference.decode_texts(model, tokenizer, examples.texts, reference.REFERENCE_BATCH)
+    names = config.verify.metrics
+    verification.references = len(examples.texts)
+    verification.metrics = {
+        "pytorch": metrics.scores(names, expected, examples.accepted),
+        "ours": metrics.scores(names, outputs, examples.accepted),
+    }
