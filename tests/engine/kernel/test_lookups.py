@@ -33,7 +33,7 @@ ROWS = 3
 
 
 def lookups(device: str = "cpu") -> list[Lookup]:
-    """Return lookups of rows of a multiple of 16 bytes and of 6, 130 and 5 bytes, by two inputs."""
+    """Return lookups of rows of a multiple of 16 bytes and of 6, 130 and 21 bytes, by two inputs."""
     generator = torch.Generator().manual_seed(2)
     position = torch.tensor([4, 0, 6]).to(device)
     ids = torch.tensor([[1], [-1], [2]]).to(device)
@@ -41,7 +41,7 @@ def lookups(device: str = "cpu") -> list[Lookup]:
         (torch.randn(7, 2, 40, generator=generator), position),
         (torch.randn(7, 1, 3, generator=generator).half(), ids),
         (torch.randn(9, 65, generator=generator).bfloat16(), ids),
-        (torch.rand(7, 5, generator=generator) > 0.5, position),
+        (torch.rand(7, 21, generator=generator) > 0.5, position),
     ]
     found = []
     for values, index in tables:
