@@ -187,10 +187,9 @@ def _check_weights(precision: PrecisionConfig, runtime: RuntimeConfig) -> None:
         if name not in choices:
             raise unknown(f"format of {bits} bits in precision.weight_formats", name, choices)
     if precision.dtype == "float32" and runtime.device != "cpu":
-        advice = "precision=int8-fp16" if bits == 8 else "precision=fp16"
         raise AccelError(
             f"precision.weight_bits={bits} with precision.dtype=float32 is for a CPU, and runtime={runtime.name} "
-            f"computes on {runtime.device}. Use {advice}, or runtime=cpu"
+            f"computes on {runtime.device}. Use precision=int{bits}-fp16, or runtime=cpu"
         )
     if precision.dtype != "float32" and CHANNEL in names:
         raise AccelError(

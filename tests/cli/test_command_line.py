@@ -151,8 +151,9 @@ def test_choice_between_precisions(error_message: ErrorMessage, override: str, n
 def test_weights_of_few_bits_on_a_gpu(error_message: ErrorMessage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other values in FP32 are for a CPU, and the message says what to use instead."""
     monkeypatch.setattr("accel.cli.validate.check_device", lambda device: None)
-    message = error_message("precision=int8", "runtime.device=cuda:0")
-    assert_names(message, "precision.weight_bits=8", "cuda:0", "runtime=cpu", "precision=int8-fp16")
+    for bits in (8, 4):
+        message = error_message(f"precision=int{bits}", "runtime.device=cuda:0")
+        assert_names(message, f"precision.weight_bits={bits}", "cuda:0", "runtime=cpu", f"precision=int{bits}-fp16")
 
 
 def test_unknown_model(error_message: ErrorMessage) -> None:

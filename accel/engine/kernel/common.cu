@@ -5,7 +5,7 @@
 // that blocks exchange are 64-bit words of data and a tag that counts launches, so there is no barrier over the grid.
 //
 // The files are compiled as one: macros (ROWS, BLOCKS, BF16, BULK, MEMORY in bytes of shared memory, RECORD_BYTES, MAX_K, MAX_NORM, WIDE_X,
-// MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS, LEAST_SLOTS, LEAST_BLOCK), common.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
+// MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS, LEAST_SLOTS, SCALE_BYTES), common.cu, low_bits.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
 // lists CONSUME and PRODUCE of their cases, main.cu. `launch.py` puts them together. Tests set two more: MISSING_STORE, the
 // address of a word that is never written, and DELAYS, the most nanoseconds that warps wait before an operation.
 
@@ -34,8 +34,7 @@ constexpr int WARPS = 8, THREADS = WARPS * 32;
 constexpr int SEGMENT = 2048;                      // bytes of a weight's row in one slot of the ring
 constexpr int UNITS = 8;                           // rows of weights in one slot
 constexpr int UNIT_BYTES = SEGMENT + 64;           // 64 bytes of padding: no bank conflicts between units
-constexpr bool LOW_BITS = LEAST_BLOCK > 0;         // there are weights of 8 bits; the smallest of their blocks has so many features
-constexpr int SCALE_BYTES = LOW_BITS ? SEGMENT / (LOW_BITS ? LEAST_BLOCK : 1) * UNITS * 2 : 0;  // of their scales, behind the units
+constexpr bool LOW_BITS = SCALE_BYTES > 0;         // there are weights of 8 or 4 bits, whose scales are behind the units
 constexpr int SLOT_BYTES = UNITS * UNIT_BYTES + SCALE_BYTES;
 constexpr int KV_BYTES = UNITS * SEGMENT;          // bytes for keys or values in one slot
 __device__ constexpr int keys_in_slot(int size) { return KV_BYTES / (size * 2) / WARPS * WARPS; }  // the same for each warp
@@ -143,18 +142,32 @@ __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u3
 __device__ __forceinline__ void mma_first(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};" : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.f));
 }
-// Two of four integers of 8 bits, less 128, which is exact: 1024 + n in FP16 is the byte n below 0x64, and 2^23 + n in FP32 the
-// byte n below 0x4b0000.
-template <int FIRST_BYTE> __device__ __forceinline__ T2 less_128(u32 bytes) {
+// a - b and a * b + c, of two numbers each.
 #if BF16
-  const float a = __uint_as_float(__byte_perm(bytes, 0x4b000000u, 0x7440 + FIRST_BYTE)), b = __uint_as_float(__byte_perm(bytes, 0x4b000000u, 0x7441 + FIRST_BYTE));
-  return narrow(a - 8388736.f, b - 8388736.f);
+__device__ __forceinline__ T2 minus(T2 a, T2 b) { T2 v; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(0x3f803f80u), "r"(b ^ 0x80008000u)); return v; }  // by 1
 #else
-  T2 v;
-  asm("sub.f16x2 %0, %1, %2;" : "=r"(v) : "r"(__byte_perm(bytes, 0x64646464u, FIRST_BYTE ? 0x4342 : 0x4140)), "r"(0x64806480u));
-  return v;
+__device__ __forceinline__ T2 minus(T2 a, T2 b) { T2 v; asm("sub.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b)); return v; }
 #endif
-}
+__device__ __forceinline__ T2 multiply_add(T2 a, T2 b, T2 c) { T2 v; asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(v) : "r"(a), "r"(b), "r"(c)); return v; }
+// (a & mask) | b, by one instruction.
+__device__ __forceinline__ u32 mask_or(u32 a, u32 mask, u32 b) { u32 v; asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(a), "r"(mask), "r"(b)); return v; }
+
+// How the rows of a product's weights are stored: in 16 bits, or as integers of 8 or 4. A warp takes a chunk of 64 bytes at a time,
+// of which four lanes read 16 each.
+template <class C> struct Rows {
+  static constexpr int FEATURES = SEGMENT * 8 / C::BITS;     // of a slot
+  static constexpr int SEGMENTS = (C::K + FEATURES - 1) / FEATURES;
+  static constexpr int CHUNK = 64 * 8 / C::BITS, CHUNKS = (C::K + CHUNK - 1) / CHUNK;
+  static constexpr int BLOCK = C::BITS < 16 ? C::BLOCK : FEATURES, BLOCKS_EACH = (C::K + BLOCK - 1) / BLOCK;  // of a row
+  static constexpr int BYTES = C::BITS < 16 ? BLOCKS_EACH * BLOCK * C::BITS / 8 : C::K * 2;  // from one row to the next
+  static constexpr int COPIED = C::BITS < 16 ? (C::K * C::BITS / 8 + 15) & ~15 : C::K * 2;   // of them
+  static constexpr int ENTRY = C::ZEROS ? 4 : 2;             // bytes of a scale, and of a zero point
+  // Words that a lane reads side by side: its quarter of a block, or of a chunk. For several rows no more than 16 bytes of x belong to,
+  // so that lanes read x without bank conflicts.
+  static constexpr int QUARTER = BLOCK < CHUNK ? BLOCK * C::BITS / 128 : 4;
+  static constexpr int PIECE = ROWS > 2 && C::BITS < 16 ? (QUARTER < C::BITS / 4 ? QUARTER : C::BITS / 4) : QUARTER;
+  static constexpr int UNIT = SEGMENT + 16 * PIECE;          // bytes from one row to the next in a slot: no bank conflicts between them
+};
 
 template <int N> struct Ring {
   int slot; u32 phase;

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 THREADS = 288  # eight warps of consumers, and the producer
 LIMIT = 1 << 19  # polls, each longer than half a microsecond; a wait for another block takes microseconds
-SOURCES = ("common", "product", "attention", "producer", "main")
+SOURCES = ("common", "low_bits", "product", "attention", "producer", "main")
 CALLS = {
     "product": {
         "CONSUME": "product<{}>(s, op, ring, norms, tag, watch)",
@@ -82,7 +82,7 @@ def source(program: Program, target: Target, switches: Mapping[str, int] | None 
         "MAX_HEAD": max((size for size, _ in program.heads), default=8),
         "MAX_KEYS": max((records.keys_in_slot(size) // 8 for size, _ in program.heads), default=4),
         "LEAST_SLOTS": program.tuning.least_slots,
-        "LEAST_BLOCK": program.least_block,
+        "SCALE_BYTES": program.scale_bytes,
     }
     macros = [f"#define {name} {value}" for name, value in (values | dict(switches or {})).items()]
     shapes: list[str] = []
@@ -127,7 +127,7 @@ class Kernel:
         self._operations = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         self._device = self._operations.device  # with its index
         target = target or Target.of(self._device)
-        spare = program.tuning.spare_slots * records.slot_bytes(program.least_block)
+        spare = program.tuning.spare_slots * records.slot_bytes(program.scale_bytes)
         target = replace(target, memory=target.memory - spare)
         self._memory = target.memory
         self._function = _load(source(program, target, switches), program.rows, self._device, target.memory)

@@ -11,8 +11,8 @@ from accel.engine.operations import product
 from accel.engine.planning.plan import Plan
 
 MAX_ROWS = 8  # rows of the batch that the kernel was run with; its products hold no more than 16
-# Features that share a scale: those of a chunk or more, and no more than those of a slot.
-BLOCKS = (64, 128, 256, 512, 1024, 2048)
+# Features that share a scale: of 32, four lanes read 8 each; no more than those of a slot.
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048)
 
 
 def check_rows(rows: int) -> None:
@@ -46,8 +46,6 @@ def weights_dtype(plan: Plan, fused: Sequence[Node]) -> torch.dtype:
 
 def _check_low_bits(low: LowBits) -> None:
     """Raise `NotRunnableError` if the kernel can't read weights that are stored so."""
-    if low.bits != 8 or low.zero_points or low.block not in BLOCKS:
+    if low.block not in BLOCKS:
         blocks = ", ".join(map(str, BLOCKS))
-        raise NotRunnableError(
-            f"weights are of {low}, and the kernel reads int8 in blocks of {blocks}, without zero points"
-        )
+        raise NotRunnableError(f"weights are of {low}, and the kernel reads int8 and int4 in blocks of {blocks}")

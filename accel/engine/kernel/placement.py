@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from accel.engine.kernel import records
+from accel.engine.low_bits import LowBits, integers
 
 
 class NotRunnableError(Exception):
@@ -117,22 +118,28 @@ class Placement:
         self.keep.append(self._weights[name])
         return self.keep[-1].data_ptr()
 
-    def scales(self, names: Sequence[str], group: int) -> int:
+    def scales(self, names: Sequence[Sequence[str]], low: LowBits, group: int) -> int:
         """Return the address of the scales of weights of few bits, in the order in which the kernel multiplies rows.
 
         Args:
-            names: Scales [N, blocks] of a weight, and of its gate where it has one.
+            names: For a weight, and for its gate where it has one, its scales [N, blocks], and its zero points or none.
+            low: How the weights are stored.
             group: Rows of each that the kernel multiplies together, of which there are eight with the gate's.
+
+        Returns:
+            Address of [groups, blocks, 8], or with zero points, as integers of 16 bits, [groups, blocks, 8, 2].
         """
-        key = f"{' '.join(names)} in groups"
+        key = f"{' '.join(name for each in names for name in each)} in groups"
         if key not in self._weights:
             parts = []
-            for name in names:
-                scales = self._constants[name].to(self._device)
+            for each in names:
+                scales, *zeros = (self._constants[name].to(self._device) for name in each)
                 rows, blocks = scales.shape
-                padded = functional.pad(scales, (0, 0, 0, -rows % group))
-                parts.append(padded.reshape(-1, group, blocks))
-            self._weights[key] = torch.cat(parts, 1).mT.contiguous()  # [groups, blocks, 8]
+                columns = [scales.view(torch.int16)]
+                columns += [integers(zero.reshape(rows, -1), low.bits)[:, :blocks].to(torch.int16) for zero in zeros]
+                padded = functional.pad(torch.stack(columns, -1), (0, 0, 0, 0, 0, -rows % group))
+                parts.append(padded.reshape(-1, group, blocks, len(columns)))
+            self._weights[key] = torch.cat(parts, 1).transpose(1, 2).contiguous()
         self.keep.append(self._weights[key])
         return self.keep[-1].data_ptr()
 

@@ -78,8 +78,8 @@ template <class C> __device__ __forceinline__ void produce_normalize(Shared& s, 
 }
 template <class C> __device__ __forceinline__ void produce_product(Shared& s, const Record& op, Producer& to, Ring<2>& norms, u64 once, u64 keep) {
   using R = Rows<C>;
-  constexpr int ROW = C::BITS < 16 ? (C::K * C::BITS / 8 + 15) & ~15 : C::K * 2;  // bytes to be copied
-  constexpr int SCALES_OF_ROWS = R::BLOCKS_EACH * UNITS * 2, SCALES_OF_SLOT = R::FEATURES / R::BLOCK * UNITS * 2;
+  constexpr int ROW = R::COPIED;
+  constexpr int SCALES_OF_ROWS = R::BLOCKS_EACH * UNITS * R::ENTRY, SCALES_OF_SLOT = R::FEATURES / R::BLOCK * UNITS * R::ENTRY;
   constexpr int MORE = 2 * IN_FLIGHT < SLOTS ? 2 * IN_FLIGHT : SLOTS;  // each slot once, so that no copy's phase is missed
   constexpr int LIMIT = C::BITS < 16 && ROW <= SEGMENT / 2 ? MORE : IN_FLIGHT;  // of slots that are half empty, more
   const int lane = this_thread() % 32;
@@ -87,9 +87,16 @@ template <class C> __device__ __forceinline__ void produce_product(Shared& s, co
   share<C>(first, count);
   if (!count) return;
   produce_norm<C>(s, op, norms, keep);
+  constexpr bool PAIRED = C::BITS < 16 && R::SEGMENTS > 1;  // two groups are multiplied together: the first slot of both, the second, ...
 #pragma unroll 1
-  for (int g = first; g < first + count; g++) {
-    int group = g;
+  for (int g = first; g < first + count * (PAIRED ? R::SEGMENTS : 1); g++) {
+    int group = g, begin = 0, end = ROW;
+    if constexpr (PAIRED) {
+      const int pair = (g - first) / (2 * R::SEGMENTS), place = (g - first) % (2 * R::SEGMENTS), groups = min(2, count - 2 * pair);
+      group = first + 2 * pair + place % groups;
+      begin = place / groups * SEGMENT;
+      end = begin + 1;
+    }
     const int part = part_of<C>(group);
     const bool gated = C::gated(part);
     const int rows = min(UNITS, gated ? 2 * (C::n(part) - group * 4) : C::n(part) - group * UNITS);
@@ -99,17 +106,17 @@ template <class C> __device__ __forceinline__ void produce_product(Shared& s, co
     };
     const char* const mine = BULK && lane < UNITS ? weights_of(lane) : nullptr;
 #pragma unroll 1
-    for (int k = 0; k < ROW; k += SEGMENT) {
+    for (int k = begin; k < end; k += SEGMENT) {
       const int bytes = min(SEGMENT, ROW - k), from = k / SEGMENT * SCALES_OF_SLOT;  // first byte of the scales
       const int scale_bytes = C::BITS < 16 ? min(SCALES_OF_SLOT, SCALES_OF_ROWS - from) : 0;
       to.template acquire<LIMIT>(s);
       u64* const full = &s.full[to.ring.slot];
       begin_copies(full, bytes * rows + scale_bytes);
       unsigned char* const slot = s.ring[to.ring.slot];
-      if constexpr (BULK) { if (mine) copy(slot + lane * UNIT_BYTES, mine + k, bytes, full, once); }
+      if constexpr (BULK) { if (mine) copy(slot + lane * R::UNIT, mine + k, bytes, full, once); }
       else {
 #pragma unroll 1
-        for (int unit = 0; unit < UNITS; unit++) if (const char* weights = weights_of(unit)) copy(slot + unit * UNIT_BYTES, weights + k, bytes, full, once);
+        for (int unit = 0; unit < UNITS; unit++) if (const char* weights = weights_of(unit)) copy(slot + unit * R::UNIT, weights + k, bytes, full, once);
       }
       if (C::BITS < 16 && this_lane_copies()) copy(slot + UNITS * UNIT_BYTES, (const char*)op.p[pointer(part, SCALES)] + (size_t)group * SCALES_OF_ROWS + from, scale_bytes, full, once);
       end_copies(full);

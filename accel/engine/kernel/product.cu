@@ -36,7 +36,7 @@ template <class C> __device__ __forceinline__ void load_x(Shared& s, const Recor
           v = quad(first[f]);
         } else v = load_quad(C::IN, op.p[0], b * C::K + k, tag, watch);
       }
-      if (k < PADDED) {
+      if (k < (WIDE ? C::K : PADDED)) {
         if (WIDE) *(float4*)(s.wide_x[WIDE ? b : 0] + k) = make_float4(v.a.x, v.a.y, v.b.x, v.b.y);
         else *(uint2*)(s.x[b] + k) = make_uint2(narrow(v.a.x, v.a.y), narrow(v.b.x, v.b.y));
       }
@@ -64,7 +64,10 @@ template <class C> __device__ __forceinline__ void load_x(Shared& s, const Recor
         factor = rsqrtf(squares * (1.f / C::K) - mean * mean + C::epsilon());
         row = b;
       }
-      if (k >= C::K) continue;
+      if (k >= C::K) {
+        if (WIDE && k < PADDED) *(uint2*)(s.x[b] + k) = make_uint2(0, 0);
+        continue;
+      }
       Quad v;
       if constexpr (WIDE) { const float4 w = *(const float4*)(s.wide_x[b] + k); v = {make_float2(w.x, w.y), make_float2(w.z, w.w)}; }
       else { const uint2 w = *(const uint2*)(s.x[b] + k); v = {wide((T2)w.x), wide((T2)w.y)}; }
@@ -98,22 +101,10 @@ template <class C> __device__ __forceinline__ int part_of(int& group) {
 // Pointers of a product's record: x, weight and bias of the norm, five for each part, residuals.
 enum { WEIGHT, GATE, SCALES, BIAS, GATE_BIAS, OUT, PART_POINTERS };
 __device__ __forceinline__ constexpr int pointer(int part, int which) { return 3 + part * PART_POINTERS + which; }
-// How the rows of a product's weights are stored, of 16 or of 8 bits. A lane reads 16 bytes of each chunk, four lanes all of it.
-template <class C> struct Rows {
-  static constexpr int FEATURES = SEGMENT * 8 / C::BITS;     // of a slot
-  static constexpr int SEGMENTS = (C::K + FEATURES - 1) / FEATURES;
-  static constexpr int CHUNK = 64 * 8 / C::BITS, CHUNKS = (C::K + CHUNK - 1) / CHUNK;
-  static constexpr int VECTORS = 16 / C::BITS;               // 16 bytes of x for 16 bytes of weights
-  static constexpr int BLOCK = C::BITS < 16 ? C::BLOCK : FEATURES, BLOCKS_EACH = (C::K + BLOCK - 1) / BLOCK;  // of a row
-  static constexpr int BYTES = C::BITS < 16 ? BLOCKS_EACH * BLOCK * C::BITS / 8 : C::K * 2;  // from one row to the next
-  static_assert(C::BITS == 16 || (C::BITS == 8 && BLOCK % CHUNK == 0 && FEATURES % BLOCK == 0 && ROWS <= 8), "not supported");
-};
-
 // Products of x [ROWS, K] with the rows of weights that are this block's.
 template <class C> __device__ __forceinline__ void product(Shared& s, const Record& op, Ring<SLOTS>& ring, Ring<2>& norms, u32 tag, const Watch& watch) {
   using R = Rows<C>;
-  constexpr int SEGMENTS = R::SEGMENTS, CHUNKS = R::CHUNKS, VECTORS = R::VECTORS;
-  constexpr int AT_ONCE = C::BITS < 16 && !BULK ? 1 : 2;  // slots; two of 8 bits would not be held in registers before 9.0
+  constexpr int SEGMENTS = R::SEGMENTS, CHUNKS = R::CHUNKS;
   const int tid = this_thread(), warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
   int first, count;
   share<C>(first, count);
@@ -142,18 +133,15 @@ template <class C> __device__ __forceinline__ void product(Shared& s, const Reco
   };
   Target to = target(tid, 0, min(ROUND, count));
   load_x<C>(s, op, norms, tag, watch);
-  int4 w[2][4], a[4 * VECTORS], h[4];
-  T2 scales[2][4];
+  Integers<C> integers{warp, g, t};
+  int4 w[2][4], a[4], h[4];
   float sums[2][2][4];
   auto fetch = [&](int u, int seg) {  // this lane's share of the weights in the next slot
     wait(&s.full[ring.slot], ring.phase);
     const unsigned char* p = s.ring[ring.slot] + g * UNIT_BYTES + t * 16 + warp * 64;
 #pragma unroll
     for (int c = 0; c < 4; c++) w[u][c] = *(const int4*)(p + c * WARPS * 64);
-    if constexpr (C::BITS < 16) {
-#pragma unroll
-      for (int c = 0; c < 4; c++) scales[u][c] = *(const T2*)(s.ring[ring.slot] + UNITS * UNIT_BYTES + (c * WARPS + warp) * R::CHUNK / R::BLOCK * UNITS * 2 + t * 4);
-    } else if constexpr (LOW_BITS && C::K % R::FEATURES) {  // behind the row is what was in the slot before, and no number in 16 bits
+    if constexpr (LOW_BITS && C::K % R::FEATURES) {  // behind the row is what was in the slot before, and no number in 16 bits
 #pragma unroll
       for (int c = 0; c < 4; c++) if (((seg * 4 + c) * WARPS + warp) * 32 + t * 8 >= C::K) w[u][c] = make_int4(0, 0, 0, 0);
     }
@@ -166,46 +154,32 @@ template <class C> __device__ __forceinline__ void product(Shared& s, const Reco
     for (int c = 0; c < 4; c++) {
       const int chunk = (seg * 4 + c) * WARPS + warp;
       const bool inside = CHUNKS % (4 * WARPS) == 0 || chunk < CHUNKS;
-#pragma unroll
-      for (int v = 0; v < VECTORS; v++) a[c * VECTORS + v] = g < ROWS && inside ? *(const int4*)(s.x[g < ROWS ? g : 0] + chunk * R::CHUNK + t * R::CHUNK / 4 + v * 8) : make_int4(0, 0, 0, 0);
+      a[c] = g < ROWS && inside ? *(const int4*)(s.x[g < ROWS ? g : 0] + chunk * 32 + t * 8) : make_int4(0, 0, 0, 0);
       h[c] = ROWS > 8 && g + 8 < ROWS && inside ? *(const int4*)(s.x[g + 8 < ROWS ? g + 8 : 0] + chunk * 32 + t * 8) : make_int4(0, 0, 0, 0);
     }
   };
   auto clear = [&](int u) { for (int i = 0; i < 4; i++) sums[u][0][i] = sums[u][1][i] = 0; };
   auto multiply = [&](int u) {
-    if constexpr (C::BITS < 16) {                  // integers, whose sum over a chunk is multiplied with the scale of its block
 #pragma unroll
-      for (int c = 0; c < 4; c++) if (c * WARPS < CHUNKS) {
-        const int4 x = a[c * VECTORS], y = a[c * VECTORS + 1], v = w[u][c];
-        float first[4], second[4];
-        mma_first(first, x.x, 0, x.y, 0, less_128<0>(v.x), less_128<2>(v.x));
-        mma_first(second, x.z, 0, x.w, 0, less_128<0>(v.y), less_128<2>(v.y));
-        mma(first, y.x, 0, y.y, 0, less_128<0>(v.z), less_128<2>(v.z));
-        mma(second, y.z, 0, y.w, 0, less_128<0>(v.w), less_128<2>(v.w));
-        const float2 factor = wide(scales[u][c]);
-        sums[u][c & 1][0] += (first[0] + second[0]) * factor.x;
-        sums[u][c & 1][1] += (first[1] + second[1]) * factor.y;
-      }
-    } else {
-#pragma unroll
-      for (int c = 0; c < 4; c++) if (c * WARPS < CHUNKS) {
-        mma(sums[u][0], a[c].x, h[c].x, a[c].y, h[c].y, w[u][c].x, w[u][c].y);
-        mma(sums[u][1], a[c].z, h[c].z, a[c].w, h[c].w, w[u][c].z, w[u][c].w);
-      }
+    for (int c = 0; c < 4; c++) if (c * WARPS < CHUNKS) {
+      mma(sums[u][0], a[c].x, h[c].x, a[c].y, h[c].y, w[u][c].x, w[u][c].y);
+      mma(sums[u][1], a[c].z, h[c].z, a[c].w, h[c].w, w[u][c].z, w[u][c].w);
     }
   };
   auto keep = [&](int i, int u) {  // c0, c1: row g, units 2t and 2t + 1; c2, c3: row g + 8
     if (g < ROWS) { float (*to)[WARPS] = s.part[i][g < ROWS ? g : 0]; to[2 * t][warp] = sums[u][0][0] + sums[u][1][0]; to[2 * t + 1][warp] = sums[u][0][1] + sums[u][1][1]; }
     if (ROWS > 8 && g + 8 < ROWS) { float (*to)[WARPS] = s.part[i][g + 8 < ROWS ? g + 8 : 0]; to[2 * t][warp] = sums[u][0][2] + sums[u][1][2]; to[2 * t + 1][warp] = sums[u][0][3] + sums[u][1][3]; }
   };
-  if (SEGMENTS == 1) load(0);
+  if constexpr (C::BITS < 16) integers.load_kept(s);
+  else if (SEGMENTS == 1) load(0);
 #pragma unroll 1
   for (int r0 = 0; r0 < count; r0 += ROUND) {
     const int groups = min(ROUND, count - r0);
-    if constexpr (SEGMENTS == 1) {
+    if constexpr (C::BITS < 16) multiply_integers(s, integers, ring, groups);
+    else if constexpr (SEGMENTS == 1) {
 #pragma unroll 1
-      for (int i = 0; i < groups; i += AT_ONCE) {
-        const bool two = AT_ONCE == 2 && i + 1 < groups;
+      for (int i = 0; i < groups; i += 2) {
+        const bool two = i + 1 < groups;
         fetch(0, 0);
         if (two) fetch(1, 0);
         clear(0); clear(1);
@@ -219,8 +193,8 @@ template <class C> __device__ __forceinline__ void product(Shared& s, const Reco
       for (int i = 0; i < groups; i++) {
         clear(0); clear(1);
 #pragma unroll 1
-        for (int seg = 0; seg < SEGMENTS; seg += AT_ONCE) {
-          const bool two = AT_ONCE == 2 && (SEGMENTS % 2 == 0 || seg + 1 < SEGMENTS);
+        for (int seg = 0; seg < SEGMENTS; seg += 2) {
+          const bool two = (SEGMENTS % 2 == 0 || seg + 1 < SEGMENTS);
           fetch(0, seg);
           if (two) fetch(1, seg + 1);
           load(seg);

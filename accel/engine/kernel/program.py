@@ -30,7 +30,7 @@ class Program:
         position: Address of the positions, int64 [rows], that new keys and values are written at; 0 if none are.
         operations: The list.
         shapes: Shapes of its operations; a record has the index of its own.
-        least_block: Features of the smallest block of the weights of 8 bits; 0 if there are none.
+        scale_bytes: Bytes of scales in a slot of the ring, the most of all weights of 8 or 4 bits; 0 if there are none.
         max_k: Most features of a row that a product reads.
         max_norm: Most features of a row that is normalised.
         max_bias: Most numbers of biases that one block keeps.
@@ -46,7 +46,7 @@ class Program:
     position: int = 0
     operations: list[records.Record] = field(default_factory=list)
     shapes: list[records.Shape] = field(default_factory=list)
-    least_block: int = 0
+    scale_bytes: int = 0
     max_k: int = 128
     max_norm: int = 128
     max_bias: int = 1024
@@ -182,8 +182,8 @@ class Builder:
             record.pointers[1 + index] = self._place.vector(name)
         if norm is not None:
             wide = form in (records.WORDS_F32, records.PLAIN_F32)
-            if wide and width % pad:
-                raise NotRunnableError(f"a norm of {width} features in FP32, no multiple of {pad}")
+            if wide and width % 32:
+                raise NotRunnableError(f"a norm of {width} features in FP32, no multiple of 32")
             self.program.max_norm = max(self.program.max_norm, width)
             self.program.wide |= wide
         self.program.max_k = max(self.program.max_k, -(-width // pad) * pad)
@@ -221,9 +221,11 @@ class Builder:
         if k % 8:
             raise NotRunnableError(f"{node.name} reads {k} features, no multiple of 8")
         body = [
-            self._norm(record, spec.norm, norms, k, form, 64 if low else 32),
+            self._norm(record, spec.norm, norms, k, form, 512 // low.bits if low else 32),
             self._residuals(record, first, rest),
-            records.enum(BITS=low.bits if low else 16, BLOCK=low.block if low else 0),
+            records.enum(BITS=low.bits, BLOCK=low.block, ZEROS=low.zero_points)
+            if low
+            else records.enum(BITS=16, BLOCK=0, ZEROS=False),
             *shapes.product_parts(spec.parts, sizes, outs),
         ]
         return records.Shape("product", "\n  ".join(body))
@@ -238,10 +240,9 @@ class Builder:
                 record.pointers[first + records.PART.index(bias)] = self._place.vector(weight.bias)
         if part.low_bits is None:
             return placed.shape[0], placed.shape[1]
-        scales = self._place.scales([weight.scales[0] for weight in weights], records.UNITS // len(weights))
+        scales = self._place.scales([weight.scales for weight in weights], part.low_bits, records.UNITS // len(weights))
         record.pointers[first + records.PART.index("scales")] = scales
-        block = part.low_bits.block
-        self.program.least_block = min(self.program.least_block or block, block)
+        self.program.scale_bytes = max(self.program.scale_bytes, records.scale_bytes(part.low_bits))
         return placed.shape[0], part.low_bits.features
 
     def _normalize(self, record: records.Record, node: Node, spec: normalize.Normalize) -> records.Shape:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from ctypes import c_int, c_uint64
 from dataclasses import dataclass
 
+from accel.engine.low_bits import LowBits
+
 WORDS, WORDS_F32, PLAIN, PLAIN_F32 = range(4)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu", "tanh", "sigmoid", "softcap")
 NORMS = {None: 0, "rms": 1, "layer": 2}
@@ -39,14 +41,18 @@ class Shape:
     body: str
 
 
-def slot_bytes(least_block: int) -> int:
+def slot_bytes(scale_bytes: int) -> int:
     """Return the bytes of a slot of the ring, with its barriers: see `common.cu`.
 
     Args:
-        least_block: Features of the smallest block of the weights of 8 bits; 0 where there are none.
+        scale_bytes: Bytes of the scales in it.
     """
-    scales = SEGMENT // least_block * UNITS * 2 if least_block else 0
-    return UNITS * (SEGMENT + 64) + scales + 16
+    return UNITS * (SEGMENT + 64) + scale_bytes + 16
+
+
+def scale_bytes(low: LowBits) -> int:
+    """Return the bytes of the scales, and of zero points where there are any, of the weights in a slot of the ring."""
+    return SEGMENT * 8 // low.bits // low.block * UNITS * (4 if low.zero_points else 2)
 
 
 def keys_in_slot(size: int) -> int:

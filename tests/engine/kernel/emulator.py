@@ -19,7 +19,7 @@ INSTRUCTIONS = (  # functions that `instructions.h` defines in their place
     "wide(T2 v)",
     "narrow(float a, float b)",
     *("barrier_init", "arrive", "expect", "bulk_copy", "async_copy", "async_arrive", "fence", "wait", "unhoisted"),
-    *("sync", "load2", "load1", "store", "mma", "mma_first"),
+    *("sync", "load2", "load1", "store", "mma", "mma_first", "minus", "multiply_add", "mask_or"),
 )
 
 
@@ -39,14 +39,8 @@ def without(text: str, name: str) -> str:
 def on_host(program: Program, target: Target) -> str:
     """Return the kernel's source for the host."""
     text = source(program, target)
-    conversion = text[text.index("template <int FIRST_BYTE>") : text.index("template <int N> struct Ring")]
     for name in INSTRUCTIONS:
         text = without(text, name)
-    before = 'asm("sub.f16x2 %0, %1, %2;" : "=r"(v) : "r"('
-    assert before in conversion
-    line = next(line for line in conversion.splitlines() if before in line)
-    arguments = line.split(before)[1].removesuffix("));").replace(')), "r"(', "), ", 1)
-    text = text.replace(line, f"  v = sub_f16x2({arguments});")
     lines = ["" if "createpolicy" in line else line for line in text.splitlines()]
     text = "\n".join(lines).replace("extern __shared__ __align__(128) unsigned char memory[];", "")
     types = "typedef u32 T2;            // two of them, the first in the low half\n"

@@ -62,4 +62,6 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
   for (int i = 0; i < 4; i++) r |= (u32)(both >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
   return r;
 }
-inline T2 sub_f16x2(T2 a, T2 b) { const float2 x = wide(a), y = wide(b); return narrow(x.x - y.x, x.y - y.y); }
+inline T2 minus(T2 a, T2 b) { const float2 x = wide(a), y = wide(b); return narrow(x.x - y.x, x.y - y.y); }
+inline T2 multiply_add(T2 a, T2 b, T2 c) { const float2 x = wide(a), y = wide(b), z = wide(c); return narrow(x.x * y.x + z.x, x.y * y.y + z.y); }
+inline u32 mask_or(u32 a, u32 mask, u32 b) { return (a & mask) | b; }

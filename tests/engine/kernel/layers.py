@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from accel.engine.low_bits import LowBits
+from accel.engine.low_bits import LowBits, middle
 from accel.engine.nodes import Graph, Node, classify
 from accel.engine.operations.activations import Activation
 from accel.engine.operations.attention import Attention, Bias, Heads
@@ -61,14 +61,32 @@ def _attention(sizes: Sizes, fixed: bool) -> Attention:
     return Attention(query, new, new, count, None, size**-0.5, 0.0, biases, FP16)
 
 
-def quantized(weight: Tensor, low: LowBits) -> tuple[Tensor, Tensor]:
-    """Return a weight [N, K] in 8 bits: integers uint8 [N, blocks, block], whose padding is 255, and scales in FP16."""
+def quantized(weight: Tensor, low: LowBits) -> list[Tensor]:
+    """Return the tensors of a weight [N, K] in few bits, each block with another zero point where these are stored.
+
+    Returns:
+        Integers uint8 [N, blocks, bytes of a block], scales [N, blocks] in FP16, and zero points [N, bytes] or none.
+        The padding behind a row has all bits set: nothing may read it.
+    """
     n, k = weight.shape
     blocks = functional.pad(weight.float(), (0, -k % low.block)).reshape(n, -1, low.block)
-    scales = (blocks.abs().amax(-1) / 127).clamp_min(1e-6).half()
-    data = (blocks / scales[..., None].float()).round().add(128).clamp(0, 255).to(torch.uint8)
-    data.view(n, -1)[:, k:] = 255  # nothing may read it
-    return data, scales
+    zeros = torch.full((n, blocks.shape[1]), middle(low.bits))
+    if low.zero_points:
+        zeros += (torch.arange(zeros.numel()).reshape(zeros.shape) * 7 + 3) % 5 - 2
+    most, positive = (1 << low.bits) - 1, blocks.amax(-1) / ((1 << low.bits) - 1 - zeros)
+    scales = torch.maximum(positive, -blocks.amin(-1) / zeros).clamp_min(1e-6).half()
+    data = (blocks / scales[..., None].float()).round().add(zeros[..., None]).clamp(0, most).to(torch.uint8)
+    data.view(n, -1)[:, k:] = most
+    packed = [packed_integers(data, low.bits), scales]
+    return [*packed, packed_integers(zeros.to(torch.uint8), low.bits)] if low.zero_points else packed
+
+
+def packed_integers(data: Tensor, bits: int) -> Tensor:
+    """Return bytes that `accel.engine.low_bits.integers` unpacks along the last axis; an odd last one is padded."""
+    if bits == 8:
+        return data
+    data = functional.pad(data, (0, data.shape[-1] % 2))
+    return data[..., ::2] | data[..., 1::2] << 4
 
 
 def layered(sizes: Sizes, seed: int = 0, low: LowBits | None = None, mixed: bool = False) -> Plan:
@@ -90,8 +108,9 @@ def layered(sizes: Sizes, seed: int = 0, low: LowBits | None = None, mixed: bool
         if low is None or in_fp16(name):
             weights[name] = matrix.half()
             return [name]
-        weights[f"{name}.data"], weights[f"{name}.scales"] = quantized(matrix, low)
-        return [f"{name}.data", f"{name}.scales"]
+        tensors = dict(zip((f"{name}.data", f"{name}.scales", f"{name}.zeros"), quantized(matrix, low), strict=False))
+        weights.update(tensors)
+        return list(tensors)
 
     def in_fp16(name: str) -> bool:
         return mixed and name.endswith((".o.w", ".q.w", ".k.w", ".v.w"))

@@ -1,4 +1,4 @@
-"""Weights of 8 bits in the kernel: what it is given, that it compiles, and on a GPU what it computes."""
+"""Weights of 8 and 4 bits in the kernel: what it is given, that it compiles, and on a GPU what it computes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +37,7 @@ def random_weight(n: int, k: int, low: LowBits | None, seed: int, dtype: torch.d
     matrix = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) / k**0.5
     if low is None:
         return [matrix.to(dtype)]
-    data, scales = quantized(matrix, low)
-    return [data, scales.to(dtype)]
+    return [each.to(dtype) if each.is_floating_point() else each for each in quantized(matrix, low)]
 
 
 def products(k: int, sizes: list[int], low: LowBits | None, dtype: torch.dtype, **options: object) -> Plan:
@@ -49,7 +48,7 @@ def products(k: int, sizes: list[int], low: LowBits | None, dtype: torch.dtype, 
         sizes: Features of each product.
         low: How weights are stored; None: in `dtype`.
         dtype: Dtype of x.
-        options: `norm` and `gated`.
+        options: `norm`, `gated`, and `wide`: x is in FP32.
     """
     gated, norm = bool(options.get("gated")), options.get("norm")
     low = None if low is None else replace(low, features=k)
@@ -70,7 +69,7 @@ def products(k: int, sizes: list[int], low: LowBits | None, dtype: torch.dtype, 
     spec = Product(norm, norm is not None, False, (part,) * len(sizes), int(alone), dtype)  # type: ignore[arg-type]
     outputs = [f"y{index}" for index in range(len(sizes))]
     node = Node("products", (DOMAIN, "product"), OPERATIONS["product"], {"spec": spec}, tuple(inputs), tuple(outputs))
-    feeds, shapes = {"x": dtype}, {"x": ("batch_size", 1, k)}
+    feeds, shapes = {"x": torch.float32 if options.get("wide") else dtype}, {"x": ("batch_size", 1, k)}
     if alone:
         node = replace(node, inputs=(*inputs, "r"))
         feeds["r"], shapes["r"] = dtype, ("batch_size", 1, sizes[0])
@@ -83,7 +82,7 @@ def build(plan: Plan, rows: int, device: torch.device, blocks: int) -> tuple[Pro
     generator, tensors = torch.Generator().manual_seed(rows), {}
     spec = plan.graph.nodes[0].attributes["spec"]
     for name, (_, *shape) in plan.trace.shapes.items():
-        tensors[name] = torch.randn(rows, *map(int, shape), generator=generator).to(spec.dtype)  # type: ignore[arg-type]
+        tensors[name] = torch.randn(rows, *map(int, shape), generator=generator).to(plan.graph.inputs[name])
         tensors[name][-1] *= 20
     for node in plan.graph.nodes:
         rest = list(node.inputs[1 + node.attributes["spec"].norm_weight :])
@@ -98,66 +97,96 @@ def build(plan: Plan, rows: int, device: torch.device, blocks: int) -> tuple[Pro
     return program, tensors
 
 
+def scales_in_groups(plan: Plan, tensors: dict[str, Tensor]) -> tuple[Program, Tensor]:
+    """Return the program of `products`, and the scales that it has in the kernel's order."""
+    weights: dict[str, Tensor] = {}
+    program = Builder(plan, tensors, 1, CPU, weights, 4).program
+    (packed,) = (tensor for name, tensor in weights.items() if "groups" in name)
+    pointers = program.operations[0].pointers
+    assert pointers[records.FIRST_PART + records.PART.index("scales")] == packed.data_ptr()
+    data = plan.graph.constants["0.0.0"]
+    assert pointers[records.FIRST_PART] == data.data_ptr()  # the bytes of the file, without a copy
+    return program, packed
+
+
 def test_scales_lie_in_groups() -> None:
     """As the kernel multiplies rows: eight of a weight, or four with four of its gate, and none behind the last."""
     for gated, group in ((False, 8), (True, 4)):
         plan = products(200, [12], LOW, torch.float16, gated=gated)
-        weights: dict[str, Tensor] = {}
-        tensors = build(plan, 1, CPU, 4)[1]
-        program = Builder(plan, tensors, 1, CPU, weights, 4).program
-        (packed,) = (tensor for name, tensor in weights.items() if "groups" in name)
+        program, packed = scales_in_groups(plan, build(plan, 1, CPU, 4)[1])
         scales = [plan.graph.constants[f"0.{which}.1"] for which in range(1 + gated)]
         padded = [functional.pad(each, (0, 0, 0, -12 % group)) for each in scales]
-        assert packed.shape == (-(-12 // group), 4, 8)
-        for index, entry in enumerate(packed):
+        found = packed.view(torch.float16).squeeze(-1)
+        assert found.shape == (-(-12 // group), 4, 8)
+        for index, entry in enumerate(found):
             rows = torch.cat([each[index * group : (index + 1) * group] for each in padded])
             assert torch.equal(entry, rows.T)
-        pointers = program.operations[0].pointers
-        assert pointers[records.FIRST_PART + records.PART.index("scales")] == packed.data_ptr()
-        data = plan.graph.constants["0.0.0"]
-        assert pointers[records.FIRST_PART] == data.data_ptr()  # the bytes of the file, without a copy
-        assert program.least_block == 64
+        assert program.scale_bytes == 2048 // 64 * 8 * 2
 
 
-@pytest.mark.parametrize("low", [LowBits(4, 128, 0), LowBits(8, 32, 0), LowBits(8, 64, 0, True)], ids=str)
+def test_zero_points_lie_beside_scales() -> None:
+    """Of 4 bits unpacked: [groups, blocks, 8 rows, scale and zero point]."""
+    low = LowBits(4, 32, 0, True)
+    plan = products(200, [12], low, torch.float16)
+    program, packed = scales_in_groups(plan, build(plan, 1, CPU, 4)[1])
+    assert packed.shape == (2, 7, 8, 2)
+    zeros = plan.graph.constants["0.0.2"]
+    for row in range(12):
+        for block in range(7):
+            byte = int(zeros.reshape(12, 4)[row, block // 2])
+            assert int(packed[row // 8, block, row % 8, 1]) == byte >> block % 2 * 4 & 15
+    assert len(packed[..., 1].unique()) > 3
+    assert torch.equal(packed[0, :, 3, 0].view(torch.float16), plan.graph.constants["0.0.1"][3])
+    assert program.scale_bytes == 4096 // 32 * 8 * 4
+
+
+@pytest.mark.parametrize("low", [LowBits(4, 16, 0), LowBits(8, 16, 0), LowBits(8, 4096, 0)], ids=str)
 def test_what_the_kernel_cannot_read(low: LowBits) -> None:
     plan = products(128, [8], LOW, torch.float16)
     node = plan.graph.nodes[0]
     spec = node.attributes["spec"]
     parts = tuple(replace(part, low_bits=replace(low, features=128)) for part in spec.parts)
-    if low.zero_points:
-        node = replace(node, inputs=(*node.inputs[:3], "zeros", *node.inputs[3:]))
-        plan.graph.constants["zeros"] = torch.zeros(8, 2, dtype=torch.uint8)
-    node = replace(node, attributes={"spec": replace(spec, parts=parts)})
-    changed = Plan(replace(plan.graph, nodes=[node]), plan.trace, {})
-    with pytest.raises(NotRunnableError, match=f"weights are of {low}, and the kernel reads int8 in blocks of 64, 128"):
+    changed = Plan(
+        replace(plan.graph, nodes=[replace(node, attributes={"spec": replace(spec, parts=parts)})]), plan.trace, {}
+    )
+    message = f"weights are of {low}, and the kernel reads int8 and int4 in blocks of 32, 64, 128"
+    with pytest.raises(NotRunnableError, match=message):
         build(changed, 1, CPU, 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_compiles(architecture: str) -> None:
-    """Wide rows, for which threads hold the most: two segments and one."""
-    rows = 8
-    sizes = Sizes(layers=1, width=2048, inner=4096, heads=16)
-    plan = layered(sizes, low=LowBits(8, 128, 0))
+@pytest.mark.parametrize(
+    ("architecture", "rows", "width", "low"),
+    [
+        ("sm_80", 8, 2048, LowBits(8, 128, 0)),
+        ("sm_89", 1, 1024, LowBits(4, 32, 0, True)),
+        ("sm_90", 8, 2048, LowBits(8, 128, 0)),
+        ("sm_90", 8, 2048, LowBits(4, 32, 0, True)),
+    ],
+    ids=str,
+)
+def test_compiles(architecture: str, rows: int, width: int, low: LowBits) -> None:
+    """Wide rows, for which threads hold the most: two segments and one, and x that is kept in registers or isn't."""
+    sizes = Sizes(layers=1, width=width, inner=4096, heads=16)
+    plan = layered(sizes, low=low)
     program = Builder(plan, tensors_of(plan, sizes, rows, CPU), rows, CPU, {}, BLOCKS).program
     found = compile_for(source(program, TARGETS[architecture]), architecture)
-    print(f"{architecture}, {rows} rows of int8: {found.registers} registers, {found.spilled} bytes spilled")
+    print(f"{architecture}, {rows} rows of {low}: {found.registers} registers, {found.spilled} bytes spilled")
     assert found.spilled == 0, found.log
 
 
 def test_compiles_for_bfloat16() -> None:
-    program, _ = build(products(72, [12], LOW, torch.bfloat16, gated=True), 2, CPU, BLOCKS)
-    assert compile_for(source(program, SM_90), "sm_90").spilled == 0
+    for low in (LOW, LowBits(4, 32, 0)):
+        program, _ = build(products(72, [12], low, torch.bfloat16, gated=True), 2, CPU, BLOCKS)
+        assert compile_for(source(program, SM_90), "sm_90").spilled == 0
 
 
 def test_weights_of_16_bits_alone_have_no_scales() -> None:
     sizes = Sizes()
-    for low, block in ((None, 0), (LOW, 64)):
+    for low, size in ((None, 0), (LOW, 512), (LowBits(4, 128, 0), 512), (LowBits(4, 128, 0, True), 1024)):
         plan = layered(sizes, low=low)
         program = Builder(plan, tensors_of(plan, sizes, 1, CPU), 1, CPU, {}, BLOCKS).program
-        assert f"#define LEAST_BLOCK {block}\n" in source(program, SM_90)
+        assert f"#define SCALE_BYTES {size}\n" in source(program, SM_90)
 
 
 def check(plan: Plan, tensors: dict[str, Tensor]) -> None:
@@ -177,7 +206,21 @@ def check(plan: Plan, tensors: dict[str, Tensor]) -> None:
 
 EMULATED = {
     "parts": (products(200, [24, 8, 30], LOW, torch.float16), 3, SM_90),
-    "segments, 8 rows": (products(2056, [20], LowBits(8, 256, 0), torch.float16), 8, SM_90),
+    "segments, 8 rows": (products(2056, [36], LowBits(8, 256, 0), torch.float16), 8, SM_90),
+    "blocks of 32, zero points": (products(200, [24, 8, 30], LowBits(8, 32, 0, True), torch.float16), 1, SM_90),
+    "4 bits, parts": (products(200, [24, 8, 30], LowBits(4, 128, 0), torch.float16), 1, SM_90),
+    "4 bits, blocks of 32, segments, 8 rows": (products(4104, [36], LowBits(4, 32, 0), torch.float16), 8, SM_90),
+    "4 bits, blocks of 64, zero points, gate and norm of FP32": (
+        products(224, [30], LowBits(4, 64, 0, True), torch.float16, gated=True, norm=Norm("rms", 1e-6), wide=True),
+        3,
+        SM_90,
+    ),
+    "4 bits, blocks of 32, zero points": (products(1104, [30], LowBits(4, 32, 0, True), torch.float16), 2, SM_90),
+    "4 bits, bfloat16, no bulk copies": (
+        products(200, [30], LowBits(4, 32, 0, True), torch.bfloat16, gated=True),
+        2,
+        TARGETS["sm_89"],
+    ),
     "gate and norm": (products(200, [30], LOW, torch.float16, gated=True, norm=Norm("rms", 1e-6)), 3, SM_90),
     "bfloat16, no bulk copies": (products(200, [30], LOW, torch.bfloat16, gated=True), 2, TARGETS["sm_89"]),
 }
@@ -231,8 +274,8 @@ def compare(plan: Plan, rows: int, target: Target | None = None) -> None:
 @pytest.mark.parametrize("k", [8, 72, 264, 512, 1032, 2048, 2056, 4104, 8192])
 def test_products_on_a_gpu(k: int, rows: int) -> None:
     """Of features in part of a chunk, of a block and of a segment; and of more groups of rows than blocks."""
-    for block in (64, 256):
-        compare(products(k, [2500 if k < 600 else 37], LowBits(8, block, 0), torch.float16), rows)
+    for low in (LowBits(8, 64, 0), LowBits(8, 256, 0), LowBits(4, 128, 0), LowBits(4, 32, 0, True)):
+        compare(products(k, [2500 if k < 600 else 37], low, torch.float16), rows)
 
 
 @pytest.mark.gpu
@@ -241,9 +284,15 @@ def test_products_on_a_gpu(k: int, rows: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gates_norms_and_parts_on_a_gpu(dtype: torch.dtype, rows: int, bulk: bool) -> None:
     target = replace(Target.of(GPU), bulk=bulk) if bulk else Target(99 * 1024, bulk=False)
-    longest = 2112 if bulk or rows < 8 else 1088  # more leave 8 rows too little of 99 KB
-    for k, block in ((200, 64), (1024, 128), (longest, 64)):
-        low = LowBits(8, block, 0)
+    longest = 4104 if bulk else 2112 if rows < 8 else 1088  # more leave the rows too little of 99 KB
+    formats = {
+        LowBits(8, 64, 0): 200,
+        LowBits(8, 128, 0): 1024,
+        LowBits(8, 64, 0, True): longest,
+        LowBits(4, 32, 0): 1032,
+        LowBits(4, 64, 0, True): longest,
+    }
+    for low, k in formats.items():
         compare(products(k, [1100], low, dtype, gated=True, norm=Norm("rms", 1e-6)), rows, target)
         compare(products(k, [24, 8, 1100], low, dtype, norm=Norm("rms", 1e-6)), rows, target)
     compare(products(200, [24, 1100], None, dtype), rows, target)
@@ -251,14 +300,16 @@ def test_gates_norms_and_parts_on_a_gpu(dtype: torch.dtype, rows: int, bulk: boo
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bulk", [True, False])
-@pytest.mark.parametrize("block", [64, 128])
-def test_a_decoder_on_a_gpu(block: int, bulk: bool) -> None:
-    """All operations beside products of 8 bits give torch's numbers, and the same bits at each repeat."""
+@pytest.mark.parametrize(
+    "low", [LowBits(8, 64, 0), LowBits(8, 128, 0), LowBits(4, 128, 0), LowBits(4, 32, 0, True)], ids=str
+)
+def test_a_decoder_on_a_gpu(low: LowBits, bulk: bool) -> None:
+    """All operations beside products of few bits give torch's numbers, and the same bits at each repeat."""
     from tests.engine.kernel.test_reliability import Decoder, assert_same_bits, difference
 
     target = None if bulk else Target(99 * 1024, bulk=False)
     for sizes in (Sizes(width=320, inner=1000), Sizes(layers=3, width=1024, inner=2504)):
-        decoder = Decoder(sizes, low=LowBits(8, block, 0))
+        decoder = Decoder(sizes, low=low)
         kernel = decoder.kernel(target)
         found = decoder.steps(kernel)
         assert difference(found, decoder.in_torch()) < 3e-3

@@ -28,8 +28,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gptj": FAMILIES["gptj"],
     "t5-int8": FAMILIES["t5"] | {"d_model": 256, "d_kv": 64, "d_ff": 1280},
     "llama-int8": FAMILIES["llama"] | WIDE | {"tie_word_embeddings": True},
+    "llama-int4": FAMILIES["llama"] | WIDE | {"tie_word_embeddings": True},
 }
-INT8 = "-int8"  # ends the names of those whose weights are of 8 bits, the table of embeddings among them
+FEW_BITS = ("int8", "int4")  # end the names of those whose weights have so many, the table of embeddings among them
 OVERRIDES = (
     "runtime=cuda-graph",
     "stage=merge",
@@ -43,11 +44,12 @@ ROWS, LENGTH = 3, 9
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def folders(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> tuple[Path, Path]:
-    """The checkpoint of one tiny model, and its bundle in 16 bits, or in 8, with a static decode graph."""
+    """The checkpoint of one tiny model, and its bundle in 16 bits, or in 8 or 4, with a static decode graph."""
     checkpoint = shared / "kernel" / request.param / "checkpoint"
     if not checkpoint.is_dir():
         random_model(CONFIGS[request.param]).save_pretrained(checkpoint)
-    precision = "int8-fp16" if request.param.endswith(INT8) else "fp16-blanket"
+    bits = request.param.rpartition("-")[2]
+    precision = f"{bits}-fp16" if bits in FEW_BITS else "fp16-blanket"
     overrides = [*OVERRIDES, f"precision={precision}", f"artifacts={artifacts}", f"model.name=k-{request.param}"]
     return checkpoint, accel.build(str(checkpoint), overrides).folder
 
@@ -119,7 +121,7 @@ def test_logits(models: dict[str, Any], caplog: pytest.LogCaptureFixture) -> Non
 
 @torch.inference_mode()
 def test_engines_agree(models: dict[str, Any]) -> None:
-    """The kernel reads the bytes that ONNX Runtime reads: their results differ by rounding alone, 8 bits or not."""
+    """The kernel reads the bytes that ONNX Runtime reads: their results differ by rounding alone, few bits or not."""
     forced = torch.randint(3, 119, (ROWS, 40), generator=torch.Generator().manual_seed(8)).cuda()
     by_engine = [step_logits(models[name], forced) for name in ("fused", "onnxruntime")]
     assert error(*by_engine) < 5e-3

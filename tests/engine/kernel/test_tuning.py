@@ -225,7 +225,7 @@ def test_spare_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "SLOTS = (MEMORY - (int)sizeof(Rest) - 128) / (SLOT_BYTES + 16);" in common
     assert f"SEGMENT = {records.SEGMENT};" in common
     assert "UNIT_BYTES = SEGMENT + 64;" in common
-    assert "SCALE_BYTES = LOW_BITS ? SEGMENT / (LOW_BITS ? LEAST_BLOCK : 1) * UNITS * 2 : 0;" in common
+    assert "#define SCALE_BYTES 0\n" in common
     assert "SLOT_BYTES = UNITS * UNIT_BYTES + SCALE_BYTES;" in common
 
 
