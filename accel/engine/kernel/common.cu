@@ -5,7 +5,7 @@
 // that blocks exchange are 64-bit words of data and a tag that counts launches, so there is no barrier over the grid.
 //
 // The files are compiled as one: macros (ROWS, BLOCKS, BF16, BULK, MEMORY in bytes of shared memory, RECORD_BYTES, MAX_K, MAX_NORM, WIDE_X,
-// MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS, LEAST_SLOTS, SCALE_BYTES), common.cu, low_bits.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
+// MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS, LEAST_SLOTS, COPIES, SCALE_BYTES), common.cu, low_bits.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
 // lists CONSUME and PRODUCE of their cases, main.cu. `launch.py` puts them together. Tests set two more: MISSING_STORE, the
 // address of a word that is never written, and DELAYS, the most nanoseconds that warps wait before an operation.
 
@@ -39,7 +39,6 @@ constexpr int SLOT_BYTES = UNITS * UNIT_BYTES + SCALE_BYTES;
 constexpr int KV_BYTES = UNITS * SEGMENT;          // bytes for keys or values in one slot
 __device__ constexpr int keys_in_slot(int size) { return KV_BYTES / (size * 2) / WARPS * WARPS; }  // the same for each warp
 constexpr int ROUND = ROWS <= 2 ? 16 : ROWS <= 4 ? 8 : 4;  // groups of units between two epilogues
-constexpr int IN_FLIGHT = 2;                       // slots that are being copied at a time; measured
 constexpr int LOOK = 2048;                         // features to be polled from which on a few lanes look first; measured
 constexpr int RECORDS = 4;                         // operations whose records are at hand
 

@@ -82,6 +82,7 @@ def source(program: Program, target: Target, switches: Mapping[str, int] | None 
         "MAX_HEAD": max((size for size, _ in program.heads), default=8),
         "MAX_KEYS": max((records.keys_in_slot(size) // 8 for size, _ in program.heads), default=4),
         "LEAST_SLOTS": program.tuning.least_slots,
+        "COPIES": program.tuning.in_flight,
         "SCALE_BYTES": program.scale_bytes,
     }
     macros = [f"#define {name} {value}" for name, value in (values | dict(switches or {})).items()]

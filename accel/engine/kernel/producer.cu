@@ -2,6 +2,7 @@
 
 // The producer's place in the ring. Few copies are under way at once: enough for the memory's bandwidth, and no queue in which
 // the words that blocks exchange would wait.
+constexpr int IN_FLIGHT = COPIES < SLOTS ? COPIES : SLOTS;  // slots that are being copied at a time, of the ring's
 struct Producer {
   Ring<SLOTS> ring, oldest;
   int under_way;
@@ -80,8 +81,9 @@ template <class C> __device__ __forceinline__ void produce_product(Shared& s, co
   using R = Rows<C>;
   constexpr int ROW = R::COPIED;
   constexpr int SCALES_OF_ROWS = R::BLOCKS_EACH * UNITS * R::ENTRY, SCALES_OF_SLOT = R::FEATURES / R::BLOCK * UNITS * R::ENTRY;
-  constexpr int MORE = 2 * IN_FLIGHT < SLOTS ? 2 * IN_FLIGHT : SLOTS;  // each slot once, so that no copy's phase is missed
-  constexpr int LIMIT = C::BITS < 16 && ROW <= SEGMENT / 2 ? MORE : IN_FLIGHT;  // of slots that are half empty, more
+  // Of slots that are half empty, more: each slot of the ring once, so that no copy's phase is missed.
+  constexpr int MORE = IN_FLIGHT * (ROW <= SEGMENT / 4 ? 4 : ROW <= SEGMENT / 2 ? 2 : 1);
+  constexpr int LIMIT = C::BITS == 16 ? IN_FLIGHT : MORE < SLOTS ? MORE : SLOTS;
   const int lane = this_thread() % 32;
   int first, count;
   share<C>(first, count);

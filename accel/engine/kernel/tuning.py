@@ -35,11 +35,13 @@ class Tuning:
         max_splits: Parts that the keys of one head and row are cut into at most, each for a block of its own.
         least_slots: Slots of keys in each of several parts, as an exchange between blocks takes as long as some such.
         spare_slots: Slots that the ring has less than the shared memory has room for.
+        in_flight: Slots that are copied at a time. With more of them, words between blocks wait in the memory's queue.
     """
 
     max_splits: int = 8
     least_slots: int = 2
     spare_slots: int = 0
+    in_flight: int = 2
 
 
 DEFAULT = Tuning()
@@ -47,6 +49,7 @@ CHOICES = {  # setting -> values, those first that are the likeliest to help: th
     "max_splits": (8, 4, 2, 1),
     "least_slots": (2, 1, 4, 8),
     "spare_slots": (0, 2, 4),
+    "in_flight": (2, 3, 4),
 }
 
 

@@ -56,7 +56,7 @@ def test_the_fastest_settings() -> None:
     assert kernels.tune() == Tuning(max_splits=4, least_slots=4)
     assert kernels.measured[0] == DEFAULT
     assert {each.max_splits for each in kernels.measured[4:]} == {4}
-    assert len(kernels.measured) == len(set(kernels.measured)) == 9
+    assert len(kernels.measured) == len(set(kernels.measured)) == 11
 
 
 def test_noise_changes_nothing() -> None:
@@ -79,7 +79,7 @@ def test_settings_that_the_device_lacks() -> None:
         Kernels(lambda each: seconds(replace(each, spare_slots=2))).tune()
 
 
-@pytest.mark.parametrize(("takes", "count"), [(2.5, 9), (4.0, 6), (9.0, 2), (20.0, 1), (60.0, 1)])
+@pytest.mark.parametrize(("takes", "count"), [(2.5, 10), (4.0, 6), (9.0, 2), (20.0, 1), (60.0, 1)])
 def test_time_is_limited(takes: float, count: int) -> None:
     """No measurement begins that would end after the budget; a slow one is the only one."""
     kernels = Kernels(lambda each: 1.0 / each.max_splits, takes)
@@ -90,12 +90,12 @@ def test_time_is_limited(takes: float, count: int) -> None:
 
 def test_what_is_kept(cache: Path) -> None:
     """Numbers alone, in a file that only the user can write, for this key alone."""
-    first, second = Tuning(4, 1, 2), Tuning(1, 8, 0)
+    first, second = Tuning(4, 1, 2, 3), Tuning(1, 8, 0)
     assert kept("a") is None
     keep("a", first)
     keep("b", second)
     assert (kept("a"), kept("b"), kept("c")) == (first, second, None)
-    assert json.loads((cache / FILE).read_text())["a"] == {"max_splits": 4, "least_slots": 1, "spare_slots": 2}
+    assert json.loads((cache / FILE).read_text())["a"] == GOOD
     assert cache.stat().st_mode & 0o077 == 0
     keep("a", second)
     assert kept("a") == second
@@ -103,7 +103,7 @@ def test_what_is_kept(cache: Path) -> None:
     assert kept("a") is None
 
 
-GOOD = {"max_splits": 4, "least_slots": 1, "spare_slots": 2}
+GOOD = {"max_splits": 4, "least_slots": 1, "spare_slots": 2, "in_flight": 3}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,7 @@ GOOD = {"max_splits": 4, "least_slots": 1, "spare_slots": 2}
         {**GOOD, "least_slots": 1.0},
         {**GOOD, "spare_slots": -1},
         {**GOOD, "spare_slots": "2"},
+        {**GOOD, "in_flight": 1},
         {**GOOD, "command": 1},
         {"max_splits": 4, "least_slots": 1},
     ],
@@ -130,9 +131,9 @@ def test_damaged_values(values: Any) -> None:
     assert folder is not None
     (folder / FILE).write_text(json.dumps({"a": values, "b": GOOD}))
     assert kept("a") is None
-    assert kept("b") == Tuning(4, 1, 2)
+    assert kept("b") == Tuning(4, 1, 2, 3)
     keep("a", DEFAULT)
-    assert (kept("a"), kept("b")) == (DEFAULT, Tuning(4, 1, 2))
+    assert (kept("a"), kept("b")) == (DEFAULT, Tuning(4, 1, 2, 3))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"])
@@ -182,12 +183,12 @@ def test_measured_once(device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch)
 
     best = Tuning(least_slots=8)
     assert found(program(), measuring=False) == DEFAULT
-    assert (found(program()), len(measured)) == (best, 9)
+    assert (found(program()), len(measured)) == (best, 11)
     assert (found(program()), len(measured)) == (best, 0)
     assert (found(program(), measuring=False), len(measured)) == (best, 0)
     for other in (program(rows=3), program(length=700)):
         assert (found(other, measuring=False), len(measured)) == (DEFAULT, 0)
-        assert (found(other), len(measured)) == (best, 9)
+        assert (found(other), len(measured)) == (best, 11)
     device.name = "A100"
     assert found(program(), measuring=False) == DEFAULT
     device.name = "H100"
@@ -199,11 +200,13 @@ def test_measured_once(device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch)
 def test_settings_reach_the_kernel() -> None:
     """Splits are in the shapes, with words for what parts exchange; the rest are macros."""
     target = Target(232_448, bulk=True)
-    few = program(settings=Tuning(max_splits=2, least_slots=4))
+    few = program(settings=Tuning(max_splits=2, least_slots=4, in_flight=3))
     assert sum("SPLITS = 2 " in shape.body for shape in few.shapes) == 2
     assert sum("SPLITS = 8 " in shape.body for shape in program().shapes) == 2
     assert "#define LEAST_SLOTS 4\n" in source(few, target)
     assert "#define LEAST_SLOTS 2\n" in source(program(), target)
+    assert "#define COPIES 3\n" in source(few, target)
+    assert "#define COPIES 2\n" in source(program(), target)
 
     def words(each: Program) -> int:
         kept_words = {tensor.data_ptr(): tensor.numel() for tensor in each.keep}
@@ -230,7 +233,7 @@ def test_spare_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", [Tuning(4, 1, 0), Tuning(2, 2, 2), Tuning(1, 2, 4), Tuning(8, 8, 0)])
+@pytest.mark.parametrize("settings", [Tuning(4, 1, 0), Tuning(2, 2, 2, 3), Tuning(1, 2, 4, 4), Tuning(8, 8, 0)])
 def test_settings_change_no_results_on_a_gpu(settings: Tuning) -> None:
     """But for the order of sums: the logits are those of the defaults within rounding."""
     from tests.engine.kernel.test_reliability import DEVICE, LONG, Decoder, block_count, difference
