@@ -94,12 +94,16 @@ def _show_plan(summary: Mapping[str, Any]) -> None:
 
 
 def _show_weights(summary: Mapping[str, Any]) -> None:
-    """Print how many weights got which format, and the trials that decided it: divergence ± its standard error."""
+    """Print how many weights got which format, and the trials that decided it.
+
+    Of a trial: changed tokens, those of them that are no near ties, and divergence ± its standard error.
+    """
     console.table("formats of the products' weights", ("format", "weights"), summary["weights"].items())
     rows = [
         [
             trial["weights"],
             f"{trial['changed']} of {trial['greedy_tokens']}",
+            f"{trial['clear_changes']}, at most {trial['change_bound']:.1%}",
             f"{trial['divergence']:.2g} ± {trial['standard_error']:.1g} ({trial['tokens']} tokens)",
             f"{trial['error']:.2g}",
             "yes" if trial["passed"] else "no",
@@ -110,6 +114,7 @@ def _show_weights(summary: Mapping[str, Any]) -> None:
         columns = (
             "weights in low bits",
             "greedy tokens changed",
+            "clear changes",
             "divergence in nats",
             "error of other outputs",
             "passed",

@@ -54,7 +54,8 @@ class PrecisionConfig:
         weight_bits: Bits of the weights of matrix products, 8 or 4; None: as `dtype`.
         weight_formats: Candidates of their format: names of `accel.graph.quantization.formats.formats`.
         max_token_changes: Share of the tokens of greedy search in a trial at which another than FP32's may be the
-            likeliest.
+            likeliest, by its upper confidence bound. Near ties of FP32, which change within `max_divergence`, don't
+            count.
         max_divergence: Kullback-Leibler divergence of the next token's distribution from FP32's in a trial, in nats:
             the mean over texts, with twice its standard error added.
         max_output_error: Relative error of a component's other outputs in a trial.

@@ -19,6 +19,7 @@ from accel.evaluation.component_runner import ComponentRunner, Run, Shape, compo
 from accel.runtime.decoder_inputs import decoder_inputs
 
 DECODE_STEPS = {"random": 4, "text": 32}  # kind of batch -> tokens decoded greedily after prefill's
+MAX_DECODE_STEPS = max(DECODE_STEPS.values())
 
 Call = Callable[[int, Mapping[str, Tensor]], dict[str, Tensor]]
 """(index of the batch, named inputs) -> named outputs: one call of one component."""
@@ -93,7 +94,7 @@ def _random_batches(config: AuditConfig, architecture: Architecture, model: Pret
     positions = max_positions(model)
     max_length = config.max_length
     if positions:
-        max_length = min(max_length, positions - DECODE_STEPS["random"])
+        max_length = min(max_length, positions - MAX_DECODE_STEPS)
     while True:
         length = _random_length(max_length, generator)
         prefix = _random_length(max_length // 4, generator)
@@ -136,7 +137,7 @@ def _prompt_batches(
     positions = max_positions(model)
     max_length = None
     if positions is not None and not model.is_encoder_decoder:
-        max_length = max(1, positions - DECODE_STEPS["text"])
+        max_length = max(1, positions - MAX_DECODE_STEPS)
     for begin in range(0, len(prompts), config.batch_size):
         batch_prompts = prompts[begin : begin + config.batch_size]
         encoded = [prompt.full_inputs(max_length) for prompt in batch_prompts]

@@ -72,8 +72,8 @@ class VerificationResult:
         references: Number of references that the metrics were computed on.
         samples: Inputs with the texts that both generated.
         divergence: Of the next token's distribution from PyTorch's in FP32, with weights in low bits: numbers of
-            tokens, texts and changed (tokens at which another id is the likeliest); mean, standard_error and allowed
-            (mean), in nats. Else empty.
+            tokens, texts, changed (tokens at which another id is the likeliest) and clear_changes (those of them that
+            are no near ties of PyTorch's); mean, standard_error and allowed (mean), in nats. Else empty.
         failures: One message for each failed check.
         files: Name -> SHA-256 of each file of the bundle that passed.
     """
@@ -254,8 +254,9 @@ def compare_distributions(
         divergence.add(number, _path_logits(model, architecture, path, at_once=True)[0], path.logits[0])
     verification.divergence = {
         "tokens": divergence.tokens,
-        "texts": len(divergence.texts),
+        "texts": divergence.texts,
         "changed": divergence.changed,
+        "clear_changes": int(divergence.clear_changes(allowed).total),
         "mean": divergence.mean,
         "standard_error": divergence.standard_error,
         "allowed": allowed,
@@ -263,7 +264,7 @@ def compare_distributions(
     if not divergence.mean <= allowed:
         verification.failures.append(
             f"the next token's distribution diverges from PyTorch's by {divergence.mean:.2g} nats (standard error "
-            f"{divergence.standard_error:.1g}) on {divergence.tokens} tokens of {len(divergence.texts)} texts, allowed "
+            f"{divergence.standard_error:.1g}) on {divergence.tokens} tokens of {divergence.texts} texts, allowed "
             f"precision.max_divergence={allowed:g}"
         )
 

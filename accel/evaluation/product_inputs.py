@@ -1,15 +1,14 @@
 """Samples of the activations that products multiply with their weights, from runs of the FP32 graphs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor
 
-from accel.adapters.types import Component
-from accel.evaluation.calibration_data import Call
+from accel.evaluation.sensitivity import RecordedCall
 from accel.graph import files
+from accel.graph.passes import remove_unused
 from accel.graph.quantization.products import find_weights
 from accel.runtime.session import HostSession, SessionSettings
 
@@ -18,7 +17,7 @@ ROWS_PER_CALL = 8  # at most, of one call of one component
 
 
 class ProductInputs:
-    """Recorder of the inputs of all products.
+    """Inputs of all products, in recorded calls.
 
     Attributes:
         rows: Weight -> activations that some product multiplies with it, [at most `ROWS`, in].
@@ -28,33 +27,25 @@ class ProductInputs:
         self.rows: dict[str, np.ndarray] = {}
         self._random = np.random.default_rng(0)
 
-    def open(self, component: Component, path: Path, settings: SessionSettings) -> Call:
-        """Open a component's graph and return a function that runs it and keeps some activations of every call."""
-        model = files.load(path)
-        readers = {}  # weight -> names of the values that are multiplied with it
+    def add(self, graph: Path, calls: Iterable[RecordedCall], settings: SessionSettings) -> None:
+        """Run a component's FP32 graph on the inputs of its recorded calls, and keep some activations of each."""
+        model = files.load(graph)
+        readers: dict[str, list[ir.Value]] = {}  # weight -> values that are multiplied with it
         for name, weight in find_weights(model).items():
-            readers[name] = [product.node.inputs[0] for product in weight.products]
-        known = {output.name for output in model.graph.outputs}
-        added: dict[str, ir.Value] = {}
-        for values in readers.values():
-            for value in values:
-                if value is not None and value.name and value.name not in known:
-                    added[value.name] = value
-        model.graph.outputs.extend(value for value in added.values() if not value.is_graph_input())
-        names = {
-            weight: [value.name or "" for value in values if value is not None] for weight, values in readers.items()
-        }
+            readers[name] = [value for each in weight.products if (value := each.node.inputs[0]) is not None]
+        values = {value.name: value for operands in readers.values() for value in operands}
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(value for value in values.values() if not value.is_graph_input())
+        remove_unused(model)  # the output layer and what follows the last products
         session = HostSession(files.dump(model), settings)
-
-        def call(index: int, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for call in calls:
+            inputs = call.inputs()
             outputs = session(inputs)
-            for weight, values in names.items():
-                for value in values:
-                    tensor = outputs[value] if value in outputs else inputs[value]
-                    self._keep(weight, tensor.numpy().reshape(-1, tensor.shape[-1]))
-            return {name: tensor for name, tensor in outputs.items() if name in known}
-
-        return call
+            for weight_name, operands in readers.items():
+                for value in operands:
+                    name = value.name or ""
+                    tensor = outputs[name] if name in outputs else inputs[name]
+                    self._keep(weight_name, tensor.numpy().reshape(-1, tensor.shape[-1]))
 
     def _keep(self, weight: str, rows: np.ndarray) -> None:
         """Keep some of `rows` [n, in]; once there are enough, in place of earlier ones."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from accel.adapters.types import Component
@@ -69,6 +70,20 @@ class RecordedCall(NamedTuple):
     batch: int
     path: Path
     greedy: bool = False
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Read the inputs, by name."""
+        return self._read("in.")
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Read the outputs, by name."""
+        return self._read("out.")
+
+    def _read(self, prefix: str) -> dict[str, Tensor]:
+        """Read the tensors whose names begin with `prefix`, which is cut off."""
+        with safe_open(self.path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
 
 
 class Recorder:
@@ -155,16 +170,15 @@ class SensitivityTrial:
         session = HostSession(files.dump(model), self.settings)
         del model
         result = TrialResult()
-        for kind, _, path, _ in self.calls:
-            tensors = load_file(path)
-            inputs = {name.removeprefix("in."): value for name, value in tensors.items() if name.startswith("in.")}
+        for call in self.calls:
+            inputs = call.inputs()
             try:
                 outputs = session(inputs)
             except RUNTIME_ERRORS:  # an index computed from NaN
-                return TrialResult({kind: [math.inf]})
-            expected = {name: tensors[f"out.{name}"] for name in session.outputs}
+                return TrialResult({call.kind: [math.inf]})
+            expected = call.outputs()
             errors = [self._error(name, outputs[name], expected[name], inputs) for name in session.outputs]
-            result.errors.setdefault(kind, []).append(max(errors))
+            result.errors.setdefault(call.kind, []).append(max(errors))
             if "logits" in outputs:
                 likeliest = outputs["logits"][:, -1].argmax(-1)  # [rows]
                 expected_likeliest = expected["logits"][:, -1].argmax(-1)

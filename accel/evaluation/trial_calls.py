@@ -6,11 +6,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from accel.adapters.types import Component, Signature
-from accel.evaluation.calibration_data import DECODE_STEPS, Batch, run_batches
+from accel.evaluation.calibration_data import DECODE_STEPS, MAX_DECODE_STEPS, Batch, run_batches
 from accel.evaluation.component_runner import ComponentRunner
 from accel.evaluation.sensitivity import RecordedCall, Recorder
 from accel.runtime.decoder_inputs import decoder_inputs
@@ -18,7 +17,7 @@ from accel.runtime.layout import IDS, MASK
 from accel.runtime.session import SessionSettings
 
 TEXT = "text"  # kind of calibration batches whose tokens count; at random ids near ties are common
-TOKENS = 512  # that trials compare, at least, unless the texts run out
+TOKENS = 512  # that trials compare, at least, unless the texts run out; along greedy search see `record_calls`
 ROW_TOKENS = 128  # of a row of prefill that count, at most, evenly spaced
 ONE_TOKEN_STEPS = (0,)  # decode steps of one token that are recorded; all others are in the call with all tokens
 
@@ -32,17 +31,18 @@ class ReplayedDecode:
 
     Args:
         recorder: Recorder of the calls, which is told which of them are greedy.
+        counted: Kind of batches whose tokens count, which get `MAX_DECODE_STEPS`.
         end_tokens: Ids that end a text. Steps end when all rows of a batch of texts have.
         seed: Seed of the sampling.
     """
 
-    def __init__(self, recorder: Recorder, end_tokens: Sequence[int], seed: int) -> None:
-        self._recorder = recorder
+    def __init__(self, recorder: Recorder, counted: str, end_tokens: Sequence[int], seed: int) -> None:
+        self._recorder, self._counted = recorder, counted
         self._ends = torch.tensor(end_tokens, dtype=torch.int64)
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, runner: ComponentRunner, batch: Batch) -> None:
-        """Run the steps, at most `DECODE_STEPS`, starting from prefill's logits and caches in `runner.values`."""
+        """Run the steps, starting from prefill's logits and caches in `runner.values`."""
         start = dict(runner.values)
         for greedy in (False, True):
             self._recorder.greedy = greedy
@@ -55,6 +55,7 @@ class ReplayedDecode:
     def _generate(self, runner: ComponentRunner, batch: Batch, greedy: bool) -> tuple[Tensor, Tensor]:
         """Return the ids of a continuation, [batch, new], and its attention mask, [batch, prefix + new]."""
         ids, mask = batch.ids[:, :0], batch.mask
+        steps = MAX_DECODE_STEPS if batch.kind == self._counted else DECODE_STEPS[batch.kind]
         while True:
             logits = runner.values["logits"][:, -1].float()  # [batch, vocabulary]
             if greedy:
@@ -64,7 +65,7 @@ class ReplayedDecode:
             ids = torch.cat([ids, next_ids], dim=1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             ended = batch.kind == TEXT and bool(torch.isin(ids, self._ends).any(1).all())
-            if ended or ids.shape[1] == DECODE_STEPS[batch.kind]:
+            if ended or ids.shape[1] == steps:
                 return ids, mask
             runner(Component.DECODE, decoder_inputs(next_ids, mask))
 
@@ -105,8 +106,11 @@ def record_calls(
     scratch: Path,
     end_tokens: Sequence[int],
     max_batches: int,
+    greedy_tokens: int,
 ) -> Recorder:
-    """Run the FP32 graphs and record their calls, until `TOKENS` tokens count that are not of greedy search.
+    """Run the FP32 graphs and record their calls, until enough tokens count.
+
+    Enough are `TOKENS` that are not of greedy search, and `greedy_tokens` that are.
 
     Args:
         specs: Signature of each component.
@@ -117,19 +121,23 @@ def record_calls(
         scratch: Folder for the recorded calls.
         end_tokens: Ids that end a text.
         max_batches: Largest number of batches.
+        greedy_tokens: Tokens of greedy search that are needed.
     """
     recorder = Recorder(scratch, [batch.kind for batch in first], ONE_TOKEN_STEPS)
-    decode = ReplayedDecode(recorder, end_tokens, seed=0)
     kind = counted_kind(recorder.kinds)
+    decode = ReplayedDecode(recorder, kind, end_tokens, seed=0)
+    needed = {False: TOKENS, True: greedy_tokens}  # of the other tokens, and of greedy search
     work, done = list(first), 0
     while work:
         run_batches(
             specs, work, lambda each: recorder.open(each, graphs / f"{each}.onnx", settings), scratch, done, decode
         )
         done += len(work)
-        tokens = sum(_count(component, call, end_tokens) for component, call in _decoder_calls(recorder, kind))
+        tokens = dict.fromkeys(needed, 0)
+        for component, call in _decoder_calls(recorder, kind):
+            tokens[call.greedy] += _count(component, call, end_tokens)
         batches = max(1, recorder.kinds.count(kind))
-        missing = math.ceil((TOKENS - tokens) * batches / max(1, tokens))
+        missing = max(math.ceil((needed[key] - count) * batches / max(1, count)) for key, count in tokens.items())
         work = list(islice(more, max(0, min(missing, max_batches - done))))
         recorder.kinds = [*recorder.kinds, *(batch.kind for batch in work)]
     return recorder
@@ -141,15 +149,12 @@ def counted_kind(kinds: Sequence[str]) -> str:
 
 
 def _decoder_calls(recorder: Recorder, kind: str) -> Iterator[tuple[Component, RecordedCall]]:
-    """Yield the calls of the decoder's components for batches of one kind, without those of greedy search."""
+    """Yield the calls of the decoder's components for batches of one kind."""
     for component, calls in recorder.calls.items():
         if component is not Component.ENCODER:
-            yield from ((component, call) for call in calls if call.kind == kind and not call.greedy)
+            yield from ((component, call) for call in calls if call.kind == kind)
 
 
 def _count(component: Component, call: RecordedCall, end_tokens: Sequence[int]) -> int:
     """Return how many tokens of a recorded call count."""
-    with safe_open(call.path, framework="pt") as file:
-        names = [name for name in (IDS, MASK) if f"in.{name}" in file.keys()]  # noqa: SIM118
-        inputs = {name: file.get_tensor(f"in.{name}") for name in names}
-    return int(counted_tokens(component, call.kind, inputs, end_tokens).sum())
+    return int(counted_tokens(component, call.kind, call.inputs(), end_tokens).sum())

@@ -5,12 +5,11 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from accel.adapters.types import Component
 from accel.evaluation.compare import error, output_mask
-from accel.evaluation.divergence import Divergence
+from accel.evaluation.divergence import Divergence, share_bound
 from accel.evaluation.sensitivity import RecordedCall
 from accel.evaluation.trial_calls import counted_kind, counted_tokens
 from accel.graph import files
@@ -32,6 +31,8 @@ class WeightTrialResult:
         standard_error: Standard error of that mean: see `accel.evaluation.divergence.Divergence`.
         greedy_tokens: Tokens of greedy search that were compared.
         changed: Those at which another id became the likeliest.
+        clear_changes: Those of them that are no near ties of FP32: see `accel.evaluation.divergence.Divergence`.
+        change_bound: Upper bound of the share of clear changes over all such texts, from 0 to 1.
         error: Relative error of the outputs other than logits: root mean square over calls, each with its worst output.
     """
 
@@ -40,12 +41,9 @@ class WeightTrialResult:
     standard_error: float = 0.0
     greedy_tokens: int = 0
     changed: int = 0
+    clear_changes: int = 0
+    change_bound: float = 1.0
     error: float = 0.0
-
-    @property
-    def changed_share(self) -> float:
-        """Share of the tokens of greedy search that changed."""
-        return self.changed / max(1, self.greedy_tokens)
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class WeightTrial:
         quantized: Weights that were quantized before.
         self_attention_caches: Names of the outputs that are caches of the decoder's own keys and values.
         end_tokens: Ids that end a text.
+        near_tie: Divergence in nats up to which a change of the likeliest token is a near tie of FP32.
     """
 
     graphs: Path
@@ -67,6 +66,7 @@ class WeightTrial:
     quantized: QuantizedWeights
     self_attention_caches: Container[str]
     end_tokens: Sequence[int]
+    near_tie: float
 
     def __call__(self, formats: Mapping[str, WeightFormat]) -> WeightTrialResult:
         """Run the recorded calls with the weights in `formats` quantized, and compare the outputs with FP32."""
@@ -78,20 +78,21 @@ class WeightTrial:
             session = HostSession(files.dump(model), self.settings)
             del model
             for call in calls:
-                tensors = load_file(call.path)
-                inputs = {name.removeprefix("in."): value for name, value in tensors.items() if name.startswith("in.")}
-                expected = {name: tensors[f"out.{name}"] for name in session.outputs}
+                inputs, expected = call.inputs(), call.outputs()
                 outputs = session(inputs)
                 if LOGITS in outputs and call.kind == kind:
                     compared = greedy if call.greedy else sampled
                     self._add_logits(compared, component, call, inputs, outputs[LOGITS], expected[LOGITS])
                 errors.append(self._worst_error(component, inputs, outputs, expected))
+        clear_changes = greedy.clear_changes(self.near_tie)
         return WeightTrialResult(
             sampled.tokens,
             sampled.mean,
             sampled.standard_error,
             greedy.tokens,
             greedy.changed,
+            int(clear_changes.total),
+            share_bound(clear_changes),
             math.sqrt(sum(value**2 for value in errors) / max(1, len(errors))),
         )
 

@@ -11,23 +11,25 @@ Writes:
 """
 
 import json
+import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from accel import progress
-from accel.adapters.types import Architecture, Component, Signature
+from accel.adapters.types import Architecture, Component
 from accel.config.schema import Config, PrecisionConfig
 from accel.data.pretrained import end_tokens, load_config
 from accel.errors import AccelError
 from accel.evaluation import product_cost
-from accel.evaluation.calibration_data import Batch, batches, run_batches
+from accel.evaluation.calibration_data import Batch, batches
 from accel.evaluation.component_runner import signatures
-from accel.evaluation.divergence import CONFIDENCE
+from accel.evaluation.divergence import CONFIDENCE, least_tokens
 from accel.evaluation.product_inputs import ProductInputs
+from accel.evaluation.sensitivity import RecordedCall
 from accel.evaluation.trial_calls import TEXT, counted_kind, record_calls
 from accel.evaluation.weight_trials import WeightTrial, WeightTrialResult
 from accel.graph import files
@@ -41,6 +43,8 @@ from accel.pipeline.store import Artifact
 from accel.runtime.session import SessionSettings
 from accel.stages.answers import read_answers
 from accel.stages.calibrate import low_memory_settings
+
+logger = logging.getLogger(__name__)
 
 PLAN = "weights.json"
 BATCHES = 8  # calibration batches, half of them of texts; trials add more texts
@@ -111,12 +115,14 @@ def choose_formats(
 def passes(precision: PrecisionConfig, result: WeightTrialResult) -> bool:
     """Return whether a trial's tokens and logits are near enough to FP32, on enough tokens.
 
-    Enough are those whose mean divergence is within the limit with `CONFIDENCE` standard errors added: the fewer they
-    are, or the more they differ, the further below the limit it has to be.
+    Enough are those whose mean divergence is within the limit with `CONFIDENCE` standard errors added, and whose share
+    of clear changes is, by its upper bound: the fewer they are, or the more they differ, the further below the limit
+    they have to be. Where no token changes clearly, too few of them are no reason to fail.
     """
     divergence = result.divergence + CONFIDENCE * result.standard_error
+    bound = result.change_bound if result.clear_changes else 0.0
     return (
-        result.changed_share * precision.strictness <= precision.max_token_changes
+        bound * precision.strictness <= precision.max_token_changes
         and divergence * precision.strictness <= precision.max_divergence
         and result.error * precision.strictness <= precision.max_output_error
     )
@@ -142,7 +148,8 @@ def apply_trials(config: Config, plan: WeightPlan, trial: WeightTrial) -> None:
             progress.note(
                 f"trial {len(plan.trials)}: {len(formats)} of {len(chosen)} weights in low bits, divergence "
                 f"{result.divergence:.2g} nats (standard error {result.standard_error:.1g}), "
-                f"{result.changed_share:.1%} of tokens changed: {'passed' if known[key] else 'failed'}"
+                f"{result.changed} of {result.greedy_tokens} tokens changed, {result.clear_changes} clearly: "
+                f"{'passed' if known[key] else 'failed'}"
             )
         return known[key]
 
@@ -169,19 +176,17 @@ def apply_trials(config: Config, plan: WeightPlan, trial: WeightTrial) -> None:
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Write `weights.json`. Return the formats of the weights and the results of the trials, for the certificate."""
-    graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
-    hf_config = load_config(checkpoint)
-    specs = signatures(architecture, hf_config)
-    prompts = read_answers(inputs["answers"].folder)
-    work = list(islice(batches(config, architecture, hf_config, checkpoint, prompts), BATCHES))
+    graphs = inputs["optimize"].folder
     with tempfile.TemporaryDirectory(dir=out) as scratch:
-        sample = _product_inputs(config, specs, work, graphs, Path(scratch))
-    weights = product_weights(graphs, list(specs))
-    plan = choose_formats(config, weights, sample, SessionSettings.of(config.runtime))
-    if config.audit.trials:
-        with tempfile.TemporaryDirectory(dir=out) as scratch:
-            trial = _trial(config, architecture, work, inputs, Path(scratch))
-            apply_trials(config, plan, trial)
+        calls = _record(config, architecture, inputs, Path(scratch))
+        sample = ProductInputs()
+        for component, recorded in calls.items():
+            sample.add(graphs / f"{component}.onnx", recorded, low_memory_settings(config.runtime, graphs))
+        weights = product_weights(graphs, list(calls))
+        plan = choose_formats(config, weights, sample, SessionSettings.of(config.runtime))
+        if config.audit.trials:
+            apply_trials(config, plan, _trial(config, architecture, calls, inputs))
+            _warn_of_few_tokens(config.precision, plan)
     (out / PLAN).write_text(json.dumps(plan.dump(), indent=1))
     counts: dict[str, int] = {}
     for choice in plan.weights.values():
@@ -192,46 +197,64 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     return {"weights": counts, "trials": plan.trials}
 
 
-def _product_inputs(
-    config: Config, specs: Mapping[Component, Signature], work: Sequence[Batch], graphs: Path, scratch: Path
-) -> ProductInputs:
-    """Run the FP32 graphs on `work` and return the inputs that their products saw."""
-    sample, settings = ProductInputs(), low_memory_settings(config.runtime, graphs)
-    run_batches(specs, work, lambda each: sample.open(each, graphs / f"{each}.onnx", settings), scratch)
-    return sample
+def _warn_of_few_tokens(precision: PrecisionConfig, plan: WeightPlan) -> None:
+    """Log a warning if the trials had too few tokens of greedy search to show that the share of changes is small."""
+    tokens, needed = plan.trials[-1]["greedy_tokens"], least_tokens(precision.max_token_changes)
+    if tokens < needed:
+        logger.warning(
+            f"trials compared {tokens} tokens of greedy search; {needed} are needed to show that at most "
+            f"precision.max_token_changes={precision.max_token_changes} of them change: name more texts (audit.texts)"
+        )
+
+
+def _record(
+    config: Config, architecture: Architecture, inputs: Mapping[str, Artifact], scratch: Path
+) -> Mapping[Component, Sequence[RecordedCall]]:
+    """Run the FP32 graphs and record calls of each component in `scratch`.
+
+    The calls are those of the first `BATCHES` batches, and for trials of more texts until there are enough tokens.
+    """
+    graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
+    hf_config = load_config(checkpoint)
+    prompts = read_answers(inputs["answers"].folder)
+    work = list(islice(batches(config, architecture, hf_config, checkpoint, prompts), BATCHES))
+    kind = counted_kind([batch.kind for batch in work])
+    same_kind = replace(config, audit=replace(config.audit, random=kind != TEXT))
+    supply = batches(same_kind, architecture, hf_config, checkpoint, prompts)
+    more: Iterable[Batch] = islice(supply, sum(batch.kind == kind for batch in work), None)
+    return record_calls(
+        signatures(architecture, hf_config),
+        work,
+        iter(more if config.audit.trials else ()),
+        graphs,
+        low_memory_settings(config.runtime, graphs),
+        scratch,
+        end_tokens(checkpoint),
+        config.audit.max_batches,
+        least_tokens(config.precision.max_token_changes),
+    ).calls
 
 
 def _trial(
     config: Config,
     architecture: Architecture,
-    work: Sequence[Batch],
+    calls: Mapping[Component, Sequence[RecordedCall]],
     inputs: Mapping[str, Artifact],
-    scratch: Path,
 ) -> WeightTrial:
-    """Record calls of the FP32 graphs in `scratch` and return the trial that compares quantized graphs with them.
-
-    The calls are those of the batches in `work`, and of more texts until there are enough tokens.
-    """
+    """Return the trial that compares quantized graphs with recorded calls of the FP32 graphs."""
     graphs, checkpoint = inputs["optimize"].folder, inputs["checkpoint"].folder
-    hf_config = load_config(checkpoint)
-    specs = signatures(architecture, hf_config)
-    kind = counted_kind([batch.kind for batch in work])
-    same_kind = replace(config, audit=replace(config.audit, random=kind != TEXT))
-    prompts = read_answers(inputs["answers"].folder)
-    supply = batches(same_kind, architecture, hf_config, checkpoint, prompts)
-    more = islice(supply, sum(batch.kind == kind for batch in work), None)
-    ends = end_tokens(checkpoint)
     settings = low_memory_settings(config.runtime, graphs)
-    recorder = record_calls(specs, work, more, graphs, settings, scratch, ends, config.audit.max_batches)
     # Without prepacking, MatMulNBits would fall back to a path a hundred times as slow.
     keys = {name: value for name, value in settings.session.items() if name != "session.disable_prepacking"}
+    caches = {spec.name for spec in architecture.signature(load_config(checkpoint), Component.DECODE).outputs}
     return WeightTrial(
         graphs,
-        recorder.calls,
+        calls,
         SessionSettings.of(config.runtime, session=keys, arena=False, fuse=False),
         QuantizedWeights(),
-        {spec.name for spec in specs[Component.DECODE].outputs},
-        ends,
+        caches,
+        end_tokens(checkpoint),
+        config.precision.max_divergence / config.precision.strictness,
     )
 
 

@@ -27,14 +27,16 @@ def test_precision_plan_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 def test_formats_of_weights_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     """The report of an audit for low bits has the formats' counts, and the trials with what they measured."""
     trial = {"weights": 181, "passed": False, "tokens": 532, "greedy_tokens": 256, "changed": 5, "error": 0.0326}
+    trial |= {"clear_changes": 2, "change_bound": 0.0287}
     trial |= {"divergence": 0.00262, "standard_error": 0.00031}
+    smaller = trial | {"weights": 158, "passed": True, "changed": 1, "clear_changes": 0, "change_bound": 0.0154}
     summary = {
         "weights": {"int8 block-32": 128, "float32: trials": 23},
-        "trials": [trial, trial | {"weights": 158, "passed": True, "changed": 1}],
+        "trials": [trial, smaller],
     }
     report.finish(Config(), {"audit": Artifact(Path(), Manifest("audit", "key", {}, {}, {}, 0.0, 0, 0, summary, {}))})
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     for row in (["int8 block-32", "128"], ["float32: trials", "23"]):
         assert row in lines
-    assert ["181", "5 of 256", "0.0026 ± 0.0003 (532 tokens)", "0.033", "no"] in lines
-    assert ["158", "1 of 256", "0.0026 ± 0.0003 (532 tokens)", "0.033", "yes"] in lines
+    assert ["181", "5 of 256", "2, at most 2.9%", "0.0026 ± 0.0003 (532 tokens)", "0.033", "no"] in lines
+    assert ["158", "1 of 256", "0, at most 1.5%", "0.0026 ± 0.0003 (532 tokens)", "0.033", "yes"] in lines

@@ -1,6 +1,7 @@
 """Trials of weight formats: which tokens they compare, and that errors at rare tokens are among them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,16 +72,26 @@ def text_batches(count: int) -> Iterator[Batch]:
 
 def trial(graphs: Path, recorder: Recorder) -> WeightTrialResult:
     """Result of the trial with the head in 8 bits."""
-    return WeightTrial(graphs, recorder.calls, SessionSettings(), QuantizedWeights(), (), (END,))(
-        {"head": BlockFormat(8, 64)}
-    )
+    settings, near_tie = SessionSettings(), PrecisionConfig("int8").max_divergence
+    weight_trial = WeightTrial(graphs, recorder.calls, settings, QuantizedWeights(), (), (END,), near_tie)
+    return weight_trial({"head": BlockFormat(8, 64)})
 
 
-def record(graphs: Path, supply: Iterator[Batch], first: int) -> Recorder:
+def record(graphs: Path, supply: Iterator[Batch], first: int, greedy_tokens: int = 0) -> Recorder:
     """Recorded calls of `first` batches, and of more of `supply` as they are needed."""
     work = [next(supply) for _ in range(first)]
     (graphs / "calls").mkdir()
-    return record_calls(SPECS, work, supply, graphs, SessionSettings(), graphs / "calls", (END,), max_batches=64)
+    return record_calls(
+        SPECS,
+        work,
+        supply,
+        graphs,
+        SessionSettings(),
+        graphs / "calls",
+        (END,),
+        max_batches=64,
+        greedy_tokens=greedy_tokens,
+    )
 
 
 def test_errors_at_rare_tokens_are_caught(bigrams: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +122,13 @@ def test_texts_are_added_until_there_are_enough_tokens(bigrams: Path) -> None:
     assert trial(bigrams, record(bigrams, text_batches(3), 2)).tokens == 3 * 2 * 36
 
 
+def test_texts_are_added_until_there_are_enough_tokens_of_greedy_search(bigrams: Path) -> None:
+    """Though the others are enough already. Random ids that count are continued as far as texts."""
+    recorder = record(bigrams, (replace(batch, kind="random") for batch in text_batches(64)), 2, greedy_tokens=600)
+    result = trial(bigrams, recorder)
+    assert (len(recorder.kinds), result.greedy_tokens) == (10, 10 * 2 * 32)
+
+
 def test_tokens_after_the_end_of_a_text_do_not_count() -> None:
     """Nor padding, nor the call of one token, whose token the call of all has again."""
     ids = torch.tensor([[5, 6, END, 7], [5, 6, 7, 8]])
@@ -136,14 +154,16 @@ def test_a_long_text_counts_by_evenly_spaced_tokens(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("result", "passed"),
     [
-        (WeightTrialResult(512, 0.018, 0.001, 512, 10, 0.1), True),
-        (WeightTrialResult(512, 0.018, 0.0011, 512, 10, 0.1), False),  # 0.0202 with two standard errors added
-        (WeightTrialResult(72, 0.0026, 0.01, 72, 1, 0.0), False),  # far below the limit, but on too few tokens
-        (WeightTrialResult(512, 0.0, 0.0, 512, 11, 0.0), False),
-        (WeightTrialResult(512, 0.0, 0.0, 512, 0, 0.101), False),
-        (WeightTrialResult(512, float("inf"), float("inf"), 512, 0, 0.0), False),
+        (WeightTrialResult(512, 0.018, 0.001, 512, 40, 3, 0.0174, 0.1), True),
+        (WeightTrialResult(512, 0.018, 0.0011, 512, 40, 3, 0.0174, 0.1), False),  # 0.0202 with two standard errors
+        (WeightTrialResult(72, 0.0026, 0.01, 72, 1, 0, 0.05, 0.0), False),  # far below the limit, but on too few tokens
+        (WeightTrialResult(512, 0.0, 0.0, 512, 4, 4, 0.0203, 0.0), False),
+        (WeightTrialResult(512, 0.01, 0.001, 32, 1, 0, 0.11, 0.0), True),  # too few for a bound, but none is clear
+        (WeightTrialResult(512, 0.01, 0.001, 32, 1, 1, 0.16, 0.0), False),
+        (WeightTrialResult(512, 0.0, 0.0, 512, 0, 0, 0.0077, 0.101), False),
+        (WeightTrialResult(512, float("inf"), float("inf"), 512, 0, 0, 0.0077, 0.0), False),
     ],
 )
 def test_limits_of_a_trial(result: WeightTrialResult, passed: bool) -> None:
-    """Of the divergence with twice its standard error, of changed tokens, and of other outputs."""
+    """Of the divergence with twice its standard error, of the share of clear changes, and of other outputs."""
     assert passes(PrecisionConfig("int8"), result) == passed
