@@ -111,15 +111,8 @@ def _show_weights(summary: Mapping[str, Any]) -> None:
         for trial in summary["trials"]
     ]
     if rows:
-        columns = (
-            "weights in low bits",
-            "greedy tokens changed",
-            "clear changes",
-            "divergence in nats",
-            "error of other outputs",
-            "passed",
-        )
-        console.table("trials against FP32", columns, rows)
+        columns = ("in low bits", "tokens changed", "clearly", "divergence in nats", "other outputs", "passed")
+        console.table("trials of weights in low bits: differences from FP32", columns, rows)
 
 
 def _mix(mix: Mapping[str, float]) -> str:
