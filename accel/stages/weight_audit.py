@@ -21,6 +21,7 @@ from typing import Any
 
 from accel import progress
 from accel.adapters.types import Architecture, Component
+from accel.config.presets import TRIAL_LIMITS
 from accel.config.schema import Config, PrecisionConfig
 from accel.data.pretrained import end_tokens, load_config
 from accel.errors import AccelError
@@ -111,20 +112,21 @@ def choose_formats(
     return plan
 
 
-def passes(precision: PrecisionConfig, result: WeightTrialResult) -> bool:
-    """Return whether a trial's tokens and logits are near enough to FP32, on enough tokens.
+def breaches(precision: PrecisionConfig, result: WeightTrialResult) -> list[str]:
+    """Describe the limits that a trial's tokens and outputs don't keep, on enough tokens; empty if it passed.
 
     Enough are those whose mean divergence is within the limit with `CONFIDENCE` standard errors added, and whose share
     of clear changes is, by its upper bound: the fewer they are, or the more they differ, the further below the limit
     they have to be. Where no token changes clearly, too few of them are no reason to fail.
     """
-    divergence = result.divergence + CONFIDENCE * result.standard_error
-    bound = result.change_bound if result.clear_changes else 0.0
-    return (
-        bound * precision.strictness <= precision.max_token_changes
-        and divergence * precision.strictness <= precision.max_divergence
-        and result.error * precision.strictness <= precision.max_output_error
-    )
+    measured = {
+        "max_divergence": result.divergence + CONFIDENCE * result.standard_error,
+        "max_token_changes": result.change_bound if result.clear_changes else 0.0,
+        "max_output_error": result.error,
+    }
+    limits = {name: getattr(precision, name) / precision.strictness for name in TRIAL_LIMITS}
+    exceeded = [name for name, value in measured.items() if not value <= limits[name]]
+    return [f"{measured[name]:.2g} exceeds {name}={limits[name]:.2g}" for name in exceeded]
 
 
 def apply_trials(config: Config, plan: WeightPlan, trial: WeightTrial) -> None:
@@ -142,13 +144,14 @@ def apply_trials(config: Config, plan: WeightPlan, trial: WeightTrial) -> None:
         key = frozenset(formats.items())
         if key not in known:
             result = trial(formats)
-            known[key] = passes(precision, result)
+            exceeded = breaches(precision, result)
+            known[key] = not exceeded
             plan.trials.append({"weights": len(formats), "passed": known[key], **asdict(result)})
             progress.note(
                 f"trial {len(plan.trials)}: {len(formats)} of {len(chosen)} weights in low bits, divergence "
                 f"{result.divergence:.2g} nats (standard error {result.standard_error:.1g}), "
                 f"{result.changed} of {result.greedy_tokens} tokens changed, {result.clear_changes} clearly: "
-                f"{'passed' if known[key] else 'failed'}"
+                + (f"failed, {', '.join(exceeded)}" if exceeded else "passed")
             )
         return known[key]
 

@@ -21,7 +21,7 @@ from accel.graph import files
 from accel.graph.quantization.blocks import BlockFormat
 from accel.graph.quantization.quantize_products import QuantizedWeights
 from accel.runtime.session import SessionSettings
-from accel.stages.weight_audit import passes
+from accel.stages.weight_audit import breaches
 from tests.graph import text
 
 VOCABULARY, HIDDEN = 64, 64
@@ -99,7 +99,7 @@ def test_errors_at_rare_tokens_are_caught(bigrams: Path, monkeypatch: pytest.Mon
     precision = PrecisionConfig("int8")
     sampled = trial(bigrams, record(bigrams, text_batches(64), 4))
     assert TOKENS <= sampled.tokens <= 2 * TOKENS
-    assert not passes(precision, sampled), sampled
+    assert breaches(precision, sampled), sampled
     assert sampled.divergence - CONFIDENCE * sampled.standard_error > precision.max_divergence / 2
     (bigrams / "calls").rename(bigrams / "sampled")
     monkeypatch.setattr(torch, "multinomial", lambda odds, _, generator: odds.argmax(-1, keepdim=True))
@@ -107,7 +107,7 @@ def test_errors_at_rare_tokens_are_caught(bigrams: Path, monkeypatch: pytest.Mon
     greedy = trial(bigrams, recorder)
     assert greedy.tokens == sampled.tokens
     assert sampled.greedy_tokens == greedy.greedy_tokens == 512
-    assert passes(precision, greedy)
+    assert not breaches(precision, greedy)
     ids = torch.cat([load_file(call.path)["in.input_ids"] for call in recorder.calls[Component.DECODE]], dim=1)
     assert RARE not in ids
     assert len(ids.unique()) > 8
@@ -166,4 +166,12 @@ def test_a_long_text_counts_by_evenly_spaced_tokens(monkeypatch: pytest.MonkeyPa
 )
 def test_limits_of_a_trial(result: WeightTrialResult, passed: bool) -> None:
     """Of the divergence with twice its standard error, of the share of clear changes, and of other outputs."""
-    assert passes(PrecisionConfig("int8"), result) == passed
+    assert (not breaches(PrecisionConfig("int8"), result)) == passed
+
+
+def test_a_trial_names_the_limits_that_it_breaks() -> None:
+    """With the values that were compared: the divergence with twice its standard error, and limits after strictness."""
+    result = WeightTrialResult(512, 0.004, 0.001, 512, 20, 1, 0.0113, 0.02)
+    strict = replace(PrecisionConfig("int8"), strictness=4.0)
+    assert breaches(strict, result) == ["0.006 exceeds max_divergence=0.005", "0.011 exceeds max_token_changes=0.005"]
+    assert breaches(strict, replace(result, divergence=float("nan")))[0] == "nan exceeds max_divergence=0.005"
