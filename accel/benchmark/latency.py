@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from accel.adapters.types import Architecture, Component
 from accel.benchmark import footprint
 from accel.benchmark.backends import BACKENDS, BASELINE, Sources, deployable_backend
@@ -15,7 +17,10 @@ from accel.data.pretrained import load_config
 from accel.pipeline.store import Artifact
 
 REPEATS = 3
-WARMUP_TOKENS = 2  # beyond the generation of full length that memory is measured with
+TIME_BUDGET_S = 2.0  # of measured generations, after which a backend gets no further repeat
+# Warm-ups beyond the generation of full length that memory is measured with. A GPU captures graphs at the second.
+WARMUP = {"cpu": 0, "cuda": 2}
+WARMUP_TOKENS = 2
 
 
 def compare_with_torch(
@@ -33,9 +38,9 @@ def compare_with_torch(
         architecture: The checkpoint's adapter.
 
     Returns:
-        Seconds, time to first token, time per output token and bytes of peak memory of both backends, as JSON, with
-        `verify.session_memory` also the bytes that the deployable's decoder sessions hold; None where the runtime
-        can't run the precision.
+        Of both backends, as JSON: seconds, time to first token, time per output token, the number of generations timed,
+        and bytes of peak memory; with `verify.session_memory` also the bytes that the deployable's decoder sessions
+        hold. None where the runtime can't run the precision.
     """
     dtype, verify = config.precision.dtype, config.verify
     if dtype not in config.runtime.compute_dtype:
@@ -56,6 +61,8 @@ def compare_with_torch(
         source_length=verify.source_length,
         new_tokens=verify.max_new_tokens,
         repeats=REPEATS,
+        time_budget_s=TIME_BUDGET_S,
+        warmup=WARMUP[torch.device(config.runtime.device).type],
         warmup_tokens=WARMUP_TOKENS,
     )
     figures: dict[str, dict[str, Any]] = {}
@@ -64,6 +71,7 @@ def compare_with_torch(
         figures[name] = {
             "seconds": spread([timing.total for timing in measured.timings[name]]),
             **token_times(measured.timings[name], measured.first_tokens[name], benchmark.new_tokens),
+            "repeats": len(measured.timings[name]),
             "peak_memory": measured.peaks[BACKENDS[name].model],
         }
     if verify.session_memory:

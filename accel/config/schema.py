@@ -279,7 +279,7 @@ class VerifyConfig:
     max_metric_loss: float = number(1.0, 0, 100)
     latency: bool = True
     session_memory: bool = False
-    batch_size: int = number(4)
+    batch_size: int = number(8)
     inputs: int = number(8)
     source_length: int = number(24)
     max_new_tokens: int = number(24)

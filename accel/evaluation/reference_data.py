@@ -22,6 +22,9 @@ CALLS, CALL = "calls.json", "call-{}.safetensors"
 PATH = "path-{}.safetensors"  # a greedy generation: its inputs, ids, and the logits at each id
 PATHS = 4  # generations that are written
 BATCH, NEW = 2, 3  # sequences, and tokens for decode, of the call with ids that the model generated
+# Tokens of each of these sequences: the first ones, which later tokens rely on (attention sinks), and the last ones.
+# What all tokens do at once is compared along the generations. One sequence is shorter, so that it is padded.
+FIRST, LAST, STAGGER = 8, 16, 5
 SHAPES = (Shape(1, 7, 1, 1), Shape(3, 12, 5, 1), Shape(2, 33, 2, 3))
 
 
@@ -75,26 +78,27 @@ def continuation(
     inputs: Sequence[Mapping[str, Tensor]],
     generated: Sequence[Sequence[int]],
 ) -> dict[Component, Mapping[str, Tensor]]:
-    """Return the inputs that replay a generation in one batch: prefill takes all but the last `NEW` ids, decode those.
+    """Return the inputs that replay parts of generations in one batch: prefill takes all but the last `NEW` ids.
 
     Args:
         architecture: Adapter of the model.
         config: The model's Hugging Face config.
         inputs: Inputs of single generations, [1, source] each.
-        generated: Ids that the model generates for each of `inputs`.
+        generated: Ids that the model generates for each of `inputs`, of which `FIRST` and at most `LAST` are replayed.
 
     Returns:
         Component -> the inputs that the caller gives it.
     """
     padding = int(getattr(config, "pad_token_id", None) or 0)
     has_encoder = Component.ENCODER in architecture.components()
-    shortest = min(map(len, generated))
-    new = max(1, min(NEW, shortest - 1))
+    # With an encoder only its own input may be padded, so the decoder's sequences are cut to one length.
+    shortest = min(map(len, generated)) if has_encoder else None
     sequences = []
-    for sequence in generated:
-        # With an encoder only its own input may be padded, so the decoder's sequences are cut to one length.
-        sequences.append(texts.unpadded(sequence[:shortest] if has_encoder else sequence))
-    batch = texts.pad(sequences, padding, left=True)
+    for row, sequence in enumerate(generated):
+        last = LAST if has_encoder else LAST - row * STAGGER
+        sequences.append(_shorten(sequence[:shortest], FIRST, last))
+    new = max(1, min(NEW, min(map(len, sequences)) - 1))
+    batch = texts.pad(list(map(texts.unpadded, sequences)), padding, left=True)
     ids, mask = batch["input_ids"], batch["attention_mask"]  # [B, T]
     replay: dict[Component, Mapping[str, Tensor]] = {}
     if has_encoder:
@@ -102,6 +106,11 @@ def continuation(
     replay[Component.PREFILL] = decoder_inputs(ids[:, :-new], mask[:, :-new])
     replay[Component.DECODE] = decoder_inputs(ids[:, -new:], mask)
     return replay
+
+
+def _shorten(sequence: Sequence[int], first: int, last: int) -> list[int]:
+    """Return a sequence without the tokens between its `first` first and its `last` last ones."""
+    return [*sequence[:first], *sequence[max(first, len(sequence) - last) :]]
 
 
 def read_calls(folder: Path) -> Iterator[Call]:

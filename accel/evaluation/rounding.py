@@ -49,13 +49,35 @@ def _float32_to_float64(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
+class _Buffers:
+    """Float64 tensors to convert parameters into, used again and again: new pages cost more than the conversion."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[torch.Size, torch.device], list[Tensor]] = {}
+
+    def take(self, values: Tensor) -> Tensor:
+        """Return `values` in float64."""
+        free = self._free.get((values.shape, values.device))
+        buffer = free.pop() if free else torch.empty(values.shape, dtype=torch.float64, device=values.device)
+        return buffer.copy_(values)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Let a tensor that `take` returned be overwritten."""
+        self._free.setdefault((buffer.shape, buffer.device), []).append(buffer)
+
+
 @contextmanager
-def in_float64(model: PreTrainedModel) -> Iterator[None]:
+def in_float64(model: PreTrainedModel, buffers: _Buffers | None = None) -> Iterator[None]:
     """Open a context in which a float32 `model` computes in float64 on float64 or integer inputs.
 
-    A module's parameters are converted while that module runs, so memory grows by the largest module's own parameters
-    and not by the model.
+    A module's parameters are converted while that module runs, so memory grows by the largest modules' own parameters,
+    one of each shape, and not by the model. Of an embedding, the rows that it returns are converted.
+
+    Args:
+        model: Model in float32.
+        buffers: Those of earlier contexts, to use again; None for new ones.
     """
+    buffers = buffers or _Buffers()
     originals: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
 
     def convert(module: nn.Module, _: Any) -> None:
@@ -64,15 +86,19 @@ def in_float64(model: PreTrainedModel) -> Iterator[None]:
             if parameter.dtype is torch.float32:
                 originals[module].append((parameter, parameter.data))
         for parameter, data in originals[module]:
-            parameter.data = data.double()
+            parameter.data = buffers.take(data) if type(module) is nn.Linear else data.double()
 
     def restore(module: nn.Module, *_: Any) -> None:
         for parameter, data in originals.pop(module):
+            if type(module) is nn.Linear:  # other modules may return a view of a parameter
+                buffers.give_back(parameter.data)
             parameter.data = data
 
     hooks = []
     for module in model.modules():
-        if next(module.parameters(recurse=False), None) is not None:
+        if type(module) is nn.Embedding:  # not a subclass, which may compute more than it looks up
+            hooks.append(module.register_forward_hook(lambda module, inputs, output: output.double()))
+        elif next(module.parameters(recurse=False), None) is not None:
             hooks.append(module.register_forward_pre_hook(convert))
             hooks.append(module.register_forward_hook(restore))
     try:
@@ -144,6 +170,7 @@ class Evaluator:
         self.model, self.signatures, self.dtype = model, signatures, dtype
         self.copies = 1 if dtype is torch.float64 else SAMPLES
         self._generator = torch.Generator(model.device).manual_seed(seed)
+        self._buffers = _Buffers()
         self.runner = ComponentRunner(signatures, run)
 
     def __call__(self, component: Component, caller_inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,7 +198,7 @@ class Evaluator:
     def _context(self) -> Any:
         """Return the context in which the model computes in `dtype`."""
         if self.dtype is torch.float64:
-            return in_float64(self.model)
+            return in_float64(self.model, self._buffers)
         return _perturbed_embeddings(self.model, self.copies, torch.finfo(self.dtype).eps, self._generator)
 
     def _prepare(self, component: Component, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -137,8 +137,8 @@ def test_speed(stage_artifacts: dict[str, Artifact]) -> None:
     speed["compute_dtype"] = certificate["verification"]["precision"]
     for shown, cells in ((times, ["12.35 [11.00 to 1300.00]", "0.50 [0.40 to 0.62]"]), ({}, ["-", "-"])):
         html = page.render(certificate | {"speed": speed | {"backends": {"onnx_merged": figures | shown}}})
-        row = re.findall(r'<td class="n">([^<]*)</td>', html[html.index("this model (onnx_merged)") :])[:4]
-        assert row == ["0.250 [0.200 to 1.500]", *cells, "2.0 MB"]
+        row = re.findall(r'<td class="n">([^<]*)</td>', html[html.index("this model (onnx_merged)") :])[:5]
+        assert row == ["5", "0.250 [0.200 to 1.500]", *cells, "2.0 MB"]
 
 
 def test_shares_are_not_rounded_up_to_100() -> None:

@@ -145,3 +145,24 @@ def test_changed_pages_stay(tmp_path: Path) -> None:
     mapped[MB // 2] = ord("y")
     assert host_memory.drop_file_pages([tmp_path]) == 0
     assert mapped[MB // 2] == ord("y")
+
+
+def test_children_are_noticed() -> None:
+    """Those of threads as well; in a process of its own, since other tests have children."""
+    script = """
+import subprocess, sys, threading
+from accel.system.host_memory import may_have_children
+def start():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    seen.append(may_have_children())
+    child.communicate(b"\\n")
+    seen.append(may_have_children())
+seen = [may_have_children()]
+start()
+thread = threading.Thread(target=start)
+thread.start()
+thread.join()
+print(seen)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+    assert done.stdout.strip() == "[False, True, False, True, False]"
