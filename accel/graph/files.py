@@ -1,5 +1,6 @@
 """Reading and writing of ONNX files, with large weights in an external data file beside the graph."""
 
+from collections.abc import Hashable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -66,6 +67,54 @@ def save_beside(model: ir.Model, path: Path, other: Path) -> None:
         value.const_value = tensors.get(fingerprint(value), value.const_value)
     _load_foreign_weights(model, other)
     save_graph(model, path)
+
+
+def save_sharing(model: ir.Model, path: Path, other: ir.Model, other_path: Path) -> None:
+    """Write a model to `path` so that the weights which another model has as well are stored once, in its file.
+
+    Where most weights of both are those of one file already, only the rest is compared by content; else the model is
+    written by itself, because it takes longer to compare all weights than to write them.
+
+    Args:
+        model: Model to write. Its initializers are changed to refer to the other model's file.
+        path: File to write.
+        other: Model that was written to `other_path` by `save`, unchanged since.
+        other_path: Its file, in the folder of `path`.
+    """
+    if _common_bytes(model, other) < weight_bytes(model) / 2:
+        save(model, path)
+        return
+    written = {value.name: value.const_value for value in initializers(load(other_path))}
+    tensors = {_origin(value): written.get(value.name) for value in initializers(other)}
+    for value in initializers(model):
+        tensor = tensors.get(_origin(value))
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = tensor
+    _load_foreign_weights(model, other_path)
+    save_graph(model, path)
+
+
+def _common_bytes(model: ir.Model, other: ir.Model) -> int:
+    """Return the bytes of the weights of `model` that are those of `other` by their place in a file."""
+    places = {_place(value) for value in initializers(other)} - {None}
+    return sum(
+        value.const_value.nbytes
+        for value in initializers(model)
+        if value.const_value is not None and _place(value) in places
+    )
+
+
+def _place(value: ir.Value) -> Hashable:
+    """Return where an initializer's content is in a file; None if it is in memory."""
+    tensor = value.const_value
+    if not isinstance(tensor, ir.ExternalTensor):
+        return None
+    return str(tensor.path), tensor.offset, tensor.dtype, tuple(tensor.shape.numpy())
+
+
+def _origin(value: ir.Value) -> Hashable:
+    """Return where an initializer's content is in a file, or its fingerprint if it is in memory."""
+    return _place(value) or fingerprint(value)
 
 
 def _load_foreign_weights(model: ir.Model, other: Path) -> None:

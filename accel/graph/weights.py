@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from copy import copy
-from types import SimpleNamespace
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-SHA256 = "accel.sha256"  # key of a tensor's metadata, which isn't saved
+BLOCK = 2**20  # bytes of a file that are read at once
 
 
 def tensor_content(tensor: ir.TensorProtocol) -> np.ndarray:
@@ -30,16 +31,25 @@ def fingerprint(value: ir.Value) -> tuple[str, tuple[int, ...], str]:
     tensor = value.const_value
     if tensor is None:
         raise ValueError(f"{value.name} is not an initializer with a value")
-    sha256 = tensor.meta.get(SHA256)
-    if sha256 is None:
-        digest = hashlib.sha256()
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.tofile(SimpleNamespace(write=digest.update))  # in parts, and not mapped
-            tensor.meta[SHA256] = digest.hexdigest()  # its file is read-only, unlike arrays in memory
-        else:
-            digest.update(tensor.tobytes())
-        sha256 = digest.hexdigest()
+    if isinstance(tensor, ir.ExternalTensor):
+        status = Path(tensor.path).stat()
+        state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        sha256 = _file_digest(tensor.path, tensor.offset or 0, tensor.nbytes, state)
+    else:
+        sha256 = hashlib.sha256(tensor.tobytes()).hexdigest()
     return (tensor.dtype.name, tuple(tensor.shape.numpy()), sha256)
+
+
+@lru_cache(maxsize=2**14)  # graphs share files
+def _file_digest(path: str, offset: int, length: int, state: tuple[int, ...]) -> str:
+    """Return the SHA-256 of a part of a file, which is read in blocks and not mapped, by the file's state."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while length > 0 and (block := file.read(min(length, BLOCK))):
+            digest.update(block)
+            length -= len(block)
+    return digest.hexdigest()
 
 
 def initializers(model: ir.Model) -> list[ir.Value]:

@@ -1,7 +1,8 @@
 """Convert the optimized graphs to mixed precision, and fuse what would hide values from the audit or suits one runtime.
 
 Reads the graphs of `optimize` and, unless all stays in FP32, the plans of `audit`. Writes `<component>.onnx` for every
-component, and `static_decode.onnx` where the decode graph allows caches of fixed length.
+component, and `static_decode.onnx` where the decode graph allows caches of fixed length. Prefill refers to the weights
+of decode, where it did so before and they stayed in FP32.
 """
 
 import logging
@@ -85,8 +86,8 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     transpose_weights = TransposeWeights()
     transpose_weights.prepare(list(models.values()))
     shares: dict[str, dict[str, float]] = {}
-    for component in progress.track(architecture.components(), "converting"):
-        model = models.pop(component)
+    for component in progress.track(list(models), "converting"):
+        model = models[component]
         if quantize is not None:
             quantize(model)
             shares[str(component)] = low_bit_share(model)
@@ -112,9 +113,12 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             if component is Component.PREFILL and Component.ENCODER not in architecture.components():
                 SkipCausalMask()(model)  # the decoder's prompt beside an encoder is one token
             progress.note(f"{component}: {files.node_count(model)} nodes with attention fused")
-        files.save(model, out / f"{component}.onnx")
+        if component is not Component.PREFILL:
+            files.save(model, out / f"{component}.onnx")
         if static_decode is not None:
             files.save_beside(static_decode, out / f"{Component.STATIC_DECODE}.onnx", out / f"{component}.onnx")
+    prefill, decode = (out / f"{component}.onnx" for component in (Component.PREFILL, Component.DECODE))
+    files.save_sharing(models[Component.PREFILL], prefill, models[Component.DECODE], decode)
     return shares
 
 

@@ -1,6 +1,7 @@
 """Remove nodes and memory from the exported graphs; the numbers stay the same.
 
-Reads the graphs of `export`. Writes `<component>.onnx` for every component, and reports what each pass changed.
+Reads the graphs of `export`. Writes `<component>.onnx` for every component, and reports what each pass changed. Prefill
+refers to the weights of decode, where it did so before.
 """
 
 from collections.abc import Mapping
@@ -47,7 +48,10 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
             if any(modified):
                 nodes[name], descriptions[name] = count(), graph_pass.description
     for component, model in progress.track(list(models.items()), "writing"):
-        files.save(model, out / f"{component}.onnx")
+        if component is not Component.PREFILL:
+            files.save(model, out / f"{component}.onnx")
+    prefill, decode = (out / f"{component}.onnx" for component in (Component.PREFILL, Component.DECODE))
+    files.save_sharing(models[Component.PREFILL], prefill, models[Component.DECODE], decode)
     left = count()
     for name, exported in nodes["exported"].items():
         progress.note(f"{name}: {exported} nodes exported, {left[name]} left")

@@ -118,3 +118,47 @@ def test_nodes_are_sorted_and_subgraph_weights_counted(tmp_path: Path) -> None:
     )
     assert files.weight_bytes(nested) == 12
     assert files.node_count(nested) == 3
+
+
+def changed(graph: ir.Model, name: str) -> ir.Model:
+    """Give a graph another weight, in memory."""
+    old = graph.graph.initializers[name].const_value
+    assert old is not None
+    array = 1 + numbers(*old.shape.numpy(), seed=5)
+    graph.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    return graph
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_graphs_over_one_file_share_it_when_saved(tmp_path: Path, both: bool) -> None:
+    """A weight that only one of them changed is stored for each, one that both changed alike once."""
+    files.save(model(500), tmp_path / "source.onnx")
+    decode, prefill = (files.load(tmp_path / "source.onnx") for _ in range(2))
+    changed(prefill, "v")
+    if both:
+        changed(decode, "v")
+    expected = [run(inlined(graph.clone()), INPUTS)["y"] for graph in (decode, prefill)]
+    out = tmp_path / "out"
+    out.mkdir()
+    files.save(decode, out / "decode.onnx")
+    files.save_sharing(prefill, out / "prefill.onnx", decode, out / "decode.onnx")
+    for path in tmp_path.glob("source*"):
+        path.unlink()
+    assert {path.name for path in out.iterdir()} == {"decode.onnx", "decode.onnx_data", "prefill.onnx"}
+    for name, values in zip(("decode", "prefill"), expected, strict=True):
+        np.testing.assert_array_equal(session(out / f"{name}.onnx"), values)
+    assert np.array_equal(*expected) is both
+    assert ((out / "prefill.onnx").stat().st_size < 4 * 500 * 4) is both  # without the weight
+
+
+def test_graphs_over_different_files_are_saved_by_themselves(tmp_path: Path) -> None:
+    """Their weights are not compared, even if they are equal."""
+    for name in ("decode", "prefill"):
+        files.save(model(500), tmp_path / f"{name}.onnx")
+    decode, prefill = (files.load(tmp_path / f"{name}.onnx") for name in ("decode", "prefill"))
+    out = tmp_path / "out"
+    out.mkdir()
+    files.save(decode, out / "decode.onnx")
+    files.save_sharing(prefill, out / "prefill.onnx", decode, out / "decode.onnx")
+    (out / "decode.onnx_data").unlink()
+    np.testing.assert_array_equal(session(out / "prefill.onnx"), run(model(500), INPUTS)["y"])

@@ -37,14 +37,14 @@ def test_size_counts_shared_weights_once() -> None:
 
 
 def test_numbers() -> None:
-    """Seven copies in FP32 of the weights stay on disk, five in 16 bits; a stage that doesn't run takes nothing."""
+    """Five copies in FP32 of the weights stay on disk, four in 16 bits; a stage that doesn't run takes nothing."""
     full, half = (Estimate.of(LLAMA, BUILD, half=half) for half in (False, True))
-    assert full.disk == 7 * 4e9
-    assert half.disk == 5 * 4e9
+    assert full.disk == 5 * 4e9
+    assert half.disk == 4 * 4e9
     assert full.memory == BASE_MEMORY + WEIGHTS_IN_MEMORY * 4e9
     assert Estimate.of(LLAMA, ["verify"], half=False).disk == 4e9
     assert Estimate.of(LLAMA, [*BUILD, "calibrate", "audit"], half=True).seconds > half.seconds
-    assert "28.0 GB of disk" in str(full)
+    assert "20.0 GB of disk" in str(full)
 
 
 def test_seconds_at_any_size() -> None:
