@@ -16,6 +16,7 @@ from accel.evaluation import reference_data
 from accel.evaluation.compare import Difference, magnitude, output_mask, token_errors
 from accel.evaluation.component_runner import ComponentRunner, Run, signatures
 from accel.evaluation.divergence import Divergence
+from accel.evaluation.recorded_generation import RecordedGeneration, logits_along
 from accel.evaluation.rounding import FACTOR, SAMPLES, allowed_errors
 from accel.models.generation import AcceleratedModel
 from accel.runtime.decoder_inputs import decoder_inputs
@@ -200,10 +201,12 @@ def compare_paths(
     torch_errors: Mapping[str, Tensor],
     verification: VerificationResult,
     rerouted: float = 0.0,
+    recorded: Sequence[tuple[Sequence[int], RecordedGeneration]] = (),
 ) -> bool:
     """Decode the sequences that PyTorch generated, each new token by itself, and compare the logits at every token.
 
     No result is read between two tokens, so that a missing synchronization on a GPU gives wrong logits here, too.
+    Where `generate` decoded the same tokens before, its own logits are compared.
 
     Args:
         model: Model under test.
@@ -212,6 +215,7 @@ def compare_paths(
         torch_errors: PyTorch's own errors, as the stage `torch_error` wrote them.
         verification: Result to add the errors and failures to.
         rerouted: Share of a sequence's tokens, those with the largest errors, that don't count: see `verify.REROUTED`.
+        recorded: For the first sequences, what the model under test generated for the same inputs: ids and calls.
 
     Returns:
         True if all logits have the right shapes and are finite.
@@ -220,7 +224,12 @@ def compare_paths(
     path_errors: list[Tensor] = []
     path_torch_errors: list[Tensor] = []
     for number, path in enumerate(reference_data.read_paths(reference)):
-        logits = _path_logits(model, architecture, path)
+        logits = None
+        if number < len(recorded) and list(recorded[number][0]) == path.ids[0].tolist():
+            prompt = 1 if Component.ENCODER in architecture.components() else path.inputs["input_ids"].shape[1]
+            logits = logits_along(model.runtime, recorded[number][1], path.ids.to(model.device), prompt)
+        if logits is None:
+            logits = _path_logits(model, architecture, path)
         errors = (logits.cpu().double() - path.logits).abs()[0]  # [tokens, vocabulary]
         path_errors.append(errors)
         worst_first = errors.amax(-1).argsort(descending=True)

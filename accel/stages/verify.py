@@ -41,7 +41,7 @@ from accel.runtime.engine_choice import engines_to_verify
 from accel.stages import audit, calibrate, reference, torch_error, weight_audit
 from accel.stages.checkpoint import reference_files
 from accel.stages.prompts import PROMPTS
-from accel.stages.verify_tokens import GATED, compare_references, compare_tokens
+from accel.stages.verify_tokens import GATED, compare_references, compare_tokens, generate_greedily
 
 logger = logging.getLogger(__name__)
 
@@ -178,10 +178,11 @@ def examine(
         if not compare_outputs(model, architecture, expected, torch_errors, verification):
             return
         rerouted = REROUTED if not config.precision.exact and routes_experts(folder) else 0.0
-        if not compare_paths(model, architecture, expected, torch_errors, verification, rerouted):
+        known, recorded = generate_greedily(model, config, model_inputs)
+        if not compare_paths(model, architecture, expected, torch_errors, verification, rerouted, recorded):
             return
         tokens = json.loads((expected / reference.TOKENS).read_text())
-        compare_tokens(model, checkpoint, config, model_inputs, tokens, verification)
+        compare_tokens(model, checkpoint, config, model_inputs, tokens, verification, known)
         compare_references(model, checkpoint, config, tokens["references"], verification)
         if config.precision.weight_bits is not None:
             logits, allowed = inputs["text_logits"].folder, config.precision.max_divergence

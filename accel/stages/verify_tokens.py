@@ -11,11 +11,32 @@ from accel.config.schema import Config
 from accel.data import texts
 from accel.evaluation import metrics
 from accel.evaluation.parity import VerificationResult
+from accel.evaluation.recorded_generation import RecordedGeneration, recording
+from accel.evaluation.reference_data import PATHS
 from accel.models.generation import AcceleratedModel
 from accel.stages import reference
 
 GATED = ("greedy", "beams", "padded")  # not sampling, which draws other tokens at the smallest difference
 MAX_DIFFERING = 20  # differing sequences that a verification result holds
+
+
+def generate_greedily(
+    model: AcceleratedModel, config: Config, inputs: Sequence[Mapping[str, Tensor]]
+) -> tuple[dict[str, list[list[int]]], list[tuple[list[int], RecordedGeneration]]]:
+    """Generate by the method `greedy` on a CPU, and record the logits.
+
+    Returns:
+        `greedy` -> the ids, and ids and calls of each generation; nothing where it wasn't generated or recorded.
+    """
+    if model.device.type != "cpu":  # `compare_paths` decodes there without reading a result between two tokens
+        return {}, []
+    try:
+        with recording(model.runtime, PATHS) as generations:
+            greedy = reference.decode_case(model, "greedy", reference.cases(config)["greedy"], inputs, config.verify)
+    except RuntimeError:  # `compare_tokens` generates again, and reports it
+        return {}, []
+    recorded = zip(greedy, generations, strict=False) if len(generations) == len(greedy) else []
+    return {"greedy": greedy}, [(ids, calls) for ids, calls in recorded if calls is not None]
 
 
 def compare_tokens(
@@ -25,6 +46,7 @@ def compare_tokens(
     inputs: Sequence[Mapping[str, Tensor]],
     expected: Any,
     verification: VerificationResult,
+    known: Mapping[str, list[list[int]]],
 ) -> None:
     """Generate by every decoding method, and record in `verification` which sequences equal PyTorch's.
 
@@ -35,6 +57,7 @@ def compare_tokens(
         inputs: The inputs that the reference was generated for, [1, source] each.
         expected: Content of the reference's `tokens.json`.
         verification: Updated in place.
+        known: Decoding method -> what it generated already.
     """
     methods = reference.cases(config)
     verification.inputs = len(inputs)
@@ -51,7 +74,7 @@ def compare_tokens(
         torch_sequences = expected["tokens"][name]
         verification.sequences[name] = len(torch_sequences)
         try:
-            sequences = reference.decode_case(model, name, options, inputs, config.verify)
+            sequences = known.get(name) or reference.decode_case(model, name, options, inputs, config.verify)
         except RuntimeError as error:  # torch refuses to sample from logits that aren't finite
             verification.failures.append(f"{name}: {str(error).splitlines()[0]}")
             verification.identical[name] = 0.0
