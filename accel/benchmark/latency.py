@@ -10,6 +10,7 @@ from accel.adapters.types import Architecture, Component
 from accel.benchmark import footprint
 from accel.benchmark.backends import BACKENDS, BASELINE, Sources, deployable_backend
 from accel.benchmark.figures import spread, token_times
+from accel.benchmark.process import begin_imports
 from accel.benchmark.schedule import time_backends
 from accel.config.schema import BenchmarkConfig, Config, VerifyConfig
 from accel.data import texts
@@ -21,6 +22,12 @@ TIME_BUDGET_S = 2.0  # of measured generations, after which a backend gets no fu
 # Warm-ups beyond the generation of full length that memory is measured with. A GPU captures graphs at the second.
 WARMUP = {"cpu": 0, "cuda": 2}
 WARMUP_TOKENS = 2
+
+
+def prepare(config: Config) -> None:
+    """Begin the imports that `compare_with_torch` needs, beside what is done until then."""
+    if config.verify.latency and torch.device(config.runtime.device).type == "cpu":
+        begin_imports()
 
 
 def compare_with_torch(

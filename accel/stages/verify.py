@@ -57,7 +57,6 @@ LOW_BIT_ADVICE = (
     "{precision.max_divergence}; more weights stay in FP32), smaller blocks in precision.weight_formats, or "
     "precision=fp32"
 )
-MAX_FAILURES = 7  # failures that a message lists
 
 
 def threshold(variant: str, layers: int) -> float:
@@ -249,6 +248,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         if config.precision.weight_bits is not None:
             message += f"; {weight_audit.read_plan(inputs['audit'].folder).describe_worst()}"
         raise VerificationError(message, summarize(verification, inputs, None))
+    latency.prepare(config)
     # Copied: onnx refuses weights in a file with more than one hard link.
     shutil.copytree(bundle, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(layout.MANIFEST))
     verification.files.update({name: record.sha256 for name, record in folder_files(out).items()})

@@ -91,17 +91,22 @@ def test_an_idle_process_leaves_no_semaphore_behind(tmp_path: Path) -> None:
 
 
 SHARING = """
-import os, sys
-from accel.benchmark.process import WorkerProcess, share_imports
+import os, psutil, sys
+from accel.benchmark.process import WorkerProcess, begin_imports, share_imports
 
 def imported():
     return "transformers.generation.utils" in sys.modules, os.getppid()
 
 if __name__ == "__main__":
+    begin_imports()  # without an effect yet
+    before = {child.pid for child in psutil.Process().children()}
     share_imports()
+    begin_imports()
+    begun = {child.pid for child in psutil.Process().children()}
     with WorkerProcess("a", forked=True) as a, WorkerProcess("b", forked=True) as b, WorkerProcess("c") as c:
         (a_has, server), (b_has, same_server), (c_has, parent) = [each.call(imported) for each in (a, b, c)]
         print(a_has, b_has, c_has, server == same_server != os.getpid(), parent == os.getpid(), a.pid != b.pid)
+        print(not before, server in begun)
         print(server)
 """
 
@@ -111,7 +116,7 @@ def test_workers_share_imports(tmp_path: Path) -> None:
     script = tmp_path / "measure.py"
     script.write_text(SHARING)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
-    facts, server = done.stdout.splitlines()
-    assert (facts, done.stderr) == ("True True False True True True", "")
+    facts, begun, server = done.stdout.splitlines()
+    assert (facts, begun, done.stderr) == ("True True False True True True", "True True", "")
     psutil.wait_procs([psutil.Process(int(server))] if psutil.pid_exists(int(server)) else [], timeout=20)
     assert not psutil.pid_exists(int(server))
