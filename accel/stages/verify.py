@@ -57,6 +57,7 @@ LOW_BIT_ADVICE = (
     "{precision.max_divergence}; more weights stay in FP32), smaller blocks in precision.weight_formats, or "
     "precision=fp32"
 )
+MAX_FAILURES = 7  # failures that a message lists
 
 
 def threshold(variant: str, layers: int) -> float:

@@ -50,6 +50,10 @@ PLAN = "weights.json"
 BATCHES = 8  # calibration batches, half of them of texts; trials add more texts
 TRIALS = "trials"  # reason why a weight stays in FP32, or in more bits than asked for
 FALLBACK = BlockFormat(8, 32)  # of weights that trials don't allow 4 bits
+# Of weights on CUDA whose rows are looked up as well: there, `GatherBlockQuantized` of ONNX Runtime 1.31 reads rows of
+# 4 bits at wrong places (`after_gather_dim` in contrib_ops/cuda/quantization/gather_block_quantized.cc counts bytes).
+LOOKED_UP = BlockFormat(8, 128)
+LOOKED_UP_REASON = "its rows are looked up, which ONNX Runtime gets wrong in 4 bits on CUDA"
 
 
 def candidates(precision: PrecisionConfig) -> dict[str, WeightFormat]:
@@ -96,7 +100,7 @@ def choose_formats(
         inputs: Recorded activations.
         settings: Settings of the sessions that are timed.
     """
-    names, on_cpu = candidates(config.precision), config.runtime.device == "cpu"
+    named, on_cpu = candidates(config.precision), config.runtime.device == "cpu"
     plan = WeightPlan()
     times: dict[tuple[int, int], dict[str, float]] = {}
     for name, weight in progress.track(list(weights.items()), "weights"):
@@ -104,6 +108,9 @@ def choose_formats(
         if weight.obstacle:
             choice.keep(weight.obstacle)
             continue
+        names = named
+        if weight.lookups and not on_cpu and config.precision.weight_bits == 4:
+            names, choice.reason = {LOOKED_UP.name: LOOKED_UP}, LOOKED_UP_REASON
         if on_cpu and weight.shape not in times:
             times[weight.shape] = product_cost.times(*weight.shape, names, settings)
         choice.microseconds = times.get(weight.shape, {})
