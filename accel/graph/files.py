@@ -1,12 +1,11 @@
 """Reading and writing of ONNX files, with large weights in an external data file beside the graph."""
 
-from collections.abc import Hashable
 from pathlib import Path
 
 import onnx_ir as ir
 from onnx_ir.passes.common import TopologicalSortPass
 
-from accel.graph.weights import fingerprint, initializers
+from accel.graph.weights import fingerprint, initializers, origin
 
 EXTERNAL_ABOVE = 1_000_000  # bytes of all weights; those of larger models go to an external data file
 INLINE_BELOW = 1024  # bytes of one tensor; smaller ones stay in the graph, where shape inference can read them
@@ -72,8 +71,8 @@ def save_beside(model: ir.Model, path: Path, other: Path) -> None:
 def save_sharing(model: ir.Model, path: Path, other: ir.Model, other_path: Path) -> None:
     """Write a model to `path` so that the weights which another model has as well are stored once, in its file.
 
-    Where most weights of both are those of one file already, only the rest is compared by content; else the model is
-    written by itself, because it takes longer to compare all weights than to write them.
+    Weights are the same where their origin is known to be (see `accel.graph.weights.origin`), so their content isn't
+    compared. Where this is less than half of them, the model is written by itself.
 
     Args:
         model: Model to write. Its initializers are changed to refer to the other model's file.
@@ -81,40 +80,20 @@ def save_sharing(model: ir.Model, path: Path, other: ir.Model, other_path: Path)
         other: Model that was written to `other_path` by `save`, unchanged since.
         other_path: Its file, in the folder of `path`.
     """
-    if _common_bytes(model, other) < weight_bytes(model) / 2:
+    written = {value.name: value.const_value for value in initializers(load(other_path))}
+    tensors = {origin(value.const_value): written.get(value.name) for value in initializers(other)}
+    shared: dict[ir.Value, ir.ExternalTensor] = {}
+    for value in initializers(model):
+        tensor = tensors.get(origin(value.const_value)) if origin(value.const_value) is not None else None
+        if isinstance(tensor, ir.ExternalTensor):
+            shared[value] = tensor
+    if sum(tensor.nbytes for tensor in shared.values()) < weight_bytes(model) / 2:
         save(model, path)
         return
-    written = {value.name: value.const_value for value in initializers(load(other_path))}
-    tensors = {_origin(value): written.get(value.name) for value in initializers(other)}
-    for value in initializers(model):
-        tensor = tensors.get(_origin(value))
-        if isinstance(tensor, ir.ExternalTensor):
-            value.const_value = tensor
+    for value, tensor in shared.items():
+        value.const_value = tensor
     _load_foreign_weights(model, other_path)
     save_graph(model, path)
-
-
-def _common_bytes(model: ir.Model, other: ir.Model) -> int:
-    """Return the bytes of the weights of `model` that are those of `other` by their place in a file."""
-    places = {_place(value) for value in initializers(other)} - {None}
-    return sum(
-        value.const_value.nbytes
-        for value in initializers(model)
-        if value.const_value is not None and _place(value) in places
-    )
-
-
-def _place(value: ir.Value) -> Hashable:
-    """Return where an initializer's content is in a file; None if it is in memory."""
-    tensor = value.const_value
-    if not isinstance(tensor, ir.ExternalTensor):
-        return None
-    return str(tensor.path), tensor.offset, tensor.dtype, tuple(tensor.shape.numpy())
-
-
-def _origin(value: ir.Value) -> Hashable:
-    """Return where an initializer's content is in a file, or its fingerprint if it is in memory."""
-    return _place(value) or fingerprint(value)
 
 
 def _load_foreign_weights(model: ir.Model, other: Path) -> None:

@@ -1,7 +1,7 @@
 """Content of initializers: read, compared to find the weights that graphs have in common, and transposed."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from copy import copy
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+ORIGIN = "accel.origin"  # key of a tensor's metadata, which isn't saved
 BLOCK = 2**20  # bytes of a file that are read at once
 
 
@@ -52,6 +53,31 @@ def _file_digest(path: str, offset: int, length: int, state: tuple[int, ...]) ->
     return digest.hexdigest()
 
 
+def origin(tensor: ir.TensorProtocol | None) -> Hashable:
+    """Return which part of which file a tensor's content is, or how it is made of such parts; None if unknown.
+
+    Tensors of equal origin have equal content, which need not be read to know that.
+    """
+    if isinstance(tensor, ir.ExternalTensor):
+        return "file", str(tensor.path), tensor.offset, tensor.dtype, tuple(tensor.shape.numpy())
+    return None if tensor is None else tensor.meta.get(ORIGIN)
+
+
+def set_origin(
+    tensor: ir.TensorProtocol, operation: Hashable, sources: Iterable[ir.TensorProtocol | int | None]
+) -> None:
+    """Note how a tensor's content is made.
+
+    Args:
+        tensor: The tensor.
+        operation: Name and attributes of what makes it.
+        sources: What it is made of: tensors, and numbers.
+    """
+    origins = [source if isinstance(source, int) else origin(source) for source in sources]
+    if None not in origins:
+        tensor.meta[ORIGIN] = (operation, *origins)
+
+
 def initializers(model: ir.Model) -> list[ir.Value]:
     """Return all initializers that have content, of the main graph and its subgraphs."""
     return [value for graph in model.graphs() for value in graph.initializers.values() if value.const_value is not None]
@@ -83,3 +109,4 @@ def transpose(weight: ir.Value, order: Sequence[int]) -> None:
         shape=weight.shape,
         name=weight.name,
     )
+    set_origin(weight.const_value, ("transpose", tuple(order)), [tensor])

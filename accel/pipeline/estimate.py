@@ -38,10 +38,10 @@ SECONDS_PER_MILLION = {  # per million parameters, for what reads all weights ag
 }
 BASE_MEMORY = 0.7e9  # bytes that Python, torch and a traced graph take, whatever the model
 WEIGHTS_IN_MEMORY = 2.0  # FP32 copies of the weights at the peak: while they load, the checkpoint is mapped as well
-# Copies of the weights that each stage leaves on disk; of those after `convert`, half as large in 16 bits. `convert`
-# leaves one in FP32, which prefill and decode share, and in 16 bits two.
+# Copies of the weights that each stage leaves on disk, which prefill and decode share; from `convert` on half as large
+# in 16 bits.
 COPIES = {"checkpoint": 1, "export": 1, "optimize": 1, "convert": 1, "merge": 1, "verify": 1}
-CONVERTED = ("merge", "verify")
+CONVERTED = ("convert", "merge", "verify")
 
 
 @dataclass(frozen=True)

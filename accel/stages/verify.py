@@ -44,6 +44,7 @@ from accel.stages.prompts import PROMPTS
 from accel.stages.verify_tokens import GATED, compare_references, compare_tokens, generate_greedily
 
 logger = logging.getLogger(__name__)
+MAX_FAILURES = 7  # failures that a message lists
 
 DEFAULT_MIN_AGREEMENT = 0.5  # of the sequences, in 16 bits, where `verify.min_token_agreement` is null
 # Share of a path's tokens whose logits aren't compared where a router picks experts. Near a tie, rounding in 16 bits

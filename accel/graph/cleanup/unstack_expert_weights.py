@@ -11,7 +11,7 @@ from onnx_ir import convenience
 from onnx_ir.passes import PassResult
 
 from accel.graph.passes import GraphPass
-from accel.graph.weights import tensor_content
+from accel.graph.weights import set_origin, tensor_content
 
 
 class UnstackExpertWeights(GraphPass):
@@ -85,4 +85,5 @@ def _layer(tensor: ir.TensorProtocol, index: int, name: str) -> ir.Value:
     shape = ir.Shape(tensor.shape.numpy()[1:])
     layer = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape)
     layer.const_value = ir.LazyTensor(load, dtype=tensor.dtype, shape=shape, name=name)
+    set_origin(layer.const_value, ("layer", index), [tensor])
     return layer

@@ -17,7 +17,7 @@ from accel.graph.build import add_node
 from accel.graph.passes import GraphPass, remove_unused
 from accel.graph.precision.formats import FLOAT
 from accel.graph.shapes import HEADS, dims, integers, is_vector, permutation, used_once
-from accel.graph.weights import tensor_content
+from accel.graph.weights import set_origin, tensor_content
 
 
 @dataclass
@@ -300,6 +300,7 @@ def _concatenated(graph: ir.Graph, parts: Sequence[ir.Value | int]) -> ir.Value:
         return ir.tensor(np.concatenate(columns, axis=-1), name=name)
 
     lazy = ir.LazyTensor(read, dtype=FLOAT, shape=shape, name=name)
+    set_origin(lazy, "concatenate", tensors)
     value = ir.Value(name=name, type=ir.TensorType(FLOAT), shape=shape, const_value=lazy)
     graph.register_initializer(value)
     return value

@@ -9,7 +9,7 @@ from accel.graph.build import add_cast, add_initializer
 from accel.graph.precision.formats import FLOAT, FORMATS, FP16, Format
 from accel.graph.precision.observer import infer_types
 from accel.graph.precision.plan import ANY_TYPE, Plan, clamp_masks, is_weight, node_key
-from accel.graph.weights import tensor_content
+from accel.graph.weights import set_origin, tensor_content
 
 
 def convert_half(model: ir.Model, plan: Plan, format: Format = FP16) -> None:
@@ -102,6 +102,7 @@ def _lower_weight(weight: ir.Value, half: ir.DataType) -> None:
             return ir.tensor(tensor_content(tensor).astype(half.numpy()))
 
     weight.const_value = ir.LazyTensor(convert, dtype=half, shape=ir.Shape(tensor.shape.numpy()), name=weight.name)
+    set_origin(weight.const_value, ("cast", half), [tensor])
     weight.type = ir.TensorType(half)
 
 
