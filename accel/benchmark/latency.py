@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from accel.adapters.types import Architecture, Component
 from accel.benchmark import footprint
@@ -72,15 +73,7 @@ def compare_with_torch(
         warmup=WARMUP[torch.device(config.runtime.device).type],
         warmup_tokens=WARMUP_TOKENS,
     )
-    figures: dict[str, dict[str, Any]] = {}
-    for name in names:
-        measured = time_backends((name,), sources, model_inputs, benchmark, generate_first=True)
-        figures[name] = {
-            "seconds": spread([timing.total for timing in measured.timings[name]]),
-            **token_times(measured.timings[name], measured.first_tokens[name], benchmark.new_tokens),
-            "repeats": len(measured.timings[name]),
-            "peak_memory": measured.peaks[BACKENDS[name].model],
-        }
+    figures = {name: _measure(name, sources, model_inputs, benchmark) for name in names}
     if verify.session_memory:
         figures[accelerated]["session_memory"] = _session_memory(accelerated, sources, verify)
     return {
@@ -90,6 +83,17 @@ def compare_with_torch(
         "compute_dtype": config.runtime.compute_dtype[dtype],
         "ratio": figures[BASELINE]["seconds"]["median"] / figures[accelerated]["seconds"]["median"],
         "backends": figures,
+    }
+
+
+def _measure(name: str, sources: Sources, inputs: Mapping[str, Tensor], benchmark: BenchmarkConfig) -> dict[str, Any]:
+    """Return the figures of one backend: see `compare_with_torch`."""
+    measured = time_backends((name,), sources, inputs, benchmark, generate_first=True)
+    return {
+        "seconds": spread([timing.total for timing in measured.timings[name]]),
+        **token_times(measured.timings[name], measured.first_tokens[name], benchmark.new_tokens),
+        "repeats": len(measured.timings[name]),
+        "peak_memory": measured.peaks[BACKENDS[name].model],
     }
 
 
