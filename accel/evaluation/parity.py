@@ -55,7 +55,8 @@ class VerificationResult:
     Attributes:
         passed: No check failed.
         precision: `PrecisionConfig.variant` of the bundle.
-        dtype: Dtype of the values between operators, in which PyTorch's own error is measured.
+        dtype: Dtype of the values between operators.
+        torch_dtype: Dtype in which PyTorch's own error is measured.
         execution: "native", or "emulated" where the runtime can't compute in that precision.
         runtime: Name of the runtime.
         engine: What computed decode steps of one token: see `accel.runtime.protocol.Runtime`.
@@ -82,6 +83,7 @@ class VerificationResult:
     passed: bool = False
     precision: str = "float32"
     dtype: str = "float32"
+    torch_dtype: str = "float32"
     execution: str = "native"
     runtime: str = "cpu"
     engine: str = ONNXRUNTIME
@@ -383,6 +385,6 @@ def measure(
         torch_text = "unknown" if relative_torch_error is None else f"{relative_torch_error:.1e}"
         verification.failures.append(
             f"{name} is off by {difference.error:.1e} of its largest value, allowed {difference.allowed:.1e}, "
-            f"PyTorch's own {verification.dtype} {torch_text} ({difference.location})"
+            f"PyTorch's own {verification.torch_dtype} {torch_text} ({difference.location})"
         )
     return finite

@@ -1,4 +1,4 @@
-"""Measure PyTorch's own error against float64, in the precision of the graphs, token by token.
+"""Measure PyTorch's own error against float64, in a precision like that of the graphs, token by token.
 
 Reads:
     The checkpoint; `call-<n>.safetensors` and `path-<n>.safetensors` of `reference`.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from accel import progress
 from accel.adapters.types import Architecture
-from accel.config.schema import Config
+from accel.config.schema import Config, PrecisionConfig
 from accel.evaluation import reference_data
 from accel.evaluation.component_runner import signatures, torch_run
 from accel.evaluation.rounding import SAMPLES, Evaluator, root_mean_square
@@ -31,13 +31,22 @@ logger = logging.getLogger(__name__)
 ERRORS = "errors.safetensors"
 
 
+def comparable_dtype(precision: PrecisionConfig) -> str:
+    """Return the dtype in which PyTorch rounds about as coarsely as graphs in `precision`.
+
+    Beside weights in low bits, whose products round activations to 8 bits, that is bfloat16, which has 8 significant
+    bits, and not the FP32 of the values in between.
+    """
+    return "bfloat16" if precision.weight_bits is not None and precision.dtype == "float32" else precision.dtype
+
+
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
     """Write `errors.safetensors`. Return the number of outputs, and of evaluations that each error is the mean of.
 
     A tensor [rows, tokens] holds the absolute error of each token of an output. Its key is the number of the component
     call and the output's name, as in `3.logits`; for logits along a generation, `path-0.logits`.
     """
-    folder, dtype = inputs["reference"].folder, getattr(torch, config.precision.dtype)
+    folder, dtype = inputs["reference"].folder, getattr(torch, comparable_dtype(config.precision))
     model = load_model(inputs["checkpoint"].folder, dtype)
     model.to(device=config.runtime.device)  # type: ignore[call-arg]
     evaluate = Evaluator(model, signatures(architecture, model.config), torch_run(architecture, model), dtype)
@@ -55,7 +64,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         if "not implemented for" not in str(error):
             raise
         reason = str(error).splitlines()[0]
-        logger.warning(f"PyTorch's own error in {config.precision.dtype} is unknown: {reason}")
+        logger.warning(f"PyTorch's own error in {dtype} is unknown: {reason}")
         errors = {}
     save_file(errors, out / ERRORS)
     return {"outputs": len(errors), "samples": SAMPLES}
@@ -70,6 +79,6 @@ STAGE = Stage(
     name="torch_error",
     run=run,
     inputs=takes("checkpoint", "reference"),
-    sections=("precision.dtype", "runtime.device"),
+    sections=("precision.dtype", "precision.weight_bits", "runtime.device"),
     packages=("torch", "transformers"),
 )

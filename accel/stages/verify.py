@@ -212,6 +212,7 @@ def examine_by_engines(
         result = VerificationResult(
             precision=config.precision.variant,
             dtype=dtype,
+            torch_dtype=torch_error.comparable_dtype(config.precision),
             execution="native" if runtime.compute_dtype.get(dtype) == dtype else "emulated",
             runtime=runtime.name,
         )

@@ -43,6 +43,7 @@ def render(certificate: Mapping[str, Any]) -> str:
         kept=certificate.get("kept", [])[:MAX_ROWS],
         left_out=max(0, len(certificate.get("kept", [])) - MAX_ROWS),
         dtype=verification.get("dtype", verification["precision"]),
+        torch_dtype=verification.get("torch_dtype", verification.get("dtype", verification["precision"])),
         weights=_weights(certificate)[:MAX_ROWS],
         weights_left_out=max(0, len(certificate.get("weight_formats", {})) - MAX_ROWS),
     )
