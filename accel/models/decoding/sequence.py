@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
+from accel.models.decoding.generation_configs import GenerationConfigs
 from accel.models.decoding.processors import score_filters
 
 if TYPE_CHECKING:
@@ -111,29 +112,13 @@ def why_not_stepwise(config: GenerationConfig) -> str | None:
     return next(asked, None)
 
 
-def generation_config_for(model: "AcceleratedModel", options: Mapping[str, Any]) -> GenerationConfig:
-    """Return the options over the defaults of the model, as `generate` combines them.
-
-    Raises:
-        ValueError: An option is unknown, or has a wrong value.
-    """
-    mixin: Any = model
-    try:
-        config, unknown = mixin._prepare_generation_config(None, **options)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"generation options {dict(options)}: {error}") from error
-    if unknown:
-        raise ValueError(f"no option of GenerationConfig: {', '.join(sorted(unknown))}")
-    prepared: GenerationConfig = config
-    return prepared
-
-
 def open_sequence(
     model: "AcceleratedModel",
     inputs: Mapping[str, Tensor],
     options: Mapping[str, Any],
     seed: int | None = None,
     processors: Iterable[LogitsProcessor] = (),
+    configs: GenerationConfigs | None = None,
 ) -> Sequence:
     """Return a sequence without new tokens.
 
@@ -145,12 +130,13 @@ def open_sequence(
         seed: Seed of sampling, whose tokens are those of `generate` behind `torch.manual_seed(seed)`; None: a
             random one.
         processors: Processors of the caller's own, behind those of the options.
+        configs: The model's generation configs, where they are kept between calls.
 
     Raises:
         ValueError: An option is unknown or has a wrong value.
     """
     mixin: Any = model
-    config = generation_config_for(model, options)
+    config = (configs or GenerationConfigs(model)).of(options)
     mixin._prepare_special_tokens(config, True, device=model.device, batch_size=1)
     source = inputs[model.main_input_name]
     prompt = source

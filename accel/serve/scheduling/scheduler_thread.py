@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from accel.models import arguments
+from accel.models.decoding.generation_configs import GenerationConfigs
 from accel.models.decoding.sequence import open_sequence, why_not_stepwise
 from accel.models.generation import AcceleratedModel
 from accel.serve.protocol import FinishReason, Listener, QueueFullError, Request, RequestTooLongError, Status
@@ -48,6 +49,7 @@ class SchedulerThread(ABC):
         source, target = arguments.vocabulary_sizes(model.config)
         first = source if model.config.is_encoder_decoder else target
         self._vocabularies = {"input_ids": first, "decoder_input_ids": target}
+        self._configs = GenerationConfigs(model)
         self.generated = 0
         self.alone: Job | None = None
         self._calls: deque[Callable[[], None]] = deque()
@@ -131,6 +133,7 @@ class SchedulerThread(ABC):
             request.generation,
             request.seed,
             [] if request.logits_processor is None else [request.logits_processor],
+            self._configs,
         )
         if (sequence.config.num_return_sequences or 1) > 1:
             raise ValueError("num_return_sequences: a request is one sequence. Submit several requests")

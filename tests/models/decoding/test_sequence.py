@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from accel.models.decoding.sequence import generation_config_for, open_sequence, why_not_stepwise
+from accel.models.decoding.generation_configs import generation_config_for
+from accel.models.decoding.sequence import open_sequence, why_not_stepwise
 from accel.models.generation import AcceleratedModel
 
 IDS = torch.arange(5, 14)[None]
