@@ -152,5 +152,7 @@ class CacheRows:
         return logits
 
     def close(self) -> None:
-        """Return the buffers to the runtime."""
+        """Return the buffers to the runtime. A reference to them would keep the mapped files of the weights open."""
         self._runtime.release(self._buffers)
+        self.lengths.clear()
+        del self._buffers, self._filled

@@ -1,7 +1,9 @@
 """Rows of a running batch: a server's calls, mistakes in them, and deployables that can't have rows."""
 
+import gc
 import re
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -293,3 +295,18 @@ def test_prompt_in_parts(gpt2: testing.Subject) -> None:
         assert snapshot.get_seq_length() == 12
         found = rows.prefill(second, input_ids=similar, past_key_values=snapshot)
         torch.testing.assert_close(found, similar_alone, rtol=1e-4, atol=1e-4)
+
+
+def test_closed_rows_hold_nothing(folder: Path) -> None:
+    """Buffers and the mapped files of the weights end with the model, though the caller still has the rows."""
+    with load(folder, "cpu", static=True) as model:
+        rows = model.rows(2, 8, 16)
+        rows.prefill(rows.claim(), input_ids=IDS[:4])
+        rows.step([3, 3])
+        buffers = weakref.ref(rows.cache._buffers)
+        rows.close()
+        gc.collect()
+        assert buffers() is not None, "kept for the next generation"
+    gc.collect()
+    assert buffers() is None
+    assert not rows.cache.lengths
