@@ -23,7 +23,7 @@ from accel.serve.scheduling.job import Job
 from accel.serve.scheduling.limits import SchedulerLimits
 from accel.serve.scheduling.prefill_budget import PrefillBudget
 from accel.serve.scheduling.scheduler_thread import SchedulerThread
-from accel.serve.scheduling.shared_prefixes import SharedPrefixes
+from accel.serve.scheduling.shared_prefixes import Beginning, SharedPrefixes
 from accel.serve.scheduling.token_selection import select_tokens
 
 logger = logging.getLogger(__name__)
@@ -43,21 +43,25 @@ class RowJob:
         row: Its row.
         token: Its last token.
         prefill: The prefill of its prompt where that has begun and is not complete.
-        boundary: Number of prompt tokens behind which the caches are kept for other prompts; 0 for none.
+        beginning: How its prompt begins among others; None before that is looked up.
         running: True once its prompt is computed.
+        source: Length of its input.
     """
 
     job: Job
     row: int
     token: int = 0
     prefill: RowPrefill | None = None
-    boundary: int = 0
+    beginning: Beginning | None = None
     running: bool = False
 
+    def __post_init__(self) -> None:
+        self.source = int(self.job.request.inputs["input_ids"].shape[1])
+
     @property
-    def source(self) -> int:
-        """Length of its input."""
-        return int(self.job.request.inputs["input_ids"].shape[1])
+    def needed_length(self) -> int:
+        """Number of tokens that its row must hold behind the next step, or behind its prompt and one token."""
+        return self.job.sequence.length + (not self.running)  # the last token isn't in the row before it is computed
 
 
 class RowScheduler(SchedulerThread):
@@ -162,8 +166,7 @@ class RowScheduler(SchedulerThread):
 
     def _needed(self, jobs: list[Job]) -> BatchSize:
         """Return the smallest size for the requests in rows and for further ones."""
-        lengths = [self._rows.length(each.row) + 1 for each in self._active if each.running]
-        lengths += [each.job.sequence.prompt_length + 1 for each in self._active if not each.running]
+        lengths = [each.needed_length for each in self._active]
         lengths += [job.sequence.prompt_length + 1 for job in jobs]
         sources = [each.source for each in self._active] + [job.request.inputs["input_ids"].shape[1] for job in jobs]
         return self._sizing.rounded(len(self._active) + len(jobs), max(lengths), max(sources) if self._encoder else 1)
@@ -203,9 +206,10 @@ class RowScheduler(SchedulerThread):
         if self._encoder:
             self._prefill_together(entering, budget)
         else:
-            for each in entering:
-                if budget > 0:
-                    budget -= self._prefill_part(each, budget)
+            while entering and budget > 0:
+                group = self._alike(entering, budget)
+                budget -= self._compute(group) if len(group) > 1 else self._prefill_part(group[0], budget)
+                entering = [each for each in entering if each not in group]
         self.forget_finished()
 
     def _prefill_together(self, entering: list[RowJob], budget: float) -> None:
@@ -220,45 +224,74 @@ class RowScheduler(SchedulerThread):
             if longest * (len(group) + 1) > budget:
                 break
             group.append(each)
+        self._compute(group)
+
+    def _alike(self, entering: list[RowJob], budget: float) -> list[RowJob]:
+        """Return the oldest new request without an encoder, and those whose prompts can be computed with its own.
+
+        These are of the same length, since padding takes room in a row, and share no beginning with others.
+        """
+        group = [entering[0]]
+        for each in entering:
+            if group[0].prefill is not None or "attention_mask" in each.job.request.inputs:
+                break
+            if each.source != group[0].source or each.prefill is not None:
+                continue
+            if not self._look_up(each).alone:
+                break  # the prompts behind it may begin with what it will have computed
+            if each is not group[0] and each.source * (len(group) + 1) <= budget:
+                group.append(each)
+        return group
+
+    def _look_up(self, each: RowJob) -> Beginning:
+        """Return how the prompt of a new request begins among others."""
+        if each.beginning is None:
+            inputs = each.job.request.inputs
+            masked = "attention_mask" in inputs  # a cache is one of tokens that all count
+            each.beginning = Beginning() if masked else self._prefixes.beginning(inputs["input_ids"])
+        return each.beginning
+
+    def _compute(self, group: list[RowJob]) -> int:
+        """Compute the prompts of requests in one batch. Return its number of tokens."""
         sources = [each.job.request.inputs["input_ids"][0] for each in group]
         masks = [each.job.request.inputs.get("attention_mask", torch.ones(1, each.source))[0].long() for each in group]
         device = self.model.device
         ids = pad_sequence(sources, batch_first=True).to(device)
+        inputs = {"input_ids": ids, "attention_mask": pad_sequence(masks, batch_first=True).to(device)}
+        if self._encoder:
+            inputs["decoder_input_ids"] = torch.cat([each.job.sequence.prompt for each in group])
         start = time.perf_counter()
         try:
-            logits = self._rows.prefill_together(
-                [each.row for each in group],
-                input_ids=ids,
-                attention_mask=pad_sequence(masks, batch_first=True).to(device),
-                decoder_input_ids=torch.cat([each.job.sequence.prompt for each in group]),
-            )
+            logits = self._rows.prefill_together([each.row for each in group], **inputs)
         except Exception as error:  # these requests end, the running ones go on
+            if isinstance(error, DeviceMemoryError) and len(group) > 1:
+                half = len(group) // 2
+                return self._compute(group[:half]) + self._compute(group[half:])
             for each in group:
                 each.job.finish(FinishReason.ERROR, error)
-            return
+            return ids.numel()
         self._select(group, logits, range(len(group)))
         self._budget.measured(ids.numel(), time.perf_counter() - start)
+        return ids.numel()
 
     def _prefill_part(self, each: RowJob, budget: float) -> int:
         """Compute the next part of a prompt. Return its number of tokens."""
         inputs = each.job.request.inputs
         try:
+            beginning = self._look_up(each)
             if each.prefill is None:
-                prompt = inputs["input_ids"]
-                found = None if "attention_mask" in inputs else self._prefixes.find(prompt)
-                each.boundary = 0 if "attention_mask" in inputs else self._prefixes.boundary(prompt, found)
-                shared = {} if found is None else {"past_key_values": found}
+                shared = {} if beginning.cache is None else {"past_key_values": beginning.cache}
                 placed = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
                 each.prefill = self._rows.begin(each.row, **placed, **shared)
             part = max(1, int(min(budget, each.prefill.remaining)))
-            if each.prefill.computed < each.boundary:
-                part = min(part, each.boundary - each.prefill.computed)
+            if each.prefill.computed < beginning.boundary:
+                part = min(part, beginning.boundary - each.prefill.computed)
             start = time.perf_counter()
             logits = each.prefill.advance(part)
             if logits is not None:
                 self._select([each], logits[None], [0])
             self._budget.measured(part, time.perf_counter() - start)
-            if each.prefill is not None and each.prefill.computed == each.boundary:
+            if each.prefill is not None and each.prefill.computed == beginning.boundary:
                 self._prefixes.keep(each.prefill.snapshot())
         except Exception as error:  # this request ends, the running ones go on
             each.job.finish(FinishReason.ERROR, error)

@@ -1,6 +1,7 @@
 """Beginnings that several prompts share, such as a system prompt: computed once, then reused."""
 
 from collections import deque
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -9,6 +10,24 @@ from accel.models.prompt_cache import PromptCache
 LEAST = 32  # tokens: shorter beginnings are computed again
 MULTIPLE = 16  # tokens: beginnings are cut to a multiple, so that one isn't kept for every common word that follows
 RECENT = 16  # prompts that a new one is compared with
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """How a prompt begins among others.
+
+    Attributes:
+        cache: Cache of tokens that it begins with; None without one.
+        boundary: Number of its tokens behind which its caches are kept for other prompts; 0 for none.
+    """
+
+    cache: PromptCache | None = None
+    boundary: int = 0
+
+    @property
+    def alone(self) -> bool:
+        """True if it shares nothing with others."""
+        return self.cache is None and not self.boundary
 
 
 class SharedPrefixes:
@@ -22,6 +41,13 @@ class SharedPrefixes:
         self._capacity = capacity
         self._caches: list[PromptCache] = []
         self._recent: deque[Tensor] = deque(maxlen=RECENT)
+
+    def beginning(self, prompt: Tensor) -> Beginning:
+        """Return how a prompt [1, length] begins. Later ones are compared with it."""
+        if prompt.shape[1] <= LEAST:  # too short to share that many tokens, and have one of its own
+            return Beginning()
+        cache = self.find(prompt)
+        return Beginning(cache, self.boundary(prompt, cache))
 
     def find(self, prompt: Tensor) -> PromptCache | None:
         """Return the cache that shares most tokens with a prompt [1, length]; None if no beginning is long enough."""

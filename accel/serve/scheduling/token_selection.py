@@ -1,7 +1,7 @@
 """Next tokens of all rows of a step, and their log probabilities, with one transfer from the device."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from accel.serve.protocol import TokenLogprobs
 from accel.serve.scheduling.job import Job
 
 
-@dataclass(frozen=True)
-class Selected:
+class Selected(NamedTuple):
     """What a row got in a step.
 
     Attributes:
@@ -38,67 +37,68 @@ def select_tokens(jobs: Sequence[Job], logits: Tensor, places: Sequence[int]) ->
     Returns:
         The tokens, or the error of a request whose own options or processors failed.
     """
-    own = [logits[place] for place in places]
-    scores: list[Tensor] = list(own)
     errors: dict[int, Exception] = {}
-    for row, job in enumerate(jobs):
-        if job.sequence.filters is None:
-            try:
-                scores[row] = job.sequence.processed(scores[row])
-            except Exception as error:  # of the request's own: the others go on
-                errors[row] = error
-    best = first_best(logits) if any(job.sequence.greedy for job in jobs) else logits[:, :0]
-    rows, ids = _ids(
-        jobs, scores, [best[place] for place in places], [row for row in range(len(jobs)) if row not in errors]
-    )
-    counts = {row: count for row in rows if (count := jobs[row].request.logprobs) is not None}
-    parts = [ids]
-    if counts:
-        chosen = torch.stack([ids[rows.index(row)] for row in counts])
-        parts += _logprobs(torch.stack([own[row] for row in counts]), chosen, max(counts.values()))
+    chosen = _not_greedy(jobs, logits, places, errors)
+    greedy = [row for row, job in enumerate(jobs) if job.sequence.greedy]
+    if greedy:  # of all places, as computing more of them costs less than gathering these
+        chosen.append((greedy, first_best(logits), [places[row] for row in greedy]))
+    parts = [ids for _, ids, _ in chosen]
+    asked = {
+        row: count for row, job in enumerate(jobs) if (count := job.request.logprobs) is not None and row not in errors
+    }
+    if asked:
+        ids_of = {row: ids[at] for rows, ids, lines in chosen for row, at in zip(rows, lines, strict=True)}
+        own = torch.stack([logits[places[row]] for row in asked])
+        parts += _logprobs(own, torch.stack([ids_of[row] for row in asked]), max(asked.values()))
     found = _to_host(parts)
-    tokens = dict(zip(rows, found[0], strict=True))
-    entries = dict(zip(counts, _entries(found[1:], counts.values()), strict=True))
-    results: list[Selected | Exception] = []
-    for row in range(len(jobs)):
-        if row not in errors and tokens[row][0] < 0:
-            errors[row] = ValueError("no token can be drawn: the options leave no probabilities that are numbers")
-        selected = None if row in errors else Selected(int(tokens[row][0]), (entries[row],) if row in entries else ())
-        results.append(selected or errors[row])
-    return results
+    entries = dict(zip(asked, _entries(found[len(chosen) :], asked.values()), strict=True))
+    results: dict[int, Selected | Exception] = dict(errors)
+    for (rows, _, lines), lists in zip(chosen, found, strict=False):
+        for row, at in zip(rows, lines, strict=True):
+            token = int(lists[at][0])
+            if token < 0:
+                results[row] = ValueError("no token can be drawn: the options leave no probabilities that are numbers")
+            else:
+                results[row] = Selected(token, (entries[row],) if row in entries else ())
+    return [results[row] for row in range(len(jobs))]
 
 
-def _ids(
-    jobs: Sequence[Job], scores: Sequence[Tensor], best: Sequence[Tensor], rows: Sequence[int]
-) -> tuple[list[int], Tensor]:
-    """Return the next tokens of some rows.
+Chosen: TypeAlias = tuple[list[int], Tensor, Sequence[int]]
+"""Rows, a tensor of ids, int64 [..., 1], and for each of these rows the line of this tensor that holds its token."""
+
+
+def _not_greedy(
+    jobs: Sequence[Job], logits: Tensor, places: Sequence[int], errors: dict[int, Exception]
+) -> list[Chosen]:
+    """Return the next tokens of all rows but greedy ones: -1 where none can be drawn.
 
     Args:
         jobs: The requests.
-        scores: The scores of each, [vocabulary].
-        best: The next token of each that is greedy, int64 [1].
-        rows: Which of them count.
-
-    Returns:
-        These rows in another order, and their tokens, int64 [rows, 1]: -1 where none can be drawn.
+        logits: [batch, vocabulary].
+        places: Place of each request's logits in the batch.
+        errors: Gets the errors of rows.
     """
-    groups: dict[tuple[tuple[Filter, ...], bool] | None, list[int]] = {}
-    for row in rows:
-        sequence = jobs[row].sequence
-        key = None if sequence.greedy else (sequence.filters or (), sequence.samples)
-        groups.setdefault(key, []).append(row)
-    ids = []
-    for key, group in groups.items():
-        if key is None:
-            ids.append(torch.stack([best[row] for row in group]))
+    groups: dict[tuple[tuple[Filter, ...], bool], dict[int, Tensor]] = {}  # scores [vocabulary] of rows
+    for row, job in enumerate(jobs):
+        sequence = job.sequence
+        if sequence.greedy:
             continue
-        filters, samples = key
-        part = torch.stack([scores[row] for row in group])  # [group, vocabulary], without sending indices to the device
+        scores = logits[places[row]]
+        if sequence.filters is None:
+            try:
+                scores = sequence.processed(scores)
+            except Exception as error:  # of the request's own: the others go on
+                errors[row] = error
+                continue
+        groups.setdefault((sequence.filters or (), sequence.samples), {})[row] = scores
+    chosen: list[Chosen] = []
+    for (filters, samples), group in groups.items():
+        part = torch.stack(list(group.values()))  # without sending indices to the device
         if filters or samples:
             part = filtered(part.float(), [], filters)
-        generators = [jobs[row].sequence.generator for row in group]
-        ids.append(draw_each(part, generators) if samples else first_best(part))
-    return [row for group in groups.values() for row in group], torch.cat(ids) if ids else torch.empty(0, 1)
+        ids = draw_each(part, [jobs[row].sequence.generator for row in group]) if samples else first_best(part)
+        chosen.append((list(group), ids, range(len(group))))
+    return chosen
 
 
 def logprobs_of(logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
@@ -122,6 +122,8 @@ def _logprobs(logits: Tensor, ids: Tensor, count: int) -> list[Tensor]:
 
 def _to_host(parts: Sequence[Tensor]) -> list[list[list[float]]]:
     """Return tensors [rows, columns] as lists, in one transfer. FP64 holds token ids and FP32 exactly."""
+    if len(parts) < 2:
+        return [part.tolist() for part in parts]
     values = torch.cat([part.flatten().double() for part in parts]).tolist()
     lists, start = [], 0
     for rows, columns in (part.shape for part in parts):

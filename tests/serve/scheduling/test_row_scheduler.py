@@ -317,6 +317,34 @@ def test_long_prompts_in_parts(causal: AcceleratedModel, monkeypatch: pytest.Mon
     assert seen[0] - before >= 120 // 8 - 2, "parts have 8 tokens, with a step between two of them"
 
 
+def test_prompts_of_one_length_together(causal: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that arrive together, within the budget and the memory; tokens are those of each alone."""
+    groups: list[int] = []
+    together = Rows.prefill_together
+
+    def note(self: Rows, rows: Any, **inputs: Any) -> Tensor:
+        groups.append(len(rows))
+        if len(rows) == 4:
+            raise DeviceMemoryError("for two at most")
+        return together(self, rows, **inputs)
+
+    monkeypatch.setattr(Rows, "prefill_together", note)
+    limits = SchedulerLimits(rows=16, prompt_tokens=40, total_tokens=60)
+    prompts = [prompt(causal, length, seed) for seed in range(5) for length in (7, 9, 20)]
+    expected = [alone(causal, ids, max_new_tokens=8, **UNIQUE) for ids in prompts]
+    assert len({tuple(tokens) for tokens in expected}) > 10
+    opened = open_scheduler(causal, limits)
+    assert isinstance(opened, RowScheduler)
+    opened.warm_up()
+    monkeypatch.setattr(opened._budget, "tokens", lambda limited: 100)
+    with opened.changed:  # the thread sees all of them at once
+        found = [submit(opened, ids, max_new_tokens=8, **UNIQUE) for ids in prompts]
+    assert [each.tokens() for each in found] == expected
+    opened.close()
+    # behind 5 x 7 and 5 x 9 tokens one prompt of 20 is left room for, which runs alone; the others need too much memory
+    assert groups == [5, 5, 4, 2, 2]
+
+
 def test_shared_beginnings(causal: AcceleratedModel) -> None:
     """The third prompt with a beginning takes it from the second's caches, and has the tokens that it has alone."""
     scheduler = open_scheduler(causal, LIMITS)
