@@ -1,6 +1,7 @@
 """Temporary changes of process state are restored, and other threads don't see them."""
 
 import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from accel.system.process_state import environment, one_openmp_thread
+from accel.system.process_state import SWITCH_S, environment, one_openmp_thread, short_thread_switches
 
 NAME = "ACCEL_TEST_VARIABLE"
 
@@ -76,3 +77,24 @@ def test_one_openmp_thread_affects_this_thread_only(monkeypatch: pytest.MonkeyPa
         assert in_new_thread() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_thread_switches_that_overlap() -> None:
+    """The first context shortens the interval, the last one restores it; a shorter one stays."""
+    before = sys.getswitchinterval()
+    first, second = short_thread_switches(), short_thread_switches()
+    for context in (first, second):
+        context.__enter__()
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
+    first.__exit__(None, None, None)
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
+    second.__exit__(None, None, None)
+    assert sys.getswitchinterval() == before > SWITCH_S
+    try:
+        sys.setswitchinterval(SWITCH_S / 5)
+        shorter = sys.getswitchinterval()
+        with short_thread_switches():
+            assert sys.getswitchinterval() == pytest.approx(shorter, rel=0.05)  # in microseconds, rounded down
+        assert sys.getswitchinterval() == pytest.approx(shorter, rel=0.05)
+    finally:
+        sys.setswitchinterval(before)

@@ -6,7 +6,6 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HttpRequest
-from starlette.concurrency import run_in_threadpool
 
 from accel.data.texts import unpadded
 from accel.serve.http.service import Service, record_of
@@ -23,7 +22,7 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, http: HttpRequest) -> Response:
         served = service.model(body.model)
-        plan = await run_in_threadpool(_plan, service, served, body)
+        plan = await service.planned(_plan, service, served, body)
         return await service.answer(http, served, plan, _Form(body, served, record_of(http).id), body.stream)
 
     return router

@@ -4,7 +4,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Protocol, TypeVar
 
@@ -23,8 +25,11 @@ from accel.serve.requests.grammar import Grammars
 from accel.serve.requests.request_log import Record
 from accel.serve.requests.sequences import Delta, Plan, Sequences
 from accel.serve.requests.served_model import ServedModel
+from accel.system.process_state import short_thread_switches
 
 Result = TypeVar("Result")
+
+PLANNING_THREADS = 4  # Python computes on one thread at a time, so that more of them would only take memory
 
 
 class Form(Protocol):
@@ -81,11 +86,14 @@ class Service:
         self.limits = limits
         self.ready = False
         self._grammars = {served.name: Grammars(served) for served in models}
+        self._planning = ThreadPoolExecutor(PLANNING_THREADS, "accel-plan")
+        self._state = ExitStack()
 
     def warm_up(self) -> None:
         """Warm all models up."""
         for served in self.models.values():
             served.scheduler.warm_up()
+        self._state.enter_context(short_thread_switches())  # the schedulers' threads don't wait for HTTP's
         self.ready = True
 
     async def is_ready(self) -> bool:
@@ -99,6 +107,8 @@ class Service:
     def close(self) -> None:
         """Close all models."""
         self.ready = False
+        self._planning.shutdown()
+        self._state.close()
         for served in self.models.values():
             served.close()
 
@@ -114,6 +124,16 @@ class Service:
         if not self.ready:
             raise not_ready()
         return self.models[name]
+
+    async def planned(self, plan: Callable[..., Plan], *arguments: Any) -> Plan:
+        """Return `plan(*arguments)`, computed on another thread: prompts are tokenized and grammars compiled there.
+
+        Raises:
+            ApiError: The models are closed; or of `plan`.
+        """
+        if not self.ready:
+            raise not_ready()
+        return await asyncio.get_running_loop().run_in_executor(self._planning, partial(plan, *arguments))
 
     def requests(
         self,
@@ -186,7 +206,7 @@ class Service:
         record = record_of(http)
         record.stream = stream
         unread = self.limits.max_unread_tokens if stream else self.limits.max_new_tokens * self.limits.max_sequences
-        sequences = Sequences(served, plan, record, unread, self.limits)
+        sequences = Sequences(served, plan, record, unread, self.limits, stream)
         if stream:
             return EventStream(_events(sequences, plan, form), sequences.cancel)
         try:

@@ -10,7 +10,6 @@ import numpy as np
 from fastapi import APIRouter, Form, Response, UploadFile
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse
-from starlette.concurrency import run_in_threadpool
 
 from accel.data import audio
 from accel.errors import AccelError
@@ -40,9 +39,9 @@ def routes(service: Service) -> APIRouter:
     ) -> Response:
         served = service.model(model)
         given = {"language": language} | ({"temperature": temperature, "do_sample": True} if temperature else {})
-        plan = await run_in_threadpool(_plan, service, served, await file.read(), given)
+        plan = await service.planned(_plan, service, served, await file.read(), given)
         record = record_of(http)
-        sequences = Sequences(served, plan, record, service.limits.max_new_tokens + 1, service.limits)
+        sequences = Sequences(served, plan, record, service.limits.max_new_tokens + 1, service.limits, False)
         try:
             text = await unless_gone(http.receive, _text(sequences))
         finally:

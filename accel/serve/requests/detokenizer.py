@@ -28,15 +28,21 @@ class Detokenizer:
         self._read = len(self._ids)  # tokens before here are in the returned text
 
     def add(self, ids: Sequence[int]) -> str:
-        """Return the text that is complete with `ids`."""
-        return "".join(self._add(token) for token in ids)
+        """Return the text that is complete with `ids`, which are decoded at once unless they end within a character."""
+        first, (start, read) = len(self._ids), (self._start, self._read)
+        text = self._extend(ids)
+        if text is not None:
+            return text
+        del self._ids[first:]
+        self._start, self._read = start, read
+        return "".join(self._extend([token]) or "" for token in ids)
 
-    def _add(self, token: int) -> str:
-        """Return the text that is complete with one more token."""
-        self._ids.append(token)
+    def _extend(self, ids: Sequence[int]) -> str | None:
+        """Return the text that is complete with more ids; None if they end within a character, perhaps."""
+        self._ids += ids
         before, after = self._decode(self._read), self._decode(len(self._ids))
-        if after.endswith(INCOMPLETE) and len(self._ids) - self._read < MAX_HELD:
-            return ""
+        if after.endswith(INCOMPLETE) and (len(ids) > 1 or len(self._ids) - self._read < MAX_HELD):
+            return None
         if len(after) > len(before):
             self._start, self._read = self._read, len(self._ids)
             return after[len(before) :]
@@ -44,6 +50,8 @@ class Detokenizer:
 
     def finish(self) -> str:
         """Return the text that was held back, its incomplete characters included."""
+        if self._read == len(self._ids):
+            return ""
         before, after = self._decode(self._read), self._decode(len(self._ids))
         self._start = self._read = len(self._ids)
         return after[len(before) :]

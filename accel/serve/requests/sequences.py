@@ -1,14 +1,13 @@
 """Sequences of one HTTP request: from the events of their scheduler to text, log probabilities and reasons to end."""
 
-import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from accel.config.serve import ServeConfig
-from accel.serve.protocol import Event, Finished, FinishReason, Request, Ticket, TokenLogprobs
+from accel.serve.protocol import Finished, FinishReason, Request, Ticket, TokenLogprobs
 from accel.serve.requests.detokenizer import Detokenizer
 from accel.serve.requests.errors import refused, timed_out, unexpected
-from accel.serve.requests.event_queue import EventQueue
+from accel.serve.requests.event_queue import Arrivals, EventQueue
 from accel.serve.requests.request_log import Record
 from accel.serve.requests.served_model import ServedModel
 from accel.serve.requests.stop_strings import StopStrings
@@ -91,32 +90,52 @@ class _Sequence:
     ticket: Ticket | None = None
     finish_reason: str | None = None
     tokens: int = 0
-    times: list[float] = field(default_factory=list)  # of the first and the last token, on `time.monotonic`'s clock
+    times: tuple[float, ...] = ()  # of the first and, behind some others, the last token, on `time.monotonic`'s clock
 
-    def take(self, event: Event) -> Delta | None:
-        """Return what an event adds; None after the end."""
+    def take(self, arrivals: Arrivals) -> Delta | None:
+        """Return what events add; None after the end.
+
+        Raises:
+            EarlyEndError: The sequence ended early.
+        """
         if self.finish_reason is not None:
             return None
-        if isinstance(event, Finished):
-            return self._end(event)
-        self.tokens += len(event.ids)
-        self.times = [*self.times[:1], time.monotonic()]
-        text = self.stops.add(self.detokenizer.add(event.ids))
+        ids, text = self._text_of(arrivals.ids)
+        self.tokens += len(ids)
+        self.times = (*self.times[:1], *arrivals.times) if arrivals.times else self.times
         if self.stops.found:
             self._stop()
-        shown = [place for place, token in enumerate(event.ids) if token not in self.ends] if event.logprobs else []
-        ids = tuple(event.ids[place] for place in shown)
-        logprobs = tuple(event.logprobs[place] for place in shown)
-        return Delta(self.index, text, ids, logprobs, self.finish_reason, event.ids)
+        elif arrivals.end is not None:
+            text += self._end(arrivals.end)
+        shown = [place for place, token in enumerate(ids) if token not in self.ends] if arrivals.logprobs else []
+        return Delta(
+            self.index,
+            text,
+            tuple(ids[place] for place in shown),
+            tuple(arrivals.logprobs[place] for place in shown),
+            self.finish_reason,
+            tuple(ids),
+        )
 
-    def _end(self, event: Finished) -> Delta:
-        """Return the last delta. Raises `EarlyEndError` where the sequence ended early."""
+    def _text_of(self, ids: list[int]) -> tuple[list[int], str]:
+        """Return new tokens and their text, up to the token that completes a stop string."""
+        if not self.stops.any:
+            return ids, self.detokenizer.add(ids)
+        text = ""
+        for count, token in enumerate(ids, 1):
+            text += self.stops.add(self.detokenizer.add([token]))
+            if self.stops.found:
+                return ids[:count], text
+        return ids, text
+
+    def _end(self, event: Finished) -> str:
+        """End the sequence, and return the text that was held back. Raises `EarlyEndError` where it ended early."""
         if event.reason not in (FinishReason.STOP, FinishReason.LENGTH):
             raise EarlyEndError(event)
         text = self.stops.add(self.detokenizer.finish())
         text += self.stops.finish()
         self.finish_reason = FinishReason.STOP.value if self.stops.found else event.reason.value
-        return Delta(self.index, text, finish_reason=self.finish_reason)
+        return text
 
     def _stop(self) -> None:
         """End the sequence, whose text is over while its tokens go on."""
@@ -134,16 +153,24 @@ class Sequences:
         record: Line of the log, which gets the numbers of tokens.
         max_unread_tokens: Tokens that may wait to be read.
         limits: Section `serve` of the configuration.
+        stream: Report tokens while others are generated. Without it each sequence is reported once, when it has ended.
 
     Raises:
         ApiError: The scheduler refuses a request.
     """
 
     def __init__(
-        self, served: ServedModel, plan: Plan, record: Record, max_unread_tokens: int, limits: ServeConfig
+        self,
+        served: ServedModel,
+        plan: Plan,
+        record: Record,
+        max_unread_tokens: int,
+        limits: ServeConfig,
+        stream: bool = True,
     ) -> None:
         self._record, self._timeout_s = record, limits.timeout_s
-        self._queue = EventQueue(max_unread_tokens, limits.coalesce_s, self.cancel)
+        ends_only = not stream and not plan.stops  # a stop string is to be found before the sequence has ended
+        self._queue = EventQueue(max_unread_tokens, limits.coalesce_s, self.cancel, ends_only)
         end_ids = frozenset(served.end_ids)
         self._sequences = [
             _Sequence(index, Detokenizer(served.tokenizer, context), StopStrings(plan.stops), end_ids)
@@ -171,14 +198,14 @@ class Sequences:
         """
         while any(sequence.finish_reason is None for sequence in self._sequences):
             try:
-                found = [self._sequences[index].take(event) for index, event in await self._queue.take()]
+                found = [self._sequences[each.index].take(each) for each in await self._queue.take()]
             except EarlyEndError as early:
                 self._record.finish_reasons = [early.event.reason.value]
                 if early.event.reason is FinishReason.TIMEOUT:
                     raise timed_out(self._timeout_s) from early
                 raise unexpected() from early.event.error
             self._note()
-            if deltas := _merged([delta for delta in found if delta is not None]):
+            if deltas := [delta for delta in found if delta is not None]:
                 yield deltas
 
     def cancel(self) -> None:
@@ -200,14 +227,6 @@ class Sequences:
             for sequence in timed
             if sequence.tokens > 1 and len(sequence.times) > 1
         ]
-
-
-def _merged(deltas: Sequence[Delta]) -> list[Delta]:
-    """Return one delta for each sequence, of those that arrived together."""
-    by_index: dict[int, list[Delta]] = {}
-    for delta in deltas:
-        by_index.setdefault(delta.index, []).append(delta)
-    return [Delta.joined(parts) for parts in by_index.values()]
 
 
 def context_of(ids: Sequence[int], served: ServedModel) -> Sequence[int]:

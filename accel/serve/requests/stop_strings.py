@@ -10,11 +10,12 @@ class StopStrings:
         stops: The strings, none of them empty.
 
     Attributes:
+        any: There are stop strings.
         found: A stop string was found; no text comes after it.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
+        self._stops, self.any = stops, bool(stops)
         self._held = ""  # end of the text, which may be the beginning of a stop string
         self.found = False
 

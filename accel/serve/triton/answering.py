@@ -91,7 +91,6 @@ class Answering:
         """Cancel the requests that have no answer yet, and free the model."""
         self._service.close()
         wait(list(self._pending), CLOSE_S)
-        asyncio.run_coroutine_threadsafe(self._loop.shutdown_default_executor(), self._loop).result(CLOSE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(CLOSE_S)
         if not self._thread.is_alive():
@@ -114,9 +113,9 @@ class Answering:
 
     async def _generate(self, inputs: Inputs, receiver: Receiver) -> None:
         """Generate, and send the responses of a request that succeeds. Raises `ApiError` for any other."""
-        plan = await asyncio.to_thread(self._plan, inputs)
+        plan = await self._service.planned(self._plan, inputs)
         limits = self._service.limits
-        sequences = Sequences(self._served, plan, Record("TRITON"), limits.max_new_tokens, limits)
+        sequences = Sequences(self._served, plan, Record("TRITON"), limits.max_new_tokens, limits, inputs.stream)
         watch = asyncio.ensure_future(_cancel_when_asked(receiver, sequences))
         parts: list[Delta] = []
         try:

@@ -21,6 +21,15 @@ def test_pieces_are_whole_characters_and_add_up(text: str, size: int) -> None:
     assert "".join(pieces) + detokenizer.finish() == text
 
 
+def test_a_long_run_ends_within_a_character() -> None:
+    """What is complete is returned, the rest once it is."""
+    ids = TOKENIZER("abc " * 20 + "€")["input_ids"]
+    detokenizer = Detokenizer(TOKENIZER)
+    assert detokenizer.add(ids[:-1]) == "abc " * 20
+    assert detokenizer.add(ids[-1:]) == "€"
+    assert detokenizer.finish() == ""
+
+
 def test_incomplete_character_at_the_end() -> None:
     """Half of a character is held back, and shown as a replacement character once nothing can follow."""
     ids = TOKENIZER("a€")["input_ids"]
