@@ -36,9 +36,12 @@ def save_random_t5(folder: Path, **dimensions: int) -> None:
             elif name.endswith(".wo.weight"):
                 parameter.mul_(2)
     model.save_pretrained(folder)
-    words = [*SPECIAL_TOKENS, *(f"w{number}" for number in range(len(SPECIAL_TOKENS), config.vocab_size))]
+    word_tokenizer(config.vocab_size).save_pretrained(folder)
+
+
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one word for each of so many ids."""
+    words = [*SPECIAL_TOKENS, *(f"w{number}" for number in range(len(SPECIAL_TOKENS), vocabulary))]
     pad, end, unknown = SPECIAL_TOKENS
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=unknown))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token=unknown
-    ).save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token=unknown)

@@ -25,7 +25,7 @@ from accel.data.pretrained import load_config
 from accel.errors import AccelError
 from scripts.peers.checkpoint import save_random_t5
 from scripts.peers.environment import install, python_of
-from scripts.serve_load import Load, run_clients
+from scripts.scheduler_load import Load, run_clients
 from scripts.serve_peers.server import Reply, Server, Work
 
 SERVER = ("fastapi==0.165.0", "uvicorn==0.54.0", "pydantic==2.14.3", "starlette==1.10.0")

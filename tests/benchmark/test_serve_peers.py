@@ -12,7 +12,7 @@ import pytest
 
 from accel.errors import AccelError
 from scripts.peers.checkpoint import save_random_t5
-from scripts.serve_load import Load, run_clients
+from scripts.scheduler_load import Load, run_clients
 from scripts.serve_peers import __main__ as script
 from scripts.serve_peers.server import Reply, Server, Work
 

@@ -1,6 +1,6 @@
 """Measure a scheduler under load: a closed loop of clients with mixed lengths, beside one request at a time.
 
-    python -m scripts.serve_load DEPLOYABLE [--clients 32] [--requests 256] [--new-tokens 8 40] [--rounds 3]
+    python -m scripts.scheduler_load DEPLOYABLE [--clients 32] [--requests 256] [--new-tokens 8 40] [--rounds 3]
 
 Each client submits a request, waits for its last token, and submits the next one. Direct calls of `generate`, one at a
 time, and the scheduler take turns, so that both see the same machine. Prints the throughput of both and its ratio, the

@@ -1,0 +1,1 @@
+"""Measurement of accel's server under load, over HTTP."""
