@@ -159,6 +159,7 @@ def decode_alone(
                 logits = path_logits(evaluate, single_input, torch.tensor([ids]))
         path = {f"inputs.{name}": tensor for name, tensor in single_input.items()}
         save_file({"ids": torch.tensor([ids]), "logits": logits, **path}, out / PATH.format(number))
+        del logits  # before those of the next one are computed
         decoded.append(ids)
     return decoded
 
