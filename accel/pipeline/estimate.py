@@ -21,19 +21,19 @@ REFUSED = 0.5  # share of the estimated disk space; with less, the build can't e
 GB = 1e9
 # Fitted to SmolLM2-135M and T5-small dimensions on two CPU cores, see docs/benchmarks/pipeline.md.
 SECONDS_AT_ANY_SIZE = 10.0  # imports, keys and hashes of files
-SECONDS_PER_TRACE = 11.0  # in `export`, which traces a few layers whatever their number
+SECONDS_PER_TRACE = 10.5  # in `export`, which traces a few layers whatever their number
 SECONDS_OF_WORKERS = 5.0  # imports in `verify` of the processes that measure latency
-SECONDS_PER_MODULE = {"optimize": 0.03}  # per innermost module
+SECONDS_PER_MODULE = {"optimize": 0.023}  # per innermost module
 SECONDS_PER_MILLION = {  # per million parameters, for what reads all weights again and again
     "answers": 0.05,
     "export": 0.08,
     "calibrate": 0.6,
     "audit": 0.4,
-    "convert": 0.02,
-    "merge": 0.03,
-    "reference": 0.2,
+    "convert": 0.01,
+    "merge": 0.01,
+    "reference": 0.12,
     "torch_error": 0.07,
-    "verify": 0.22,
+    "verify": 0.16,
     "benchmark": 0.5,
 }
 BASE_MEMORY = 0.7e9  # bytes that Python, torch and a traced graph take, whatever the model
