@@ -17,11 +17,13 @@ class RecordedGeneration:
     """Calls of one generation.
 
     Attributes:
+        tokens: Ids that the prefill and each decode step were given, [batch, new].
         prefill: Logits of the prompt, [batch, kept, vocabulary]: those of its last token at least.
         steps: Logits of each decode step, [batch, new, vocabulary].
         state: Caches after the last step.
     """
 
+    tokens: list[Tensor]
     prefill: Tensor
     steps: list[Tensor]
     state: Any
@@ -42,7 +44,8 @@ def recording(runtime: Runtime[Any], most: int) -> Iterator[list[RecordedGenerat
 
     def recorded_prefill(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
         logits, state = prefill(inputs)
-        generations.append(RecordedGeneration(logits, [], state) if len(generations) < most else None)
+        tokens = [inputs["input_ids"].clone()]
+        generations.append(RecordedGeneration(tokens, logits, [], state) if len(generations) < most else None)
         return logits, state
 
     def recorded_decode(inputs: Mapping[str, Tensor], state: Any) -> Tensor:
@@ -50,6 +53,7 @@ def recording(runtime: Runtime[Any], most: int) -> Iterator[list[RecordedGenerat
         current = generations[-1] if generations else None
         if current is not None and current.state is state:
             current.steps.append(logits)
+            current.tokens.append(inputs["input_ids"].clone())  # the loop writes the next ids there
         return logits
 
     patched |= {"prefill": recorded_prefill, "decode": recorded_decode}
@@ -71,11 +75,15 @@ def logits_along(runtime: Runtime[Any], generation: RecordedGeneration, ids: Ten
         prompt: Number of tokens of the prompt; one beside an encoder.
 
     Returns:
-        Logits, [1, tokens, vocabulary]; None where those of a step are missing.
+        Logits, [1, tokens, vocabulary]; None where those of a step are missing, or the decoder was given other tokens,
+        such as Whisper's first ones, which its `generate` doesn't return.
     """
     steps, mask = list(generation.steps), torch.ones_like(ids)
     following = ids.shape[1] - prompt
-    if any(step.shape[1] != 1 for step in steps) or len(steps) not in (following - 1, following):
+    given = torch.cat(generation.tokens, dim=1)
+    singly = [each.shape[1] for each in generation.tokens] == [prompt] + [1] * len(steps)
+    complete = len(steps) in (following - 1, following)
+    if not singly or not complete or not torch.equal(given, ids[:, : given.shape[1]]):
         return None
     if len(steps) < following:
         steps.append(runtime.decode(decoder_inputs(ids[:, -1:], mask), generation.state))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from accel.adapters import registry
 from accel.evaluation import parity
-from accel.evaluation.recorded_generation import logits_along, recording
+from accel.evaluation.recorded_generation import RecordedGeneration, logits_along, recording
 from accel.evaluation.reference_data import PATHS, read_paths
 from accel.models.loading import open_model
 from accel.pipeline.runner import Pipeline
@@ -67,6 +68,24 @@ def test_logits_of_greedy_search_are_compared(
     assert all("a generation, input 0" in failure for failure in verification.failures)
     again = len(steps) - generated  # the last token of each, and where tokens differ all of them
     assert again == PATHS if fault != "tokens" else again > PATHS
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"),
+    [
+        ([[9], [0], [1], [2], [3], [4]], 5),  # a first token that isn't returned
+        ([[0, 1], [2], [3], [4]], 3),  # two first tokens
+        ([[0], [1], [2], [3]], 3),  # a step is missing
+        ([[0], [1, 2], [3], [4]], 3),  # two tokens at once
+    ],
+)
+def test_logits_of_other_tokens_stand_for_nothing(tokens: list[list[int]], steps: int) -> None:
+    """Such as in Whisper, whose `generate` gives its decoder tokens that it doesn't return."""
+    logits = torch.zeros(1, 1, 9)
+    given = [torch.tensor([each]) for each in tokens]
+    generation = RecordedGeneration(given, logits, [torch.zeros(1, len(each), 9) for each in tokens[1:]], None)
+    assert len(generation.steps) == steps
+    assert logits_along(Any, generation, torch.arange(6)[None], 1) is None  # type: ignore[arg-type]
 
 
 def test_recorded_logits_are_those_of_decoding_again(build: Build, checkpoint: Path) -> None:
