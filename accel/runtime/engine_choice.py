@@ -42,18 +42,21 @@ def choose_engine(requested: str, files: DeployableFiles, device: torch.device) 
     return ONNXRUNTIME
 
 
-def engines_to_verify(requested: str, device: torch.device) -> list[str]:
+def engines_to_verify(requested: str, device: torch.device, dtype: str) -> list[str]:
     """Return the engines that a bundle may be verified with, the fastest first: the first that passes is taken.
 
     The fused engine is no slower wherever it was measured (docs/engine.md), and ONNX Runtime takes its place where the
-    device can't run its kernel or its sums, in another order, don't pass.
+    device can't run its kernel, which has none for FP32, or its sums, in another order, don't pass.
 
     Args:
         requested: One of `accel.config.engines.ENGINES`.
         device: Device of the decode step.
+        dtype: Dtype of the weights, such as `float16`.
     """
     if requested != AUTO:
         return [requested]
+    if dtype == "float32":
+        return [ONNXRUNTIME]
     from accel.engine.kernel.launch import unsupported  # here, as it brings the planner along
 
     return [FUSED, ONNXRUNTIME] if unsupported(device) is None else [ONNXRUNTIME]

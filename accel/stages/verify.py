@@ -207,7 +207,9 @@ def examine_by_engines(
         The result with the first engine that passes; if none does, with the last one.
     """
     runtime, dtype = config.runtime, config.precision.dtype
-    engines = engines_to_verify(runtime.engine, torch.device(runtime.device)) if runtime.static else [runtime.engine]
+    engines = [runtime.engine]
+    if runtime.static:
+        engines = engines_to_verify(runtime.engine, torch.device(runtime.device), dtype)
     for engine in engines:
         result = VerificationResult(
             precision=config.precision.variant,

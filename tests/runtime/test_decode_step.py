@@ -233,7 +233,7 @@ def test_auto_is_the_first_engine_that_passes(
     build: Build, tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Where a device can run both engines, `verify` tries the fused one first, and says why it takes the other."""
-    monkeypatch.setattr(verify, "engines_to_verify", lambda requested, device: ["fused", "onnxruntime"])
+    monkeypatch.setattr(verify, "engines_to_verify", lambda requested, device, dtype: ["fused", "onnxruntime"])
     judge, judged = verify.judge, []
 
     def strict(config: Config, result: VerificationResult) -> None:

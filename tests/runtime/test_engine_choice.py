@@ -132,20 +132,21 @@ def test_gpus_that_can_run_the_kernel(capability: tuple[int, int], device: Devic
 
 
 @pytest.mark.parametrize(
-    ("requested", "capability", "on", "expected"),
+    ("requested", "capability", "on", "dtype", "expected"),
     [
-        ("auto", (9, 0), GPU, ["fused", "onnxruntime"]),
-        ("auto", (7, 5), GPU, ["onnxruntime"]),
-        ("auto", (9, 0), CPU, ["onnxruntime"]),
-        ("onnxruntime", (9, 0), GPU, ["onnxruntime"]),
-        ("fused", (9, 0), GPU, ["fused"]),
+        ("auto", (9, 0), GPU, "float16", ["fused", "onnxruntime"]),
+        ("auto", (9, 0), GPU, "float32", ["onnxruntime"]),  # the kernel can't run it, and would only warn
+        ("auto", (7, 5), GPU, "float16", ["onnxruntime"]),
+        ("auto", (9, 0), CPU, "float16", ["onnxruntime"]),
+        ("onnxruntime", (9, 0), GPU, "float16", ["onnxruntime"]),
+        ("fused", (9, 0), GPU, "float32", ["fused"]),
     ],
 )
 def test_engines_that_auto_is_verified_with(
-    requested: str, capability: tuple[int, int], on: torch.device, expected: list[str], device: Device
+    requested: str, capability: tuple[int, int], on: torch.device, dtype: str, expected: list[str], device: Device
 ) -> None:
     device.capability = capability
-    assert engines_to_verify(requested, on) == expected
+    assert engines_to_verify(requested, on, dtype) == expected
 
 
 def test_the_cpu_has_no_kernel(device: Device, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
