@@ -10,6 +10,7 @@ from accel.graph.build import add_initializer
 Dims = tuple[int | str, ...]
 HEADS = (0, 2, 1, 3)  # [B, T, H, K] -> [B, H, T, K] and back
 KEYS = (0, 1, 3, 2)  # [B, H, T, K] -> [B, H, K, T]
+CUT_KEYS = (0, 2, 3, 1)  # [B, T, H, K] -> [B, H, K, T]
 
 
 def dims(value: ir.Value | None) -> Dims | None:

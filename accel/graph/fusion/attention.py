@@ -8,7 +8,7 @@ from onnx_ir import convenience
 
 from accel.graph.build import add_node
 from accel.graph.passes import NoMatchError
-from accel.graph.shapes import HEADS, KEYS, Dims, dims, integers, made_by, permutation, scalar, used_once
+from accel.graph.shapes import CUT_KEYS, HEADS, KEYS, Dims, dims, integers, made_by, permutation, scalar, used_once
 
 
 @dataclass
@@ -47,13 +47,30 @@ def match(softmax: ir.Node) -> Attention:
         raise NoMatchError(f"heads are joined by axes {permutation(transpose)} into shape {joined}")
     value = weighted.inputs[1]
     for scores in _scores(softmax.inputs[0], shape):
-        transposed_key = made_by(scores.product.inputs[1], "Transpose")
-        if transposed_key is None or permutation(transposed_key) != KEYS:
-            continue
-        query, key = scores.product.inputs[0], transposed_key.inputs[0]
+        query, key = scores.product.inputs[0], _keys(scores.product.inputs[1])
         if query is not None and key is not None and value is not None and _heads_agree(query, key, value):
             return Attention(query, key, value, scores.bias, scores.scale, last)
     raise NoMatchError("its input is not a scaled product of queries and keys of equal heads, plus a bias")
+
+
+def _keys(factor: ir.Value | None) -> ir.Value | None:
+    """Return the keys [B, H, T, K] that `factor` [B, H, K, T] turns around; None if there are none.
+
+    Where one `Transpose` cuts heads and turns them around, the keys are the output of a new one, which only cuts them.
+    Nothing reads it if the attention isn't fused, so that `remove_unused` removes it.
+    """
+    transpose = made_by(factor, "Transpose")
+    graph = transpose.graph if transpose is not None else None
+    if transpose is None or not isinstance(graph, ir.Graph):
+        return None
+    if permutation(transpose) == KEYS:
+        return transpose.inputs[0]
+    cut, turned = transpose.inputs[0], dims(factor)
+    if permutation(transpose) != CUT_KEYS or cut is None or turned is None:
+        return None
+    shape = ir.Shape([turned[axis] for axis in KEYS])
+    attributes = {"perm": HEADS}
+    return add_node(graph, "Transpose", [cut], attributes=attributes, dtype=cut.dtype, shape=shape, before=transpose)
 
 
 def _scores(value: ir.Value | None, shape: Dims) -> Iterator[Scores]:

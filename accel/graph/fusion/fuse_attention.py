@@ -15,7 +15,7 @@ from onnx_ir.passes import PassResult
 from accel.graph.build import CONTRIB, add_node
 from accel.graph.fusion.attention import Attention, check_one_precision, joined_heads, match, split_rows
 from accel.graph.passes import GraphPass, NoMatchError, remove_unused
-from accel.graph.shapes import dims, integers, made_by
+from accel.graph.shapes import dims, integers, made_by, scalar
 
 
 class FuseAttention(GraphPass):
@@ -49,10 +49,11 @@ def _fuse(graph: ir.Graph, attention: Attention) -> None:
     if query is None or shape is None:
         raise NoMatchError("the queries are not heads of one projection")
     bias = _expanded_over_queries(graph, attention.last, attention.bias, query)
+    query, scale = _unscaled(query, attention.scale)
     old_values = [attention.last.outputs[0]]
     caches = _dynamic_caches(graph, attention)
     if caches is None:
-        inputs: list[ir.Value | None] = [query, attention.key, attention.value, None, None, bias]
+        inputs: list[ir.Value | None] = [query, *_rows_or_heads(attention), None, None, bias]
     else:
         new_key, new_value, past_key, past_value = caches
         inputs = [query, new_key, new_value, None, None, bias, past_key, past_value]
@@ -63,13 +64,28 @@ def _fuse(graph: ir.Graph, attention: Attention) -> None:
     node = ir.node(
         "MultiHeadAttention",
         inputs,
-        attributes={"num_heads": int(shape[1]), "scale": attention.scale},
+        attributes={"num_heads": int(shape[1]), "scale": scale},
         domain=CONTRIB,
         outputs=outputs,
         name=f"{old_values[0].name}.attention",
     )
     graph.insert_before(attention.last, node)
     convenience.replace_all_uses_with(old_values, outputs, replace_graph_outputs=True)
+
+
+def _unscaled(rows: ir.Value, scale: float) -> tuple[ir.Value, float]:
+    """Return what queries [B, S, H * K] are a constant multiple of, and the factor of their scores."""
+    scaled = made_by(rows, "Mul")
+    factor = scalar(scaled.inputs[1]) if scaled is not None else None
+    if scaled is None or not factor or scaled.inputs[0] is None or dims(scaled.inputs[0]) != dims(rows):
+        return rows, scale
+    return scaled.inputs[0], scale * factor
+
+
+def _rows_or_heads(attention: Attention) -> tuple[ir.Value, ir.Value]:
+    """Return keys and values, as rows [B, T, H * K] if both were cut from some, which saves two transposes."""
+    key, value = joined_heads(attention.key), joined_heads(attention.value)
+    return (attention.key, attention.value) if key is None or value is None else (key, value)
 
 
 def _expanded_over_queries(graph: ir.Graph, before: ir.Node, bias: ir.Value | None, query: ir.Value) -> ir.Value | None:

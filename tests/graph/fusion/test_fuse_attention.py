@@ -133,6 +133,38 @@ def test_without_a_mask() -> None:
     checked(graph(SELF, GROW, scores, REST.replace("(biased)", "(scores)")), 1)
 
 
+ENCODER = SELF.replace("new_value", "value").replace("new_key = Transpose <perm: ints = [0, 2, 1, 3]> (k_cut)", "")
+TURNED = SCORES.replace("Transpose <perm: ints = [0, 1, 3, 2]> (key)", "Transpose <perm: ints = [0, 2, 3, 1]> (k_cut)")
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_an_encoder_has_rows_alone(factor: float) -> None:
+    """No cache is returned: one `Transpose` cuts and turns the keys, no heads are left; queries may be multiples."""
+    start = ENCODER if factor == 1 else ENCODER.replace("Reshape(q, heads)", "Reshape(q_half, heads)")
+    scaling = "" if factor == 1 else "q_half = Mul(q, half)"
+    start = start.replace("k = MatMul", f"{scaling}\n k = MatMul", 1)
+    model = graph(start, TURNED, REST, inputs="float[b, s, 12] x, float[b, 1, s, t] mask", outputs="float[b, s, 12] y")
+    given = [{"x": numbers(b, s, 12), "mask": numbers(b, 1, s, s, seed=s)} for b, s in ((1, 5), (3, 2))]
+    before = [run(model, each)["y"] for each in given]
+    FuseAttention()(model)
+    node = next(node for node in model.graph if node.op_type == "MultiHeadAttention")
+    assert [value.name if value else None for value in node.inputs] == ["q", "k", "v", None, None, "mask"]
+    assert node.attributes["scale"].as_float() == factor
+    assert {node.op_type for node in model.graph} <= {"MatMul", "MultiHeadAttention", "Constant"}
+    for each, expected in zip(given, before, strict=True):
+        np.testing.assert_allclose(run(model, each)["y"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_that_turn_otherwise_leave_nothing_behind() -> None:
+    """Where the attention around keys cut and turned in one node isn't fused, the graph is as it was."""
+    rest = REST.replace("<axis: int = -1>", "<axis: int = 2>")
+    inputs = "float[b, s, 12] x, float[b, 1, s, t] mask"
+    model = graph(ENCODER, TURNED.replace("mask)", "columns)"), rest, inputs=inputs, outputs="float[b, s, 12] y")
+    before = [node.op_type for node in model.graph]
+    FuseAttention()(model)
+    assert [node.op_type for node in model.graph] == before
+
+
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [
