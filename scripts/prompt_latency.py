@@ -1,11 +1,13 @@
-"""Time the call of a decoder-only model with a prompt: accel's, PyTorch's eager and PyTorch's compiled.
+"""Time what a model computes before it decodes: accel's, PyTorch's eager and PyTorch's compiled.
 
     python -m scripts.prompt_latency DEPLOYABLE --checkpoint FOLDER [--shapes 1x512 1x2048] [--padded] [--device cuda]
 
-Milliseconds of the host's clock from the call with random ids to the logits of the last token and the caches, with the
-device synchronized at both ends. Each model is opened in a process of its own, one after the other, since a compiler's
-threads would slow the others. PyTorch's model computes attention by SDPA, in the dtype of the deployable. "Compiled" is
-`torch.compile(model, dynamic=False)`, with graphs of its own for each shape.
+Milliseconds of the host's clock, with the device synchronized at both ends. Of a decoder-only model, from the call with
+random ids to the logits of the last token and the caches. Of an encoder-decoder, the call of its encoder; a speech
+model's reads random features of its fixed length, whatever length the shape names. Each model is opened in a process of
+its own, one after the other, since a compiler's threads would slow the others. PyTorch's model computes attention by
+SDPA, in the dtype of the deployable. "Compiled" is `torch.compile(model, dynamic=False)`, with graphs of its own for
+each shape.
 """
 
 import argparse
@@ -21,9 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, PretrainedConfig
 
 from accel.models.loading import load
+from accel.models.model_class import model_class
 
 BACKENDS = ("accel", "eager", "compiled")
 WARM_UP = 3  # calls of each shape before the timed ones
@@ -42,16 +45,40 @@ class Latency:
     slowest: float
 
 
-def open_backend(name: str, folder: Path, checkpoint: Path, device: str) -> Model:
-    """Return a model by the name of its backend, one of `BACKENDS`."""
-    accelerated = load(folder)
-    if name == "accel":
-        return accelerated
-    dtype = accelerated.dtype
-    accelerated.close()
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, attn_implementation="sdpa")
-    model = model.to(device).eval()
-    return torch.compile(model, dynamic=False) if name == "compiled" else model
+@dataclass(frozen=True)
+class Work:
+    """What is timed: calls of `model` with `inputs(batch, length)` and the arguments `options`."""
+
+    model: Model
+    inputs: Callable[[int, int], dict[str, Tensor]]
+    options: dict[str, Any]
+
+
+def open_backend(name: str, options: argparse.Namespace) -> Work:
+    """Return the work of a backend, by its name, one of `BACKENDS`."""
+    config = AutoConfig.from_pretrained(options.checkpoint)
+    model: Any = load(options.deployable)
+    dtype = model.dtype
+    if name != "accel":
+        model.close()
+        model = model_class(config).from_pretrained(options.checkpoint, dtype=dtype, attn_implementation="sdpa")
+        model = model.to(options.device).eval()
+    arguments: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
+    if config.is_encoder_decoder:
+        model, arguments = model.get_encoder(), {}
+    if name == "compiled":
+        model = torch.compile(model, dynamic=False)
+    if getattr(config, "num_mel_bins", None):
+        return Work(model, lambda batch, _: features(batch, config, dtype, options.device), arguments)
+    vocabulary, padded = config.vocab_size, options.padded
+    return Work(model, lambda batch, length: prompt(batch, length, vocabulary, padded, options.device), arguments)
+
+
+def features(batch: int, config: PretrainedConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Return random features [batch, mel bins, frames] of a speech model, whose encoder halves the frames."""
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randn(batch, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+    return {"input_features": frames.to(device, dtype)}
 
 
 def prompt(batch: int, length: int, vocabulary: int, padded: bool, device: str) -> dict[str, Tensor]:
@@ -64,15 +91,16 @@ def prompt(batch: int, length: int, vocabulary: int, padded: bool, device: str) 
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def time_calls(model: Model, inputs: dict[str, Tensor], repeats: int) -> list[float]:
+def time_calls(work: Work, batch: int, length: int, repeats: int) -> list[float]:
     """Return the milliseconds of each of `repeats` calls, after `WARM_UP` others."""
-    synchronize = torch.cuda.synchronize if inputs["input_ids"].is_cuda else lambda: None
+    inputs = work.inputs(batch, length)
+    synchronize = torch.cuda.synchronize if next(iter(inputs.values())).is_cuda else lambda: None
     times = []
     with torch.inference_mode():
         for _ in range(WARM_UP + repeats):
             synchronize()
             start = time.perf_counter()
-            output = model(**inputs, use_cache=True, logits_to_keep=1)
+            output = work.model(**inputs, **work.options)
             synchronize()
             times.append((time.perf_counter() - start) * 1000)
             del output  # its caches, before the next call allocates others
@@ -81,12 +109,11 @@ def time_calls(model: Model, inputs: dict[str, Tensor], repeats: int) -> list[fl
 
 def measure(name: str, options: argparse.Namespace) -> list[Latency]:
     """Return the latency of a backend at every shape."""
-    model = open_backend(name, options.deployable, options.checkpoint, options.device)
-    vocabulary = json.loads((options.checkpoint / "config.json").read_text())["vocab_size"]
+    work = open_backend(name, options)
     found = []
     for shape in options.shapes:
         batch, length = map(int, shape.split("x"))
-        times = time_calls(model, prompt(batch, length, vocabulary, options.padded, options.device), options.repeats)
+        times = time_calls(work, batch, length, options.repeats)
         found.append(Latency(shape, statistics.median(times), min(times), max(times)))
     return found
 
@@ -95,7 +122,7 @@ def table(found: dict[str, Sequence[Latency]]) -> str:
     """Return a table in Markdown: shapes by backends, and the ratio of the first backend to each of the others."""
     first, *others = found
     lines = [
-        f"| batch x prompt | {' | '.join(found)} | {' | '.join(f'{first} / {name}' for name in others)} |",
+        f"| batch x length | {' | '.join(found)} | {' | '.join(f'{first} / {name}' for name in others)} |",
         "|---" * (len(found) + len(others) + 1) + "|",
     ]
     for row in zip(*found.values(), strict=True):
@@ -110,7 +137,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("deployable", type=Path)
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint, for PyTorch")
-    parser.add_argument("--shapes", nargs="+", default=["1x512", "1x2048", "8x512", "8x2048"], help="batch x prompt")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["1x512", "1x2048", "8x512", "8x2048"], help="batch x prompt or source"
+    )
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--padded", action="store_true", help="hide the beginning of the last row")

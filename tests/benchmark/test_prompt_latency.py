@@ -31,7 +31,8 @@ def test_calls_ask_for_the_last_token_and_the_caches() -> None:
     """The first calls aren't timed."""
     model = Recorder()
     inputs = script.prompt(2, 8, 100, False, "cpu")
-    times = script.time_calls(model, inputs, 4)
+    work = script.Work(model, lambda batch, length: inputs, {"use_cache": True, "logits_to_keep": 1})
+    times = script.time_calls(work, 2, 8, 4)
     assert len(times) == 4
     assert min(times) > 0
     assert len(model.calls) == 4 + script.WARM_UP
