@@ -177,6 +177,7 @@ def run_batches(
     scratch: Path,
     first: int = 0,
     decode: Callable[[ComponentRunner, Batch], None] = decode_greedily,
+    finished: Callable[[Component, int], None] = lambda component, count: None,
 ) -> None:
     """Run every batch through every component, with one component open at a time.
 
@@ -187,9 +188,10 @@ def run_batches(
         scratch: Folder for the files through which values pass from one component to the next.
         first: Index of the first of `batches`.
         decode: Runs the decode steps of a batch, beginning with the logits and caches of prefill.
+        finished: Called after each batch with the component and the number of batches up to this one.
     """
     for component in signatures:
-        _run_component(component, signatures, batches, open_component(component), scratch, first, decode)
+        _run_component(component, signatures, batches, open_component(component), scratch, first, decode, finished)
 
 
 def _run_component(
@@ -200,6 +202,7 @@ def _run_component(
     scratch: Path,
     first: int,
     decode: Callable[[ComponentRunner, Batch], None],
+    finished: Callable[[Component, int], None],
 ) -> None:
     """Run every batch through one component, and store the values that the next one takes in `scratch`."""
     for index, batch in enumerate(progress.track(batches, f"running the {component}"), first):
@@ -210,12 +213,11 @@ def _run_component(
         if component is Component.DECODE:
             decode(runner, batch)
             values_file.unlink()
-            continue
-        if component is Component.ENCODER:
-            runner(component, batch.encoder_inputs)
         else:
-            runner(component, decoder_inputs(batch.ids, batch.mask))
-        save_file({name: tensor.contiguous() for name, tensor in runner.values.items()}, values_file)
+            inputs = batch.encoder_inputs if component is Component.ENCODER else decoder_inputs(batch.ids, batch.mask)
+            runner(component, inputs)
+            save_file({name: tensor.contiguous() for name, tensor in runner.values.items()}, values_file)
+        finished(component, index + 1)
 
 
 def _bind_index(call: Call, index: int) -> Run:

@@ -118,6 +118,8 @@ def observe(
 ) -> tuple[dict[Component, ComponentStatistics], list[Batch], str]:
     """Run calibration batches through the observed graphs, and double their number until the statistics settle.
 
+    Growth over the second half of the first `audit.batches` is the first that counts. Sessions stay open over both.
+
     Args:
         config: The configuration.
         architecture: The adapter of the model.
@@ -137,17 +139,21 @@ def observe(
     statistics = {component: graph.statistics for component, graph in observed.items()}
     used: list[Batch] = []
     growing: list[tuple[Component, str]] = []
-    for count in _batch_counts(audit.batches, audit.max_batches):
+    counts = _batch_counts(audit.batches, audit.max_batches)
+
+    def mark(component: Component, number: int) -> None:
+        if number in counts:
+            for seen in statistics[component].values():
+                seen.mark(number)
+
+    for count in counts[counts.index(audit.batches) :]:
         work = list(islice(supply, count - len(used)))
         if not work:
             return statistics, used, f"all {len(used)} batches were used"
-        run_batches(specs, work, lambda component: observed[component].open(config.runtime), scratch, len(used))
+        run_batches(specs, work, lambda each: observed[each].open(config.runtime), scratch, len(used), finished=mark)
         used += work
-        for values in statistics.values():
-            for seen in values.values():
-                seen.mark(len(used))
         growing = unsettled(statistics, audit.overflow_margin)
-        if len(used) >= audit.batches and not growing:
+        if len(used) == count and not growing:
             return statistics, used, f"settled after {len(used)} batches"
     names = ", ".join(f"{component} {name}" for component, name in growing[:NAMES_SHOWN])
     more = ", …" if len(growing) > NAMES_SHOWN else ""
@@ -160,7 +166,7 @@ def observe(
 
 
 def _batch_counts(first: int, maximum: int) -> list[int]:
-    """Return the numbers of batches after which growth is checked: half of `first`, `first`, then doubling."""
+    """Return the numbers of batches between which growth is measured: half of `first`, `first`, then doubling."""
     counts = [max(1, first // 2), first] if first > 1 else [first]
     while counts[-1] * 2 <= maximum:
         counts.append(counts[-1] * 2)
