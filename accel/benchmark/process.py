@@ -1,5 +1,6 @@
 """Worker processes to measure in, so that nothing left over from one measurement changes another."""
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ PRELOADED = ["accel.benchmark.preloaded"]
 ADVICE = "A benchmark keeps all its models loaded at the same time: list fewer benchmark.backends"
 
 _forked = False
+_started: list[ProcessPoolExecutor] = []  # processes that `begin_imports` started and no `WorkerProcess` has taken yet
 
 
 def share_imports() -> None:
@@ -39,14 +41,30 @@ def share_imports() -> None:
         _forked = True
 
 
-def begin_imports() -> None:
-    """Start the process that workers are forked from, where `share_imports` allows it, and don't wait for its imports.
+def begin_imports(spawned: int = 0) -> None:
+    """Start processes for the command line's next workers, and don't wait for their imports.
 
-    It takes a third of a gigabyte of memory.
+    Where `share_imports` wasn't called, or has no effect, nothing is started. Each process takes a third of a gigabyte
+    of memory.
+
+    Args:
+        spawned: Number of workers that can't be forked, because they use a GPU. 0: start the process that workers are
+            forked from.
     """
-    if _forked:
-        with uninterrupted():
+    if not _forked:
+        return
+    with uninterrupted():
+        if not spawned:
             forkserver.ensure_running()
+        for _ in range(spawned):
+            pool = _process("spawn")
+            pool.submit(importlib.import_module, PRELOADED[0])
+            _started.append(pool)
+
+
+def _process(method: str) -> ProcessPoolExecutor:
+    """Start a process by a method of `multiprocessing`, and import nothing yet."""
+    return ProcessPoolExecutor(1, get_context(method), _prepare, (remote_code.is_allowed(),))
 
 
 class WorkerProcess:
@@ -54,7 +72,8 @@ class WorkerProcess:
 
     After an error, busy or not, it is killed.
 
-    The process starts at once and imports nothing before the first call, unless it is forked.
+    The process starts at once and imports nothing before the first call, unless it is forked or `begin_imports` started
+    it.
 
     Args:
         name: What runs in the process, for messages.
@@ -65,10 +84,10 @@ class WorkerProcess:
     def __init__(self, name: str, forked: bool = False) -> None:
         self.name = name
         started = False
-        context = get_context("forkserver" if forked and _forked else "spawn")
+        fork = forked and _forked
         try:
             with uninterrupted():
-                self._pool = ProcessPoolExecutor(1, context, _prepare, (remote_code.is_allowed(),))
+                self._pool = _started.pop() if _started and not fork else _process("forkserver" if fork else "spawn")
                 self._pid: Future[int] = self._pool.submit(os.getpid)
                 started = True
         except KeyboardInterrupt:  # raised before that context, or at its end

@@ -243,6 +243,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
     """
     bundle, dtype = inputs["merge"].folder, config.precision.dtype
     native = config.runtime.compute_dtype.get(dtype) == dtype
+    latency.prepare(config, "cuda")
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         tested = bundle if native else emulate_bundle(bundle, Path(scratch), FORMATS[dtype])
         verification = examine_by_engines(tested, config, inputs, architecture)
@@ -253,7 +254,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         if config.precision.weight_bits is not None:
             message += f"; {weight_audit.read_plan(inputs['audit'].folder).describe_worst()}"
         raise VerificationError(message, summarize(verification, inputs, None))
-    latency.prepare(config)
+    latency.prepare(config, "cpu")
     # Copied: onnx refuses weights in a file with more than one hard link.
     shutil.copytree(bundle, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(layout.MANIFEST))
     verification.files.update({name: record.sha256 for name, record in folder_files(out).items()})

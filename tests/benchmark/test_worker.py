@@ -111,6 +111,35 @@ if __name__ == "__main__":
 """
 
 
+STARTED = """
+import psutil, sys
+from accel.benchmark.process import WorkerProcess, begin_imports, share_imports
+
+def imported():
+    return "transformers.generation.utils" in sys.modules
+
+if __name__ == "__main__":
+    begin_imports(spawned=1)  # without an effect yet
+    before = {child.pid for child in psutil.Process().children()}
+    share_imports()
+    begin_imports(spawned=2)
+    begun = {child.pid for child in psutil.Process().children()}
+    with WorkerProcess("a") as a, WorkerProcess("b") as b:
+        print([each.call(imported) for each in (a, b)], {a.pid, b.pid} <= begun, not before)
+    with WorkerProcess("c") as c:
+        print(c.call(imported), c.pid in begun)
+    begin_imports(spawned=1)
+"""
+
+
+def test_workers_may_start_ahead(tmp_path: Path) -> None:
+    """With their imports; where none is left, one starts without them; what nobody takes ends with the program."""
+    script = tmp_path / "measure.py"
+    script.write_text(STARTED)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("[True, True] True True\nFalse False\n", "")
+
+
 def test_workers_share_imports(tmp_path: Path) -> None:
     """Forked workers are processes of their own, with the imports of a process that ends with the program."""
     script = tmp_path / "measure.py"
