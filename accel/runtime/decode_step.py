@@ -143,8 +143,6 @@ class FusedStep:
         AccelError: The engine can't run the graph.
     """
 
-    engine = FUSED
-
     def __init__(
         self,
         graph: Path,
@@ -159,14 +157,16 @@ class FusedStep:
         self._graph, self._open_bound = graph, open_bound
         self._session: SessionStep | None = None
         self.planned = PlannedStep(graph, self.device, weights.tensors(graph), {KEPT: torch.tensor([0])}, tune)
+        on_cuda = self.device.type == "cuda"
+        self.engine = ONNXRUNTIME if on_cuda and not self.planned.in_kernel(1) else FUSED  # of one sequence's steps
         specs = self.planned.inputs | self.planned.outputs
         self._dtypes = {name: spec.dtype for name, spec in specs.items()}
         axes = {name: tuple(axis for axis in spec.axes if axis is not None) for name, spec in specs.items()}
         self.inputs: Mapping[str, Axes] = {name: axes[name] for name in self.planned.inputs}
         self.outputs: Mapping[str, Axes] = {name: axes[name] for name in self.planned.outputs}
         obstacle = self.planned.obstacle
-        self.capturable = capture and self.device.type == "cuda" and obstacle is None
-        if capture and self.device.type == "cuda" and obstacle is not None:
+        self.capturable = capture and on_cuda and obstacle is None
+        if capture and on_cuda and obstacle is not None:
             logger.warning(f"{graph.name} is not captured: {obstacle}")
 
     def dtype(self, name: str) -> torch.dtype:

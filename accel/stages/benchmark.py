@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,12 +32,14 @@ from accel.benchmark.backends import BACKENDS, BASELINE, CAPTURED, OURS, SEPARAT
 from accel.benchmark.figures import spread, token_times
 from accel.benchmark.schedule import ScheduleResult, time_backends
 from accel.benchmark.timer import BackgroundLoad, Timing
+from accel.config.engines import AUTO
 from accel.config.schema import BenchmarkConfig, Config, RuntimeConfig
 from accel.data.pretrained import load_config
 from accel.graph import files
 from accel.graph.bandwidth import bytes_read
 from accel.pipeline.stage import Stage
 from accel.pipeline.store import Artifact
+from accel.runtime.engine_choice import engines_to_verify
 from accel.system.environment import command, machine
 from accel.system.hashing import DISTRIBUTION, versions
 from accel.system.memory_bandwidth import measure_bandwidth
@@ -227,7 +229,7 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
         deployable=str(inputs[_measured_stage(config)].folder),
         graphs=str(inputs["convert"].folder),
         cache=architecture.signature(hf_config, Component.DECODE).cache,
-        runtime=config.runtime,
+        runtime=_measured_runtime(config),
         dtype=config.precision.dtype,
     )
     names = select_backends(benchmark.backends, config.runtime)
@@ -262,6 +264,15 @@ def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architectu
 def _measured_stage(config: Config) -> str:
     """Return the stage whose artifact is measured."""
     return "merge" if config.benchmark.unverified else "verify"
+
+
+def _measured_runtime(config: Config) -> RuntimeConfig:
+    """Return the runtime, with the engine that `verify` would try first where nobody verified the bundle."""
+    runtime = config.runtime
+    if not (config.benchmark.unverified and runtime.static and runtime.engine == AUTO):
+        return runtime
+    engines = engines_to_verify(AUTO, torch.device(runtime.device), config.precision.dtype)
+    return replace(runtime, engine=engines[0])
 
 
 def _session_ratios(memory: Mapping[str, Mapping[str, int]]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from accel.benchmark.schedule import ScheduleResult
 from accel.benchmark.timer import Timing
 from accel.cli import benchmark_table, console
 from accel.cli.compose import compose, execute
-from accel.config.schema import BenchmarkConfig, RuntimeConfig
+from accel.config.schema import BenchmarkConfig, Config, RuntimeConfig
 from accel.errors import AccelError
 from accel.stages import benchmark
 from accel.system.environment import command
@@ -124,6 +124,19 @@ def test_error_in_a_process_names_the_backend(build: Build, tiny: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_unverified_bundle_is_measured_as_it_would_be_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody verified an engine that `auto` could take: it is the first that `verify` tries, if asked for no other."""
+    config = Config()
+    config.precision.dtype, config.runtime.static, config.runtime.engine = "float16", True, "auto"
+    config.benchmark.unverified = True
+    monkeypatch.setattr("accel.engine.kernel.launch.unsupported", lambda device: None)
+    assert benchmark._measured_runtime(config).engine == "fused"
+    config.runtime.engine = "onnxruntime"
+    assert benchmark._measured_runtime(config) is config.runtime
+    config.runtime.engine, config.benchmark.unverified = "auto", False
+    assert benchmark._measured_runtime(config) is config.runtime
+
+
 def test_unverified_bundle_only_on_request(build: Build, tiny: Path) -> None:
     """The verified deployable is measured, unless `benchmark.unverified=true`."""
     few = [*QUICK, "benchmark.backends=[onnx_merged]", "benchmark.repeats=1", "benchmark.warmup=0"]
