@@ -9,7 +9,7 @@ from accel.models.prompt_cache import PromptCache
 from accel.runtime.chunked_prefill import chunk_inputs
 from accel.runtime.decoder_inputs import kept_logits_inputs
 from accel.runtime.dynamic_cache import DynamicCacheState
-from accel.runtime.layout import IDS, MASK
+from accel.runtime.layout import IDS
 from accel.runtime.static_state import StaticCacheState
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class RowPrefill:
             self.computed = end
             if self.remaining:
                 return None
-            rows.cache.fill(self.row, self._state, self._inputs.get(MASK))
+            rows.cache.fill([self.row], self._state, self._inputs)
             self._state = None
         return logits[0, -1]
 

@@ -12,6 +12,7 @@ from accel.models.prompt_cache import PromptCache
 from accel.models.rope import angles_depend_on_length
 from accel.models.row_prefill import RowPrefill
 from accel.runtime.dynamic_cache import DynamicCacheState
+from accel.runtime.layout import IDS, MASK
 from accel.runtime.rows import CacheRows
 from accel.runtime.static_cache import StaticCacheRuntime
 
@@ -141,7 +142,7 @@ class Rows:
         Args:
             rows: Claimed rows.
             inputs: One input for each row, as for `prefill`, in a batch: shorter ones are padded, and `attention_mask`
-                [rows, length] is 0 there. Padding of a decoder-only model's prompts is on the left, and takes room.
+                [rows, length] is 0 there. Padding of a decoder-only model's prompts is on the left, and takes no room.
 
         Returns:
             Logits of the first new tokens, [rows, vocabulary].
@@ -153,12 +154,12 @@ class Rows:
             self.check_claimed(row)
         with self.model.call():
             first_inputs = self.model.prefill_inputs(**inputs)
-            if len(first_inputs["input_ids"]) != len(rows):
-                raise ValueError(f"{len(first_inputs['input_ids'])} sequences were given for {len(rows)} rows")
+            if len(first_inputs[IDS]) != len(rows):
+                raise ValueError(f"{len(first_inputs[IDS])} sequences were given for {len(rows)} rows")
             self._check_length(first_inputs)
+            padding = left_padding(first_inputs[MASK]) if MASK in first_inputs else None
             logits, state = self.runtime.dynamic.prefill(first_inputs)
-            for sequence, row in enumerate(rows):
-                self.cache.fill(row, state, first_inputs.get("attention_mask"), sequence)
+            self.cache.fill(rows, state, first_inputs, padding)
         return logits[:, -1]
 
     def _check_length(self, inputs: Mapping[str, Tensor]) -> None:
@@ -247,18 +248,20 @@ class Rows:
         with self.model.call():
             return self.cache.step(tokens.to(self.model.device, torch.int64))
 
-    def release(self, row: int) -> None:
-        """End a row's sequence and free the row.
+    def release(self, *rows: int) -> None:
+        """End the sequences of rows and free these.
 
         Raises:
-            ValueError: The row isn't claimed.
+            ValueError: A row isn't claimed.
             RuntimeError: The rows or the model are closed.
         """
-        self.check_claimed(row)
+        for row in rows:
+            self.check_claimed(row)
         with self.model.call():
-            self.cache.clear(row)
-        self._claimed.remove(row)
-        self._prefills.pop(row, None)
+            self.cache.clear(rows)
+        self._claimed.difference_update(rows)
+        for row in rows:
+            self._prefills.pop(row, None)
 
     def close(self) -> None:
         """Give the caches back to the model. Further calls raise `RuntimeError`."""
@@ -282,6 +285,12 @@ class Rows:
         self._check_open()
         if row not in self._claimed:
             raise ValueError(f"row {row} is not claimed: claimed are {sorted(self._claimed)}")
+
+
+def left_padding(mask: Tensor) -> list[int] | None:
+    """Return the number of zeros that each row of a mask [rows, length] begins with; None if no row does."""
+    padding: list[int] = (mask.cumsum(1) == 0).sum(1).clamp(max=mask.shape[1] - 1).tolist()
+    return padding if any(padding) else None
 
 
 def check_sizes(**sizes: int) -> None:

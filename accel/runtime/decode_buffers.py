@@ -13,9 +13,9 @@ from accel.runtime.cache_views import CacheViews
 from accel.runtime.cuda_graph import CudaGraphCallable, free_dropped_graphs
 from accel.runtime.decode_step import DecodeStep
 from accel.runtime.layout import BUCKET, IDS, POSITION
-from accel.runtime.padding import Shape, copy_padded
+from accel.runtime.padding import Shape, copy_padded, leading_view
 from accel.runtime.protocol import C
-from accel.runtime.ring_cache import copy_entries, in_order, ring_length, windows
+from accel.runtime.ring_cache import copy_entries, in_order, last_entries, ring_length, windows
 from accel.runtime.token_graph import MAX_TOKEN_GRAPHS, Step, TokenGraph
 
 LOGITS = "logits"
@@ -187,24 +187,55 @@ class DecodeBuffers:
             self.ancestry.collect(length, self._cache_stacks)
             self._is_spread = False
 
-    def write_row(self, row: int, caches: Mapping[str, Tensor], length: int) -> None:
-        """Replace the entries of one row by the first `length` ones of `caches` [1, H, S, D], and clear the others.
-
-        What an earlier sequence left there may be NaN, which no mask hides.
-        """
+    def clear_rows(self, rows: Tensor) -> None:
+        """Clear the caches of rows, int64 [rows]: what earlier sequences left there may be NaN, which no mask hides."""
         for stack in self.stacks.values():
-            stack[:, row].zero_()
-        for name, axis in self.axes.items():
-            copy_entries(caches[name], self.self_caches[name][row : row + 1], axis, length)
+            stack.index_fill_(1, rows, 0)
 
-    def copy_row(self, row: int, other: "DecodeBuffers", other_row: int, length: int) -> None:
-        """Replace the entries of one row by those of the first `length` tokens of another row, and clear the others.
+    def write_rows(
+        self, rows: Tensor, caches: Mapping[str, Tensor], tokens: int, padding: Tensor | None = None
+    ) -> None:
+        """Replace the entries of rows, and clear the others.
 
-        As many are copied as there is room for in the other buffers' bucket and in this one.
+        Args:
+            rows: int64 [rows].
+            caches: Cache input -> [rows, H, tokens, D].
+            tokens: Number of tokens in `caches`.
+            padding: Number of first tokens of each row that are dropped, int64 [rows]; None for none.
         """
-        for (stack, axis), (theirs, _) in zip(self._cache_stacks, other._cache_stacks, strict=True):
-            stack[:, row].zero_()
-            copy_entries(theirs[:, other_row : other_row + 1], stack[:, row : row + 1], axis, length)
+        self.clear_rows(rows)
+        for name, axis in self.axes.items():
+            target = self.self_caches[name]
+            slots = min(tokens, target.shape[axis])
+            entries = last_entries(caches[name], axis, slots, padding)
+            target.narrow(axis, 0, slots).index_copy_(0, rows, entries.to(target.dtype))
+
+    def copy_rows(self, rows: Tensor, other: "DecodeBuffers", other_rows: Tensor, tokens: int) -> None:
+        """Replace the first entries of rows by those of other rows, int64 [rows] both, of at most `tokens` tokens.
+
+        An entry has the same slot in both: caches that are filled in turn are of one length wherever a row has more
+        tokens than one of them has slots.
+        """
+        for name, axis in self.axes.items():
+            source, target = other.self_caches[name], self.self_caches[name]
+            slots = min(tokens, source.shape[axis], target.shape[axis])
+            entries = source.narrow(axis, 0, slots).index_select(0, other_rows)
+            target.narrow(axis, 0, slots).index_copy_(0, rows, entries)
+
+    def copy_constants(self, rows: Tensor, constants: Mapping[str, Tensor], other_rows: Tensor | None = None) -> None:
+        """Replace the constants of rows, int64 [rows], by those of `other_rows`, or all rows, of `constants`.
+
+        What a shorter one leaves is filled with zeros; of a longer one, the beginning is copied.
+        """
+        for name, tensor in constants.items():
+            target = self.constants[name]
+            common = tuple(min(sizes) for sizes in zip(target.shape[1:], tensor.shape[1:], strict=True))
+            source = leading_view(tensor, (len(tensor), *common))
+            if common != tuple(target.shape[1:]):
+                target.index_fill_(0, rows, 0)
+            if other_rows is not None:
+                source = source.index_select(0, other_rows)
+            leading_view(target, (len(target), *common)).index_copy_(0, rows, source)
 
     def read(self, length: int) -> CacheViews:
         """Return the first `length` tokens' entries of the self-attention caches, [B, H, length, D].

@@ -54,6 +54,32 @@ def copy_entries(source: Tensor, target: Tensor, axis: int, tokens: int) -> None
             target.narrow(axis, begin % sizes[1], end - begin).copy_(entries)
 
 
+def last_entries(source: Tensor, axis: int, slots: int, padding: Tensor | None = None) -> Tensor:
+    """Return what a cache of `slots` slots holds of each row: the last entries, each in the slot of its position.
+
+    Args:
+        source: [rows, heads, tokens, head_size], at least `slots` tokens.
+        axis: Axis of the tokens.
+        slots: Number of slots.
+        padding: Number of first tokens of each row that are dropped, so that positions count from the one behind them,
+            int64 [rows]; None for none. Slots that are left over hold the row's last entry.
+
+    Returns:
+        [rows, heads, slots, head_size]; `source` itself where it holds the same.
+    """
+    tokens = source.shape[axis]
+    if padding is None:
+        if slots == tokens:
+            return source
+        return source.index_select(axis, held_positions(slots, tokens, source.device))
+    taken = held_positions(slots, tokens - padding[:, None], source.device) + padding[:, None]  # [rows, slots]
+    index_shape = [1] * source.ndim
+    index_shape[0], index_shape[axis] = taken.shape
+    shape = list(source.shape)
+    shape[axis] = slots
+    return source.gather(axis, taken.clamp(max=tokens - 1).view(index_shape).expand(shape))
+
+
 def in_order(cache: Tensor, axis: int, tokens: int) -> Tensor:
     """Return the entries of positions 0, 1, ..., `tokens` - 1.
 
@@ -79,7 +105,8 @@ def held_positions(slots: int, tokens: int | Tensor, device: torch.device) -> Te
 
     Args:
         slots: Number of slots.
-        tokens: Number of positions written; int64 [1] on the device where the host doesn't know it.
+        tokens: Number of positions written; int64 [1] on the device where the host doesn't know it, or [rows, 1] for a
+            result [rows, slots].
         device: Device of the result.
     """
     own = torch.arange(slots, device=device)

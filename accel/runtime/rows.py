@@ -3,7 +3,7 @@
 Iteration-level scheduling, as in Orca: https://www.usenix.org/conference/osdi22/presentation/yu
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from accel.runtime.decode_buffers import DecodeBuffers
 from accel.runtime.dynamic_cache import DynamicCacheState
 from accel.runtime.layout import IDS, MASK, POSITION, POSITION_IDS
-from accel.runtime.padding import Padding, copy_padded, leading_view
+from accel.runtime.padding import Padding
 
 if TYPE_CHECKING:
     from accel.runtime.static_cache import StaticCacheRuntime
@@ -45,43 +45,70 @@ class CacheRows:
             tensor.fill_(name.endswith("mask"))  # a softmax over no entry at all would be NaN
         for tensor in buffers.inputs.values():
             tensor.zero_()
-        for row in range(buffers.batch):
-            self.clear(row)
+        self.clear(range(buffers.batch))
 
-    def fill(self, row: int, state: DynamicCacheState, mask: Tensor | None = None, sequence: int = 0) -> None:
-        """Continue a sequence in a row.
+    def fill(
+        self,
+        rows: Sequence[int],
+        state: DynamicCacheState,
+        inputs: Mapping[str, Tensor],
+        padding: Sequence[int] | None = None,
+    ) -> None:
+        """Continue the sequences of a state in rows.
 
         Args:
-            row: The row. What it held is lost.
+            rows: A row for each sequence. What it held is lost.
             state: Caches and constants of at most `bucket` tokens.
-            mask: Attention mask of its tokens, [batch, length], where the graph takes one.
-            sequence: Index of the sequence in `state` and `mask`.
+            inputs: The decoder's inputs that the state was computed from. Masks that are on the host are read there,
+                without waiting for the device.
+            padding: Number of first tokens of each sequence that are padding; they take no room. None for none.
 
         Raises:
-            ValueError: A constant is longer than the rows' ones, or shorter along an axis that isn't masked. The row
-                is as before.
+            ValueError: A constant is longer than the rows' ones, or shorter along an axis that isn't masked. The rows
+                are as before.
         """
         for name, tensor in state.constants.items():
             self._check_constant(name, tensor)
-        length, inputs = state.length, self._buffers.inputs
-        self.clear(row)
-        caches = {name: tensor[sequence : sequence + 1] for name, tensor in state.self_caches.items()}
-        self._buffers.write_row(row, caches, length)
-        for name, tensor in state.constants.items():
-            copy_padded(self._buffers.constants[name][row], tensor[sequence])
-        inputs[POSITION][row] = length
-        if mask is not None and MASK in inputs:
-            inputs[MASK][row, :length] = mask[sequence]
-        if mask is not None and POSITION_IDS in inputs:
-            inputs[POSITION_IDS][row] = mask[sequence].sum()
-        self._filled[row] = 1
-        self.lengths[row] = length
-        self.source_lengths[row] = self._source_length(state.constants, sequence)
+        length, buffers = state.length, self._buffers
+        counts = [length - skipped for skipped in padding or [0] * len(rows)]
+        self.clear(rows)
+        index, tokens = self._place([rows, counts])
+        skipped = length - tokens if padding else None
+        buffers.write_rows(index, state.self_caches, length, skipped)
+        buffers.copy_constants(index, state.constants)
+        self._filled.index_fill_(0, index, 1)
+        buffers.inputs[POSITION].index_copy_(0, index, tokens)
+        if MASK in inputs:
+            self._write_mask(index, inputs[MASK].to(index.device, non_blocking=True), skipped)
+        self.lengths.update(zip(rows, counts, strict=True))
+        self.source_lengths.update(zip(rows, self._source_lengths(inputs, len(rows)), strict=True))
 
-    def _source_length(self, constants: Mapping[str, Tensor], sequence: int) -> int:
-        """Return the number of source tokens up to the last one that the mask of a sequence shows; 0 without a mask."""
-        masks = (constants[name] for name, axes in self._padding.axes.items() if axes[1:] and name.endswith("mask"))
-        return max((int(mask[sequence].nonzero().max()) + 1 for mask in masks), default=0)
+    def _write_mask(self, rows: Tensor, mask: Tensor, padding: Tensor | None) -> None:
+        """Write attention masks [rows, tokens] without their padding, and the positions of the next tokens."""
+        inputs, tokens = self._buffers.inputs, mask.shape[1]
+        if POSITION_IDS in inputs:
+            inputs[POSITION_IDS].index_copy_(0, rows, mask.sum(1, keepdim=True))
+        if MASK not in inputs:
+            return
+        if padding is not None:
+            taken = torch.arange(tokens, device=mask.device) + padding[:, None]
+            mask = mask.gather(1, taken.clamp(max=tokens - 1)).masked_fill(taken >= tokens, 0)
+        inputs[MASK].index_fill_(0, rows, 0)
+        inputs[MASK][:, :tokens].index_copy_(0, rows, mask.to(inputs[MASK].dtype))
+
+    def _place(self, numbers: Sequence[Sequence[int]]) -> Tensor:
+        """Return numbers as a tensor on the device, which isn't waited for."""
+        return torch.tensor(numbers).to(self._runtime.device, non_blocking=True)
+
+    def _source_lengths(self, inputs: Mapping[str, Tensor], rows: int) -> list[int]:
+        """Return the number of source tokens of each row up to the last one that its mask shows; 0 without a mask."""
+        lengths = [0] * rows
+        for name, axes in self._padding.axes.items():
+            if name in inputs and axes[1:] and name.endswith("mask"):
+                mask = inputs[name] != 0
+                last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1).tolist()
+                lengths = [max(pair) for pair in zip(lengths, last, strict=True)]
+        return lengths
 
     def take_over(self, other: "CacheRows", rows: Mapping[int, int]) -> None:
         """Continue sequences of other rows, whose buffers may have other lengths.
@@ -90,22 +117,21 @@ class CacheRows:
             other: The other rows. They stay as they are.
             rows: Filled row of `other` -> row here. Its tokens and its constants must fit.
         """
-        inputs, theirs = self._buffers.inputs, other._buffers.inputs
-        for old, new in rows.items():
-            length = other.lengths[old]
-            self.clear(new)
-            self._buffers.copy_row(new, other._buffers, old, length)
-            for name, tensor in other._buffers.constants.items():
-                target = self._buffers.constants[name][new]
-                common = tuple(min(sizes) for sizes in zip(target.shape, tensor.shape[1:], strict=True))
-                copy_padded(target, leading_view(tensor[old], common))
-            for name in (POSITION, POSITION_IDS):
-                if name in inputs:
-                    inputs[name][new] = theirs[name][old]
-            if MASK in inputs:
-                inputs[MASK][new, :length] = theirs[MASK][old, :length]
-            self._filled[new] = 1
-            self.lengths[new], self.source_lengths[new] = length, other.source_lengths[old]
+        if not rows:
+            return
+        buffers, theirs = self._buffers, other._buffers
+        old, new = self._place([list(rows), list(rows.values())])
+        longest = max(other.lengths[row] for row in rows)
+        buffers.copy_rows(new, theirs, old, longest)
+        buffers.copy_constants(new, theirs.constants, old)
+        for name in (POSITION, POSITION_IDS):
+            if name in buffers.inputs:
+                buffers.inputs[name].index_copy_(0, new, theirs.inputs[name].index_select(0, old))
+        if MASK in buffers.inputs:
+            buffers.inputs[MASK][:, :longest].index_copy_(0, new, theirs.inputs[MASK][:, :longest].index_select(0, old))
+        self._filled.index_fill_(0, new, 1)
+        for row, target in rows.items():
+            self.lengths[target], self.source_lengths[target] = other.lengths[row], other.source_lengths[row]
 
     def _check_constant(self, name: str, tensor: Tensor) -> None:
         """Raise `ValueError` if a constant [1, ...] of one sequence has no place in a row."""
@@ -117,18 +143,17 @@ class CacheRows:
                     f"open rows with source_length={length}"
                 )
 
-    def clear(self, row: int) -> None:
-        """Make a row idle."""
+    def clear(self, rows: Sequence[int]) -> None:
+        """Make rows idle."""
         inputs = self._buffers.inputs
-        self.lengths.pop(row, None)
-        self.source_lengths.pop(row, None)
-        self._filled[row] = 0
-        inputs[POSITION][row] = 0
+        for row in rows:
+            self.lengths.pop(row, None)
+            self.source_lengths.pop(row, None)
+        (index,) = self._place([list(rows)])
+        for tensor in (self._filled, *(inputs[name] for name in (POSITION, MASK, POSITION_IDS) if name in inputs)):
+            tensor.index_fill_(0, index, 0)
         if MASK in inputs:
-            inputs[MASK][row] = 0
-            inputs[MASK][row, 0] = 1
-        if POSITION_IDS in inputs:
-            inputs[POSITION_IDS][row] = 0
+            inputs[MASK][:, 0].index_fill_(0, index, 1)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Decode one token in each filled row.

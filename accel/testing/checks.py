@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from accel.models.loading import verification_of
 from accel.testing.forward_checks import cache_tensors, forward_caller_cache, forward_kept_logits, forward_logits
 from accel.testing.prompt_checks import prompt_cache, prompt_computed_once, prompt_in_chunks
-from accel.testing.row_checks import rows_alone
+from accel.testing.row_checks import rows_alone, rows_together
 from accel.testing.subject import NEW_TOKENS, UNIQUE_TOKENS, Subject
 
 BEAMS = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.3}
@@ -337,6 +337,7 @@ CHECKS: tuple[Check, ...] = (
     prompt_computed_once,
     prompt_in_chunks,
     rows_alone,
+    rows_together,
 )
 
 

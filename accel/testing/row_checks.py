@@ -1,11 +1,12 @@
 """Checks of rows that begin and end independently of each other: see `accel.models.rows`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from accel.models.rope import angles_depend_on_length
 from accel.models.rows import Rows
@@ -15,6 +16,7 @@ NEW_TOKENS = 9
 LENGTHS = (9, 4, 13, 6)  # of the inputs, in tokens
 STARTS = (0, 2, 3, 6)  # step before which each begins; the last one takes the row of the first
 FIRST_LENGTH = 5  # new tokens after which the first is cut short
+TOGETHER, TOGETHER_WITH_ENCODER = (2, 0, 1, 3), (2, 0)  # whose decoder prompts have one length
 
 
 @dataclass
@@ -122,5 +124,51 @@ def rows_alone(subject: Subject) -> None:
         count = FIRST_LENGTH + 1 if number == 0 else NEW_TOKENS
         assert ours.tokens == theirs.tokens[: len(ours.tokens)], (number, ours.tokens, theirs.tokens)
         assert len(ours.tokens) == count, (number, len(ours.tokens), count)
+        for logits, right in zip(ours.logits, theirs.logits, strict=False):
+            torch.testing.assert_close(logits, right.to(logits.dtype), rtol=1e-3, atol=1e-3)
+
+
+def _batch(subject: Subject, sequences: Sequence[RowSequence]) -> dict[str, Tensor]:
+    """Return inputs in a batch: text is padded, beside an encoder on the right, else on the left."""
+    side, batch = "right" if subject.has_encoder else "left", {}
+    for name in sequences[0].inputs:
+        tensors = [sequence.inputs[name] for sequence in sequences]
+        if tensors[0].is_floating_point():  # features of speech, of one length
+            batch[name] = torch.cat(tensors)
+            continue
+        batch[name] = pad_sequence([tensor[0] for tensor in tensors], batch_first=True, padding_side=side)
+    if "input_ids" in batch:
+        masks = [torch.ones_like(sequence.inputs["input_ids"][0]) for sequence in sequences]
+        batch["attention_mask"] = pad_sequence(masks, batch_first=True, padding_side=side)
+    return batch
+
+
+def rows_together(subject: Subject) -> None:
+    """Check that sequences of different lengths, prefilled in one padded batch, are what each is alone.
+
+    One ends before the others. Rows are not in the order of the batch.
+    """
+    if subject.static is None or angles_depend_on_length(subject.eager.config):
+        return
+    numbers = TOGETHER_WITH_ENCODER if subject.has_encoder else TOGETHER
+    expected = [_alone(subject, number) for number in numbers]
+    assert len({tuple(sequence.tokens) for sequence in expected}) == len(expected), "sequences have the same tokens"
+    found = [_sequence(subject, number) for number in numbers]
+    with subject.static.rows(capacity=len(numbers) + 1, max_length=24, source_length=max(LENGTHS)) as rows:
+        taken = [rows.claim() for _ in range(len(numbers) + 1)][:0:-1]
+        for sequence, logits in zip(found, rows.prefill_together(taken, **_batch(subject, found)), strict=True):
+            sequence.choose(logits)
+        running = dict(zip(taken, found, strict=True))
+        for step in range(NEW_TOKENS - 1):
+            if step == FIRST_LENGTH:
+                rows.release(taken[0])
+                del running[taken[0]]
+            tokens = torch.tensor([running[row].tokens[-1] if row in running else -1 for row in range(rows.capacity)])
+            logits = rows.step(tokens)
+            for row, sequence in running.items():
+                sequence.choose(logits[row])
+    for number, ours, theirs in zip(numbers, found, expected, strict=True):
+        assert len(ours.tokens) == (FIRST_LENGTH + 1 if ours is found[0] else NEW_TOKENS), (number, ours.tokens)
+        assert ours.tokens == theirs.tokens[: len(ours.tokens)], (number, ours.tokens, theirs.tokens)
         for logits, right in zip(ours.logits, theirs.logits, strict=False):
             torch.testing.assert_close(logits, right.to(logits.dtype), rtol=1e-3, atol=1e-3)

@@ -11,6 +11,7 @@ from accel.runtime.ring_cache import (
     copy_entries,
     held_positions,
     in_order,
+    last_entries,
     ring_length,
     windows,
 )
@@ -53,6 +54,26 @@ def test_positions_of_slots(tokens: int) -> None:
         held = held_positions(8, count, torch.device("cpu"))
         for slot, entry in enumerate(filled(8, tokens).flatten().tolist()):
             assert held[slot] == (entry - 1 if entry else slot)
+
+
+@pytest.mark.parametrize("slots", [5, 8, 21])
+def test_last_entries_without_padding(slots: int) -> None:
+    """Each row holds what a decode step would have written behind its own padding; the rest holds its last entry."""
+    tokens, padding = 21, torch.tensor([0, 3, 12, 20])
+    source = torch.arange(4 * tokens).view(4, 1, tokens, 1)
+    found = last_entries(source, 2, slots, padding)
+    assert found.shape == (4, 1, slots, 1)
+    for row, skipped in enumerate(padding.tolist()):
+        count = tokens - skipped
+        expected = filled(slots, count).flatten()
+        for slot, entry in enumerate(expected.tolist()):
+            position = skipped + entry - 1 if entry else tokens - 1
+            assert found[row, 0, slot] == source[row, 0, int(position)]
+    whole = last_entries(source, 2, slots)
+    assert torch.equal(
+        whole[:, 0, :, 0] - 21 * torch.arange(4)[:, None], filled(slots, 21).long()[0, 0, :, 0].expand(4, -1) - 1
+    )
+    assert (whole is source) is (slots == tokens)
 
 
 def test_lengths() -> None:

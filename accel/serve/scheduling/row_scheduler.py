@@ -7,7 +7,8 @@ between the steps as in Sarathi-Serve (https://www.usenix.org/conference/osdi24/
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -15,13 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from accel.errors import DeviceMemoryError
 from accel.models.generation import AcceleratedModel
-from accel.models.row_prefill import RowPrefill
 from accel.models.rows import Rows
 from accel.serve.protocol import FinishReason, Status
 from accel.serve.scheduling.batch_size import BatchSize, Sizing
 from accel.serve.scheduling.job import Job
 from accel.serve.scheduling.limits import SchedulerLimits
 from accel.serve.scheduling.prefill_budget import PrefillBudget
+from accel.serve.scheduling.row_job import RowJob, prompt_group
 from accel.serve.scheduling.scheduler_thread import SchedulerThread
 from accel.serve.scheduling.shared_prefixes import Beginning, SharedPrefixes
 from accel.serve.scheduling.token_selection import select_tokens
@@ -32,36 +33,6 @@ GROUP = 8  # inputs that an encoder takes at once, if as many come in time
 GROUP_STEPS = 3  # steps that the first of them waits for the others
 WARM_UP_TOKENS = 64  # of the prompt that the speed is measured with
 WARM_UP_STEPS = 3  # the second captures a CUDA graph, the third replays it
-
-
-@dataclass(eq=False)
-class RowJob:
-    """A request in a row of the batch.
-
-    Attributes:
-        job: The request.
-        row: Its row.
-        token: Its last token.
-        prefill: The prefill of its prompt where that has begun and is not complete.
-        beginning: How its prompt begins among others; None before that is looked up.
-        running: True once its prompt is computed.
-        source: Length of its input.
-    """
-
-    job: Job
-    row: int
-    token: int = 0
-    prefill: RowPrefill | None = None
-    beginning: Beginning | None = None
-    running: bool = False
-
-    def __post_init__(self) -> None:
-        self.source = int(self.job.request.inputs["input_ids"].shape[1])
-
-    @property
-    def needed_length(self) -> int:
-        """Number of tokens that its row must hold behind the next step, or behind its prompt and one token."""
-        return self.job.sequence.length + (not self.running)  # the last token isn't in the row before it is computed
 
 
 class RowScheduler(SchedulerThread):
@@ -203,63 +174,34 @@ class RowScheduler(SchedulerThread):
             return
         stalls = any(each.running for each in self._active)
         budget = self._budget.tokens(stalls or (not self._encoder and len(entering) > 1))
-        if self._encoder:
-            self._prefill_together(entering, budget)
-        else:
-            while entering and budget > 0:
-                group = self._alike(entering, budget)
-                budget -= self._compute(group) if len(group) > 1 else self._prefill_part(group[0], budget)
-                entering = [each for each in entering if each not in group]
+        while entering and budget > 0:
+            group = self._group(entering, budget)
+            together = self._encoder or len(group) > 1
+            budget -= self._compute(group) if together else self._prefill_part(group[0], budget)
+            entering = [each for each in entering if each not in group]
         self.forget_finished()
 
-    def _prefill_together(self, entering: list[RowJob], budget: float) -> None:
-        """Encode the inputs of the oldest new requests in one batch, of as many padded tokens as the budget allows."""
-        group = [entering[0]]
-        plain = "attention_mask" not in group[0].job.request.inputs
-        for each in entering[1:]:
-            longest = max(each.source, *(other.source for other in group))
-            same = each.job.sequence.prompt_length == group[0].job.sequence.prompt_length
-            if not (plain and same and "attention_mask" not in each.job.request.inputs):
-                break
-            if longest * (len(group) + 1) > budget:
-                break
-            group.append(each)
-        self._compute(group)
+    def _group(self, entering: list[RowJob], budget: float) -> list[RowJob]:
+        """Return the oldest new request, and those whose prompts can be computed with its own.
 
-    def _alike(self, entering: list[RowJob], budget: float) -> list[RowJob]:
-        """Return the oldest new request without an encoder, and those whose prompts can be computed with its own.
-
-        These are of the same length, since padding takes room in a row, and share no beginning with others.
+        Without an encoder they share no beginning with others: prompts behind one that does may begin with what it will
+        have computed.
         """
-        group = [entering[0]]
-        for each in entering:
-            if group[0].prefill is not None or "attention_mask" in each.job.request.inputs:
-                break
-            if each.source != group[0].source or each.prefill is not None:
-                continue
-            if not self._look_up(each).alone:
-                break  # the prompts behind it may begin with what it will have computed
-            if each is not group[0] and each.source * (len(group) + 1) <= budget:
-                group.append(each)
-        return group
+        alone = takewhile(lambda each: self._encoder or each.prefill is not None or self._look_up(each).alone, entering)
+        return prompt_group(entering[0], (each for each in alone if each is not entering[0]), budget, self._encoder)
 
     def _look_up(self, each: RowJob) -> Beginning:
         """Return how the prompt of a new request begins among others."""
         if each.beginning is None:
             inputs = each.job.request.inputs
-            masked = "attention_mask" in inputs  # a cache is one of tokens that all count
-            each.beginning = Beginning() if masked else self._prefixes.beginning(inputs["input_ids"])
+            # a cache is one of tokens that all count
+            each.beginning = Beginning() if each.masked else self._prefixes.beginning(inputs["input_ids"])
         return each.beginning
 
     def _compute(self, group: list[RowJob]) -> int:
         """Compute the prompts of requests in one batch. Return its number of tokens."""
-        sources = [each.job.request.inputs["input_ids"][0] for each in group]
-        masks = [each.job.request.inputs.get("attention_mask", torch.ones(1, each.source))[0].long() for each in group]
-        device = self.model.device
-        ids = pad_sequence(sources, batch_first=True).to(device)
-        inputs = {"input_ids": ids, "attention_mask": pad_sequence(masks, batch_first=True).to(device)}
-        if self._encoder:
-            inputs["decoder_input_ids"] = torch.cat([each.job.sequence.prompt for each in group])
+        inputs = self._batch(group)
+        tokens = inputs["input_ids"].numel()
         start = time.perf_counter()
         try:
             logits = self._rows.prefill_together([each.row for each in group], **inputs)
@@ -269,10 +211,26 @@ class RowScheduler(SchedulerThread):
                 return self._compute(group[:half]) + self._compute(group[half:])
             for each in group:
                 each.job.finish(FinishReason.ERROR, error)
-            return ids.numel()
+            return tokens
         self._select(group, logits, range(len(group)))
-        self._budget.measured(ids.numel(), time.perf_counter() - start)
-        return ids.numel()
+        self._budget.measured(tokens, time.perf_counter() - start)
+        return tokens
+
+    def _batch(self, group: list[RowJob]) -> dict[str, Tensor]:
+        """Return the inputs of requests in a batch on the host, padded on the left, beside an encoder on the right.
+
+        On the host they can be checked, and their lengths read, without waiting for the device.
+        """
+        side = "right" if self._encoder else "left"
+        sources = [each.job.request.inputs["input_ids"][0] for each in group]
+        masks = [each.job.request.inputs.get("attention_mask", torch.ones(1, each.source))[0].long() for each in group]
+        inputs = {
+            name: pad_sequence(tensors, batch_first=True, padding_side=side)
+            for name, tensors in (("input_ids", sources), ("attention_mask", masks))
+        }
+        if self._encoder:
+            inputs["decoder_input_ids"] = torch.cat([each.job.sequence.prompt for each in group])
+        return inputs
 
     def _prefill_part(self, each: RowJob, budget: float) -> int:
         """Compute the next part of a prompt. Return its number of tokens."""
@@ -332,8 +290,8 @@ class RowScheduler(SchedulerThread):
     def forget_finished(self) -> None:
         """Free the rows of requests that have finished."""
         finished = [each for each in self._active if each.job.finished]
-        for each in finished:
-            self._rows.release(each.row)
+        if finished:
+            self._rows.release(*(each.row for each in finished))
         self._active = [each for each in self._active if not each.job.finished]
         if finished and not self._active:
             self._row_limit = self.limits.rows
