@@ -95,6 +95,16 @@ class DecodeBuffers:
         self.token_graphs: OrderedDict[Hashable, TokenGraph] = OrderedDict()
         self._current: TokenGraph | None = None  # the one whose token `inputs` hold
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the caches and constants."""
+        return sum(tensor.nbytes for tensor in (*self.stacks.values(), *self.constants.values()))
+
+    @property
+    def capturable(self) -> bool:
+        """True if steps are captured as CUDA graphs."""
+        return self._step.capturable
+
     def _shape(self, name: str) -> Shape:
         """Return the shape of an input or output of the decode graph in these buffers."""
         axes = self._step.inputs[name] if name in self._step.inputs else self._step.outputs[name]

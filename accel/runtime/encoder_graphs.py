@@ -12,7 +12,7 @@ from accel.runtime.io_binding import BoundSession, FixedCall
 from accel.runtime.padding import Padding, Shape, copy_padded, leading_view, shapes
 from accel.runtime.streams import on_shared_stream
 
-MAX_GRAPHS = 4  # input shapes whose graphs are kept
+MAX_GRAPHS = 16  # input shapes whose graphs are kept
 MAX_OUTPUT_BYTES = 16 * 2**20  # above, computing takes longer than launching, so that a CUDA graph gains nothing
 
 
@@ -46,8 +46,8 @@ def _allocate(session: BoundSession, shapes_by_name: Mapping[str, Shape]) -> dic
 class CapturedEncoder:
     """Encoder session whose runs are captured as CUDA graphs: an input shape is captured when it comes a second time.
 
-    Masked axes are padded (`Padding`), so that similar lengths share a graph. Runs with outputs of more than
-    `MAX_OUTPUT_BYTES` are ordinary runs.
+    Masked axes are padded (`Padding`), and the number of sequences is rounded up to a power of 2, so that similar
+    shapes share a graph. Runs with outputs of more than `MAX_OUTPUT_BYTES` are ordinary runs.
 
     Args:
         session: A session that `supports` returns True for.
@@ -81,7 +81,7 @@ class CapturedEncoder:
         """
         with on_shared_stream(self.session.device), translate_out_of_memory():
             placed = {name: self.session.place(name, inputs[name]) for name in self.session.inputs}
-            padded_shapes = {name: self._padding.padded(name, shape) for name, shape in shapes(placed).items()}
+            padded_shapes = {name: self._padded(name, shape) for name, shape in shapes(placed).items()}
             padded_outputs = self._output_shapes(padded_shapes)
             if self._bytes(padded_outputs) > MAX_OUTPUT_BYTES:
                 return dict(zip(padded_outputs, self.session(placed, list(padded_outputs)), strict=True))
@@ -94,6 +94,11 @@ class CapturedEncoder:
                 name: leading_view(entry.outputs[name], shape).clone()
                 for name, shape in self._output_shapes(shapes(placed)).items()
             }
+
+    def _padded(self, name: str, shape: Shape) -> Shape:
+        """Return the shape of an input in a graph's buffers."""
+        batch, *others = self._padding.padded(name, shape)
+        return 1 << (batch - 1).bit_length(), *others
 
     def _output_shapes(self, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
         """Return the outputs' shapes for inputs of these shapes."""

@@ -64,7 +64,8 @@ class BoundSession:
         # cost a copy at every step.
         device = HOST if dtype is torch.bool or name == NUM_KEPT else self.device
         if tensor.dtype is not dtype or tensor.device != device or tensor.requires_grad:
-            tensor = tensor.detach().to(device, dtype)
+            # a copy from the host is complete, for the host, when the call returns, though the device isn't waited for
+            tensor = tensor.detach().to(device, dtype, non_blocking=device != HOST)
         return tensor.contiguous()
 
     def __call__(self, inputs: Mapping[str, Tensor], output_names: Sequence[str]) -> list[Tensor]:

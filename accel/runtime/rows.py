@@ -83,6 +83,31 @@ class CacheRows:
         self.lengths.update(zip(rows, counts, strict=True))
         self.source_lengths.update(zip(rows, self._source_lengths(inputs, len(rows)), strict=True))
 
+    def begin(self, rows: Sequence[int], inputs: Mapping[str, Tensor]) -> None:
+        """Begin sequences without tokens in rows, beside an encoder; the next step decodes their first ones.
+
+        The cross-attention caches of all rows are computed again, by the graph that computes them from the encoder's
+        outputs.
+
+        Args:
+            rows: A row for each sequence. What it held is lost.
+            inputs: The decoder's inputs: the encoder's outputs and their mask.
+
+        Raises:
+            ValueError: As `fill`.
+        """
+        constants, buffers = self._runtime.dynamic.place_constants(inputs), self._buffers
+        for name, tensor in constants.items():
+            self._check_constant(name, tensor)
+        self.clear(rows)
+        (index,) = self._place([list(rows)])
+        buffers.clear_rows(index)
+        buffers.copy_constants(index, constants)
+        buffers.compute_cross_caches()
+        self._filled.index_fill_(0, index, 1)
+        self.lengths.update(dict.fromkeys(rows, 0))
+        self.source_lengths.update(zip(rows, self._source_lengths(inputs, len(rows)), strict=True))
+
     def _write_mask(self, rows: Tensor, mask: Tensor, padding: Tensor | None) -> None:
         """Write attention masks [rows, tokens] without their padding, and the positions of the next tokens."""
         inputs, tokens = self._buffers.inputs, mask.shape[1]

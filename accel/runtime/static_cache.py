@@ -31,6 +31,7 @@ from accel.runtime.protocol import C
 from accel.runtime.ring_cache import ring_length, windows
 from accel.runtime.rows import CacheRows
 from accel.runtime.session import SessionSettings, open_capturable, open_session
+from accel.runtime.spare_buffers import LEAST_SPARE, number_kept
 from accel.runtime.static_state import StaticCacheState
 from accel.runtime.streams import on_shared_stream
 from accel.runtime.token_history import TokenHistory
@@ -38,7 +39,6 @@ from accel.runtime.weights import SharedWeights
 
 logger = logging.getLogger(__name__)
 
-MAX_SPARE = 4  # unused decode buffers kept for later generations
 
 BufferKey = tuple[int, int, tuple[tuple[str, Shape], ...]]
 """Batch, bucket and padded shapes of the constants: decode buffers with the same key are interchangeable."""
@@ -57,6 +57,7 @@ class StaticCacheRuntime:
         engine: What computes decode steps of one token: `onnxruntime` or `fused`.
         cross_caches: Names of the cross-attention cache inputs.
         windows: Number of keys that a layer with a sliding window sees, by the axis of its caches.
+        starts_static: The first token can be computed as a decode step, without a prefill.
         spare_buffers: Buffers for the next generation of the same kind; the ones released last are at the end.
         captured_encoder: Captured form of the encoder; None where it can't be captured.
     """
@@ -76,9 +77,9 @@ class StaticCacheRuntime:
         self.cross_caches = [name for name in dynamic.cache if name not in dynamic.self_cache_outputs]
         self.windows = windows(graphs.decode.inputs)
         self.spare_buffers: list[tuple[BufferKey, DecodeBuffers]] = []
-        self._max_spare = max(MAX_SPARE, len(capture_batch_sizes) * len(buckets.lengths))
+        self._max_spare = max(LEAST_SPARE, len(capture_batch_sizes) * len(buckets.lengths))
         self._padding = Padding(dynamic.decoder, dynamic.constants)
-        self._starts_static = self._can_start_static()
+        self.starts_static = self._can_start_static()
         self.captured_encoder: CapturedEncoder | None = None
         if dynamic.encoder is not None and CapturedEncoder.supports(dynamic.encoder):
             self.captured_encoder = CapturedEncoder(dynamic.encoder)
@@ -101,7 +102,7 @@ class StaticCacheRuntime:
 
     def prefill(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, StaticCacheState]:
         """Run the decoder without past; a single token runs as a decode step at position 0 where that is possible."""
-        if inputs["input_ids"].shape[1] == 1 and self._starts_static:
+        if inputs["input_ids"].shape[1] == 1 and self.starts_static:
             state = self._empty_state(inputs)
             if state is not None:
                 return self._decode(inputs, state), state
@@ -245,7 +246,6 @@ class StaticCacheRuntime:
             if spare_key == key:
                 del self.spare_buffers[position]
                 return buffers
-
         needed = self.cache_bytes(batch, bucket)
         if needed > free_device_memory(self.device):
             self.spare_buffers.clear()
@@ -307,11 +307,11 @@ class StaticCacheRuntime:
 
     def release(self, buffers: DecodeBuffers) -> None:
         """Keep buffers for a later generation of the same shape; drop the ones released first if there are too many."""
-        constant_shapes = tuple((name, tuple(tensor.shape)) for name, tensor in buffers.constants.items())
-        key = (buffers.batch, buffers.bucket, constant_shapes)
-        is_full = len(self.spare_buffers) == self._max_spare
-        self.spare_buffers = [*self.spare_buffers, (key, buffers)][-self._max_spare :]
-        if is_full:
+        self.spare_buffers.append(((buffers.batch, buffers.bucket, tuple(shapes(buffers.constants).items())), buffers))
+        sizes = [spare.bytes for _, spare in self.spare_buffers]
+        kept = number_kept(sizes, self._max_spare, buffers.capturable, self.device)
+        if kept < len(sizes):
+            self.spare_buffers = self.spare_buffers[-kept:]
             free_dropped_graphs(self.device)
 
     def prepare(self, source: int = PAD_TO_MULTIPLE_OF) -> None:

@@ -255,6 +255,38 @@ def test_sources_prefilled_together(model: AcceleratedModel) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_sources_whose_first_token_is_a_step(model: AcceleratedModel, gpt2: testing.Subject) -> None:
+    """Each has the logits that it has alone, beside a row that goes on, in a row that held another sequence before."""
+    ids = torch.zeros(2, 9, dtype=torch.int64)
+    ids[0, :4], ids[1] = torch.arange(40, 44), IDS
+    with model.rows(3, 8, source_length=16) as rows:
+        first, second, third = (rows.claim() for _ in range(3))
+        rows.prefill(second, input_ids=torch.arange(60, 76))  # longer, and of more tokens
+        rows.step([0, 7, 0])
+        rows.release(second)
+        assert rows.claim() == second
+        going_on = rows.prefill(third, input_ids=torch.arange(20, 33))
+        rows.begin_together([second, first], input_ids=ids, attention_mask=(ids != 0).long())
+        assert (rows.length(first), rows.length(second), rows.length(third)) == (0, 0, 1)
+        assert rows.cache.source_lengths == {second: 4, first: 9, third: 13}
+        found = [rows.step([0, 0, int(going_on.argmax())]), rows.step([7, 9, 5])]
+        rows.resize(3, 16, source_length=13)
+        found.append(rows.step([3, 4, 6]))
+    with model.rows(3, 8, source_length=16) as rows:
+        taken = [rows.claim() for _ in range(3)]
+        sources = (ids[1], ids[0, :4], torch.arange(20, 33))
+        alone = [rows.prefill(row, input_ids=source) for row, source in zip(taken, sources, strict=True)]
+        torch.testing.assert_close(found[0][:2], torch.stack(alone[:2]), rtol=1e-4, atol=1e-4)
+        one, other = taken.pop(), rows.step([7, 9, int(going_on.argmax())])
+        torch.testing.assert_close(found[0][one], other[one], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[1][:2], other[:2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[2][:2], rows.step([3, 4, 5])[:2], rtol=1e-4, atol=1e-4)
+    assert (alone[0] - alone[1]).abs().max() > 0.1
+    assert gpt2.static is not None
+    with gpt2.static.rows(1, 8) as rows, pytest.raises(AccelError, match="no graph computes the cross-attention"):
+        rows.begin_together([rows.claim()], input_ids=IDS)
+
+
 def test_prompt_in_parts(gpt2: testing.Subject) -> None:
     """Another row is stepped between the parts, and the rows move; a snapshot of a part serves another prompt."""
     model = gpt2.static

@@ -28,7 +28,8 @@ from accel.runtime.dynamic_cache import open_dynamic
 from accel.runtime.io_binding import BoundSession
 from accel.runtime.layout import first_variant
 from accel.runtime.session import SessionSettings, open_session
-from accel.runtime.static_cache import MAX_SPARE, StaticCacheRuntime
+from accel.runtime.spare_buffers import LEAST_SPARE
+from accel.runtime.static_cache import StaticCacheRuntime
 from accel.runtime.weights import SharedWeights
 from tests.conftest import Build
 from tests.runtime.test_dynamic_cache import BATCH, PAST, Both
@@ -233,14 +234,14 @@ def test_buffers_outlive_inference_mode(model: AcceleratedModel) -> None:
 
 
 def test_spare_buffers_are_limited(folder: Path) -> None:
-    """Sources of similar lengths share decode buffers, and no more than `MAX_SPARE` are kept."""
+    """Sources of similar lengths share decode buffers, and no more than `LEAST_SPARE` are kept."""
     with open_model(folder, replace(STATIC, buckets=[32])) as opened:
         for length in range(2, 16):
             opened.generate(torch.arange(3, 3 + length)[None], max_new_tokens=2)
         assert len(opened.runtime.spare_buffers) == 1
         for batch in range(2, 12):
             opened.generate(torch.arange(3, 3 + batch).view(batch, 1), max_new_tokens=2)
-        assert len(opened.runtime.spare_buffers) == MAX_SPARE
+        assert len(opened.runtime.spare_buffers) == LEAST_SPARE
 
 
 def test_spare_buffers_are_freed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

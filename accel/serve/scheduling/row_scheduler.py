@@ -8,11 +8,8 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
 
-import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from accel.errors import DeviceMemoryError
 from accel.models.generation import AcceleratedModel
@@ -22,16 +19,15 @@ from accel.serve.scheduling.batch_size import BatchSize, Sizing
 from accel.serve.scheduling.job import Job
 from accel.serve.scheduling.limits import SchedulerLimits
 from accel.serve.scheduling.prefill_budget import PrefillBudget
-from accel.serve.scheduling.row_job import RowJob, prompt_group
+from accel.serve.scheduling.row_job import RowJob
+from accel.serve.scheduling.row_prompts import LONGER_PROMPT, RowPrompts
 from accel.serve.scheduling.scheduler_thread import SchedulerThread
-from accel.serve.scheduling.shared_prefixes import Beginning, SharedPrefixes
+from accel.serve.scheduling.shared_prefixes import SharedPrefixes
 from accel.serve.scheduling.token_selection import select_tokens
 
 logger = logging.getLogger(__name__)
 
-GROUP = 8  # inputs that an encoder takes at once, if as many come in time
-GROUP_STEPS = 3  # steps that the first of them waits for the others
-WARM_UP_TOKENS = 64  # of the prompt that the speed is measured with
+MOST_PROMPTS = 8  # times of the shortest prompt that a new request waits for others, to share a batch of prompts
 WARM_UP_STEPS = 3  # the second captures a CUDA graph, the third replays it
 
 
@@ -54,10 +50,9 @@ class RowScheduler(SchedulerThread):
         self._encoder = bool(model.config.is_encoder_decoder)
         self._row_limit = limits.rows
         self._active: list[RowJob] = []  # replaced, never changed, since other threads read it
-        self._step_s = 0.0  # of the last step
-        self._budget = PrefillBudget(limits.stall_s)
-        self._prefixes = SharedPrefixes(0 if self._encoder else limits.shared_prefixes)
         self._rows: Rows = model.rows(1, 2, 16)
+        prefixes = SharedPrefixes(0 if self._encoder else limits.shared_prefixes)
+        self._prompts = RowPrompts(self._rows, self._encoder, PrefillBudget(limits.stall_s), prefixes, self._select)
         runtime = self._rows.runtime
         self._sizing = Sizing(limits.rows, runtime.capture_batch_sizes, runtime.buckets)
         positions = runtime.buckets.limit or limits.total_tokens
@@ -76,24 +71,19 @@ class RowScheduler(SchedulerThread):
         return Status(len(self.waiting), running, self.limits.rows, sum(held.values()), capacity, self.generated)
 
     def prepare(self) -> None:
-        """Visit every number of rows, and measure the speed of prefills."""
-        length = min(WARM_UP_TOKENS, self.limits.prompt_tokens, self.limits.total_tokens - WARM_UP_STEPS)
-        ids = torch.arange(max(length, 1))[None] % 2
-        prompt = {"input_ids": ids}
+        """Visit every number of rows, and measure the speed of prefills. Ends with the smallest number."""
         if self._active:
             return
-        for count in self._sizing.choices:
-            size = self._sizing.rounded(count, length + WARM_UP_STEPS, length)
-            self._rows.resize(size.rows, size.tokens, size.source)
+        longest = min(LONGER_PROMPT, self.limits.prompt_tokens, self.limits.total_tokens - WARM_UP_STEPS)
+        for count in (*self._sizing.choices, self._sizing.choices[0]):
+            size = self._sizing.rounded(count, max(longest, 1) + WARM_UP_STEPS, longest)
+            self._resize(size)
             row = self._rows.claim()
-            for _ in range(2):
-                start = time.perf_counter()
-                self._rows.prefill(row, **prompt)
-                seconds = time.perf_counter() - start
-            self._budget.measured(length, seconds)
+            self._prompts.measure(row, longest)
             for _ in range(WARM_UP_STEPS):
                 self._rows.step([0] * size.rows)
             self._rows.release(row)
+        self._sizing.emptied(time.monotonic())
 
     def work(self) -> None:
         """Run a cycle, or a request that needs `generate` with cycles between its steps."""
@@ -105,7 +95,8 @@ class RowScheduler(SchedulerThread):
         """Admit requests, compute a part of their prompts, step the batch once."""
         while not self._admit():
             pass  # fewer requests, or the running ones alone, which may have outgrown their rows
-        self._prefill()
+        self._prompts.compute(self._active)
+        self.forget_finished()
         self._step()
 
     def _admit(self) -> bool:
@@ -114,7 +105,7 @@ class RowScheduler(SchedulerThread):
         if not jobs and not self._active:
             return True
         needed = self._needed(jobs)
-        size = self._sizing.next(self._rows, needed, empty=not self._active)
+        size = self._sizing.next(self._rows, needed, empty=not self._active, at=time.monotonic())
         error = self._resize(size)
         if error is not None and size != needed:
             error = self._resize(needed)
@@ -125,15 +116,19 @@ class RowScheduler(SchedulerThread):
         return True
 
     def _gathers(self) -> bool:
-        """Return whether new requests wait for more of them, to be encoded in one batch while others are decoded."""
-        if not self._encoder or not self._active:
-            return False
+        """Return whether new requests wait for more of them, so that one batch of prompts serves them all.
+
+        However short it is, the running rows wait for it. So the new requests wait until they have together waited as
+        long as the running ones would, unless all that there is a row for are here.
+        """
         with self.changed:
             waiting = [job for job in self.waiting if is_row(job)]
-        group = min(GROUP, self._row_limit - len(self._active))
-        if not 0 < len(waiting) < group:
+        if not waiting or not self._active or len(waiting) >= self._row_limit - len(self._active):
             return False
-        return time.monotonic() < waiting[0].submitted + max(self.limits.window_s, GROUP_STEPS * self._step_s)
+        now, least_s = time.monotonic(), self._prompts.budget.least_s
+        waited = [now - job.submitted for job in waiting]
+        together = least_s * len(self._active)
+        return sum(waited) < together and max(waited) < max(self.limits.window_s, MOST_PROMPTS * least_s)
 
     def _needed(self, jobs: list[Job]) -> BatchSize:
         """Return the smallest size for the requests in rows and for further ones."""
@@ -146,10 +141,12 @@ class RowScheduler(SchedulerThread):
         """Move to a size, if it is another one; return the error if there is no memory for it."""
         if size == BatchSize(self._rows.capacity, self._rows.max_length, self._rows.source_length):
             return None
+        start = time.perf_counter()
         try:
             moved = self._rows.resize(size.rows, size.tokens, size.source)
         except DeviceMemoryError as error:
             return error
+        self._sizing.moved(time.perf_counter() - start)
         for each in self._active:
             each.row = moved[each.row]
         return None
@@ -167,95 +164,6 @@ class RowScheduler(SchedulerThread):
         longest.finish(FinishReason.ERROR, error)
         self.forget_finished()
 
-    def _prefill(self) -> None:
-        """Compute prompts, as many tokens as running rows may wait for."""
-        entering = [each for each in self._active if not each.running]
-        if not entering:
-            return
-        stalls = any(each.running for each in self._active)
-        budget = self._budget.tokens(stalls or (not self._encoder and len(entering) > 1))
-        while entering and budget > 0:
-            group = self._group(entering, budget)
-            together = self._encoder or len(group) > 1
-            budget -= self._compute(group) if together else self._prefill_part(group[0], budget)
-            entering = [each for each in entering if each not in group]
-        self.forget_finished()
-
-    def _group(self, entering: list[RowJob], budget: float) -> list[RowJob]:
-        """Return the oldest new request, and those whose prompts can be computed with its own.
-
-        Without an encoder they share no beginning with others: prompts behind one that does may begin with what it will
-        have computed.
-        """
-        alone = takewhile(lambda each: self._encoder or each.prefill is not None or self._look_up(each).alone, entering)
-        return prompt_group(entering[0], (each for each in alone if each is not entering[0]), budget, self._encoder)
-
-    def _look_up(self, each: RowJob) -> Beginning:
-        """Return how the prompt of a new request begins among others."""
-        if each.beginning is None:
-            inputs = each.job.request.inputs
-            # a cache is one of tokens that all count
-            each.beginning = Beginning() if each.masked else self._prefixes.beginning(inputs["input_ids"])
-        return each.beginning
-
-    def _compute(self, group: list[RowJob]) -> int:
-        """Compute the prompts of requests in one batch. Return its number of tokens."""
-        inputs = self._batch(group)
-        tokens = inputs["input_ids"].numel()
-        start = time.perf_counter()
-        try:
-            logits = self._rows.prefill_together([each.row for each in group], **inputs)
-        except Exception as error:  # these requests end, the running ones go on
-            if isinstance(error, DeviceMemoryError) and len(group) > 1:
-                half = len(group) // 2
-                return self._compute(group[:half]) + self._compute(group[half:])
-            for each in group:
-                each.job.finish(FinishReason.ERROR, error)
-            return tokens
-        self._select(group, logits, range(len(group)))
-        self._budget.measured(tokens, time.perf_counter() - start)
-        return tokens
-
-    def _batch(self, group: list[RowJob]) -> dict[str, Tensor]:
-        """Return the inputs of requests in a batch on the host, padded on the left, beside an encoder on the right.
-
-        On the host they can be checked, and their lengths read, without waiting for the device.
-        """
-        side = "right" if self._encoder else "left"
-        sources = [each.job.request.inputs["input_ids"][0] for each in group]
-        masks = [each.job.request.inputs.get("attention_mask", torch.ones(1, each.source))[0].long() for each in group]
-        inputs = {
-            name: pad_sequence(tensors, batch_first=True, padding_side=side)
-            for name, tensors in (("input_ids", sources), ("attention_mask", masks))
-        }
-        if self._encoder:
-            inputs["decoder_input_ids"] = torch.cat([each.job.sequence.prompt for each in group])
-        return inputs
-
-    def _prefill_part(self, each: RowJob, budget: float) -> int:
-        """Compute the next part of a prompt. Return its number of tokens."""
-        inputs = each.job.request.inputs
-        try:
-            beginning = self._look_up(each)
-            if each.prefill is None:
-                shared = {} if beginning.cache is None else {"past_key_values": beginning.cache}
-                placed = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
-                each.prefill = self._rows.begin(each.row, **placed, **shared)
-            part = max(1, int(min(budget, each.prefill.remaining)))
-            if each.prefill.computed < beginning.boundary:
-                part = min(part, beginning.boundary - each.prefill.computed)
-            start = time.perf_counter()
-            logits = each.prefill.advance(part)
-            if logits is not None:
-                self._select([each], logits[None], [0])
-            self._budget.measured(part, time.perf_counter() - start)
-            if each.prefill is not None and each.prefill.computed == beginning.boundary:
-                self._prefixes.keep(each.prefill.snapshot())
-        except Exception as error:  # this request ends, the running ones go on
-            each.job.finish(FinishReason.ERROR, error)
-            return int(budget)
-        return part
-
     def _step(self) -> None:
         """Decode the next token of every row whose prompt is computed."""
         running = [each for each in self._active if each.running]
@@ -264,9 +172,7 @@ class RowScheduler(SchedulerThread):
         tokens = [0] * self._rows.capacity
         for each in running:
             tokens[each.row] = each.token
-        start = time.perf_counter()
         logits = self._rows.step(tokens)
-        self._step_s = time.perf_counter() - start
         self._select(running, logits, [each.row for each in running])
         self.forget_finished()
 
@@ -295,6 +201,7 @@ class RowScheduler(SchedulerThread):
         self._active = [each for each in self._active if not each.job.finished]
         if finished and not self._active:
             self._row_limit = self.limits.rows
+            self._sizing.emptied(time.monotonic())
 
     def release(self) -> None:
         """Give the rows' caches back to the model."""

@@ -19,3 +19,13 @@ def test_follows_the_speed() -> None:
     for _ in range(50):
         budget.measured(1, 1.0)
     assert budget.tokens(True) == LEAST_TOKENS
+
+
+def test_time_of_the_shortest_prompt() -> None:
+    """It is no time of tokens, of which there are more where it leaves less."""
+    budget = PrefillBudget(0.1)
+    budget.least_s = 0.02
+    budget.measured(100, 0.12)  # 1 ms a token beyond the shortest
+    assert budget.tokens(True) == 80
+    budget.least_s = 1.0
+    assert budget.tokens(True) == 10

@@ -260,6 +260,64 @@ def test_close_cancels(model: AcceleratedModel) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "accel-rows"]
 
 
+def test_first_tokens_by_a_step(t5: AcceleratedModel) -> None:
+    """As on a GPU, also of a request whose decoder prompt has two tokens and one that `generate` runs."""
+    opened = open_scheduler(t5, LIMITS)
+    assert isinstance(opened, RowScheduler)
+    opened._prompts.begins_with_step = True
+    opened.warm_up()
+    work = [(prompt(t5, length), {"max_new_tokens": new, **UNIQUE}) for length, new in zip(LENGTHS, NEW, strict=True)]
+    work.append((prompt(t5, 6), {"max_new_tokens": 8, "num_beams": 2}))
+    expected = [alone(t5, ids, **options) for ids, options in work]
+    begins = torch.tensor([[0, 9]])
+    expected_prefix = alone(t5, prompt(t5, 5), decoder_input_ids=begins, max_new_tokens=9, **UNIQUE)[1:]
+    with opened.changed:
+        found = [submit(opened, ids, **options) for ids, options in work]
+        prefix = submit(opened, prompt(t5, 5), inputs={"decoder_input_ids": begins}, max_new_tokens=9, **UNIQUE)
+    assert [each.tokens() for each in found] == expected
+    assert prefix.tokens() == expected_prefix
+    sampled = {"do_sample": True, "max_new_tokens": 8}
+    assert submit(opened, prompt(t5, 7), seed=3, **sampled).tokens() == alone(t5, prompt(t5, 7), seed=3, **sampled)
+    opened.close()
+
+
+def test_gathering(causal: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New requests wait for others until they have waited as long as the running ones would for their prompts."""
+    opened = open_scheduler(causal, LIMITS)
+    assert isinstance(opened, RowScheduler)
+    running: Any = [object(), object()]
+    waiting: Any = [Collector() for _ in range(3)]
+    ids = prompt(causal, 5)
+    opened.close()
+    jobs = [opened._job(Request({"input_ids": ids}, {"max_new_tokens": 4}), each) for each in waiting]
+    now = jobs[0].submitted
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    opened._prompts.budget.least_s, opened._row_limit = 1.0, 5
+    for submitted, expected in (
+        ([0], True),
+        ([-1.9], True),
+        ([-2.1], False),
+        ([-1.2, -0.9], False),
+        ([-1.0, -0.9], True),
+        ([0, 0, 0], False),  # as many as there are rows
+        ([], False),
+    ):
+        opened.waiting.clear()
+        for job, since in zip(jobs, submitted, strict=False):
+            job.submitted = now + since
+            opened.waiting.append(job)
+        opened._active = running
+        assert opened._gathers() is expected, submitted
+        opened._active = []
+        assert not opened._gathers()
+    opened._active, opened._row_limit = [running] * 20, 30
+    jobs[0].submitted = now - 7.9
+    opened.waiting.append(jobs[0])
+    assert opened._gathers()
+    jobs[0].submitted = now - 8.1  # together, the others would wait longer, but this is long enough
+    assert not opened._gathers()
+
+
 def test_too_little_memory(model: AcceleratedModel, scheduler: RowScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
     """For more than two rows: the others wait. For longer rows: that request ends with the error, the others go on."""
     whole = Rows.resize
@@ -328,7 +386,6 @@ def test_prompts_together(causal: AcceleratedModel, monkeypatch: pytest.MonkeyPa
             raise DeviceMemoryError("for four at most")
         return together(self, rows, **inputs)
 
-    monkeypatch.setattr(Rows, "prefill_together", note)
     limits = SchedulerLimits(rows=16, prompt_tokens=40, total_tokens=60)
     prompts = [prompt(causal, length, seed) for seed in range(5) for length in (7, 9, 20)]
     expected = [alone(causal, ids, max_new_tokens=8, **UNIQUE) for ids in prompts]
@@ -336,7 +393,8 @@ def test_prompts_together(causal: AcceleratedModel, monkeypatch: pytest.MonkeyPa
     opened = open_scheduler(causal, limits)
     assert isinstance(opened, RowScheduler)
     opened.warm_up()
-    monkeypatch.setattr(opened._budget, "tokens", lambda limited: 100)
+    monkeypatch.setattr(Rows, "prefill_together", note)
+    monkeypatch.setattr(opened._prompts.budget, "tokens", lambda limited: 100)
     with opened.changed:  # the thread sees all of them at once
         found = [submit(opened, ids, max_new_tokens=8, **UNIQUE) for ids in prompts]
     assert [each.tokens() for each in found] == expected
@@ -352,8 +410,8 @@ def test_shared_beginnings(causal: AcceleratedModel) -> None:
     prompts = [torch.cat([beginning, prompt(causal, 4, seed)], 1) for seed in (1, 2, 3, 4)]
     expected = [alone(causal, each, max_new_tokens=12, **UNIQUE) for each in prompts]
     computed: list[int] = []
-    measured = scheduler._budget.measured
-    scheduler._budget.measured = lambda tokens, seconds: (computed.append(tokens), measured(tokens, seconds))[1]  # type: ignore[method-assign]
+    measured = scheduler._prompts.budget.measured
+    scheduler._prompts.budget.measured = lambda tokens, seconds: (computed.append(tokens), measured(tokens, seconds))[1]  # type: ignore[method-assign]
     found = [submit(scheduler, each, max_new_tokens=12, **UNIQUE).tokens() for each in prompts]
     scheduler.close()
     assert found == expected
