@@ -87,6 +87,11 @@ class Sequence:
         """True if no token follows."""
         return self.ended or self.length >= self.max_length
 
+    @property
+    def left(self) -> int:
+        """Number of tokens that may follow."""
+        return 0 if self.ended else self.max_length - self.length
+
     def processed(self, logits: Tensor) -> Tensor:
         """Return the scores that the processors make of logits, FP32 [vocabulary].
 

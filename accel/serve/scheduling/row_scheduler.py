@@ -7,7 +7,7 @@ between the steps as in Sarathi-Serve (https://www.usenix.org/conference/osdi24/
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -23,12 +23,26 @@ from accel.serve.scheduling.row_job import RowJob
 from accel.serve.scheduling.row_prompts import LONGER_PROMPT, RowPrompts
 from accel.serve.scheduling.scheduler_thread import SchedulerThread
 from accel.serve.scheduling.shared_prefixes import SharedPrefixes
-from accel.serve.scheduling.token_selection import select_tokens
+from accel.serve.scheduling.token_selection import TokenSelection
 
 logger = logging.getLogger(__name__)
 
 MOST_PROMPTS = 8  # times of the shortest prompt that a new request waits for others, to share a batch of prompts
+STEPS_AHEAD = 16  # after so many, tokens are reported first, and the size of the batch is looked at
 WARM_UP_STEPS = 3  # the second captures a CUDA graph, the third replays it
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step whose tokens the host may not know yet.
+
+    Attributes:
+        active: The rows that it decodes.
+        selection: Their tokens.
+    """
+
+    active: list[RowJob]
+    selection: TokenSelection
 
 
 class RowScheduler(SchedulerThread):
@@ -41,6 +55,10 @@ class RowScheduler(SchedulerThread):
         model: The model, with static caches.
         limits: The limits.
 
+    Attributes:
+        runs_ahead: Steps are launched before the host knows the tokens of the ones before, so that the device computes
+            while the host reports tokens.
+
     Raises:
         AccelError: The model can't have rows.
         DeviceMemoryError: There is too little memory for one row.
@@ -50,6 +68,9 @@ class RowScheduler(SchedulerThread):
         self._encoder = bool(model.config.is_encoder_decoder)
         self._row_limit = limits.rows
         self._active: list[RowJob] = []  # replaced, never changed, since other threads read it
+        self._launched: LaunchedStep | None = None  # the last step, if its tokens aren't reported yet
+        self._steps = 0
+        self.runs_ahead = model.device.type == "cuda"
         self._rows: Rows = model.rows(1, 2, 16)
         prefixes = SharedPrefixes(0 if self._encoder else limits.shared_prefixes)
         self._prompts = RowPrompts(self._rows, self._encoder, PrefillBudget(limits.stall_s), prefixes, self._select)
@@ -77,7 +98,9 @@ class RowScheduler(SchedulerThread):
         longest = min(LONGER_PROMPT, self.limits.prompt_tokens, self.limits.total_tokens - WARM_UP_STEPS)
         for count in (*self._sizing.choices, self._sizing.choices[0]):
             size = self._sizing.rounded(count, max(longest, 1) + WARM_UP_STEPS, longest)
-            self._resize(size)
+            error = self._resize(size)
+            if error is not None:
+                raise error
             row = self._rows.claim()
             self._prompts.measure(row, longest)
             for _ in range(WARM_UP_STEPS):
@@ -93,10 +116,12 @@ class RowScheduler(SchedulerThread):
 
     def _cycle(self) -> None:
         """Admit requests, compute a part of their prompts, step the batch once."""
-        while not self._admit():
-            pass  # fewer requests, or the running ones alone, which may have outgrown their rows
-        self._prompts.compute(self._active)
-        self.forget_finished()
+        if not self._runs_ahead():
+            self._settle()
+            while not self._admit():
+                pass  # fewer requests, or the running ones alone, which may have outgrown their rows
+            self._prompts.compute(self._active)
+            self.forget_finished()
         self._step()
 
     def _admit(self) -> bool:
@@ -164,17 +189,51 @@ class RowScheduler(SchedulerThread):
         longest.finish(FinishReason.ERROR, error)
         self.forget_finished()
 
+    def _runs_ahead(self) -> bool:
+        """Return whether the next step can be launched before the tokens of the last one are known.
+
+        A row whose token turns out to be its last one computes one too many, which is dropped. Options that need the
+        token on the host, new requests and another size of the batch have the tokens of the last step reported first.
+        """
+        lengths = self._rows.cache.lengths
+        if self._launched is None or self._steps % STEPS_AHEAD == 0 or not lengths:
+            return False
+        sequences = [each.job.sequence for each in self._active]
+        if not all(each.running for each in self._active) or any(each.filters is None for each in sequences):
+            return False
+        if max(lengths.values()) >= self._rows.max_length or all(each.left < 2 for each in sequences):
+            return False
+        with self.changed:
+            waits = any(is_row(job) for job in self.waiting)
+        return not waits or len(self._active) >= self._row_limit or self._gathers()
+
     def _step(self) -> None:
-        """Decode the next token of every row whose prompt is computed."""
+        """Decode the next token of every row whose prompt is computed, and report those that are known by then."""
         running = [each for each in self._active if each.running]
-        if not running:
-            return
-        tokens = [0] * self._rows.capacity
-        for each in running:
-            tokens[each.row] = each.token
-        logits = self._rows.step(tokens)
-        self._select(running, logits, [each.row for each in running])
+        launched, self._launched = self._launched, None
+        if running:
+            if launched is None:
+                tokens: list[int] | Tensor = [0] * self._rows.capacity
+                for each in running:
+                    tokens[each.row] = each.token
+            else:
+                tokens = launched.selection.tokens()
+            logits = self._rows.step(tokens)
+            places = [each.row for each in running]
+            self._launched = LaunchedStep(running, TokenSelection([each.job for each in running], logits, places))
+            self._steps += 1
+        if launched is not None:
+            self._report(launched)
+        if not self.runs_ahead:
+            self._settle()
         self.forget_finished()
+
+    def _settle(self) -> None:
+        """Report the tokens of the last step, if that wasn't done."""
+        launched, self._launched = self._launched, None
+        if launched is not None:
+            self._report(launched)
+            self.forget_finished()
 
     def _select(self, active: list[RowJob], logits: Tensor, places: Sequence[int]) -> None:
         """Select and report the next token of each of these rows.
@@ -184,7 +243,15 @@ class RowScheduler(SchedulerThread):
             logits: Logits of a batch, [batch, vocabulary].
             places: Place of each row in it.
         """
-        for each, selected in zip(active, select_tokens([each.job for each in active], logits, places), strict=True):
+        self._report(LaunchedStep(active, TokenSelection([each.job for each in active], logits, places)))
+
+    def _report(self, launched: LaunchedStep) -> None:
+        """Wait for the tokens of a step and report them, but for requests that have ended in the meantime."""
+        if all(each.job.finished for each in launched.active):
+            return
+        for each, selected in zip(launched.active, launched.selection.results(), strict=True):
+            if each.job.finished:
+                continue
             if isinstance(selected, Exception):
                 each.job.finish(FinishReason.ERROR, selected)
             else:

@@ -24,6 +24,7 @@ from tests.serve.collector import UNIQUE, Collector, alone, submit
 LIMITS = SchedulerLimits(rows=4, queue=64, prompt_tokens=40, total_tokens=60)
 LENGTHS = (9, 3, 14, 5, 21, 7, 2, 11)
 NEW = (12, 4, 20, 1, 9, 25, 6, 15)
+NEVER = 118  # an id that isn't the best one here
 
 
 def prompt(model: AcceleratedModel, length: int, seed: int = 0) -> Tensor:
@@ -38,10 +39,12 @@ def wait_until_idle(scheduler: RowScheduler) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture
-def scheduler(model: AcceleratedModel) -> Iterator[RowScheduler]:
+@pytest.fixture(params=[False, True], ids=["settled", "ahead"])
+def scheduler(model: AcceleratedModel, request: pytest.FixtureRequest) -> Iterator[RowScheduler]:
+    """Steps are launched before the tokens of the last one are known, as on a GPU, or not."""
     opened = open_scheduler(model, LIMITS)
     assert isinstance(opened, RowScheduler)
+    opened.runs_ahead = request.param
     yield opened
     opened.close()
 
@@ -258,6 +261,40 @@ def test_close_cancels(model: AcceleratedModel) -> None:
     scheduler.close()
     assert [each.wait().reason for each in (running, waiting)] == [FinishReason.CANCELLED] * 2
     assert not [thread for thread in threading.enumerate() if thread.name == "accel-rows"]
+
+
+def test_steps_ahead(model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most steps get the last one's tokens from the device; a row that ends computes one token that nobody sees."""
+    opened = open_scheduler(model, LIMITS)
+    assert isinstance(opened, RowScheduler)
+    opened.runs_ahead = True
+    given: list[Any] = []
+    step = Rows.step
+    monkeypatch.setattr(Rows, "step", lambda rows, tokens: (given.append(tokens), step(rows, tokens))[1])
+    ids = [prompt(model, length) for length in (9, 4, 14)]
+    expected = [alone(model, each, max_new_tokens=30, eos_token_id=NEVER) for each in ids]
+    assert [len(tokens) for tokens in expected] == [30] * 3
+    with opened.changed:
+        found = [submit(opened, each, max_new_tokens=30, eos_token_id=NEVER) for each in ids]
+    assert [each.tokens() for each in found] == expected
+    wait_until_idle(opened)
+    assert [isinstance(tokens, Tensor) for tokens in given[:2]] == [False, True]
+    assert sum(isinstance(tokens, Tensor) for tokens in given) > 20
+    assert len(given) <= 31, "the end by length is known ahead"
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": True}
+    drawn = [alone(model, ids[0], seed=seed, **options) for seed in range(3)]
+    ends = drawn[0][5]
+    right = [alone(model, ids[0], seed=seed, eos_token_id=ends, **options) for seed in range(3)]
+    assert len(right[0]) <= 6
+    assert max(map(len, right)) > 10
+    for more in ({}, {"logprobs": 2}):
+        with opened.changed:
+            found = [submit(opened, ids[0], seed=seed, eos_token_id=ends, **options, **more) for seed in range(3)]
+            greedy = submit(opened, ids[1], max_new_tokens=30, eos_token_id=NEVER)
+        assert [each.tokens() for each in found] == right
+        assert greedy.tokens() == expected[1]
+        assert [len(each.logprobs) for each in found] == [len(tokens) if more else 0 for tokens in right]
+    opened.close()
 
 
 def test_first_tokens_by_a_step(t5: AcceleratedModel) -> None:
