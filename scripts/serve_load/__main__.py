@@ -1,10 +1,10 @@
 """Measure accel's server under load over HTTP, beside the offline rate of the same model object.
 
-    python -m scripts.serve_load DEPLOYABLE [--clients 64] [--requests 512] [--prompt-tokens 4 24] [--new-tokens 128]
+    python -m scripts.serve_load DEPLOYABLE [--clients 64] [--requests 1024] [--prompt-tokens 4 24] [--new-tokens 128]
     python -m scripts.serve_load DEPLOYABLE --devices 0,1
 
 A process loads the deployable, times `generate` over one batch of as many sequences as there are clients (the offline
-rate), and then serves this model object over HTTP. Clients in another process send requests of random token ids: in a
+rate), and then serves this model object over HTTP. Clients in other processes send requests of random token ids: in a
 closed loop (each waits for its reply before it sends the next request), with whole replies and with streamed ones, and
 in an open loop, at random times (a Poisson process) at 70% of the highest rate of the closed loops. No sequence ends
 before its number of new tokens, and each reply is checked to have so many. Greedy.
@@ -17,6 +17,7 @@ token (TTFT) and time per output token without the first (TPOT), as clients see 
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -34,7 +35,8 @@ from scripts.serve_load.workload import Work, arrival_times, random_work
 
 OPEN_LOOP = 0.7  # of the highest rate of a closed loop
 OFFLINE_REPEATS = 3
-WARM_UP_ROUNDS = 1  # requests of each client before anything is timed: sizes of the batch are captured at first use
+CORES_OF_CLIENTS = 4  # of the machine's for each process of clients, so that these don't limit the rate
+MOST_CLIENT_PROCESSES = 4  # for each server
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,12 @@ class Machine:
 
     Attributes:
         server: Process of the server.
-        clients: Process of the clients.
+        clients: Processes of the clients, which share the requests.
         opened: The server.
     """
 
     server: WorkerProcess
-    clients: WorkerProcess
+    clients: Sequence[WorkerProcess]
     opened: Opened
 
 
@@ -92,18 +94,46 @@ def open_machines(stack: ExitStack, options: argparse.Namespace) -> tuple[list[M
     longest, most = options.prompt_tokens[-1], options.new_tokens[-1]
     rates = servers[0].call(server.offline_rates, options.clients, longest, most, OFFLINE_REPEATS)
     machines = []
+    cores = (os.cpu_count() or 1) // (CORES_OF_CLIENTS * len(servers))
+    processes = min(max(1, cores), MOST_CLIENT_PROCESSES, options.clients)
     serving = [
         process.submit(server.open_server, options.deployable, options.clients, options.requests) for process in servers
     ]
     for process, opened in zip(servers, serving, strict=True):
-        machines.append(Machine(process, stack.enter_context(WorkerProcess("clients")), opened.result()))
+        clients_of = [stack.enter_context(WorkerProcess(f"clients {number + 1}")) for number in range(processes)]
+        machines.append(Machine(process, clients_of, opened.result()))
     return machines, rates
 
 
 def load(machines: Sequence[Machine], work: Sequence[Work], count: int, stream: bool) -> list[Timing]:
     """Load servers in a closed loop at once, each with the same requests by as many clients."""
-    loads = [each.clients.submit(clients.closed_loop, each.opened.port, work, count, stream) for each in machines]
+    loads = []
+    for each in machines:
+        processes = min(count, len(each.clients))
+        for number, process in enumerate(each.clients[:processes]):
+            own = count // processes + (number < count % processes)
+            loads.append(process.submit(clients.closed_loop, each.opened.port, work[number::processes], own, stream))
     return [timing for each in loads for timing in each.result()]
+
+
+def open_loop(machine: Machine, work: Sequence[Work], arrivals: Sequence[float]) -> list[Timing]:
+    """Send requests to a server at their times, and return their timings."""
+    processes, port = len(machine.clients), machine.opened.port
+    loads = [
+        process.submit(clients.open_loop, port, work[number::processes], arrivals[number::processes])
+        for number, process in enumerate(machine.clients)
+    ]
+    return [timing for each in loads for timing in each.result()]
+
+
+def warm_up(machines: Sequence[Machine], options: argparse.Namespace) -> None:
+    """Load servers with 1, 2, 4, ... and all clients, since sizes of the batch are captured when they first occur."""
+    counts = [1 << power for power in range(options.clients.bit_length()) if 1 << power < options.clients]
+    for count in (*counts, options.clients, options.clients):
+        vocabulary = machines[0].opened.vocabulary
+        work = random_work(count, vocabulary, options.prompt_tokens, options.new_tokens, seed=count)
+        for stream in (False, True):
+            load(machines, work, count, stream)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -112,15 +142,7 @@ def measure(options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         machines, rates = open_machines(stack, options)
         work = random_work(options.requests, machines[0].opened.vocabulary, options.prompt_tokens, options.new_tokens)
-        warm_up = random_work(
-            options.clients * WARM_UP_ROUNDS,
-            machines[0].opened.vocabulary,
-            options.prompt_tokens,
-            options.new_tokens,
-            1,
-        )
-        for stream in (False, True):
-            load(machines, warm_up, options.clients, stream)
+        warm_up(machines, options)
         print(
             f"{options.deployable}: {machines[0].opened.description}\n{options.clients} clients and as many rows, "
             f"{options.requests} requests of {_range(options.prompt_tokens)} prompt tokens and "
@@ -136,7 +158,7 @@ def measure(options: argparse.Namespace) -> None:
             show(rows[-1], offline)
         rate = OPEN_LOOP * max(each.requests_per_second for each in rows)
         arrivals = arrival_times(len(work), rate)
-        timings = machines[0].clients.call(clients.open_loop, machines[0].opened.port, work, arrivals)
+        timings = open_loop(machines[0], work, arrivals)
         show(row(f"open loop, {rate:.3g} requests/s", timings, True), offline)
         if len(machines) > 1:
             for alone, stream in zip(rows, (False, True), strict=True):
@@ -187,7 +209,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--runtime", default="auto", help="preset; default: what the deployable was built for")
     parser.add_argument("--devices", type=lambda text: text.split(","), help="numbers of GPUs, such as 0,1")
     parser.add_argument("--clients", type=int, default=64, help="of each server, which has as many rows")
-    parser.add_argument("--requests", type=int, default=512, help="of each load and server")
+    parser.add_argument("--requests", type=int, default=1024, help="of each load and server; the last ones run alone")
     for name, default in (("prompt", [4, 24]), ("new", [128])):
         parser.add_argument(
             f"--{name}-tokens", type=int, nargs="+", default=default, help="a number, or fewest and most"
