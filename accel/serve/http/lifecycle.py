@@ -14,7 +14,6 @@ from accel.serve.http.backend import Backend
 from accel.serve.http.http_protocol import limited_protocol
 from accel.system.signals import interrupter
 
-MAX_HEAD = 64 * 1024  # bytes of a request's head
 BACKLOG = 1024  # connections that wait to be accepted
 
 
@@ -74,7 +73,6 @@ class Server:
                 proxy_headers=False,
                 timeout_keep_alive=max(1, round(config.head_timeout_s)),
                 timeout_graceful_shutdown=config.drain_s,
-                h11_max_incomplete_event_size=MAX_HEAD,
                 backlog=BACKLOG,
             )
         )

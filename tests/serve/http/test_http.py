@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from accel.serve.protocol import Finished, FinishReason, Tokens
-from tests.serve.servers import PlayedScheduler, Running, byte_tokenizer
+from tests.serve.servers import LIMITS, PlayedScheduler, Running, byte_tokenizer
 
 Play = Callable[..., tuple[Running, PlayedScheduler]]
 TOKENIZER = byte_tokenizer()
@@ -217,6 +217,35 @@ def test_slow_head(first: bytes, play: Play) -> None:
                     raise ConnectionResetError
             time.sleep(0.1)
     assert time.monotonic() - start < 5
+    assert server.http.get("/health").status_code == 200
+
+
+def test_endless_head(play: Play) -> None:
+    """Refused once it has more than 64 KB; a long one that ends before is not, nor are several over one connection."""
+    server, _ = play()
+    line = b"x-%d: " + b"x" * 1000 + b"\r\n"
+    connection, start = connect(server), time.monotonic()
+    with pytest.raises(ConnectionError):  # noqa: PT012
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        for number in range(1000):
+            connection.sendall(line % number)
+        while connection.recv(4096):
+            pass
+        raise ConnectionResetError
+    assert time.monotonic() - start < LIMITS.head_timeout_s / 2
+    connection = connect(server)
+    for _ in range(3):
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        for number in range(50):
+            connection.sendall(line % number)
+        connection.sendall(b"\r\n")
+        connection.settimeout(10)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+    for garbage in (b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n"):
+        connection = connect(server)
+        connection.settimeout(10)
+        connection.sendall(garbage)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
     assert server.http.get("/health").status_code == 200
 
 
