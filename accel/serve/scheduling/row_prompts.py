@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
+from math import inf
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from accel.serve.scheduling.row_job import RowJob, prompt_group
 from accel.serve.scheduling.shared_prefixes import Beginning, SharedPrefixes
 
 SHORT_PROMPT, LONGER_PROMPT = 4, 64  # tokens of the prompts that speed is measured with
+ENTRIES = 3  # of each such prompt: the second captures CUDA graphs, the third replays them
 
 Select = Callable[[list[RowJob], Tensor, Sequence[int]], None]
 """Function of requests, logits of a batch and the place of each in it, which selects their next tokens."""
@@ -56,20 +58,28 @@ class RowPrompts:
             if self._encoder and entering and entering[0].source > budget:
                 return  # an encoder computes no parts
 
-    def measure(self, row: int, longest: int) -> None:
-        """Measure the time of prompts of at most `longest` tokens in a row, which the rows hold afterwards."""
-        for length in (SHORT_PROMPT, LONGER_PROMPT):
-            length = max(1, min(length, longest))
-            for _ in range(2):  # the first call may capture or compile
-                start = time.perf_counter()
-                self._enter([row], {"input_ids": torch.arange(length)[None] % 2})
-                if self._rows.model.device.type == "cuda":
-                    torch.cuda.synchronize(self._rows.model.device)
-                seconds = time.perf_counter() - start
-            if length <= SHORT_PROMPT:
-                self.budget.least_s = seconds
-            else:
-                self.budget.measured(length, seconds)
+    def measure_shortest(self, row: int, longest: int) -> None:
+        """Measure the time of a short prompt of at most `longest` tokens in a row, which the row holds afterwards.
+
+        Among numbers of rows, the longest time counts.
+        """
+        self.budget.least_s = max(self.budget.least_s, self._seconds(row, min(SHORT_PROMPT, longest)))
+
+    def measure_longer(self, row: int, longest: int) -> None:
+        """Measure the time of the tokens of a prompt of at most `longest`, which the row holds afterwards."""
+        length = min(LONGER_PROMPT, longest)
+        self.budget.measured(length, self._seconds(row, length))
+
+    def _seconds(self, row: int, length: int) -> float:
+        """Return the time of a prompt in a row, which the row holds afterwards."""
+        seconds, device = inf, self._rows.model.device
+        for _ in range(ENTRIES):
+            start = time.perf_counter()
+            self._enter([row], {"input_ids": torch.arange(length)[None] % 2})
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = min(seconds, time.perf_counter() - start)
+        return seconds
 
     def _enter(self, rows: list[int], inputs: Mapping[str, Tensor]) -> Tensor | None:
         """Compute prompts in rows. Return the logits of their first tokens; None if the next step computes these."""

@@ -95,16 +95,19 @@ class RowScheduler(SchedulerThread):
         """Visit every number of rows, and measure the speed of prefills. Ends with the smallest number."""
         if self._active:
             return
-        longest = min(LONGER_PROMPT, self.limits.prompt_tokens, self.limits.total_tokens - WARM_UP_STEPS)
+        limits = self.limits
+        longest = max(1, min(LONGER_PROMPT, limits.prompt_tokens, limits.total_tokens - WARM_UP_STEPS))
         for count in (*self._sizing.choices, self._sizing.choices[0]):
-            size = self._sizing.rounded(count, max(longest, 1) + WARM_UP_STEPS, longest)
+            size = self._sizing.rounded(count, longest + WARM_UP_STEPS, longest)
             error = self._resize(size)
             if error is not None:
                 raise error
             row = self._rows.claim()
-            self._prompts.measure(row, longest)
+            self._prompts.measure_shortest(row, longest)
             for _ in range(WARM_UP_STEPS):
                 self._rows.step([0] * size.rows)
+            if count == self._sizing.choices[-1]:
+                self._prompts.measure_longer(row, longest)
             self._rows.release(row)
         self._sizing.emptied(time.monotonic())
 
