@@ -61,9 +61,9 @@ class RowPrompts:
     def measure_shortest(self, row: int, longest: int) -> None:
         """Measure the time of a short prompt of at most `longest` tokens in a row, which the row holds afterwards.
 
-        Among numbers of rows, the longest time counts.
+        Of several measurements the shortest time counts, as other programs only make it longer.
         """
-        self.budget.least_s = max(self.budget.least_s, self._seconds(row, min(SHORT_PROMPT, longest)))
+        self.budget.least_s = min(self.budget.least_s or inf, self._seconds(row, min(SHORT_PROMPT, longest)))
 
     def measure_longer(self, row: int, longest: int) -> None:
         """Measure the time of the tokens of a prompt of at most `longest`, which the row holds afterwards."""
