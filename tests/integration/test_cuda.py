@@ -17,10 +17,14 @@ from accel.models.loading import load, open_model, verification_of
 from accel.runtime.cuda_graph import CudaGraphCallable
 from accel.runtime.dlpack import run_with_cupy, run_with_dlpack
 from accel.runtime.token_graph import MAX_TOKEN_GRAPHS, TokenGraph
+from accel.serve.scheduling.limits import SchedulerLimits
+from accel.serve.scheduling.opening import open_scheduler
+from accel.serve.scheduling.row_scheduler import RowScheduler
 from accel.testing.row_checks import rows_alone
 from tests.conftest import Build
 from tests.families import FAMILIES
 from tests.integration.test_precision import REFERENCES, breaking  # noqa: F401  (a fixture)
+from tests.serve.collector import UNIQUE, alone, submit
 
 pytestmark = pytest.mark.gpu
 
@@ -193,6 +197,24 @@ def family(request: pytest.FixtureRequest, shared: Path, artifacts: Path) -> Ite
 def test_conformance_on_the_gpu(check: testing.Check, family: testing.Subject) -> None:
     """One family of each kind of input, cache and position passes the checks that all families pass on the CPU."""
     check(family)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "gpt2", "gemma2"], indirect=True, scope="module")
+def test_requests_of_a_server(family: testing.Subject) -> None:
+    """Steps launched ahead, prompts in padded batches, first tokens by a step: greedy tokens of each request alone."""
+    assert family.static is not None
+    scheduler = open_scheduler(family.static, SchedulerLimits(rows=8, prompt_tokens=40, total_tokens=60))
+    assert isinstance(scheduler, RowScheduler)
+    assert scheduler.runs_ahead
+    assert scheduler._prompts.begins_with_step is family.has_encoder
+    scheduler.warm_up()
+    device = family.static.device
+    work = [(family.ids(1, 2 + seed % 19, seed=seed).to(device), 3 + 7 * seed % 20) for seed in range(40)]
+    options: list[dict[str, Any]] = [{"max_new_tokens": new} | (UNIQUE if new % 3 == 0 else {}) for _, new in work]
+    expected = [alone(family.static, ids, **each) for (ids, _), each in zip(work, options, strict=True)]
+    found = [submit(scheduler, ids.cpu(), **each) for (ids, _), each in zip(work, options, strict=True)]
+    assert [each.tokens() for each in found] == expected
+    scheduler.close()
 
 
 @pytest.mark.parametrize("family", ["t5", "umt5", "mistral", "gemma2", "falcon-alibi"], indirect=True, scope="module")
