@@ -177,17 +177,26 @@ def _confirms(
 def generate_ids(
     model: Generates, inputs: Sequence[Mapping[str, Tensor]], options: Mapping[str, Any]
 ) -> list[list[int]]:
-    """Generate for single inputs, [1, source] each, in one padded batch. Return their ids without padding."""
-    padding = model.generation_config.pad_token_id or 0
+    """Generate for single inputs, [1, source] each, in one padded batch. Return their ids without padding.
+
+    Beam search of transformers fills the shorter texts of a batch with the id that ends them, if that of the padding is
+    0; one of those ids is left.
+    """
+    padding, ends = model.generation_config.pad_token_id or 0, model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     padded = texts.pad(inputs, padding, left=not model.config.is_encoder_decoder)
     batch = {name: tensor.to(model.device) for name, tensor in padded.items()}  # [batch, longest source]
     settings = GenerationConfig(**{**model.generation_config.to_diff_dict(), "max_length": None, **options})
     with torch.inference_mode():
         sequences: list[list[int]] = model.generate(**batch, generation_config=settings).tolist()
     for sequence, single in zip(sequences, inputs, strict=True):
+        prompt = 1
         if not model.config.is_encoder_decoder:  # a sequence begins with the prompt, which is padded on the left
-            del sequence[: batch["input_ids"].shape[1] - single["input_ids"].shape[1]]
+            prompt = single["input_ids"].shape[1]
+            del sequence[: batch["input_ids"].shape[1] - prompt]
         while len(sequence) > 1 and sequence[-1] == padding:
+            sequence.pop()
+        while len(sequence) > prompt + 1 and sequence[-1] == sequence[-2] and sequence[-1] in ends:
             sequence.pop()
     return sequences
 

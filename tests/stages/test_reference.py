@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from accel.data import texts
+from accel.models.checkpoints import BUILT_IN, load_model
 from accel.stages.reference import PATHS, batches, generate_ids
 
 PAD, END = 9, 8
@@ -54,3 +55,15 @@ def test_padding_is_removed() -> None:
     inputs = [texts.unpadded([1, 2, 3, 4]), texts.unpadded([PAD, 7])]
     assert generate_ids(Fixed(False), inputs, {}) == [[1, 2, 3, 4, 5, END], [PAD, 7, 5, END]]
     assert generate_ids(Fixed(True), inputs, {}) == [[5, END], [5, END]]
+
+
+def test_beams_have_the_ends_that_they_have_alone() -> None:
+    """transformers fills shorter texts of a beam search with the id that ends them, where the padding's is 0."""
+    model = load_model(BUILT_IN / "t5-g2p")
+    tokenizer = texts.load_tokenizer(BUILT_IN / "t5-g2p")
+    inputs = [texts.encode(tokenizer, [word]) for word in ("a", "photosynthesis", "queue")]
+    options = {"num_beams": 4, "do_sample": False, "max_new_tokens": 24}
+    together = generate_ids(model, inputs, options)
+    assert together == [generate_ids(model, [single], options)[0] for single in inputs]
+    assert len({len(ids) for ids in together}) == 3
+    assert all(ids.count(1) == 1 for ids in together)
