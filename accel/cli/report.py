@@ -8,7 +8,8 @@ from typing import Any
 from accel.cli import benchmark_table, console, plan_table, profile_table
 from accel.config.schema import Config
 from accel.errors import AccelError
-from accel.evaluation.parity import how_verified
+from accel.evaluation.metrics import MetricLoss
+from accel.evaluation.verification_result import count_sequences, how_verified
 from accel.models.loading import verification_of
 from accel.pipeline.runner import RESULTS
 from accel.pipeline.store import Artifact
@@ -143,7 +144,11 @@ def _show_verification(verification: Mapping[str, Any], page: Path) -> None:
         ),
     ]
     for name, share in verification["identical"].items():
-        rows.append((f"identical sequences, {name}", f"{share:.0%} of {verification['sequences'][name]}"))
+        agreement = f"{share:.0%} of {verification['sequences'][name]}"
+        _, tied, other = count_sequences(verification, name)
+        if name in verification["near_ties"] and tied + other:
+            agreement += f"; {tied} differ first at a near tie, {other} otherwise"
+        rows.append((f"identical sequences, {name}", agreement))
     if divergence := verification.get("divergence"):
         mean, error = f"{divergence['mean']:.2g}", f"{divergence['standard_error']:.1g}"
         label = f"divergence of the next token, {divergence['tokens']} tokens"
@@ -151,6 +156,7 @@ def _show_verification(verification: Mapping[str, Any], page: Path) -> None:
     for name, torch_score in verification["metrics"].get("pytorch", {}).items():
         label = f"{name.replace('_', ' ')}, {verification['references']} references"
         rows.append((label, f"{verification['metrics']['ours'][name]:.2f}% (PyTorch FP32 {torch_score:.2f}%)"))
+        rows.append(("  worse by", str(MetricLoss(**verification["metric_losses"][name]))))
     title = "verification passed" if verification["passed"] else "verification failed"
     console.table(title, ("", "compared with PyTorch"), rows)
     console.out.print(f"certificate, for a browser: {page}", markup=False)

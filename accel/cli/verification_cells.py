@@ -14,7 +14,8 @@ NOTE = (
 )
 LOW_BIT_NOTE = (
     "`low bits`: share of the products' weight bytes in low bits, in the component with the least. `divergence`: mean "
-    "Kullback-Leibler divergence of the next token's distribution from PyTorch's, ± its standard error, in nats."
+    "Kullback-Leibler divergence of the next token's distribution from PyTorch's, ± its standard error, in nats. In "
+    "brackets after a share of sequences: with those that differ first at a near tie of PyTorch's."
 )
 EMULATION_NOTE = (
     "emulated: this runtime has no operators for the precision. Tokens and metrics are those of an emulation in FP32. "
@@ -31,7 +32,8 @@ def cells(verify: Mapping[str, Any] | None) -> dict[str, str]:
     engine = f", {FUSED}" if verify.get("engine") == FUSED else ""
     row = {"passed": f"{'yes' if verify['passed'] else 'no'}, {verify['execution']}{engine}"}
     for name, share in verify["identical"].items():
-        row[f"{name} as PyTorch"] = f"{share:.1%}"
+        tied = verify["near_ties"].get(name, 0) / verify["sequences"][name] if verify.get("near_ties") else 0
+        row[f"{name} as PyTorch"] = f"{share:.1%}" + (f" ({share + tied:.1%})" if tied else "")
     row["logits off by"] = "not finite" if worst is None else f"{worst:.1e}"
     for name, score in verify["metrics"].get("ours", {}).items():
         row[name.replace("_", " ")] = f"{score:.2f}% ({verify['metrics']['pytorch'][name]:.2f}%)"

@@ -255,8 +255,8 @@ class VerifyConfig:
         targets: Expected outputs, one for each of `texts`.
         targets_column: Column of `targets` that holds the outputs.
         metrics: Metrics computed where expected outputs are known.
-        min_token_agreement: Share of sequences that must be identical to PyTorch's; None: see
-            `accel.stages.verify.min_token_agreement`.
+        min_token_agreement: Share of sequences that must be identical to PyTorch's, or with weights in low bits differ
+            first at a near tie of PyTorch's; None: see `accel.stages.verify.min_token_agreement`.
         max_metric_loss: Percentage points by which a metric may be worse than PyTorch's in FP32.
         latency: Measure latency and memory beside PyTorch's, for the certificate.
         session_memory: With `latency`, also measure the memory that the decoder's sessions hold, for a sweep's table.

@@ -1,10 +1,12 @@
 """Quality metrics of outputs against references, in percent over a whole set of outputs."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from accel.errors import AccelError, unknown
+from accel.evaluation.divergence import CONFIDENCE
 
 Score = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 """(outputs, accepted references of each output) -> percent."""
@@ -25,6 +27,28 @@ class Metric:
     def loss(self, ours: float, theirs: float) -> float:
         """Return by how many points `ours` is worse than `theirs`; negative where it is better."""
         return self.sign * (theirs - ours)
+
+
+@dataclass(frozen=True)
+class MetricLoss:
+    """By how much a metric is worse than that of a reference, in percentage points.
+
+    Attributes:
+        points: Points; negative where it is better.
+        standard_error: Standard error of `points`; None with fewer than two inputs.
+    """
+
+    points: float
+    standard_error: float | None
+
+    def __str__(self) -> str:
+        """Return the points with their standard error."""
+        error = "unknown" if self.standard_error is None else f"{self.standard_error:.2f}"
+        return f"{self.points:.2f} percentage points (standard error {error})"
+
+    def surely_exceeds(self, allowed: float) -> bool:
+        """Return whether the loss is above `allowed` by more than `CONFIDENCE` standard errors."""
+        return self.standard_error is not None and self.points - CONFIDENCE * self.standard_error > allowed
 
 
 def exact_match(outputs: Sequence[str], accepted: Sequence[Sequence[str]]) -> float:
@@ -67,6 +91,7 @@ METRICS = {
     "chrf": Metric(chrf, 1),
 }
 BY_SACREBLEU = ("bleu", "chrf")
+GROUPS = 50  # of outputs, each of which is left out once to estimate a standard error
 
 
 def check(names: Sequence[str]) -> None:
@@ -85,6 +110,37 @@ def check(names: Sequence[str]) -> None:
 def scores(names: Sequence[str], outputs: Sequence[str], accepted: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return the score of each metric in `names`, in percent."""
     return {name: METRICS[name].score(outputs, accepted) for name in names}
+
+
+def metric_loss(name: str, ours: Sequence[str], theirs: Sequence[str], accepted: Sequence[Sequence[str]]) -> MetricLoss:
+    """Return by how much a metric of outputs is worse than that of other outputs for the same inputs.
+
+    The outputs are compared in pairs: what both get right, or wrong in the same way, adds nothing to the standard
+    error. It is the jackknife's, which holds for ratios of sums and for BLEU as for means: the difference is computed
+    anew without each of up to `GROUPS` groups of inputs (P. S. Kott, The Delete-a-Group Jackknife, Journal of Official
+    Statistics 17, 2001).
+
+    Args:
+        name: Name of the metric.
+        ours: Outputs under test.
+        theirs: Outputs of the reference.
+        accepted: Accepted outputs of each input.
+    """
+    metric = METRICS[name]
+
+    def points(numbers: Sequence[int]) -> float:
+        """Return the loss over the inputs of these numbers."""
+        rest = [accepted[number] for number in numbers]
+        scored = [metric.score([outputs[number] for number in numbers], rest) for outputs in (ours, theirs)]
+        return metric.loss(*scored)
+
+    everything, groups = range(len(ours)), min(len(ours), GROUPS)
+    if groups < 2:
+        return MetricLoss(points(everything), None)
+    without = [points([number for number in everything if number % groups != group]) for group in range(groups)]
+    mean = sum(without) / groups
+    variance = (groups - 1) / groups * sum((loss - mean) ** 2 for loss in without)
+    return MetricLoss(points(everything), math.sqrt(variance))
 
 
 def _reference_streams(accepted: Sequence[Sequence[str]]) -> list[list[str | None]]:

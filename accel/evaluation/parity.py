@@ -1,7 +1,6 @@
 """Parity of an unverified bundle's outputs with float64: by component, and by token along a greedy generation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from math import isfinite
 from pathlib import Path
@@ -11,108 +10,19 @@ import torch
 from torch import Tensor
 
 from accel.adapters.types import Architecture, Component
-from accel.config.engines import ONNXRUNTIME
 from accel.evaluation import reference_data
 from accel.evaluation.compare import Difference, magnitude, output_mask, token_errors
 from accel.evaluation.component_runner import ComponentRunner, Run, signatures
 from accel.evaluation.divergence import Divergence
 from accel.evaluation.recorded_generation import RecordedGeneration, logits_along
-from accel.evaluation.rounding import FACTOR, SAMPLES, allowed_errors
+from accel.evaluation.rounding import allowed_errors
+from accel.evaluation.verification_result import Drift, VerificationResult
 from accel.models.generation import AcceleratedModel
 from accel.runtime.decoder_inputs import decoder_inputs
 from accel.runtime.streams import on_shared_stream
 
 # On a GPU: the first call at a shape runs normally, the second is captured as a CUDA graph, the third replays it.
 PASSES = 3
-
-
-@dataclass
-class Drift:
-    """Absolute error of the logits at each token position of the generated sequences.
-
-    Statistics at a position are over the vocabulary and all sequences of at least that length.
-
-    Attributes:
-        mean: Mean error by position.
-        p99: 99th percentile by position.
-        worst: Largest error by position.
-        torch_worst: PyTorch's own largest error by position, in the same precision; None where it isn't finite. Empty
-            if it isn't known.
-        scale: Largest magnitude of the reference's logits.
-    """
-
-    mean: list[float] = field(default_factory=list)
-    p99: list[float] = field(default_factory=list)
-    worst: list[float] = field(default_factory=list)
-    torch_worst: list[float | None] = field(default_factory=list)
-    scale: float = 0.0
-
-
-@dataclass
-class VerificationResult:
-    """Result of `verify`, written into the deployable as `verification.json`.
-
-    Attributes:
-        passed: No check failed.
-        precision: `PrecisionConfig.variant` of the bundle.
-        dtype: Dtype of the values between operators.
-        torch_dtype: Dtype in which PyTorch's own error is measured.
-        execution: "native", or "emulated" where the runtime can't compute in that precision.
-        runtime: Name of the runtime.
-        engine: What computed decode steps of one token: see `accel.runtime.protocol.Runtime`.
-        threshold: Error that every token may have, relative to its output's largest magnitude.
-        factor: Multiple of PyTorch's own error that is allowed where it exceeds `threshold`.
-        reference: Description of the values that errors are counted from.
-        outputs: Output -> its error at the worst token.
-        drift: Error of the logits along generated sequences.
-        inputs: Number of inputs whose generated tokens were compared.
-        sequences: Decoding method -> number of sequences compared.
-        identical: Decoding method -> share of sequences with the same tokens as PyTorch's.
-        first_difference: "method.input" -> position of the first token that differs.
-        differing: Sequences that differ, with both texts.
-        metrics: "pytorch" and "ours" -> metric -> percent.
-        references: Number of references that the metrics were computed on.
-        samples: Inputs with the texts that both generated.
-        divergence: Of the next token's distribution from PyTorch's in FP32, with weights in low bits: numbers of
-            tokens, texts, changed (tokens at which another id is the likeliest) and clear_changes (those of them that
-            are no near ties of PyTorch's); mean, standard_error and allowed (mean), in nats. Else empty.
-        failures: One message for each failed check.
-        files: Name -> SHA-256 of each file of the bundle that passed.
-    """
-
-    passed: bool = False
-    precision: str = "float32"
-    dtype: str = "float32"
-    torch_dtype: str = "float32"
-    execution: str = "native"
-    runtime: str = "cpu"
-    engine: str = ONNXRUNTIME
-    threshold: float = 0.0
-    factor: float = FACTOR
-    reference: str = f"PyTorch in float64, module by module; its own error by {SAMPLES} evaluations"
-    outputs: dict[str, Difference] = field(default_factory=dict)
-    drift: Drift = field(default_factory=Drift)
-    inputs: int = 0
-    sequences: dict[str, int] = field(default_factory=dict)
-    identical: dict[str, float] = field(default_factory=dict)
-    first_difference: dict[str, int] = field(default_factory=dict)
-    differing: list[dict[str, Any]] = field(default_factory=list)
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    references: int = 0
-    samples: list[dict[str, str]] = field(default_factory=list)
-    divergence: dict[str, float] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)
-
-
-def how_verified(verification: Mapping[str, Any]) -> str:
-    """Return in words what a verification result holds for: `native on cuda-graph, engine fused`.
-
-    Args:
-        verification: The result as JSON. One of an earlier version names no engine.
-    """
-    engine = verification.get("engine", ONNXRUNTIME)
-    return f"{verification['execution']} on {verification['runtime']}, engine {engine}"
 
 
 def compare_outputs(

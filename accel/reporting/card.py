@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PretrainedConfig
 
 from accel.data.pretrained import load_config
-from accel.evaluation.parity import how_verified
+from accel.evaluation.verification_result import how_verified
 from accel.runtime.layout import README, variants
 
 HUB_ID = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")

@@ -27,8 +27,8 @@ from accel.benchmark import latency
 from accel.config.schema import Config
 from accel.data import texts
 from accel.errors import AccelError, DeviceMemoryError, VerificationError
-from accel.evaluation import metrics
-from accel.evaluation.parity import VerificationResult, compare_distributions, compare_outputs, compare_paths
+from accel.evaluation.parity import compare_distributions, compare_outputs, compare_paths
+from accel.evaluation.verification_result import VerificationResult
 from accel.graph import files
 from accel.graph.precision.emulate import emulate_half
 from accel.graph.precision.formats import FORMATS, Format
@@ -40,13 +40,13 @@ from accel.runtime import layout
 from accel.runtime.engine_choice import engines_to_verify
 from accel.stages import audit, calibrate, reference, torch_error, weight_audit
 from accel.stages.checkpoint import reference_files
+from accel.stages.near_ties import GATED, count_near_ties
 from accel.stages.prompts import PROMPTS
-from accel.stages.verify_tokens import GATED, compare_references, compare_tokens, generate_greedily
+from accel.stages.verify_tokens import compare_references, compare_tokens, generate_greedily
 
 logger = logging.getLogger(__name__)
-MAX_FAILURES = 7  # failures that a message lists
 
-DEFAULT_MIN_AGREEMENT = 0.5  # of the sequences, in 16 bits, where `verify.min_token_agreement` is null
+DEFAULT_MIN_AGREEMENT = 0.5  # of the sequences, in 16 or fewer bits, where `verify.min_token_agreement` is null
 # Share of a path's tokens whose logits aren't compared where a router picks experts. Near a tie, rounding in 16 bits
 # makes it pick others, and logits jump there and at the tokens that attend to it. A fault that affects every token,
 # such as a stale cache, still shows in the rest.
@@ -79,7 +79,8 @@ def threshold(variant: str, layers: int) -> float:
 def min_token_agreement(config: Config) -> float:
     """Return the smallest share of sequences that must be identical to PyTorch's, from 0 to 1.
 
-    By default all in FP32. In other precisions none for random weights, whose tokens depend on rounding.
+    By default all in FP32. In other precisions none for random weights, whose tokens depend on rounding. With weights
+    in low bits, sequences that differ at a near tie count like identical ones: see `accel.stages.near_ties`.
     """
     if config.verify.min_token_agreement is not None:
         return config.verify.min_token_agreement
@@ -91,21 +92,25 @@ def min_token_agreement(config: Config) -> float:
 def judge(config: Config, verification: VerificationResult) -> None:
     """Add to `verification.failures` each breach of `verify.min_token_agreement` and `verify.max_metric_loss`."""
     minimum = min_token_agreement(config)
-    if any(verification.identical[name] < minimum for name in GATED):
-        shares = ", ".join(f"{name} {share:.1%}" for name, share in verification.identical.items())
+    if any(verification.agreeing(name) < minimum for name in GATED):
+        shares = ", ".join(f"{name} {verification.agreeing(name):.1%}" for name in verification.identical)
+        or_tied = " or different at a near tie" if verification.near_ties else ""
         verification.failures.append(
-            f"sequences identical to PyTorch's: {shares}; verify.min_token_agreement requires at least {minimum:.1%} "
-            "(sampling excepted)"
+            f"sequences identical to PyTorch's{or_tied}: {shares}; verify.min_token_agreement requires at least "
+            f"{minimum:.1%} (sampling excepted)"
         )
-    for name, theirs in verification.metrics.get("pytorch", {}).items():
-        ours = verification.metrics["ours"][name]
-        if metrics.METRICS[name].loss(ours, theirs) > config.verify.max_metric_loss:
+    allowed = config.verify.max_metric_loss
+    for name, loss in verification.metric_losses.items():
+        if loss.points > allowed:
+            ours, theirs = verification.metrics["ours"][name], verification.metrics["pytorch"][name]
+            unsure = f"; {verification.references} references are too few to be sure: verify.references takes more"
             verification.failures.append(
-                f"{name} is {ours:.2f}%, PyTorch's {theirs:.2f}%: worse by more than verify.max_metric_loss="
-                f"{config.verify.max_metric_loss} percentage points"
+                f"{name} is {ours:.2f}%, PyTorch's {theirs:.2f}%: worse by {loss}, allowed "
+                f"verify.max_metric_loss={allowed}" + ("" if loss.surely_exceeds(allowed) else unsure)
             )
     if verification.failures:
-        for sequence in verification.differing[:3]:
+        clear = [each for each in verification.differing if not verification.is_near_tie(each["key"])]
+        for sequence in clear[:3]:
             verification.failures.append(
                 f"{sequence['case']}, {sequence['input'][:60]!r}: first differing token at {sequence['position']}"
             )
@@ -183,11 +188,13 @@ def examine(
         if not compare_paths(model, architecture, expected, torch_errors, verification, rerouted, recorded):
             return
         tokens = json.loads((expected / reference.TOKENS).read_text())
-        compare_tokens(model, checkpoint, config, model_inputs, tokens, verification, known)
+        differing = compare_tokens(model, checkpoint, config, model_inputs, tokens, verification, known)
         compare_references(model, checkpoint, config, tokens["references"], verification)
         if config.precision.weight_bits is not None:
             logits, allowed = inputs["text_logits"].folder, config.precision.max_divergence
             compare_distributions(model, architecture, logits, allowed, verification)
+    if config.precision.weight_bits is not None:
+        count_near_ties(config, checkpoint, model_inputs, differing, verification)
     judge(config, verification)
     verification.passed = not verification.failures
 
@@ -290,7 +297,10 @@ def summarize(
         "execution": verification.execution,
         "engine": verification.engine,
         "identical": verification.identical,
+        "near_ties": verification.near_ties,
+        "sequences": verification.sequences,
         "metrics": verification.metrics,
+        "metric_losses": {name: asdict(loss) for name, loss in verification.metric_losses.items()},
         "divergence": verification.divergence,
         "worst_logits": max(verification.drift.worst, default=None),
         "fp32_nodes": sum(mix.get("fp32_nodes", 0) for mix in mixes) if mixes else "all",

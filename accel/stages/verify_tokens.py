@@ -10,13 +10,13 @@ from accel import progress
 from accel.config.schema import Config
 from accel.data import texts
 from accel.evaluation import metrics
-from accel.evaluation.parity import VerificationResult
 from accel.evaluation.recorded_generation import RecordedGeneration, recording
 from accel.evaluation.reference_data import PATHS
+from accel.evaluation.verification_result import VerificationResult
 from accel.models.generation import AcceleratedModel
 from accel.stages import reference
+from accel.stages.near_ties import GATED, DifferingSequence
 
-GATED = ("greedy", "beams", "padded")  # not sampling, which draws other tokens at the smallest difference
 MAX_DIFFERING = 20  # differing sequences that a verification result holds
 
 
@@ -47,7 +47,7 @@ def compare_tokens(
     expected: Any,
     verification: VerificationResult,
     known: Mapping[str, list[list[int]]],
-) -> None:
+) -> list[DifferingSequence]:
     """Generate by every decoding method, and record in `verification` which sequences equal PyTorch's.
 
     Args:
@@ -58,10 +58,14 @@ def compare_tokens(
         expected: Content of the reference's `tokens.json`.
         verification: Updated in place.
         known: Decoding method -> what it generated already.
+
+    Returns:
+        The sequences that differ, of methods without random choice.
     """
     methods = reference.cases(config)
     verification.inputs = len(inputs)
     tokenizer = texts.load_tokenizer(folder) if expected["texts"] else None
+    differing: list[DifferingSequence] = []
 
     def readable(number: int, ids: Sequence[int]) -> str:
         """Decode the ids generated for input `number`, without the prompt of a decoder-only model."""
@@ -86,16 +90,21 @@ def compare_tokens(
                 continue
             position = _first_difference(ours, theirs)
             verification.first_difference[f"{name}.{number}"] = position
-            if name in GATED and len(verification.differing) < MAX_DIFFERING:
+            if name not in GATED:
+                continue
+            differing.append(DifferingSequence(name, number, position, ours, theirs))
+            if len(verification.differing) < MAX_DIFFERING:
                 text = expected["texts"][number] if expected["texts"] else f"input {number}"
                 outputs = {"pytorch": readable(number, theirs), "ours": readable(number, ours)}
-                verification.differing.append({"case": name, "input": text, "position": position, **outputs})
+                record = {"key": differing[-1].key, "case": name, "input": text, "position": position, **outputs}
+                verification.differing.append(record)
         verification.identical[name] = identical / len(torch_sequences)
         if name == "padded" and expected["texts"]:
             pairs = zip(expected["texts"], torch_sequences, sequences, strict=True)
             for number, (text, theirs, ours) in enumerate(pairs):
                 sample = {"input": text, "pytorch": readable(number, theirs), "ours": readable(number, ours)}
                 verification.samples.append(sample)
+    return differing
 
 
 def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
@@ -131,4 +140,7 @@ def compare_references(
     verification.metrics = {
         "pytorch": metrics.scores(names, expected, examples.accepted),
         "ours": metrics.scores(names, outputs, examples.accepted),
+    }
+    verification.metric_losses = {
+        name: metrics.metric_loss(name, outputs, expected, examples.accepted) for name in names
     }

@@ -117,6 +117,29 @@ def test_inputs_and_outputs_are_escaped(stage_artifacts: dict[str, Artifact]) ->
     assert "a &amp; b" in html
 
 
+def test_near_ties(stage_artifacts: dict[str, Artifact]) -> None:
+    """With weights in low bits the page has all three counts, and what each difference needs."""
+    certificate = json.loads(first_variant(stage_artifacts["verify"].folder).certificate.read_text())
+    text = {"input": "a", "position": 3, "pytorch": "b", "ours": "c"}
+    certificate["verification"] |= {
+        "identical": {"greedy": 1.0, "sampling": 0.5, "padded": 0.25},
+        "sequences": {"greedy": 4, "sampling": 4, "padded": 8},
+        "near_ties": {"greedy": 0, "padded": 5},
+        "needed_divergence": {"padded.3": 0.00123},
+        "differing": [{"key": "padded.3", "case": "padded"} | text],
+    }
+    parsed = PageParser()
+    parsed.feed(page.render(certificate))
+    shown = " ".join(parsed.text.split())
+    for row in (
+        "greedy 4 100% 0 0 none",
+        "sampling 4 50.00% - 2",
+        "padded (greedy) 8 25.00% 5 1",
+        "padded a 3 0.00123 b c",
+    ):
+        assert row in shown, shown
+
+
 def test_nothing_stays_in_fp32(stage_artifacts: dict[str, Artifact]) -> None:
     """A sentence replaces a table without rows."""
     certificate = json.loads(first_variant(stage_artifacts["verify"].folder).certificate.read_text())

@@ -19,7 +19,7 @@ from accel.engine.kernel import launch
 from accel.engine.planning.plan import DOMAIN
 from accel.engine.step import PlannedStep
 from accel.errors import AccelError, DeviceMemoryError
-from accel.evaluation.parity import VerificationResult
+from accel.evaluation.verification_result import VerificationResult
 from accel.models.loading import open_model, verification_of
 from accel.runtime import decode_step, dynamic_cache, engine_choice, static_cache
 from accel.runtime.cuda_graph import CudaGraphCallable

@@ -7,9 +7,10 @@ import pytest
 
 from accel.config.schema import Config, ModelConfig, PrecisionConfig, VerifyConfig
 from accel.errors import AccelError, VerificationError
+from accel.evaluation.metrics import METRICS, MetricLoss
 from accel.runtime import layout
 from accel.stages import verify
-from accel.stages.verify_tokens import GATED
+from accel.stages.near_ties import GATED
 from tests.conftest import Build
 
 ALL = dict.fromkeys(("greedy", "beams", "padded", "sampling"), 1.0)
@@ -46,6 +47,30 @@ def test_min_token_agreement(dtype: str, changes: dict[str, object], identical: 
         assert f"{name} {share:.1%}" in verification.failures[0]
 
 
+@pytest.mark.parametrize(("near_ties", "passes"), [(0, False), (1, False), (2, True), (6, True)])
+def test_near_ties_agree(near_ties: int, passes: bool) -> None:
+    """With weights in low bits; what fails names the sequences that differ otherwise."""
+    differing = [
+        {"key": f"padded.{number}", "case": "padded", "input": f"text {number}", "position": 3} for number in range(6)
+    ]
+    verification = verify.VerificationResult(
+        identical=ALL | {"padded": 0.25},
+        sequences=dict.fromkeys(ALL, 8),
+        near_tie=0.02,
+        near_ties={"greedy": 0, "beams": 0, "padded": near_ties},
+        needed_divergence={f"padded.{number}": 0.01 if number < near_ties else 0.021 for number in range(6)},
+        differing=differing,
+    )
+    verify.judge(config("float32", min_token_agreement=0.5), verification)
+    assert (not verification.failures) == passes
+    if not passes:
+        assert "identical to PyTorch's or different at a near tie: greedy 100.0%" in verification.failures[0]
+        assert f"padded {0.25 + near_ties / 8:.1%}" in verification.failures[0]
+        assert [failure.split("'")[1] for failure in verification.failures[1:]] == [
+            f"text {number}" for number in range(near_ties, near_ties + 3)
+        ]
+
+
 @pytest.mark.parametrize(
     ("metric", "theirs", "ours", "passes"),
     [
@@ -55,12 +80,22 @@ def test_min_token_agreement(dtype: str, changes: dict[str, object], identical: 
         ("word_error_rate", 6.0, 1.0, True),  # better is no loss
     ],
 )
-def test_max_metric_loss(metric: str, theirs: float, ours: float, passes: bool) -> None:
+@pytest.mark.parametrize("standard_error", [0.01, 3.0, None])
+def test_max_metric_loss(metric: str, theirs: float, ours: float, passes: bool, standard_error: float | None) -> None:
+    """The measured loss decides; where the references are too few to be sure, the message says so."""
+    loss = MetricLoss(METRICS[metric].loss(ours, theirs), standard_error)
     verification = verify.VerificationResult(
-        identical=ALL, metrics={"pytorch": {metric: theirs}, "ours": {metric: ours}}
+        identical=ALL,
+        metrics={"pytorch": {metric: theirs}, "ours": {metric: ours}},
+        metric_losses={metric: loss},
+        references=200,
     )
     verify.judge(config("float16"), verification)
     assert (not verification.failures) == passes
+    if not passes:
+        assert f"{metric} is {ours:.2f}%, PyTorch's {theirs:.2f}%: worse by 1.10 percentage" in verification.failures[0]
+        unsure = "200 references are too few to be sure" in verification.failures[0]
+        assert unsure is (standard_error != 0.01)
 
 
 def test_failure_names_inputs_and_remedies(build: Build, tiny: Path, artifacts: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from accel.evaluation.verification_result import count_sequences
 from accel.graph.precision.formats import FORMATS, FP16
 
 TEMPLATE = "certificate.html.jinja"
@@ -38,6 +39,8 @@ def render(certificate: Mapping[str, Any]) -> str:
         outputs=outputs[:MAX_OUTPUTS],
         output_count=len(outputs),
         firsts=_first_differences(verification),
+        near_ties=verification["near_ties"],
+        counts={name: count_sequences(verification, name) for name in verification["identical"]},
         drift=svg_plots.drift({label: verification["drift"][name] for name, label in DRIFT.items()}, ""),
         statistics=_range_plots(certificate),
         kept=certificate.get("kept", [])[:MAX_ROWS],

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from accel.errors import unknown
-from accel.evaluation.parity import how_verified
+from accel.evaluation.verification_result import how_verified
 from accel.serve.http.service import Service
 from accel.serve.requests.errors import ApiError
 from accel.serve.requests.served_model import ServedModel
