@@ -137,9 +137,10 @@ def breaches(precision: PrecisionConfig, result: WeightTrialResult) -> list[str]
 
 
 def apply_trials(config: Config, plan: WeightPlan, trial: WeightTrial) -> None:
-    """Take weights back until a trial passes: in `plan` and in place, to 8 bits if they had 4, or else to FP32.
+    """Take weights back until a trial passes: in `plan` and in place, to FP32, or from 4 bits to 8.
 
-    Weights with the smallest errors are tried first, so that those that trials take back are the worst.
+    Weights with the smallest errors are tried first, so that those that trials take back are the worst. If a trial with
+    all weights in 8 bits passes, those that don't get 4 bits have 8 in all trials of the search, else they are in FP32.
 
     Raises:
         AccelError: No trial passed within `audit.trials`.
@@ -154,19 +155,24 @@ def apply_trials(config: Config, plan: WeightPlan, trial: WeightTrial) -> None:
             exceeded = breaches(precision, result)
             known[key] = not exceeded
             plan.trials.append({"weights": len(formats), "passed": known[key], **asdict(result)})
+            wider = sum(formats[name] != chosen[name] for name in formats)
             progress.note(
-                f"trial {len(plan.trials)}: {len(formats)} of {len(chosen)} weights in low bits, divergence "
-                f"{result.divergence:.2g} nats (standard error {result.standard_error:.1g}), "
+                f"trial {len(plan.trials)}: {len(formats)} of {len(chosen)} weights in low bits"
+                + (f", {wider} of them in 8" if wider else "")
+                + f", divergence {result.divergence:.2g} nats (standard error {result.standard_error:.1g}), "
                 f"{result.changed} of {result.greedy_tokens} tokens changed, {result.clear_changes} clearly: "
                 + (f"failed, {', '.join(exceeded)}" if exceeded else "passed")
             )
         return known[key]
 
-    ranked = sorted(chosen, key=plan.error)
+    ranked, rest = sorted(chosen, key=plan.error), dict[str, WeightFormat]()
+    if precision.weight_bits == 4 and not passing(chosen):
+        wide: dict[str, WeightFormat] = dict.fromkeys(ranked, FALLBACK)
+        rest = wide if passing(wide) else {}
     quantized = set(
         find_droppable(
             [[name] for name in ranked],
-            lambda names: passing({name: chosen[name] for name in names}),
+            lambda names: passing(rest | {name: chosen[name] for name in names}),
             config.audit.trials,
         )
     )
@@ -176,11 +182,10 @@ def apply_trials(config: Config, plan: WeightPlan, trial: WeightTrial) -> None:
             f"{plan.describe_worst()}. Raise audit.trials or precision.max_divergence={precision.max_divergence}, or "
             "take precision=fp32"
         )
-    rest = [name for name in ranked if name not in quantized]
-    wider = {name: chosen[name] for name in quantized} | dict.fromkeys(rest, FALLBACK)
-    fallback = FALLBACK.name if rest and precision.weight_bits == 4 and passing(wider) else None
-    for name in rest:
-        plan.weights[name].format, plan.weights[name].reason = fallback, TRIALS
+    for name in ranked:
+        if name not in quantized:
+            plan.weights[name].format = rest[name].name if name in rest else None
+            plan.weights[name].reason = TRIALS
 
 
 def run(config: Config, inputs: Mapping[str, Artifact], architecture: Architecture, out: Path) -> Mapping[str, Any]:
