@@ -103,10 +103,10 @@ def judge(config: Config, verification: VerificationResult) -> None:
     for name, loss in verification.metric_losses.items():
         if loss.points > allowed:
             ours, theirs = verification.metrics["ours"][name], verification.metrics["pytorch"][name]
-            unsure = f"; {verification.references} references are too few to be sure: verify.references takes more"
+            unsure = f"; {verification.references} are too few to be sure (verify.references, verify.texts)"
             verification.failures.append(
-                f"{name} is {ours:.2f}%, PyTorch's {theirs:.2f}%: worse by {loss}, allowed "
-                f"verify.max_metric_loss={allowed}" + ("" if loss.surely_exceeds(allowed) else unsure)
+                f"{name} of {verification.references} references is {ours:.2f}%, PyTorch's {theirs:.2f}%: worse by "
+                f"{loss}, allowed verify.max_metric_loss={allowed}" + ("" if loss.surely_exceeds(allowed) else unsure)
             )
     if verification.failures:
         clear = [each for each in verification.differing if not verification.is_near_tie(each["key"])]
