@@ -32,14 +32,12 @@ class DifferingSequence:
     Attributes:
         method: Decoding method: see `accel.stages.reference.cases`.
         number: Number of the input.
-        position: Position of the first id that differs.
         ours: Ids of the deployable.
         theirs: Ids of PyTorch.
     """
 
     method: str
     number: int
-    position: int
     ours: Sequence[int]
     theirs: Sequence[int]
 
@@ -47,6 +45,14 @@ class DifferingSequence:
     def key(self) -> str:
         """Name of the sequence in a verification result."""
         return f"{self.method}.{self.number}"
+
+    @property
+    def position(self) -> int:
+        """Position of the first id that differs; if one sequence begins with the other, the shorter length."""
+        for position, (token, torch_token) in enumerate(zip(self.ours, self.theirs, strict=False)):
+            if token != torch_token:
+                return position
+        return min(len(self.ours), len(self.theirs))
 
 
 def count_near_ties(

@@ -67,12 +67,15 @@ def compare_tokens(
     tokenizer = texts.load_tokenizer(folder) if expected["texts"] else None
     differing: list[DifferingSequence] = []
 
-    def readable(number: int, ids: Sequence[int]) -> str:
-        """Decode the ids generated for input `number`, without the prompt of a decoder-only model."""
-        if tokenizer is None:
-            return " ".join(map(str, ids))
-        prompt_length = 0 if model.config.is_encoder_decoder else inputs[number]["input_ids"].shape[1]
-        return str(tokenizer.decode(list(ids[prompt_length:]), skip_special_tokens=True))
+    def shown(number: int, ours: Sequence[int], theirs: Sequence[int]) -> dict[str, str]:
+        """Return input `number` and both outputs as text, without the prompt of a decoder-only model."""
+        prompt = 0 if model.config.is_encoder_decoder else inputs[number]["input_ids"].shape[1]
+        text = expected["texts"][number] if expected["texts"] else f"input {number}"
+        return {
+            "input": text,
+            "pytorch": _readable(tokenizer, theirs, prompt),
+            "ours": _readable(tokenizer, ours, prompt),
+        }
 
     for name, options in progress.track(list(methods.items()), "tokens"):
         torch_sequences = expected["tokens"][name]
@@ -83,36 +86,25 @@ def compare_tokens(
             verification.failures.append(f"{name}: {str(error).splitlines()[0]}")
             verification.identical[name] = 0.0
             continue
-        identical = 0
-        for number, (ours, theirs) in enumerate(zip(sequences, torch_sequences, strict=True)):
-            if ours == theirs:
-                identical += 1
-                continue
-            position = _first_difference(ours, theirs)
-            verification.first_difference[f"{name}.{number}"] = position
-            if name not in GATED:
-                continue
-            differing.append(DifferingSequence(name, number, position, ours, theirs))
-            if len(verification.differing) < MAX_DIFFERING:
-                text = expected["texts"][number] if expected["texts"] else f"input {number}"
-                outputs = {"pytorch": readable(number, theirs), "ours": readable(number, ours)}
-                record = {"key": differing[-1].key, "case": name, "input": text, "position": position, **outputs}
-                verification.differing.append(record)
-        verification.identical[name] = identical / len(torch_sequences)
+        pairs = list(enumerate(zip(sequences, torch_sequences, strict=True)))
+        different = [DifferingSequence(name, number, *both) for number, both in pairs if both[0] != both[1]]
+        verification.first_difference |= {each.key: each.position for each in different}
+        verification.identical[name] = (len(pairs) - len(different)) / len(pairs)
+        if name in GATED:
+            differing += different
         if name == "padded" and expected["texts"]:
-            pairs = zip(expected["texts"], torch_sequences, sequences, strict=True)
-            for number, (text, theirs, ours) in enumerate(pairs):
-                sample = {"input": text, "pytorch": readable(number, theirs), "ours": readable(number, ours)}
-                verification.samples.append(sample)
+            verification.samples = [shown(number, ours, theirs) for number, (ours, theirs) in pairs]
+    for each in differing[:MAX_DIFFERING]:
+        record = {"key": each.key, "case": each.method, "position": each.position}
+        verification.differing.append(record | shown(each.number, each.ours, each.theirs))
     return differing
 
 
-def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """Return the first position at which two sequences differ; if one begins with the other, the shorter length."""
-    for position, (token, torch_token) in enumerate(zip(ours, theirs, strict=False)):
-        if token != torch_token:
-            return position
-    return min(len(ours), len(theirs))
+def _readable(tokenizer: Any, ids: Sequence[int], prompt: int) -> str:
+    """Return ids after the first `prompt` ones as text, or without a tokenizer all as numbers."""
+    if tokenizer is None:
+        return " ".join(map(str, ids))
+    return str(tokenizer.decode(list(ids[prompt:]), skip_special_tokens=True))
 
 
 def compare_references(

@@ -64,11 +64,11 @@ def test_fastest_within_the_limits_ships(
 @pytest.mark.slow
 def test_precision_outside_the_limits_is_rejected(build: Build, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """However fast it is. Where none is left, the message has the reason of each."""
-    given = overrides("verify.min_token_agreement=1", "verify.num_beams=2")
+    given = overrides("audit.trials=0", "precision.max_divergence=1e-6", "verify.num_beams=2")
     artifact = build(tiny, "verify", [*given, "precision.candidates=[int4,fp32]"])[1]["verify"]
     rejected, chosen = artifact.summary["choice"]
     assert (chosen["precision"], chosen["chosen"], rejected["seconds"]) == ("fp32", True, None)
-    assert "verify.min_token_agreement requires at least 100.0%" in rejected["reason"]
+    assert "allowed precision.max_divergence=1e-06" in rejected["reason"]
     assert len(json.loads(layout.first_variant(artifact.folder).certificate.read_text())["choice"]) == 2
-    with pytest.raises(AccelError, match=r"no candidate passed\nint4: sequences identical"):
+    with pytest.raises(AccelError, match=r"no candidate passed\nint4: the next token's distribution diverges"):
         build(tiny, "verify", [*given, "precision.candidates=[int4]"])

@@ -69,14 +69,14 @@ def test_margin_of_beams_is_that_of_the_scores(
     lengths = [len(ids) - 1 + removed for ids in sequences]
     assert len(set(lengths)) > 1, "all texts have one length"
     for other in range(1, len(sequences)):
-        differing = DifferingSequence("beams", 0, 1, sequences[other], sequences[0])
+        differing = DifferingSequence("beams", 0, sequences[other], sequences[0])
         margin = near_ties._beam_margin(model, inputs, BEAMS, differing)
         expected = float(scores[0] - scores[other]) * max(lengths[0], lengths[other]) ** penalty
         assert margin == pytest.approx(expected, rel=1e-3, abs=1e-4)
         p = 1 / (1 + math.exp(-expected))
         needed = near_ties.needed_divergence(model, inputs, BEAMS, differing)
         assert needed == pytest.approx(p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)), rel=1e-2, abs=1e-6)
-    better = DifferingSequence("beams", 0, 1, sequences[0], sequences[3])
+    better = DifferingSequence("beams", 0, sequences[0], sequences[3])
     assert near_ties.needed_divergence(model, inputs, BEAMS, better) == 0
 
 
@@ -90,9 +90,7 @@ def test_greedy_search_by_the_probabilities_at_the_first_difference(model: PreTr
         probabilities = logits[position - 1].double().softmax(-1)
         other = int(probabilities.argsort(descending=True)[1])
         ours = [*theirs[:position], other, 9, 9]
-        needed = near_ties.needed_divergence(
-            model, inputs, GREEDY, DifferingSequence("greedy", 0, position, ours, theirs)
-        )
+        needed = near_ties.needed_divergence(model, inputs, GREEDY, DifferingSequence("greedy", 0, ours, theirs))
         expected = change_divergence(probabilities[theirs[position]], probabilities[other])
         assert needed == pytest.approx(float(expected), rel=1e-3)
 
@@ -103,7 +101,7 @@ def test_counts(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(near_ties, "load_model", lambda folder: model)
     (theirs,) = reference.generate_ids(model, [inputs], GREEDY)
     ours = [*theirs[:4], 40, 41]
-    differing = [DifferingSequence(name, 0, 4, ours, theirs) for name in ("greedy", "padded")]
+    differing = [DifferingSequence(name, 0, ours, theirs) for name in ("greedy", "padded")]
     needed = near_ties.needed_divergence(model, inputs, GREEDY, differing[0])
     for limit, tied in ((needed * 1.01, 1), (needed * 0.99, 0)):
         result = VerificationResult(
