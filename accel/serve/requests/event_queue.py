@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from accel.serve import loop_calls
 from accel.serve.protocol import Event, Finished, Listener, TokenLogprobs, Tokens
 
 
@@ -39,7 +40,7 @@ class Arrivals:
 
 
 class EventQueue:
-    """Events of the sequences of one HTTP request, from any thread to its event loop.
+    """Events of the sequences of one HTTP request, from any thread to its event loop, by `loop_calls.call`.
 
     Args:
         max_tokens: Tokens that may wait here.
@@ -76,20 +77,13 @@ class EventQueue:
                 overflows = self._tokens > self._max_tokens and not self._overflowed
                 self._overflowed |= overflows
             if overflows:
-                self._call(self._overflow)
+                loop_calls.call(self._loop, self._overflow)
             if wakes:
-                self._call(self._arrived.set)
+                loop_calls.call(self._loop, self._arrived.set)
             if ends:
-                self._call(self._finished.set)
+                loop_calls.call(self._loop, self._finished.set)
 
         return listen
-
-    def _call(self, function: Callable[[], None]) -> None:
-        """Call `function` on the event loop, unless the server has ended."""
-        try:
-            self._loop.call_soon_threadsafe(function)
-        except RuntimeError:  # the loop is closed, and nobody waits for these events
-            return
 
     async def take(self) -> list[Arrivals]:
         """Wait for events, and return all that there are, by sequence.

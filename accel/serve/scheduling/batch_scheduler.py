@@ -12,6 +12,7 @@ from transformers import StoppingCriteriaList
 
 from accel.models.decoding.step_observer import StepObserver
 from accel.models.generation import AcceleratedModel
+from accel.serve import loop_calls
 from accel.serve.protocol import FinishReason
 from accel.serve.scheduling.job import Job
 from accel.serve.scheduling.limits import SchedulerLimits
@@ -105,9 +106,11 @@ class BatchScheduler(SchedulerThread):
 
         def observe(next_ids: Tensor) -> bool:
             if text:
-                for job, token in zip(jobs, next_ids[:, -1].tolist(), strict=True):
-                    if not job.finished:
-                        self._add(job, [token])
+                tokens = next_ids[:, -1].tolist()
+                with loop_calls.batched():
+                    for job, token in zip(jobs, tokens, strict=True):
+                        if not job.finished:
+                            self._add(job, [token])
             self.end_stopped()
             return not self._batch
 

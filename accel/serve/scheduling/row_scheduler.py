@@ -14,6 +14,7 @@ from torch import Tensor
 from accel.errors import DeviceMemoryError
 from accel.models.generation import AcceleratedModel
 from accel.models.rows import Rows
+from accel.serve import loop_calls
 from accel.serve.protocol import FinishReason, Status
 from accel.serve.scheduling.batch_size import BatchSize, Sizing
 from accel.serve.scheduling.job import Job
@@ -23,7 +24,7 @@ from accel.serve.scheduling.row_job import RowJob
 from accel.serve.scheduling.row_prompts import LONGER_PROMPT, RowPrompts
 from accel.serve.scheduling.scheduler_thread import SchedulerThread
 from accel.serve.scheduling.shared_prefixes import SharedPrefixes
-from accel.serve.scheduling.token_selection import TokenSelection
+from accel.serve.scheduling.token_selection import Selected, TokenSelection
 
 logger = logging.getLogger(__name__)
 
@@ -252,16 +253,21 @@ class RowScheduler(SchedulerThread):
         """Wait for the tokens of a step and report them, but for requests that have ended in the meantime."""
         if all(each.job.finished for each in launched.active):
             return
-        for each, selected in zip(launched.active, launched.selection.results(), strict=True):
-            if each.job.finished:
-                continue
-            if isinstance(selected, Exception):
-                each.job.finish(FinishReason.ERROR, selected)
-            else:
-                each.token = selected.token
-                each.job.add(selected.token, selected.logprobs)
-                self.generated += 1
-            each.running, each.prefill = True, None
+        results = launched.selection.results()
+        with loop_calls.batched():
+            for each, selected in zip(launched.active, results, strict=True):
+                if not each.job.finished:
+                    self._report_one(each, selected)
+
+    def _report_one(self, each: RowJob, selected: Selected | Exception) -> None:
+        """Report a token of a request, or the error that ends it."""
+        if isinstance(selected, Exception):
+            each.job.finish(FinishReason.ERROR, selected)
+        else:
+            each.token = selected.token
+            each.job.add(selected.token, selected.logprobs)
+            self.generated += 1
+        each.running, each.prefill = True, None
 
     def forget_finished(self) -> None:
         """Free the rows of requests that have finished."""

@@ -15,11 +15,13 @@ from transformers import LogitsProcessor
 from accel.errors import DeviceMemoryError
 from accel.models.generation import AcceleratedModel
 from accel.models.rows import Rows
-from accel.serve.protocol import FinishReason, QueueFullError, Request, RequestTooLongError
+from accel.serve import loop_calls
+from accel.serve.protocol import FinishReason, Listener, QueueFullError, Request, RequestTooLongError
 from accel.serve.scheduling.limits import SchedulerLimits
 from accel.serve.scheduling.opening import open_scheduler
 from accel.serve.scheduling.row_scheduler import RowScheduler
 from tests.serve.collector import UNIQUE, Collector, alone, submit
+from tests.serve.test_loop_calls import Loop
 
 LIMITS = SchedulerLimits(rows=4, queue=64, prompt_tokens=40, total_tokens=60)
 LENGTHS = (9, 3, 14, 5, 21, 7, 2, 11)
@@ -295,6 +297,29 @@ def test_steps_ahead(model: AcceleratedModel, monkeypatch: pytest.MonkeyPatch) -
         assert greedy.tokens() == expected[1]
         assert [len(each.logprobs) for each in found] == [len(tokens) if more else 0 for tokens in right]
     opened.close()
+
+
+def test_a_step_wakes_an_event_loop_once(causal: AcceleratedModel) -> None:
+    """However many rows report a token to it."""
+    scheduler, loop = open_scheduler(causal, LIMITS), Loop()
+    options = {"max_new_tokens": 12, **UNIQUE}
+    prompts = [prompt(causal, length) for length in LENGTHS[:4]]
+    expected = [alone(causal, ids, **options) for ids in prompts]
+    found = [Collector() for _ in prompts]
+
+    def listener(collector: Collector) -> Listener:
+        return lambda event: loop_calls.call(loop, lambda: collector(event))
+
+    for ids, each in zip(prompts, found, strict=True):
+        scheduler.submit(Request({"input_ids": ids}, options, None), listener(each))
+    end = time.monotonic() + 30
+    while len(loop.calls) < sum(len(tokens) + 1 for tokens in expected) and time.monotonic() < end:
+        time.sleep(0.01)
+    scheduler.close()
+    for function in loop.calls:
+        function()
+    assert [each.tokens() for each in found] == expected
+    assert loop.wake_ups <= 12 + 3 * 4  # steps of all, and first ones of requests that began before others
 
 
 def test_first_tokens_by_a_step(t5: AcceleratedModel) -> None:
