@@ -85,11 +85,6 @@ class TokenSelection:
         return [results[row] for row in range(self._rows)]
 
 
-def select_tokens(jobs: Sequence[Job], logits: Tensor, places: Sequence[int]) -> list[Selected | Exception]:
-    """Return the next tokens of rows, or their errors: arguments and results of `TokenSelection`."""
-    return TokenSelection(jobs, logits, places).results()
-
-
 Chosen: TypeAlias = tuple[list[int], Tensor, Sequence[int]]
 """Rows, a tensor of ids, int64 [..., 1], and for each of these rows the line of this tensor that holds its token."""
 

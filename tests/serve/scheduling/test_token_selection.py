@@ -19,7 +19,7 @@ from accel.serve.scheduling.job import Job
 from accel.serve.scheduling.limits import SchedulerLimits
 from accel.serve.scheduling.opening import open_scheduler
 from accel.serve.scheduling.row_scheduler import RowScheduler
-from accel.serve.scheduling.token_selection import Selected, select_tokens
+from accel.serve.scheduling.token_selection import Selected, TokenSelection
 from tests.serve.collector import UNIQUE, alone, submit
 
 VOCABULARY = 501
@@ -96,7 +96,7 @@ class Transfers(TorchFunctionMode):
 
 def selected(jobs: list[Job], logits: Tensor) -> list[Selected]:
     """Return what the rows got."""
-    found = select_tokens(jobs, logits, range(len(jobs)))
+    found = TokenSelection(jobs, logits, range(len(jobs))).results()
     assert all(isinstance(each, Selected) for each in found), found
     return found  # type: ignore[return-value]
 
@@ -155,12 +155,12 @@ def test_failures_of_one_row() -> None:
     jobs = [job(seed=1), job(Broken()), job(logits_process.TemperatureLogitsWarper(1e-45), seed=2, logprobs=1), job()]
     logits = logits_of(0)
     expected = [each.token for each in selected([job(seed=1), job()], logits[[5, 2]])]
-    first, broken, infinite, last = select_tokens(jobs, logits, [5, 0, 1, 2])
+    first, broken, infinite, last = TokenSelection(jobs, logits, [5, 0, 1, 2]).results()
     assert [first, last] == [Selected(token) for token in expected]
     assert isinstance(broken, RuntimeError)
     assert isinstance(infinite, ValueError)
     assert "no token can be drawn" in str(infinite)
-    only = select_tokens(jobs[1:2], logits, [0])
+    only = TokenSelection(jobs[1:2], logits, [0]).results()
     assert [type(each) for each in only] == [RuntimeError]
 
 
