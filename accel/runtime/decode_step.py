@@ -14,6 +14,7 @@ from accel import progress
 from accel.config.engines import AUTO, FUSED, ONNXRUNTIME
 from accel.errors import AccelError, DeviceMemoryError
 from accel.runtime.device_memory import translate_out_of_memory
+from accel.runtime.dynamic_cache import PromptEngine
 from accel.runtime.engine_choice import choose_engine
 from accel.runtime.io_binding import BoundSession, FixedCall
 from accel.runtime.layout import KEPT, DeployableFiles
@@ -81,6 +82,10 @@ class DecodeStep(Protocol):
         """
         ...
 
+    def prompt_engine(self) -> PromptEngine | None:
+        """Return what computes whole prompts over the same weights; None if that is left to another session."""
+        ...
+
     def check(self) -> None:
         """Raise `AccelError` if an earlier call is known to have failed on the device. Doesn't synchronise."""
         ...
@@ -123,6 +128,10 @@ class SessionStep:
         self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], ancestry: Tensor
     ) -> Callable[[], None] | None:
         """Return None: a graph's attention reads each row's own caches."""
+        return None
+
+    def prompt_engine(self) -> PromptEngine | None:
+        """Return None: a graph of one token has no prompts."""
         return None
 
     def check(self) -> None:
@@ -206,6 +215,25 @@ class FusedStep:
     def reads_prefix(self, batch: int) -> bool:
         """Return whether the kernel computes such a step, not torch or a session of ONNX Runtime."""
         return self.planned.in_kernel(batch)
+
+    def prompt_engine(self) -> PromptEngine | None:
+        """Return what computes prompts by the plan; None on the CPU, and where the plan has what prompts haven't."""
+        if self.device.type != "cuda":
+            return None
+        from accel.engine.planning.trace import NoMatchError
+        from accel.engine.prefill.planned_prefill import PlannedPrefill
+
+        try:
+            planned = PlannedPrefill(self.planned.plan, self.device)
+        except (NoMatchError, AccelError) as reason:
+            logger.debug(f"prompts run on ONNX Runtime: {reason}")
+            return None
+
+        def run(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Tensor]] | None:
+            with self._on_stream():
+                return planned(inputs)
+
+        return run
 
     def check(self) -> None:
         """Raise `AccelError` if the kernel gave up: see `DecodeStep.check`."""

@@ -139,6 +139,10 @@ class DynamicCacheState:
         return CacheViews(names, lambda name: own[name] if name in own else constants[name])
 
 
+PromptEngine = Callable[[Mapping[str, Tensor]], tuple[Tensor, Mapping[str, Tensor]] | None]
+"""Function of the inputs of a prefill that returns its logits and caches, by input name; None where it can't."""
+
+
 class DynamicCacheRuntime:
     """Runtime over a merged decoder, or over separate prefill and decode graphs. Implements `protocol.Runtime`.
 
@@ -156,6 +160,7 @@ class DynamicCacheRuntime:
 
     Attributes:
         engine: `onnxruntime`.
+        planned_prefill: Computes prompts in place of the prefill session, where it can; None without one.
         self_cache_outputs: Those items of `cache` that are self-attention caches.
         axes: Self-attention cache input -> its token axis.
         constants: Names of the decoder inputs that stay the same for a whole generation, with cross-attention caches.
@@ -191,6 +196,7 @@ class DynamicCacheRuntime:
         batch_axis = decode.inputs["input_ids"].shape[0]
         self.batched = {name for name, spec in decode.inputs.items() if batch_axis in spec.shape[:1]}
         self.flag = flag
+        self.planned_prefill: PromptEngine | None = None
         self._empty: tuple[int, Mapping[str, Value]] = (0, {})
         self._true, self._false = torch.ones((), dtype=torch.bool), torch.zeros((), dtype=torch.bool)
 
@@ -209,6 +215,9 @@ class DynamicCacheRuntime:
 
     def prefill_at_once(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, DynamicCacheState]:
         """Run the decoder without past over whole prompts. Return logits [batch, new, vocabulary] and the caches."""
+        computed = None if self.planned_prefill is None else self.planned_prefill(inputs)
+        if computed is not None:
+            return computed[0], self.state_over(computed[1], inputs)
         prefill_inputs: dict[str, Value] = dict(inputs)
         if self.flag:
             prefill_inputs |= {self.flag: self._false, **self._empty_caches(inputs["input_ids"].shape[0])}

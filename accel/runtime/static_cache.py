@@ -39,7 +39,6 @@ from accel.runtime.weights import SharedWeights
 
 logger = logging.getLogger(__name__)
 
-
 BufferKey = tuple[int, int, tuple[tuple[str, Shape], ...]]
 """Batch, bucket and padded shapes of the constants: decode buffers with the same key are interchangeable."""
 
@@ -396,5 +395,6 @@ def open_static(
         return BoundSession(open_graph(path, static_settings, weights.initializers(path)), torch_device)
 
     decode = open_decode_step(files, engine, weights, capture, open_bound, tune)
+    dynamic.planned_prefill = decode.prompt_engine()
     cross = SessionStep(open_bound(files.cross_cache)) if files.cross_cache.is_file() else None
     return StaticCacheRuntime(dynamic, DecodeGraphs(decode, cross), buckets, capture_batch_sizes)

@@ -5,30 +5,11 @@
 // that blocks exchange are 64-bit words of data and a tag that counts launches, so there is no barrier over the grid.
 //
 // The files are compiled as one: macros (ROWS, BLOCKS, BF16, BULK, MEMORY in bytes of shared memory, RECORD_BYTES, MAX_K, MAX_NORM, WIDE_X,
-// MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS, LEAST_SLOTS, COPIES, SCALE_BYTES), common.cu, low_bits.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
+// MAX_BIAS, MAX_GROUP, MAX_HEAD, MAX_KEYS, LEAST_SLOTS, COPIES, SCALE_BYTES), numbers.cu, common.cu, low_bits.cu, product.cu, attention.cu, producer.cu, the shapes of all operations, the
 // lists CONSUME and PRODUCE of their cases, main.cu. `launch.py` puts them together. Tests set two more: MISSING_STORE, the
 // address of a word that is never written, and DELAYS, the most nanoseconds that warps wait before an operation.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short T;  // FP16 or BF16
-typedef u32 T2;            // two of them, the first in the low half
-#if BF16
-#define TYPE "bf16"
-__device__ __forceinline__ float wide(T v) { return __uint_as_float((u32)v << 16); }
-__device__ __forceinline__ float2 wide(T2 v) { return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)); }
-#else
-#define TYPE "f16"
-__device__ __forceinline__ float wide(T v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
-__device__ __forceinline__ float2 wide(T2 v) { return make_float2(wide((T)v), wide((T)(v >> 16))); }
-#endif
-__device__ __forceinline__ T2 narrow(float a, float b) { T2 v; asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a)); return v; }
-__device__ __forceinline__ T narrow(float a) { return (T)narrow(a, 0.f); }
-
 enum Format { WORDS, WORDS_F32, PLAIN, PLAIN_F32 };  // {T2, tag}; {float, tag}; T; float
-enum Activation { NONE, RELU, GELU, GELU_TANH, SILU, QUICK_GELU, TANH, SIGMOID, SOFTCAP };
-enum Norm { NO_NORM, RMS, LAYER };
-enum Angles { FULL, HALVES, PAIRS };
 
 constexpr int WARPS = 8, THREADS = WARPS * 32;
 constexpr int SEGMENT = 2048;                      // bytes of a weight's row in one slot of the ring
@@ -128,11 +109,6 @@ __device__ __forceinline__ void store(u64* p, u32 data, u32 tag) {
 __device__ __forceinline__ bool has(u64 v, u32 tag) { return (u32)(v >> 32) == tag; }
 __device__ __forceinline__ bool has(ulonglong2 v, u32 tag) { return has(v.x, tag) && has(v.y, tag); }
 __device__ __forceinline__ float2 both(u64 v) { return wide((T2)v); }
-__device__ __forceinline__ float total(float v) {
-#pragma unroll
-  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
-  return v;
-}
 // D[16 x 8] += A[16 x 16] (rows of x) * B[16 x 8] (units of W)
 __device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -240,18 +216,5 @@ __device__ __forceinline__ void write_pair(int format, void* data, int at, float
   if (format == PLAIN_F32) {
     ((float*)data)[at] = a;
     if (second) ((float*)data)[at + 1] = b;
-  }
-}
-__device__ __forceinline__ float activate(float v, int act, float limit) {  // with constant `act`
-  switch (act) {
-    case RELU: return fmaxf(v, 0.f);
-    case GELU: return 0.5f * v * (1.f + erff(v * 0.70710678f));
-    case GELU_TANH: return 0.5f * v * (1.f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-    case SILU: return v / (1.f + __expf(-v));
-    case QUICK_GELU: return v / (1.f + __expf(-1.702f * v));
-    case TANH: return tanhf(v);
-    case SIGMOID: return 1.f / (1.f + __expf(-v));
-    case SOFTCAP: return limit * tanhf(v / limit);
-    default: return v;
   }
 }

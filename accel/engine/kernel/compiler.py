@@ -10,6 +10,8 @@ from pathlib import Path
 from threading import get_ident
 from typing import Any
 
+import torch
+
 from accel.engine.kernel.placement import NotRunnableError
 from accel.system.user_cache import PRIVATE, user_cache
 
@@ -57,6 +59,35 @@ def compiled(source: str, architecture: str) -> Cubin:
         return Cubin(kept, path, True)
     data = _compile(source, architecture)
     return Cubin(data, path if path is not None and _write(path, data) else None, False)
+
+
+def load(source: str, name: str, device: torch.device) -> tuple[Any, Cubin]:
+    """Return a function of CUDA source, on a device, and the compiled code that it is of.
+
+    Args:
+        source: CUDA C++ without includes.
+        name: Name of the function, which is `extern "C"`.
+        device: A GPU.
+
+    Raises:
+        NotRunnableError: NVRTC can't be loaded, can't compile for the device, or refuses the source, or the driver
+            refuses the code.
+    """
+    from cupy.cuda import driver
+    from cupy.cuda.function import Module
+
+    major, minor = torch.cuda.get_device_capability(device)
+    architecture = architecture_for(major, minor)
+    if architecture is None:
+        raise NotRunnableError(f"the installed NVRTC can't compile for compute capability {major}.{minor}")
+    cubin = compiled(source, architecture)
+    module = Module()
+    try:
+        with torch.cuda.device(device):
+            module.load(cubin.data)
+            return module.get_function(name), cubin
+    except driver.CUDADriverError as error:
+        raise NotRunnableError(f"the driver refuses the compiled kernel: {error}") from error
 
 
 def missing() -> str | None:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 THREADS = 288  # eight warps of consumers, and the producer
 LIMIT = 1 << 19  # polls, each longer than half a microsecond; a wait for another block takes microseconds
-SOURCES = ("common", "low_bits", "product", "attention", "producer", "main")
+SOURCES = ("numbers", "common", "low_bits", "product", "attention", "producer", "main")
 CALLS = {
     "product": {
         "CONSUME": "product<{}>(s, op, ring, norms, tag, watch)",
@@ -203,20 +203,12 @@ def _load(code: str, rows: int, device: torch.device, memory: int) -> Any:
         NotRunnableError: The compiler refuses it, such as for lack of shared memory, or the driver.
     """
     from cupy.cuda import driver
-    from cupy.cuda.function import Module
 
     start = time.perf_counter()
-    architecture = compiler.architecture_for(*torch.cuda.get_device_capability(device))
-    if architecture is None:
-        raise NotRunnableError(str(unsupported(device)))
-    cubin = compiler.compiled(code, architecture)
-    module = Module()
-    attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    function, cubin = compiler.load(code, "decode", device)
     try:
         with torch.cuda.device(device):
-            module.load(cubin.data)
-            function = module.get_function("decode")
-            driver.funcSetAttribute(function.ptr, attribute, memory)
+            driver.funcSetAttribute(function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, memory)
     except driver.CUDADriverError as error:
         raise NotRunnableError(f"the driver refuses the compiled kernel: {error}") from error
     seconds = time.perf_counter() - start

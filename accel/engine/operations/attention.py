@@ -145,12 +145,12 @@ def attention(*tensors: Tensor, spec: Attention) -> Tensor | tuple[Tensor, Tenso
     if spec.key is not None:
         rows, positions = [rest.pop(0), rest.pop(0)], rest.pop(0)
     keys, values = rest.pop(0), rest.pop(0)
-    q = _heads(query, spec.query, rest)
+    q = cut_heads(query, spec.query, rest)
     cuts = [heads for heads in (spec.key, spec.value) if heads is not None]
-    new = [_heads(row, heads, rest) for row, heads in zip(rows, cuts, strict=True)]
+    new = [cut_heads(row, heads, rest) for row, heads in zip(rows, cuts, strict=True)]
     if spec.rotary is not None:
-        cos, sin = (_angles(rest.pop(0), spec.rotary) for _ in range(2))
-        q, *new[:1] = (_rotated(each, cos, sin, spec.rotary) for each in (q, *new[:1]))
+        cos, sin = (angles_of(rest.pop(0), spec.rotary) for _ in range(2))
+        q, *new[:1] = (rotated(each, cos, sin, spec.rotary) for each in (q, *new[:1]))
     if positions is not None:
         for cache, entry in zip((keys, values), new, strict=True):
             index = (positions % cache.shape[2]).reshape(-1, 1, 1, 1)
@@ -200,7 +200,7 @@ def _attend(
     return (weights @ values.float()).reshape(len(q), 1, -1).to(spec.dtype)
 
 
-def _heads(row: Tensor, heads: Heads, weights: list[Tensor]) -> Tensor:
+def cut_heads(row: Tensor, heads: Heads, weights: list[Tensor]) -> Tensor:
     """Return heads cut from rows, [B, heads, size] in FP32, normed with the next of `weights` where they are."""
     flat = row.reshape(len(row), -1)
     sizes = (len(row), heads.groups, heads.per_group, heads.size)
@@ -212,16 +212,20 @@ def _heads(row: Tensor, heads: Heads, weights: list[Tensor]) -> Tensor:
     return cut * heads.scale if heads.scale != 1 else cut
 
 
-def _angles(values: Tensor, rotary: Rotary) -> Tensor:
+def angle_count(rotary: Rotary) -> int:
+    """Return the number of cosines in a row."""
+    return rotary.size if rotary.angles == "full" else rotary.size // 2
+
+
+def angles_of(values: Tensor, rotary: Rotary) -> Tensor:
     """Return the cosine or sine of every rotated feature, [B or 1, 1, size]."""
-    count = rotary.size if rotary.angles == "full" else rotary.size // 2
-    rows = values.reshape(-1, 1, count).float()
+    rows = values.reshape(-1, 1, angle_count(rotary)).float()
     if rotary.angles == "full":
         return rows
     return torch.cat([rows, rows], -1) if rotary.angles == "halves" else rows.repeat_interleave(2, -1)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
     """Return x [B, H, D] with pairs of its first features rotated."""
     part, rest = x[..., : rotary.size], x[..., rotary.size :]
     if rotary.interleaved:

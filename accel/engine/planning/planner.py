@@ -45,13 +45,13 @@ def plan(graph: Graph, shapes: Shapes, batch: str, fixed: Mapping[str, torch.Ten
         AccelError: A node can't be traced, or operations would depend on each other.
     """
     inputs = {name: dtype for name, dtype in graph.inputs.items() if name not in fixed}
-    nodes = _needed(_without_skips(graph), graph.outputs)
+    nodes = needed(_without_skips(graph), graph.outputs)
     graph = classify(replace(graph, nodes=nodes, inputs=inputs, constants={**graph.constants, **fixed}))
     trace = Trace(graph, shapes, batch)
     matcher = Matcher(trace, {name for name, dtype in inputs.items() if dtype.is_floating_point or name == "input_ids"})
     fused = [*_attentions(matcher), *_products(matcher)]
     fused += _norms(matcher)
-    ordered = _ordered(_needed(_replaced(nodes, fused), graph.outputs), graph)
+    ordered = _ordered(needed(_replaced(nodes, fused), graph.outputs), graph)
     left = {node.name for node in ordered}
     misses = {name: reason for name, reason in matcher.misses.items() if name in left}
     return Plan(classify(replace(graph, nodes=_reshaped(ordered, trace))), trace, misses)
@@ -226,20 +226,20 @@ def _reshaped(nodes: list[Node], trace: Trace) -> list[Node]:
     return result
 
 
-def _needed(nodes: list[Node], outputs: Iterable[str]) -> list[Node]:
+def needed(nodes: list[Node], outputs: Iterable[str]) -> list[Node]:
     """Return the nodes that a graph's outputs depend on, in the same order, with no outputs that nothing reads."""
     producer = {name: index for index, node in enumerate(nodes) for name in node.outputs if name}
-    needed, read, pending = set[int](), set(outputs), [producer[name] for name in outputs if name in producer]
+    kept, read, pending = set[int](), set(outputs), [producer[name] for name in outputs if name in producer]
     while pending:
         index = pending.pop()
-        if index not in needed:
-            needed.add(index)
+        if index not in kept:
+            kept.add(index)
             read.update(nodes[index].inputs)
             pending += [producer[name] for name in nodes[index].inputs if name in producer]
     return [
         replace(node, outputs=tuple(name if name in read else "" for name in node.outputs))
         for index, node in enumerate(nodes)
-        if index in needed
+        if index in kept
     ]
 
 

@@ -36,33 +36,41 @@ def without(text: str, name: str) -> str:
     return text
 
 
-def on_host(program: Program, target: Target) -> str:
-    """Return the kernel's source for the host."""
-    text = source(program, target)
+def on_host(text: str, more: str = "") -> str:
+    """Return CUDA source for the host.
+
+    Args:
+        text: The source, with that of `numbers.cu`.
+        more: Definitions to put behind those of the types of numbers.
+    """
     for name in INSTRUCTIONS:
         text = without(text, name)
     lines = ["" if "createpolicy" in line else line for line in text.splitlines()]
     text = "\n".join(lines).replace("extern __shared__ __align__(128) unsigned char memory[];", "")
     types = "typedef u32 T2;            // two of them, the first in the low half\n"
-    memory = "alignas(128) static unsigned char memory[MEMORY];\n"
     assert types in text
-    host, instructions, launch = ((HERE / f"{name}.h").read_text() for name in ("host", "instructions", "launch"))
-    text = text.replace(types, types + instructions + memory)
-    return f"{host}\n{text}\n#define LIMIT {LIMIT}\n{launch}"
+    host, instructions = ((HERE / f"{name}.h").read_text() for name in ("host", "instructions"))
+    return f"{host}\n{text.replace(types, types + instructions + more)}"
+
+
+def compiled(text: str, folder: Path) -> ctypes.CDLL:
+    """Compile C++ for the host, and load it."""
+    path, library = folder / "kernel.cpp", folder / "kernel.so"
+    path.write_text(text)
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", "-o", str(library), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    return ctypes.CDLL(str(library))
 
 
 def run(program: Program, target: Target, folder: Path) -> None:
     """Compile a program's kernel, and launch it once."""
-    path = folder / "kernel.cpp"
-    path.write_text(on_host(program, target))
-    library = folder / "kernel.so"
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", "-o", str(library), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:4000]
+    memory = "alignas(128) static unsigned char memory[MEMORY];\n"
+    text = on_host(source(program, target), memory)
+    library = compiled(f"{text}\n#define LIMIT {LIMIT}\n{(HERE / 'launch.h').read_text()}", folder)
     records = (ctypes.c_char * sum(ctypes.sizeof(record) for record in program.operations)).from_buffer(
         bytearray(b"".join(bytes(record) for record in program.operations))
     )
     state, failed, error = (ctypes.c_uint32 * 2)(), ctypes.c_int(), ctypes.c_int()
-    launch = ctypes.CDLL(str(library)).launch
-    launch(records, len(program.operations), state, ctypes.byref(failed), ctypes.byref(error))
+    library.launch(records, len(program.operations), state, ctypes.byref(failed), ctypes.byref(error))
     assert (failed.value, error.value) == (0, 0)

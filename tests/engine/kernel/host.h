@@ -17,10 +17,11 @@ using std::max; using std::min;
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define __builtin_assume(v)
-struct Index { int x; };
+struct Index { int x, y; };
 static thread_local Index threadIdx;
-static Index blockIdx, blockDim{288};
+static Index blockIdx, blockDim{288, 1};
 struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) int4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
