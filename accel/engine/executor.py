@@ -72,9 +72,9 @@ class Executor:
     """Executor of one graph. Threads may share it.
 
     Args:
-        path: The ONNX file. Weights in its external data file are not read, but taken from `weights`.
-        device: Device to run on.
-        weights: Initializer -> tensor on that device, for all weights in external data files.
+        graph: The graph.
+        device: Device to run on, which the weights among its constants are on.
+        max_programs: Number of shapes that stay prepared, the latest ones; None for all, as captured runs need.
 
     Attributes:
         inputs: Input -> dtype.
@@ -86,11 +86,12 @@ class Executor:
         AccelError: The engine doesn't support an operator, an attribute or an element type, or a weight is missing.
     """
 
-    def __init__(self, graph: Graph, device: torch.device) -> None:
+    def __init__(self, graph: Graph, device: torch.device, max_programs: int | None = None) -> None:
         self._graph = graph
         self.device = device
         self.inputs, self.outputs, self.obstacle = self._graph.inputs, self._graph.outputs, self._graph.obstacle
         self._programs: dict[Any, Program] = {}
+        self._max_programs = max_programs
         self._placed: Values = {}  # constants on the device
         self._caches = _caches(self._graph)
         self._nodes, self._constants = self._fold()
@@ -135,6 +136,8 @@ class Executor:
         program = self._programs.get(key)
         if program is None:
             program = self._programs[key] = self._prepare(values, in_place)
+            if self._max_programs is not None and len(self._programs) > self._max_programs:
+                self._programs.pop(next(iter(self._programs)), None)  # another thread may be as far
         else:
             for step in program.steps:
                 step.run(values)

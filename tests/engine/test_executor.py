@@ -1,6 +1,6 @@
 """The executor: what it computes once, what it writes in place, and what it refuses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,16 @@ def test_a_cache_that_another_node_reads(late: bool, tmp_path: Path) -> None:
         assert torch.equal(inputs["past"], expected)
 
 
-def test_nodes_on_constants_and_shapes_run_once(tmp_path: Path, calls: list[str]) -> None:
-    """Constants are folded when the graph is opened, shapes once for all inputs of the same shapes."""
+ONCE, ALWAYS = ["shape", "length", "range", "numbers"], ["add", "product"]
+ALL_STAY = ((2, ONCE + ALWAYS), (2, ALWAYS), (5, ONCE + ALWAYS), (2, ALWAYS), (5, ALWAYS))
+TWO_STAY = ((2, ONCE + ALWAYS), (5, ONCE + ALWAYS), (7, ONCE + ALWAYS), (5, ALWAYS), (2, ONCE + ALWAYS))
+
+
+@pytest.mark.parametrize(("max_programs", "runs"), [(None, ALL_STAY), (2, TWO_STAY)])
+def test_nodes_on_constants_and_shapes_run_once(
+    max_programs: int | None, runs: Sequence[tuple[int, list[str]]], tmp_path: Path, calls: list[str]
+) -> None:
+    """Constants are folded when the graph is opened, shapes once for all inputs of the same shapes that stay."""
     nodes = [
         make_node("Transpose", ["w"], ["turned"], "weight"),
         make_node("Shape", ["x"], ["lengths"], "shape"),
@@ -114,11 +122,10 @@ def test_nodes_on_constants_and_shapes_run_once(tmp_path: Path, calls: list[str]
     scalars = [to_onnx(name, torch.tensor(value)) for name, value in (("zero", 0), ("one", 1), ("step", 1))]
     weight = normal(4, 3)
     path = write_graph(tmp_path, nodes, {"x": (torch.float32, ["B", 3])}, ["y"], [to_onnx("w", weight), *scalars])
-    run = Executor(read_graph(path, {}), CPU)
+    run = Executor(read_graph(path, {}), CPU, max_programs)
     assert calls == ["weight"]
     calls.clear()
-    once, always = ["shape", "length", "range", "numbers"], ["add", "product"]
-    for rows, expected in ((2, once + always), (2, always), (5, once + always), (2, always), (5, always)):
+    for rows, expected in runs:
         x = normal(rows, 3)
         found = run.run({"x": x, "ignored": x})
         assert calls == expected

@@ -13,6 +13,7 @@ from accel.engine.prefill.graph import IDS, KEPT_ROWS, MASK, POSITION, POSITION_
 logger = logging.getLogger(__name__)
 
 NUM_KEPT = "num_logits_to_keep"
+MAX_SHAPES = 64  # of prompts, for which graphs stay prepared
 HIDDEN = -1e4  # a bias of at most so much hides a key
 
 
@@ -30,9 +31,9 @@ class PlannedPrefill:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         parts = {padded: prefill_of(plan, padded) for padded in (False, True)}
-        self._executors = {padded: Executor(part.graph, device) for padded, part in parts.items()}
+        self._executors = {padded: Executor(part.graph, device, MAX_SHAPES) for padded, part in parts.items()}
         self._caches, bias = parts[False].caches, parts[False].bias
-        self._bias = None if bias is None else Executor(bias, device)
+        self._bias = None if bias is None else Executor(bias, device, MAX_SHAPES)
         self._axes, self._device = plan.trace.shapes, device
         self._unbiased, self._biased = 0, float("inf")  # no bias up to this length; one from this length on
 
