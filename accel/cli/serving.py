@@ -63,12 +63,17 @@ def check(config: Config, overrides: Sequence[str]) -> None:
 
 
 def _check_executor(config: Config, overrides: Sequence[str]) -> None:
-    """Raise `AccelError` where replicas are asked for that Ray can't start, or options of replicas without any."""
+    """Raise `AccelError` where Ray can't start the replicas, or options of one executor are given with the other."""
     if config.serve.executor != RAY:
         for override in overrides:
             if override.partition("=")[0].removeprefix("serve.") in REPLICA_KEYS:
                 raise AccelError(f"{override} is for replicas, which only serve.executor={RAY} has")
         return
+    if config.serve.model_process is not None:
+        raise AccelError(
+            f"serve.model_process={str(config.serve.model_process).lower()} is not for serve.executor={RAY}, whose "
+            "replicas are processes of their own"
+        )
     if config.serve.max_replicas is not None and config.serve.max_replicas < config.serve.replicas:
         raise AccelError(
             f"serve.max_replicas={config.serve.max_replicas}: must be serve.replicas={config.serve.replicas} or more"
@@ -135,7 +140,7 @@ def _runtime(config: Config, overrides: Sequence[str]) -> RuntimeConfig | None:
 def _open_models(
     stack: ExitStack, folders: Mapping[str, str], runtime: RuntimeConfig | None, config: ServeConfig, key: str | None
 ) -> tuple["FastAPI", "Backend", ListModels]:
-    """Open models in this process.
+    """Open models, in this process or in one that this one starts.
 
     Args:
         stack: Closes them at its end.
@@ -150,16 +155,31 @@ def _open_models(
     from accel.serve.http.app import create_app
     from accel.serve.http.model_list import describe
     from accel.serve.http.service import Service
+    from accel.serve.remote.model_process import ModelProcess
     from accel.serve.requests.served_model import open_served, scheduler_limits
     from accel.serve.scheduling.opening import open_scheduler
 
-    scheduler = partial(open_scheduler, limits=scheduler_limits(config))
-    models = []
-    for name, folder in folders.items():
-        models.append(open_served(name, Path(folder), runtime, scheduler))
-        stack.callback(models[-1].close)
-    service = Service(models, config)
+    process = ModelProcess(folders, runtime, config) if _has_model_process(config, runtime) else None
+    if process is None:
+        scheduler = partial(open_scheduler, limits=scheduler_limits(config))
+        models = []
+        for name, folder in folders.items():
+            models.append(open_served(name, Path(folder), runtime, scheduler))
+            stack.callback(models[-1].close)
+    else:
+        stack.callback(process.close)
+        models = process.models
+    service = Service(models, config, process)
     return create_app(service, config, key), service, lambda: [describe(served) for served in models]
+
+
+def _has_model_process(config: ServeConfig, runtime: RuntimeConfig | None) -> bool:
+    """Return whether models are opened in a process of their own."""
+    from accel.runtime.providers import fastest
+
+    if config.model_process is not None:
+        return config.model_process
+    return (fastest() if runtime is None else runtime.device) != "cpu"
 
 
 def _open_replicas(

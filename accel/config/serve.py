@@ -52,6 +52,8 @@ class ServeConfig:
         max_unread_tokens: Tokens that are kept for a client that doesn't read them; then its request is cancelled.
         drain_s: Seconds that requests in progress are given to end after SIGTERM or Ctrl-C.
         log_requests: Write a line of JSON for each request to standard error. It holds no text of prompts or outputs.
+        model_process: Open the models in a process of its own, so that decoding doesn't wait for the Python
+            interpreter while it answers HTTP. None: on a GPU. Not with replicas, which are such processes.
         executor: `process`: this process computes the replies. `ray`: replicas compute them, processes that Ray Serve
             starts, watches and shares the requests among. The fields below are for replicas.
         replicas: Replicas; with `max_replicas` the smallest number of them.
@@ -92,6 +94,7 @@ class ServeConfig:
     max_unread_tokens: int = number(2048)
     drain_s: int = number(30, 0)
     log_requests: bool = True
+    model_process: bool | None = None
     executor: str = choice(PROCESS, (PROCESS, RAY))
     replicas: int = number(1, 1, 10_000)
     max_replicas: int | None = number(None, 1, 10_000)

@@ -1,19 +1,22 @@
-"""Calls on event loops from other threads."""
+"""What a thread hands over to others, all of a batch at once: calls on event loops, messages to other processes."""
 
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 Call = Callable[[], None]
-Waiting = dict[asyncio.AbstractEventLoop, list[Call]]
+Deliver = Callable[[list[Any]], None]
+Waiting = dict[Deliver, list[Any]]
 
-_thread = threading.local()  # `waiting`: the calls that wait for the end of `batched`
+_thread = threading.local()  # `waiting`: what waits for the end of `batched`
 
 
 @contextmanager
 def batched() -> Iterator[None]:
-    """Context in which `call` makes this thread's calls at the end, all of a loop at once.
+    """Context in which `hand_over` and `call` deliver this thread's items at the end, all of a receiver at once.
 
     Waking a loop is a system call, at which the thread gives up the interpreter's lock. It gets the lock back when the
     loop's thread waits or has had it for `sys.getswitchinterval()`. So a step that wakes a loop for each of its rows
@@ -25,27 +28,47 @@ def batched() -> Iterator[None]:
         yield
     finally:
         del _thread.waiting
-        for loop, calls in waiting.items():
-            _wake(loop, calls)
+        for deliver, items in waiting.items():
+            deliver(items)
+
+
+def hand_over(deliver: Deliver, item: Any) -> None:
+    """Deliver an item, with others of the same `deliver` within `batched`.
+
+    Args:
+        deliver: Takes items, from any thread. It must return at once and never raise.
+        item: The item.
+    """
+    waiting: Waiting | None = getattr(_thread, "waiting", None)
+    if waiting is None:
+        deliver([item])
+    else:
+        waiting.setdefault(deliver, []).append(item)
 
 
 def call(loop: asyncio.AbstractEventLoop, function: Call) -> None:
     """Call a function on a loop, from any thread; of no effect if the loop is closed."""
-    waiting: Waiting | None = getattr(_thread, "waiting", None)
-    if waiting is None:
-        _wake(loop, [function])
-    else:
-        waiting.setdefault(loop, []).append(function)
+    hand_over(_Wake(loop), function)
 
 
-def _wake(loop: asyncio.AbstractEventLoop, calls: list[Call]) -> None:
-    """Let a loop make calls, unless it is closed."""
+@dataclass(frozen=True)
+class _Wake:
+    """Lets a loop make calls, unless it is closed.
 
-    def schedule() -> None:
-        for each in calls:
-            loop.call_soon(each)  # one that raises stops no other
+    Attributes:
+        loop: The loop.
+    """
 
-    try:
-        loop.call_soon_threadsafe(schedule)
-    except RuntimeError:  # the loop is closed, and nobody waits for these calls
-        return
+    loop: asyncio.AbstractEventLoop
+
+    def __call__(self, calls: list[Call]) -> None:
+        """Wake the loop once for all calls."""
+
+        def schedule() -> None:
+            for each in calls:
+                self.loop.call_soon(each)  # one that raises stops no other
+
+        try:
+            self.loop.call_soon_threadsafe(schedule)
+        except RuntimeError:  # the loop is closed, and nobody waits for these calls
+            return

@@ -46,6 +46,8 @@ class Request:
         logprobs: Number of most likely tokens to report beside each token; None: report nothing.
         logits_processor: Constrains this request's tokens, for instance to a grammar.
         deadline: Time on `time.monotonic()`'s clock after which the request ends with `TIMEOUT`; None: never.
+        gather_s: Seconds for which tokens behind the first one may be gathered into one event, which costs less than
+            one for each; infinity: until the request ends. A token that comes later than that ends the gathering.
     """
 
     inputs: Mapping[str, "Tensor"]
@@ -54,6 +56,7 @@ class Request:
     logprobs: int | None = None
     logits_processor: "LogitsProcessor | None" = None
     deadline: float | None = None
+    gather_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,13 @@ class Status:
 
 class Ticket(Protocol):
     """A submitted request."""
+
+    async def accepted(self) -> None:
+        """Wait until the request is queued.
+
+        Raises:
+            Exception: What refuses it, as `Scheduler.submit` raises it where it doesn't have to wait for that.
+        """
 
     def cancel(self) -> None:
         """End the request with `CANCELLED` soon; of no effect once it has ended. Callable from any thread."""

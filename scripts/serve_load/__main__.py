@@ -4,10 +4,11 @@
     python -m scripts.serve_load DEPLOYABLE --devices 0,1
 
 A process loads the deployable, times `generate` over one batch of as many sequences as there are clients (the offline
-rate), and then serves this model object over HTTP. Clients in other processes send requests of random token ids: in a
-closed loop (each waits for its reply before it sends the next request), with whole replies and with streamed ones, and
-in an open loop, at random times (a Poisson process) at 70% of the highest rate of the closed loops. No sequence ends
-before its number of new tokens, and each reply is checked to have so many. Greedy.
+rate), and then serves this model object over HTTP; on a GPU, another process answers HTTP, as in `stage=serve`. Clients
+in other processes send requests of random token ids: in a closed loop (each waits for its reply before it sends the
+next request), with whole replies and with streamed ones, and in an open loop, at random times (a Poisson process) at
+70% of the highest rate of the closed loops. No sequence ends before its number of new tokens, and each reply is checked
+to have so many. Greedy.
 
 With several devices there are such processes for each of them, one GPU each; the first is loaded alone, then all at
 once with as many clients each.
@@ -70,12 +71,12 @@ class Machine:
     """A server and its clients.
 
     Attributes:
-        server: Process of the server.
+        processes: Processes of the server, the one that answers HTTP first.
         clients: Processes of the clients, which share the requests.
         opened: The server.
     """
 
-    server: WorkerProcess
+    processes: Sequence[WorkerProcess]
     clients: Sequence[WorkerProcess]
     opened: Opened
 
@@ -96,12 +97,15 @@ def open_machines(stack: ExitStack, options: argparse.Namespace) -> tuple[list[M
     machines = []
     cores = (os.cpu_count() or 1) // (CORES_OF_CLIENTS * len(servers))
     processes = min(max(1, cores), MOST_CLIENT_PROCESSES, options.clients)
-    serving = [
-        process.submit(server.open_server, options.deployable, options.clients, options.requests) for process in servers
-    ]
-    for process, opened in zip(servers, serving, strict=True):
+    for process in servers:
         clients_of = [stack.enter_context(WorkerProcess(f"clients {number + 1}")) for number in range(processes)]
-        machines.append(Machine(process, clients_of, opened.result()))
+        limits = (options.deployable, options.clients, options.requests)
+        if (options.processes or process.call(server.usual_processes)) == 1:
+            machines.append(Machine([process], clients_of, process.call(server.open_server, *limits)))
+            continue
+        http = stack.enter_context(WorkerProcess("HTTP"))
+        schedulers = process.call(server.open_schedulers, *limits)
+        machines.append(Machine([http, process], clients_of, http.call(server.open_http, schedulers, *limits)))
     return machines, rates
 
 
@@ -170,7 +174,8 @@ def measure(options: argparse.Namespace) -> None:
                 show(together, offline)
                 print(f"  {together.tokens_per_second / alone.tokens_per_second:.2f} times one device")
         for each in machines:
-            each.server.call(server.close_server)
+            for process in each.processes:
+                process.call(server.close_server)
 
 
 HEAD = (
@@ -208,6 +213,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("deployable", type=Path, help="folder, built with runtime.static=true, or for a GPU")
     parser.add_argument("--runtime", default="auto", help="preset; default: what the deployable was built for")
     parser.add_argument("--devices", type=lambda text: text.split(","), help="numbers of GPUs, such as 0,1")
+    parser.add_argument(
+        "--processes", type=int, choices=(1, 2), help="of each server; 2: one for HTTP, one that decodes, as on a GPU"
+    )
     parser.add_argument("--clients", type=int, default=64, help="of each server, which has as many rows")
     parser.add_argument("--requests", type=int, default=1024, help="of each load and server; the last ones run alone")
     for name, default in (("prompt", [4, 24]), ("new", [128])):

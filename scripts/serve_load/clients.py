@@ -119,7 +119,7 @@ def _http(port: int) -> httpx2.AsyncClient:
 
     Without certificates, as it uses no TLS: reading them takes 45 ms a client, in which all of this process wait.
     """
-    return httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S, verify=False)  # noqa: S501
+    return httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S, verify=False)
 
 
 async def _request(http: httpx2.AsyncClient, work: Work, stream: bool, sent: float) -> Timing:

@@ -18,6 +18,7 @@ from accel.serve.http.app import create_app
 from accel.serve.http.lifecycle import Server, listen
 from accel.serve.http.service import Service
 from accel.serve.protocol import Event, Listener, QueueFullError, Request, Status
+from accel.serve.remote.model_process import ModelProcess
 from accel.serve.requests.served_model import ServedModel
 
 LIMITS = ServeConfig(port=0, log_requests=False, drain_s=5)
@@ -40,6 +41,7 @@ class Running:
         openai: OpenAI's own client, which doesn't retry.
         http: A client without a timeout.
         server: The server itself.
+        failures: What it has ended with.
     """
 
     address: str
@@ -48,6 +50,7 @@ class Running:
     openai: openai.OpenAI
     http: httpx2.Client
     server: Server
+    failures: list[Exception]
 
     def post(self, path: str, **body: Any) -> httpx2.Response:
         """Send a JSON body."""
@@ -56,22 +59,33 @@ class Running:
 
 @contextmanager
 def running(
-    served: Sequence[ServedModel], limits: ServeConfig = LIMITS, api_key: str | None = None
+    served: Sequence[ServedModel],
+    limits: ServeConfig = LIMITS,
+    api_key: str | None = None,
+    process: ModelProcess | None = None,
 ) -> Iterator[Running]:
-    """Serve models on a free port, in a thread, and stop at the end."""
+    """Serve models, of another process where one is given, on a free port, in a thread, and stop at the end."""
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    service = Service(served, limits)
+    service = Service(served, limits, process)
     ready = threading.Event()
     server = Server(create_app(service, limits, api_key), service, listener, limits, ready.set)
-    thread = threading.Thread(target=server.run)
+    failures: list[Exception] = []
+
+    def serve() -> None:
+        try:
+            server.run()
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=serve)
     thread.start()
     address = f"http://127.0.0.1:{port}"
     client = openai.OpenAI(base_url=f"{address}/v1", api_key=api_key or "none", max_retries=0)
     try:
         assert ready.wait(60)
         with httpx2.Client(base_url=address, timeout=60) as http:
-            yield Running(address, port, service.models, client, http, server)
+            yield Running(address, port, service.models, client, http, server, failures)
     finally:
         client.close()
         server.stop()
@@ -123,6 +137,9 @@ class PlayedScheduler:
             listener(event)
         self.submitted.set()
         return self
+
+    async def accepted(self) -> None:
+        """Do nothing."""
 
     def cancel(self) -> None:
         """Remember that a request was cancelled."""

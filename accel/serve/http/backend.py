@@ -1,6 +1,6 @@
 """What the server knows of whatever computes its replies: the models of this process, or replicas in others."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from accel.serve.protocol import Status
@@ -21,6 +21,9 @@ class Backend(Protocol):
 
     async def states(self) -> Mapping[tuple[str, ...], Status]:
         """Return the states of its schedulers, by the values of the labels that its metrics have."""
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """Have `on_failure` called with an error, on any thread, once it can't compute any more by itself."""
 
     def close(self) -> None:
         """Free everything."""

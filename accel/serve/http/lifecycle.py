@@ -61,6 +61,7 @@ class Server:
     ) -> None:
         self._backend, self._listener, self._on_ready = backend, listener, on_ready
         self._failure: Exception | None = None
+        backend.watch(self._fail)
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -102,6 +103,10 @@ class Server:
         try:
             self._backend.warm_up()
             self._on_ready()
-        except Exception as error:  # raised again by `run`, on the main thread
-            self._failure = error
-            self.stop()
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End the server for an error, which `run` raises on its own thread."""
+        self._failure = self._failure or error
+        self.stop()

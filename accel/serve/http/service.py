@@ -19,6 +19,7 @@ from accel.config.serve import ServeConfig
 from accel.errors import unknown
 from accel.serve.http.middleware import RECORD
 from accel.serve.protocol import Request, Status
+from accel.serve.remote.model_process import ModelProcess
 from accel.serve.requests.bodies import ResponseFormat
 from accel.serve.requests.errors import ApiError, invalid, not_ready
 from accel.serve.requests.grammar import Grammars
@@ -74,6 +75,7 @@ class Service:
     Args:
         models: The models.
         limits: Section `serve` of the configuration.
+        process: Process that their schedulers are in; None: this one.
 
     Attributes:
         models: Name -> model.
@@ -81,7 +83,8 @@ class Service:
         ready: All models are warm.
     """
 
-    def __init__(self, models: Sequence[ServedModel], limits: ServeConfig) -> None:
+    def __init__(self, models: Sequence[ServedModel], limits: ServeConfig, process: ModelProcess | None = None) -> None:
+        self._process = process
         self.models = {served.name: served for served in models}
         self.limits = limits
         self.ready = False
@@ -102,7 +105,7 @@ class Service:
 
     async def states(self) -> dict[tuple[str, ...], Status]:
         """Return the state of each model's scheduler, by the model's name."""
-        return {(served.name,): served.scheduler.status() for served in self.models.values()}
+        return {(name,): await asyncio.to_thread(served.scheduler.status) for name, served in self.models.items()}
 
     def close(self) -> None:
         """Close all models."""
@@ -111,6 +114,13 @@ class Service:
         self._state.close()
         for served in self.models.values():
             served.close()
+        if self._process is not None:
+            self._process.close()
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """Have `on_failure` called with an error once the models' process has ended by itself."""
+        if self._process is not None:
+            self._process.on_lost = on_failure
 
     def model(self, name: str) -> ServedModel:
         """Return a model by its name.
@@ -207,6 +217,11 @@ class Service:
         record.stream = stream
         unread = self.limits.max_unread_tokens if stream else self.limits.max_new_tokens * self.limits.max_sequences
         sequences = Sequences(served, plan, record, unread, self.limits, stream)
+        try:
+            await sequences.accepted()
+        except BaseException:
+            sequences.cancel()
+            raise
         if stream:
             return EventStream(_events(sequences, plan, form), sequences.cancel)
         try:

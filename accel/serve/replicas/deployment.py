@@ -6,7 +6,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,9 @@ class Replicas:
             raise not_ready()
         parts: DeploymentResponseGenerator[Part] = self._handle.answer.remote(scope, body, record)
         return parts
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """Do nothing: Ray replaces replicas that end."""
 
     def close(self) -> None:
         """End the replicas."""

@@ -43,11 +43,22 @@ class Grammars:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=WHITE_SPACE)
         except ValueError as error:
             raise invalid(f"response_format: {error}", "response_format") from error
+        return self.of(grammar)
+
+    def of(self, grammar: str) -> "GrammarProcessor":
+        """Return the logits processor of one sequence.
+
+        Args:
+            grammar: The grammar, as llguidance serializes it.
+
+        Raises:
+            ApiError: As `processor`.
+        """
         matcher = llguidance.LLMatcher(self._tokens(), grammar, log_level=SILENT)
         if matcher.is_error():
             reason = str(matcher.get_error()).splitlines()[0]
             raise invalid(f"response_format: the schema can't be used: {reason}", "response_format")
-        return GrammarProcessor(matcher, self._served.end_ids)
+        return GrammarProcessor(grammar, matcher, self._served.end_ids)
 
     def _tokens(self) -> Any:
         """Return the vocabulary as llguidance needs it."""
@@ -69,11 +80,16 @@ class GrammarProcessor(LogitsProcessor):
     """Masks the tokens that a grammar forbids, for one sequence. It is called once for each new token, in order.
 
     Args:
+        grammar: The grammar, as llguidance serializes it.
         matcher: The grammar's state.
         end_ids: Ids that end a sequence.
+
+    Attributes:
+        grammar: The grammar.
     """
 
-    def __init__(self, matcher: Any, end_ids: list[int]) -> None:
+    def __init__(self, grammar: str, matcher: Any, end_ids: list[int]) -> None:
+        self.grammar = grammar
         self._matcher, self._end_ids = matcher, end_ids
         self._length: int | None = None  # of the ids that the grammar knows, those before the first new token counted
 

@@ -1,7 +1,8 @@
 """Sequences of one HTTP request: from the events of their scheduler to text, log probabilities and reasons to end."""
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 from accel.config.serve import ServeConfig
 from accel.serve.protocol import Finished, FinishReason, Request, Ticket, TokenLogprobs
@@ -168,9 +169,10 @@ class Sequences:
         limits: ServeConfig,
         stream: bool = True,
     ) -> None:
-        self._record, self._timeout_s = record, limits.timeout_s
+        self._record, self._timeout_s, self._param = record, limits.timeout_s, plan.param
         ends_only = not stream and not plan.stops  # a stop string is to be found before the sequence has ended
         self._queue = EventQueue(max_unread_tokens, limits.coalesce_s, self.cancel, ends_only)
+        gather_s = inf if ends_only else limits.coalesce_s
         end_ids = frozenset(served.end_ids)
         self._sequences = [
             _Sequence(index, Detokenizer(served.tokenizer, context), StopStrings(plan.stops), end_ids)
@@ -180,10 +182,24 @@ class Sequences:
         record.sequences = len(plan.requests)
         try:
             for sequence, request in zip(self._sequences, plan.requests, strict=True):
-                sequence.ticket = served.scheduler.submit(request, self._queue.listener(sequence.index))
+                gathering = replace(request, gather_s=gather_s)
+                sequence.ticket = served.scheduler.submit(gathering, self._queue.listener(sequence.index))
         except Exception as error:  # which of them are the client's mistake, `refused` knows
             self.cancel()
             raise refused(error, plan.param) from error
+
+    async def accepted(self) -> None:
+        """Wait until all requests are queued.
+
+        Raises:
+            ApiError: The scheduler refuses one of them.
+        """
+        try:
+            for sequence in self._sequences:
+                if sequence.ticket is not None:
+                    await sequence.ticket.accepted()
+        except Exception as error:
+            raise refused(error, self._param) from error
 
     @property
     def completion_tokens(self) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from accel.config.schema import RuntimeConfig
 from accel.config.serve import ServeConfig
@@ -23,6 +23,25 @@ from accel.serve.requests.option_checker import FORBIDDEN, checker
 from accel.serve.scheduling.limits import SchedulerLimits
 
 OpenScheduler = Callable[[AcceleratedModel], Scheduler]
+
+
+class ModelFacts(Protocol):
+    """What the server needs of a model beside its scheduler."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Its configuration."""
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """Its default options."""
+
+    @property
+    def main_input_name(self) -> str:
+        """Name of its input."""
+
+    def close(self) -> None:
+        """Free the model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +60,7 @@ class ServedModel:
     """
 
     name: str
-    model: AcceleratedModel
+    model: ModelFacts
     scheduler: Scheduler
     tokenizer: PreTrainedTokenizerBase
     extractor: Any = None

@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 
 from accel.models.decoding.sequence import Sequence
 from accel.serve.protocol import Event, Finished, FinishReason, Listener, Request, TokenLogprobs, Tokens
@@ -39,6 +40,12 @@ class Job:
         self._cancelled = threading.Event()
         self.submitted = time.monotonic()
         self.finished = False
+        self._gathered: list[int] = []  # tokens that aren't reported yet, and their log probabilities
+        self._gathered_logprobs: list[TokenLogprobs] = []
+        self._gather_until = -inf  # on `time.monotonic()`'s clock; the first token is reported at once
+
+    async def accepted(self) -> None:
+        """Return at once: what refuses a request was raised before there was a job for it."""
 
     def cancel(self) -> None:
         """End the request with `CANCELLED` soon; of no effect once it has ended. Callable from any thread."""
@@ -54,7 +61,7 @@ class Job:
         return FinishReason.TIMEOUT if deadline is not None and time.monotonic() >= deadline else None
 
     def add(self, token: int, logprobs: tuple[TokenLogprobs, ...] = ()) -> bool:
-        """Append a token to the sequence, report it, and finish the request if it was the last one.
+        """Append a token to the sequence, report it, at once or with later ones, and finish the request at its end.
 
         Args:
             token: The token.
@@ -64,10 +71,21 @@ class Job:
             True if the request is finished.
         """
         self.sequence.append(token)
-        self.report(Tokens((token,), logprobs))
+        self._gathered.append(token)
+        self._gathered_logprobs += logprobs
+        if self._gather_until != inf and (now := time.monotonic()) >= self._gather_until:
+            self._gather_until = now + self.request.gather_s
+            self._report_gathered()
         if not self.finished and self.sequence.finished:
             self.finish(FinishReason.STOP if self.sequence.ended else FinishReason.LENGTH)
         return self.finished
+
+    def _report_gathered(self) -> None:
+        """Report the tokens that were gathered."""
+        if self._gathered:
+            event = Tokens(tuple(self._gathered), tuple(self._gathered_logprobs))
+            self._gathered, self._gathered_logprobs = [], []
+            self.report(event)
 
     def report(self, event: Event) -> None:
         """Pass an event to the listener. A listener that raises gets no further ones, and its request is cancelled."""
@@ -81,5 +99,6 @@ class Job:
 
     def finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         """Report the last event; of no effect if the request has finished."""
+        self._report_gathered()
         self.report(Finished(reason, error))
         self.finished = True
