@@ -52,6 +52,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ov
         (["serve.executor=ray", "serve.replicas=999"], ("999 replicas", "CPUs=1", "serve.ray_address")),
         (["serve.executor=ray", "serve.ray_address='ray://x:1'"], ("serve.ray_address=ray://x:1", "HOST:PORT", "auto")),
         (["serve.executor=ray", "serve.ray_address='127.0.0.1:1'"], ("serve.ray_address=127.0.0.1:1", "no cluster")),
+        (["serve.executor=ray", "serve.model_process=true"], ("serve.model_process=true", "serve.executor=ray")),
         (["serve.executor=ray", "serve.gpus_per_replica=99"], ("GPUs=99", "serve.gpus_per_replica")),
         (
             ["serve.executor=ray", "runtime=cpu", "runtime.device='cpu:0'"],
