@@ -1,4 +1,5 @@
-// Cut the heads of queries, keys and values out of rows of features, norm, scale and rotate them, and write them as [B, H, N, D].
+// Cut the heads of queries, keys and values out of rows of features, norm, scale and rotate them, and write queries as
+// [B, N, H, D], as rows of torch's attention are, keys and values as [B, H, N, D], as caches are.
 //
 // Compiled behind numbers.cu. Before both: BF16, WIDE_ANGLES (cosines and sines are FP32), ROTARY (features that are rotated; 0: none),
 // INTERLEAVED, ANGLES (of `enum Angles`), and lists with a number for queries, keys and values: COUNT (heads), START, PER_GROUP,
@@ -54,7 +55,8 @@ template <int P> __device__ __forceinline__ void cut(const T* rows, long long st
     }
     return make_float2(v.x * SCALES[P], v.y * SCALES[P]);
   };
-  T* to = out + (((long long)(row / length) * COUNTS[P] + head) * length + row % length) * D;
+  const long long place = P == 0 ? (long long)row * COUNTS[P] + head : ((long long)(row / length) * COUNTS[P] + head) * length + row % length;
+  T* to = out + place * D;
   for (int i = lane * 2; i < D; i += 64) {
     float2 v = pair(i);
     if (P < 2 && i < ROTARY) {

@@ -74,7 +74,9 @@ def _heads_by_kernel(
 ) -> QKV:
     """Return `heads_of` by the kernel, out of rows [R, features]."""
     batch, length = shape
-    results = [flat[0].new_empty(batch, cut.count, length, cut.size) for cut in cuts]
+    query, key, value = cuts
+    results = [flat[0].new_empty(batch, length, query.count, query.size)]  # as attention returns its output
+    results += [flat[0].new_empty(batch, cut.count, length, cut.size) for cut in (key, value)]
     arguments: list[Any] = []
     for each in flat:
         arguments += [each, np.int64(each.stride(0))]
@@ -89,7 +91,7 @@ def _heads_by_kernel(
     function = _heads_function(tuple(cuts), rotary, flat[0].dtype, wide, flat[0].device)
     grid = (-(-batch * length // ROWS_OF_BLOCK), sum(cut.count for cut in cuts))
     _launch(function, grid, ROWS_OF_BLOCK * 32, arguments)
-    return results[0], results[1], results[2]
+    return results[0].transpose(1, 2), results[1], results[2]
 
 
 def _by_kernel(*tensors: Tensor) -> bool:

@@ -12,6 +12,7 @@ from accel.engine.prefill.graph import IDS, KEPT_ROWS, MASK, POSITION, POSITION_
 
 logger = logging.getLogger(__name__)
 
+LEAST_TOKENS = {False: 4096, True: 2048}  # with fewer, launches from Python take longer: docs/benchmarks/prompts.md
 NUM_KEPT = "num_logits_to_keep"
 MAX_SHAPES = 64  # of prompts, for which graphs stay prepared
 HIDDEN = -1e4  # a bias of at most so much hides a key
@@ -23,17 +24,19 @@ class PlannedPrefill:
     Args:
         plan: The plan of a static decode graph, whose weights it shares.
         device: Device to run on.
+        least_tokens: Number of tokens from which on prompts are computed, by whether some are padding.
 
     Raises:
         NoMatchError: The plan has something that prompts don't have, or that would be slow: see `prefill_of`.
         AccelError: A node can't run.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device, least_tokens: Mapping[bool, int] = LEAST_TOKENS) -> None:
         parts = {padded: prefill_of(plan, padded) for padded in (False, True)}
         self._executors = {padded: Executor(part.graph, device, MAX_SHAPES) for padded, part in parts.items()}
         self._caches, bias = parts[False].caches, parts[False].bias
         self._bias = None if bias is None else Executor(bias, device, MAX_SHAPES)
+        self._least_tokens = least_tokens
         self._axes, self._device = plan.trace.shapes, device
         self._unbiased, self._biased = 0, float("inf")  # no bias up to this length; one from this length on
 
@@ -47,11 +50,15 @@ class PlannedPrefill:
 
         Returns:
             Logits [B, kept, vocabulary], and cache input -> its content for these tokens, [B, heads, N, size]. None if
-            attention has a bias between tokens so far apart, such as that of a sliding window.
+            attention has a bias between tokens so far apart, such as that of a sliding window, or if the prompts have
+            fewer tokens than `least_tokens`.
         """
-        ids, mask = inputs[IDS], inputs[MASK]
-        batch, length = ids.shape
-        if not self._is_unbiased(length):
+        batch, length = inputs[IDS].shape
+        if batch * length < min(self._least_tokens.values()) or not self._is_unbiased(length):
+            return None
+        ids, mask, position_ids = (inputs[name].to(self._device, torch.int64) for name in (IDS, MASK, POSITION_IDS))
+        padded = bool((mask == 0).any())
+        if batch * length < self._least_tokens[padded]:
             return None
         keep = int(inputs.get(NUM_KEPT, 0))
         columns = torch.arange(length, device=self._device)
@@ -61,10 +68,9 @@ class PlannedPrefill:
             IDS: ids.reshape(-1, 1),
             PROMPTS: ids,
             POSITION: columns.repeat(batch),
-            POSITION_IDS: inputs[POSITION_IDS].reshape(-1, 1),
+            POSITION_IDS: position_ids.reshape(-1, 1),
             KEPT_ROWS: (starts[:, None] + kept).reshape(-1),
         }
-        padded = bool((mask == 0).any())
         if padded:
             feeds[SEEN] = _seen(mask)
         outputs = self._executors[padded].run(feeds)
