@@ -120,6 +120,8 @@ class RuntimeConfig:
         capture_batch_sizes: Numbers of sequences, beams counted, to capture when a model is opened; others are then
             rejected. Empty: capture each number when it first occurs.
         prefill_chunk: Tokens of a prompt that are computed at once, which bounds the memory of long prompts; 0: all.
+        fused_prefill: Tokens of all prompts of a call from which on the fused engine computes them on a GPU, where it
+            can; half as many where some are padding. With fewer, ONNX Runtime launches its kernels faster. 0: any.
     """
 
     name: str = MISSING
@@ -144,6 +146,7 @@ class RuntimeConfig:
     capture: bool = False
     capture_batch_sizes: list[int] = numbers(1, 4096)
     prefill_chunk: int = number(4096, 0)
+    fused_prefill: int = number(4096, 0)
 
 
 @dataclass

@@ -143,6 +143,7 @@ def _open_runtime(files: layout.DeployableFiles, runtime: RuntimeConfig) -> Runt
         capture=runtime.capture,
         capture_batch_sizes=runtime.capture_batch_sizes,
         prefill_chunk=chunk,
+        fused_prefill=runtime.fused_prefill,
     )
     static_runtime.prepare()
     return static_runtime

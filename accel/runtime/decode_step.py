@@ -82,8 +82,12 @@ class DecodeStep(Protocol):
         """
         ...
 
-    def prompt_engine(self) -> PromptEngine | None:
-        """Return what computes whole prompts over the same weights; None if that is left to another session."""
+    def prompt_engine(self, least_tokens: int) -> PromptEngine | None:
+        """Return what computes whole prompts over the same weights; None if that is left to another session.
+
+        Args:
+            least_tokens: Number of tokens of all prompts from which on it does.
+        """
         ...
 
     def check(self) -> None:
@@ -130,7 +134,7 @@ class SessionStep:
         """Return None: a graph's attention reads each row's own caches."""
         return None
 
-    def prompt_engine(self) -> PromptEngine | None:
+    def prompt_engine(self, least_tokens: int) -> PromptEngine | None:
         """Return None: a graph of one token has no prompts."""
         return None
 
@@ -216,7 +220,7 @@ class FusedStep:
         """Return whether the kernel computes such a step, not torch or a session of ONNX Runtime."""
         return self.planned.in_kernel(batch)
 
-    def prompt_engine(self) -> PromptEngine | None:
+    def prompt_engine(self, least_tokens: int) -> PromptEngine | None:
         """Return what computes prompts by the plan; None on the CPU, and where the plan has what prompts haven't."""
         if self.device.type != "cuda":
             return None
@@ -224,7 +228,7 @@ class FusedStep:
         from accel.engine.prefill.planned_prefill import PlannedPrefill
 
         try:
-            planned = PlannedPrefill(self.planned.plan, self.device)
+            planned = PlannedPrefill(self.planned.plan, self.device, least_tokens)
         except (NoMatchError, AccelError) as reason:
             logger.debug(f"prompts run on ONNX Runtime: {reason}")
             return None

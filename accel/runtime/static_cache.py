@@ -353,6 +353,7 @@ def open_static(
     capture_batch_sizes: Sequence[int] = (),
     with_encoder: bool = True,
     prefill_chunk: int = 0,
+    fused_prefill: int = 0,
 ) -> StaticCacheRuntime:
     """Open the components of a bundle or deployable that has a static decode graph.
 
@@ -371,6 +372,7 @@ def open_static(
         capture_batch_sizes: Numbers of sequences, beams counted, that may be decoded at once; empty for any.
         with_encoder: Open the encoder.
         prefill_chunk: Tokens of a prompt to compute at once; 0 for all.
+        fused_prefill: Number of tokens of all prompts from which on the fused engine computes them.
 
     Raises:
         AccelError: The engine can't run the static decode graph.
@@ -384,17 +386,14 @@ def open_static(
     open_graph = open_capturable if capture else open_session
     if with_encoder and files.encoder.is_file():
         dynamic.encoder = BoundSession(open_graph(files.encoder, settings), torch_device)
-    static_settings = replace(
-        settings,
-        session={**settings.session, **(session or {})},
-        environment={**settings.environment, **(environment or {})},
-    )
+    environment = {**settings.environment, **(environment or {})}
+    static_settings = replace(settings, session={**settings.session, **(session or {})}, environment=environment)
 
     def open_bound(path: Path) -> BoundSession:
         """Open a session of a static graph."""
         return BoundSession(open_graph(path, static_settings, weights.initializers(path)), torch_device)
 
     decode = open_decode_step(files, engine, weights, capture, open_bound, tune)
-    dynamic.planned_prefill = decode.prompt_engine()
+    dynamic.planned_prefill = decode.prompt_engine(fused_prefill)
     cross = SessionStep(open_bound(files.cross_cache)) if files.cross_cache.is_file() else None
     return StaticCacheRuntime(dynamic, DecodeGraphs(decode, cross), buckets, capture_batch_sizes)

@@ -226,7 +226,9 @@ def examine_by_engines(
             runtime=runtime.name,
         )
         try:
-            examine(folder, replace(config, runtime=replace(runtime, engine=engine)), inputs, architecture, result)
+            # All prompts by the engine: as the graphs are compared beside it, both ways to compute them are verified.
+            examined = replace(runtime, engine=engine, fused_prefill=0)
+            examine(folder, replace(config, runtime=examined), inputs, architecture, result)
         except DeviceMemoryError:
             raise
         except AccelError as error:

@@ -1,6 +1,5 @@
 """Prompts by the plan of a decode step: see `prefill.graph`."""
 
-import logging
 from collections.abc import Mapping
 
 import torch
@@ -10,9 +9,6 @@ from accel.engine.executor import Executor
 from accel.engine.planning.plan import Plan
 from accel.engine.prefill.graph import IDS, KEPT_ROWS, MASK, POSITION, POSITION_IDS, PROMPTS, SEEN, prefill_of
 
-logger = logging.getLogger(__name__)
-
-LEAST_TOKENS = {False: 4096, True: 2048}  # with fewer, launches from Python take longer: docs/benchmarks/prompts.md
 NUM_KEPT = "num_logits_to_keep"
 MAX_SHAPES = 64  # of prompts, for which graphs stay prepared
 HIDDEN = -1e4  # a bias of at most so much hides a key
@@ -24,14 +20,15 @@ class PlannedPrefill:
     Args:
         plan: The plan of a static decode graph, whose weights it shares.
         device: Device to run on.
-        least_tokens: Number of tokens from which on prompts are computed, by whether some are padding.
+        least_tokens: Number of tokens of all prompts from which on they are computed; half as many where some are
+            padding, whose mask ONNX Runtime's attention takes longer with.
 
     Raises:
         NoMatchError: The plan has something that prompts don't have, or that would be slow: see `prefill_of`.
         AccelError: A node can't run.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, least_tokens: Mapping[bool, int] = LEAST_TOKENS) -> None:
+    def __init__(self, plan: Plan, device: torch.device, least_tokens: int) -> None:
         parts = {padded: prefill_of(plan, padded) for padded in (False, True)}
         self._executors = {padded: Executor(part.graph, device, MAX_SHAPES) for padded, part in parts.items()}
         self._caches, bias = parts[False].caches, parts[False].bias
@@ -54,11 +51,11 @@ class PlannedPrefill:
             fewer tokens than `least_tokens`.
         """
         batch, length = inputs[IDS].shape
-        if batch * length < min(self._least_tokens.values()) or not self._is_unbiased(length):
+        if batch * length < self._least_tokens // 2 or not self._is_unbiased(length):
             return None
         ids, mask, position_ids = (inputs[name].to(self._device, torch.int64) for name in (IDS, MASK, POSITION_IDS))
         padded = bool((mask == 0).any())
-        if batch * length < self._least_tokens[padded]:
+        if not padded and batch * length < self._least_tokens:
             return None
         keep = int(inputs.get(NUM_KEPT, 0))
         columns = torch.arange(length, device=self._device)

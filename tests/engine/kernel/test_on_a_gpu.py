@@ -62,7 +62,7 @@ def models(folders: tuple[Path, Path]) -> Iterator[dict[str, Any]]:
     eager = model_class(load_config(source)).from_pretrained(source, dtype=torch.float32).eval().cuda()
     with (
         accel.load(folder, "cuda-graph", check=False) as plain,
-        accel.load(folder, "cuda-graph", check=False, engine=FUSED) as fused,
+        accel.load(folder, "cuda-graph", check=False, engine=FUSED, fused_prefill=0) as fused,
     ):
         assert (plain.runtime.engine, fused.runtime.engine) == ("onnxruntime", FUSED)
         yield {"eager": eager, "onnxruntime": plain, "fused": fused}

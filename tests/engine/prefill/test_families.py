@@ -19,7 +19,6 @@ from tests.families import FAMILIES
 
 __all__ = ["make"]  # the fixture
 BATCH, PADS, VOCABULARY = 3, 2, 120  # rows; tokens before the second one
-ANY = {False: 0, True: 0}  # prompts of any number of tokens are computed
 LENGTHS = (1, 7, 21, 70)  # the last one is beyond the original length of phi3-longrope
 REFUSED = {  # family -> why its prompts are left to ONNX Runtime
     "bloom": "has no axis of rows",
@@ -67,9 +66,9 @@ def test_prompts(make: Make, request: pytest.FixtureRequest) -> None:
     plan = plan_of(files.static_decode)
     if family in REFUSED:
         with pytest.raises(NoMatchError, match=REFUSED[family]):
-            PlannedPrefill(plan, CPU, ANY)
+            PlannedPrefill(plan, CPU, 0)
         return
-    runtime, planned = open_dynamic(files, SessionSettings()), PlannedPrefill(plan, CPU, ANY)
+    runtime, planned = open_dynamic(files, SessionSettings()), PlannedPrefill(plan, CPU, 0)
     for length in LENGTHS:
         for padded, keep in ((False, 0), (False, 1), (True, 0), (True, 3))[: 2 if length <= PADS else 4]:
             inputs = prompts(length, padded, keep)
@@ -82,7 +81,7 @@ def test_prompts(make: Make, request: pytest.FixtureRequest) -> None:
 @families("gpt2")
 def test_short_prompts_and_narrow_integers(make: Make) -> None:
     """Prompts of few tokens are left to ONNX Runtime, but for padded ones; inputs of other types are cast."""
-    planned = PlannedPrefill(plan_of(make("precision=fp32").static_decode), CPU, {False: 60, True: 30})
+    planned = PlannedPrefill(plan_of(make("precision=fp32").static_decode), CPU, 60)
     taken = {
         (length, padded): planned(prompts(length, padded, 1)) for length in (9, 11, 19, 21) for padded in (False, True)
     }
@@ -104,7 +103,7 @@ def test_short_prompts_and_narrow_integers(make: Make) -> None:
 def test_generation(make: Make) -> None:
     """A runtime goes on from prompts by the plan as from ONNX Runtime's, and where they can't be computed so."""
     files = make("precision=fp32")
-    planned = PlannedPrefill(plan_of(files.static_decode), CPU, ANY)
+    planned = PlannedPrefill(plan_of(files.static_decode), CPU, 0)
     computed = []
 
     def count(inputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]] | None:
