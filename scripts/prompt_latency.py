@@ -7,7 +7,8 @@ random ids to the logits of the last token and the caches. Of an encoder-decoder
 model's reads random features of its fixed length, whatever length the shape names. Each model is opened in a process of
 its own, one after the other, since a compiler's threads would slow the others. PyTorch's model computes attention by
 SDPA, in the dtype of the deployable. "Compiled" is `torch.compile(model, dynamic=False)`, with graphs of its own for
-each shape.
+each shape. With the fused engine, "plan" and "onnxruntime" are accel with all prompts of a decoder-only model computed
+by one of the two (`runtime.fused_prefill`).
 """
 
 import argparse
@@ -28,7 +29,13 @@ from transformers import AutoConfig, PretrainedConfig
 from accel.models.loading import load
 from accel.models.model_class import model_class
 
-BACKENDS = ("accel", "eager", "compiled")
+ACCEL: dict[str, dict[str, Any]] = {  # options to load the deployable with
+    "accel": {},
+    "plan": {"fused_prefill": 0},
+    "onnxruntime": {"fused_prefill": 1_000_000},
+}
+USUAL = ("accel", "eager", "compiled")
+BACKENDS = (*ACCEL, "eager", "compiled")
 WARM_UP = 3  # calls of each shape before the timed ones
 PADDING = 100  # at most so many tokens of the last row are hidden with --padded
 
@@ -57,9 +64,9 @@ class Work:
 def open_backend(name: str, options: argparse.Namespace) -> Work:
     """Return the work of a backend, by its name, one of `BACKENDS`."""
     config = AutoConfig.from_pretrained(options.checkpoint)
-    model: Any = load(options.deployable)
+    model: Any = load(options.deployable, **ACCEL.get(name, {}))
     dtype = model.dtype
-    if name != "accel":
+    if name not in ACCEL:
         model.close()
         model = model_class(config).from_pretrained(options.checkpoint, dtype=dtype, attn_implementation="sdpa")
         model = model.to(options.device).eval()
@@ -140,7 +147,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--shapes", nargs="+", default=["1x512", "1x2048", "8x512", "8x2048"], help="batch x prompt or source"
     )
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(USUAL))
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--padded", action="store_true", help="hide the beginning of the last row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
