@@ -35,6 +35,7 @@ def main() -> None:
 
     @hydra.main(config_path="pkg://accel.conf", config_name="config", version_base="1.3")
     def job(composed: DictConfig) -> None:
+        interrupter.by_exception()
         # Handle errors here and not in Hydra: in a sweep, a failed job is a row of the table, and the others go on.
         settings = HydraConfig.get()
         console.install(settings.verbose)
@@ -59,7 +60,10 @@ def main() -> None:
                 sweep_table.record(settings, list(settings.overrides.task), summaries, message)
 
     try:
-        job()
+        with (
+            interrupter.at_once()
+        ):  # until the job begins: OmegaConf's cleanup may raise another exception than a signal's
+            job()
     except USER_ERRORS as error:
         console.fail(explain(error))
         sys.exit(FAILED)

@@ -54,7 +54,7 @@ class Interrupter:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Open a context of imports: as there is nothing to leave, a signal ends the process at once.
+        """Open a context where there is nothing to leave, such as imports: a signal ends the process at once.
 
         An exception would leave modules half imported, whose functions fail when Python calls them at exit.
         """
@@ -63,6 +63,10 @@ class Interrupter:
             yield
         finally:
             self._at_once = False
+
+    def by_exception(self) -> None:
+        """Let signals raise an exception from now on, in a context of `at_once` too: there is something to leave."""
+        self._at_once = False
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

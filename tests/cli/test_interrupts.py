@@ -47,6 +47,20 @@ with one_line_exit():
     Slow()
     time.sleep(60)
 """
+COMPOSING = """
+import signal, sys
+sys.argv = ["accel", "stage=plan"]
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+def load(*args, **kwargs):
+    try:
+        print("ready", flush=True)
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        raise AttributeError("as OmegaConf's cleanup may raise")
+ConfigLoaderImpl.load_configuration = load
+from accel.__main__ import main
+main()
+"""
 BUSY = """
 import hashlib, threading
 from accel.cli.interrupts import one_line_exit
@@ -114,6 +128,12 @@ def test_during_imports() -> None:
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
     assert_one_line(process, signal.SIGINT)
+
+
+def test_during_composition() -> None:
+    """An error of a library that a signal interrupted doesn't hide the signal."""
+    process = start(COMPOSING)
+    assert_one_line(process, signal.SIGINT, lines=1)
 
 
 @pytest.mark.parametrize("send", [os.kill, os.killpg])
