@@ -77,6 +77,9 @@ class PlayedReplicas:
     def close(self) -> None:
         """Do nothing."""
 
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """Do nothing: no replica ends by itself."""
+
     async def is_ready(self) -> bool:
         """Return whether there are replies."""
         return self.steps is not None
