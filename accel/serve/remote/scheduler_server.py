@@ -4,7 +4,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 from accel.serve import loop_calls
@@ -98,18 +98,14 @@ class SchedulerServer:
             self._tickets.pop(number, None)
 
     def _send(self) -> None:
-        """Send replies, all that there are in one message."""
-        while (replies := self._replies.get()) is not None:
-            over = False
-            try:
-                while (further := self._replies.get_nowait()) is not None:
-                    replies = [*replies, *further]
-                over = True
-            except Empty:
-                pass
+        """Send replies, all that there are in one message, until there is a None among them."""
+        waiting: list[list[Reply] | None] = []
+        while None not in waiting:
+            waiting = [self._replies.get()]
+            while not self._replies.empty():  # no other thread takes any
+                waiting.append(self._replies.get())
+            replies = [reply for each in waiting for reply in each or ()]
             try:
                 messages.send(self._connection, replies)
             except OSError:  # the other process has ended, which `run` notices as well
-                return
-            if over:
                 return
