@@ -237,7 +237,7 @@ def test_auto_is_the_first_engine_that_passes(
     judge, judged = verify.judge, []
 
     def strict(config: Config, result: VerificationResult) -> None:
-        judged.append(result.engine)
+        judged.append((result.engine, config.runtime.fused_prefill))
         judge(config, result)
         if result.engine == "fused" and config.verify.inputs == 3:
             result.failures.append("an error was planted")
@@ -249,7 +249,7 @@ def test_auto_is_the_first_engine_that_passes(
         result = verification_of(made["verify"].folder)
         assert result is not None
         assert (result["engine"], result["passed"], result["failures"]) == (engine, True, [])
-    assert judged == ["fused", "fused", "onnxruntime"]
+    assert judged == [("fused", 0), ("fused", 0), ("onnxruntime", 0)]  # prompts of any length by the engine
     assert "by fused are not verified, onnxruntime is next: an error was planted" in caplog.text
 
 
